@@ -1,0 +1,40 @@
+"""The pair of models and the prompts that ship with bpkit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypedDict
+
+DOMAINS = ("maths", "code", "structured")
+
+
+class Prompt(TypedDict):
+    """One shipped prompt."""
+
+    id: str
+    domain: str
+    prompt: str
+
+
+def shipped(name: str) -> Path:
+    """Path of a shipped folder: `target`, `drafter` or `prompts`.
+
+    Raises:
+        FileNotFoundError: this installation does not carry it.
+    """
+    path = Path(__file__).parent / name
+    if not path.is_dir():
+        raise FileNotFoundError(f"this installation of bpkit carries no {name!r}; name your own models instead")
+    return path
+
+
+def prompts(*domains: str, limit: int | None = None) -> list[Prompt]:
+    """The shipped prompts of some domains, all by default; at most `limit` of each domain. No training text has them."""
+    found: list[Prompt] = []
+    for domain in domains or DOMAINS:
+        file = shipped("prompts") / f"{domain}.jsonl"
+        if not file.is_file():
+            raise ValueError(f"there is no domain {domain!r}; the shipped prompts are of: {', '.join(DOMAINS)}")
+        found += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:limit]]
+    return found

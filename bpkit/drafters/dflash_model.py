@@ -1,0 +1,175 @@
+"""The DFlash draft model (Chen et al., 2602.06036) as a transformers model, in the published checkpoint layout.
+
+Hidden states of a few target layers are concatenated, projected (`fc`), normalised (`hidden_norm`) and injected as
+extra keys and values into every layer. The queries are a block: the anchor's embedding and mask embeddings. The
+model has no embedding and no head of its own; it uses the target's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import Cache, Qwen3Config
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3PreTrainedModel,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+
+
+@strict
+class DFlashConfig(Qwen3Config):
+    """Configuration of a DFlash drafter.
+
+    Published checkpoints keep `mask_token_id` and `target_layer_ids` under `dflash_config`, and `block_size` either
+    beside it or (Qwen3.5 and later) inside it. Both are read; all three are attributes here, as transformers' own
+    `DFlashTokenCandidateGenerator` expects, and `save_pretrained` writes the published layout.
+
+    Attributes:
+        target_layer_ids: layer *i* means `hidden_states[i + 1]` of the target.
+    """
+
+    dflash_config: dict | None = None
+    block_size: int | None = None
+    mask_token_id: int | None = None
+    target_layer_ids: list[int] | None = None
+    is_causal: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        nested = self.dflash_config or {}
+        self.block_size = self.block_size or nested.get("block_size") or 16
+        self.mask_token_id = self.mask_token_id if self.mask_token_id is not None else nested.get("mask_token_id")
+        self.target_layer_ids = self.target_layer_ids or nested.get("target_layer_ids")
+        if self.mask_token_id is None or not self.target_layer_ids:
+            raise ValueError(
+                "not a DFlash drafter: its config.json needs dflash_config.mask_token_id and "
+                "dflash_config.target_layer_ids (is this the folder of the target?)"
+            )
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
+        moved = {name: values.pop(name, None) for name in ("mask_token_id", "target_layer_ids")}
+        values["dflash_config"] = {**(values.get("dflash_config") or {}), **moved}
+        return values
+
+
+class DFlashAttention(Qwen3Attention):
+    """Queries from the block; keys and values from context features and block; no causal mask."""
+
+    def __init__(self, config: DFlashConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        """hidden_states: [batch, block, hidden]; context: [batch, new context, hidden]; returns like hidden_states."""
+        batch, width, _ = hidden_states.shape
+        source = torch.cat([context, hidden_states], dim=1)
+        query = self.q_norm(self.q_proj(hidden_states).view(batch, width, -1, self.head_dim)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(source).view(batch, source.shape[1], -1, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(source).view(batch, source.shape[1], -1, self.head_dim).transpose(1, 2)
+        cos, sin = (part.unsqueeze(1) for part in rotary)
+        query = query * cos[..., -width:, :] + rotate_half(query) * sin[..., -width:, :]
+        key = key * cos + rotate_half(key) * sin
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.sliding_window is not None or self.config.is_causal:
+            attention_mask = _window_mask(query, key, self.sliding_window, self.config.is_causal, attention_mask)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling)
+        return self.o_proj(output.reshape(batch, width, -1))  # type: ignore[no-any-return]
+
+
+def _window_mask(query: Tensor, key: Tensor, window: int | None, causal: bool, given: Tensor | None) -> Tensor:
+    """True where a key may be seen: within `window` positions, and not ahead if `causal`. The keys end with the block."""
+    keys = torch.arange(key.shape[-2], device=key.device)
+    ahead = keys - keys[-query.shape[-2] :, None]
+    visible = ahead.abs() < (window or key.shape[-2])
+    if causal:
+        visible &= ahead <= 0
+    return visible[None, None] if given is None else visible & given
+
+
+class DFlashLayer(Qwen3DecoderLayer):
+    """A Qwen3 layer whose attention also sees the context features."""
+
+    def __init__(self, config: DFlashConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = DFlashAttention(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **attention)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
+
+
+class DFlashModel(Qwen3PreTrainedModel):
+    """The draft model. `from_pretrained` loads z-lab's checkpoints and local folders of the same layout."""
+
+    config: DFlashConfig
+    config_class = DFlashConfig
+    main_input_name = "noise_embeds"
+    _no_split_modules = ["DFlashLayer"]
+
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__(config)
+        assert config.target_layer_ids is not None
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        noise_embeds: Tensor,
+        context_hidden_states: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Denoise a block in one pass.
+
+        Args:
+            noise_embeds: target embeddings of anchor and masks, [batch, block, hidden].
+            context_hidden_states: features of the target positions since the last call, concatenated over
+                `target_layer_ids`, [batch, new context, layers * hidden].
+            position_ids: positions of new context and block, int64 [batch, new context + block].
+            attention_mask: bool or additive [batch, 1, block, keys], or 1/0 [batch, keys]; by default all is seen.
+            past_key_values: keys and values of the earlier context. This call appends those of the new context
+                *and of the block*: crop the block off again.
+
+        Returns:
+            `last_hidden_state`, [batch, block, hidden], for the target's head.
+        """
+        context = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            new = context.shape[1] + noise_embeds.shape[1]
+            position_ids = torch.arange(seen, seen + new, device=noise_embeds.device)[None]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
+        hidden = noise_embeds.to(self.fc.weight.dtype)
+        rotary = self.rotary_emb(hidden, position_ids)
+        for layer in self.layers:
+            hidden = layer(
+                hidden, context=context, rotary=rotary, attention_mask=attention_mask, past_key_values=past_key_values
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)

@@ -1,0 +1,50 @@
+"""From what a user writes to a drafter that is bound to a target."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from bpkit.drafters.base import Drafter
+from bpkit.registry import find, parse_spec, registry
+
+
+def resolve_drafter(drafter: str | Mapping[str, Any], target: PreTrainedModel) -> Drafter:
+    """Make a drafter from a registered name with options, or from a folder or Hub name of a model.
+
+    `"ngram:max_ngram=4"`, `{"name": "autoregressive", "path": "some/folder"}`, `"z-lab/Qwen3-4B-DFlash-b16"`.
+
+    Raises:
+        PolicyError: unknown name. ValueError: unknown option, or a drafter that does not fit the target.
+    """
+    spec = parse_spec(drafter) if isinstance(drafter, str) else dict(drafter)
+    name = str(spec.pop("name", ""))
+    known = registry().drafters
+    path = spec.pop("path", spec.pop("", ""))
+    if isinstance(drafter, str) and name not in known and (not path) and _is_model(drafter):
+        name, path = _kind_of_model(drafter), drafter
+    load = find(known, name, what="drafter").load()
+    accepted = [p for p in inspect.signature(load).parameters if p not in ("path", "target", "options")]
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(load).parameters.values()):
+        return cast("Drafter", load(str(path), target, **spec))
+    unknown = sorted(set(spec) - set(accepted))
+    if unknown:
+        raise ValueError(f"drafter {name!r}: unknown option {', '.join(unknown)}; accepted: {', '.join(accepted)}")
+    return cast("Drafter", load(str(path), target, **spec))
+
+
+def _is_model(path: str) -> bool:
+    try:
+        PreTrainedConfig.get_config_dict(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _kind_of_model(path: str) -> str:
+    """`block-diffusion` for checkpoints of the DFlash layout, `autoregressive` for any other model."""
+    config, _ = PreTrainedConfig.get_config_dict(path)
+    return "block-diffusion" if "dflash_config" in config else "autoregressive"

@@ -1,0 +1,116 @@
+"""The Policy class: one object that decides block sizes. A whole policy is one method:
+
+>>> from bpkit.policy import Policy
+>>> class Eight(Policy):
+...     wants = frozenset()
+...
+...     def select(self, state, context):
+...         return context.full(8)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = dict[str, Any]
+"""A policy's memory of the running requests: tensors with the batch axis first. The runtime owns it."""
+
+
+class PolicyError(ValueError):
+    """A policy or its options cannot be used; the message says what to change."""
+
+
+class PolicyConfig(BaseModel):
+    """Base of every `Policy.Config`: frozen, and unknown options are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Policy:
+    """Decides how much to draft (`select`) and how much of the draft to verify (`truncate`).
+
+    Any decision gives the same text; a policy can only change the speed. Nothing about a single request may
+    live on `self`: it belongs into the dict that `begin` returns, which the runtime hands to every later call.
+
+    Class attributes:
+        Config: a `PolicyConfig` with the options and their defaults.
+        wants: features the policy reads. Required: write `wants = frozenset()` if there are none.
+        wants_optional: features it uses where the drafter can provide them.
+        joint: True if rows of a batch share a budget, so that a row's decision may depend on the others.
+    """
+
+    Config: ClassVar[type[PolicyConfig]] = PolicyConfig
+    wants: ClassVar[frozenset[Feature]]
+    wants_optional: ClassVar[frozenset[Feature]] = frozenset()
+    joint: ClassVar[bool] = False
+
+    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
+        """Take a ready config, or options to validate. Raises PolicyError."""
+        if not isinstance(getattr(self, "wants", None), (frozenset, set)):
+            raise PolicyError(
+                f"policy {type(self).__name__} does not say which features it wants: add a class attribute "
+                "`wants = frozenset()`, or name members of bpkit.Feature in it"
+            )
+        self.config = config if config is not None else validated(self.Config, options, owner=type(self).__name__)
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        """Called once, before the first request. Raise PolicyError if the policy cannot serve this decoder."""
+
+    def begin(self, context: Context) -> State:
+        """A request starts, after prefill. Returns its state, tensors with the batch axis first."""
+        return {}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        """The block size of the next draft, anchor included: int64 [batch], from 1 (no draft) upwards."""
+        raise NotImplementedError(f"{type(self).__name__} must define select(self, state, context)")
+
+    def extend(self, state: State, draft: Draft) -> Tensor:
+        """Autoregressive drafters only: go on drafting after this token? bool [batch]."""
+        return draft.draft_length > 0
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        """How many drafted tokens to verify: int64 [batch], 0 .. `draft.draft_length`."""
+        return draft.draft_length
+
+    def observe(self, state: State, step: Step) -> None:
+        """A step ended; learn from it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Memory across requests as plain JSON values; empty if there is none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        if state:
+            raise PolicyError(f"policy {type(self).__name__} keeps no memory across requests, but was given one")
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.config.model_dump().items())
+        return f"{type(self).__name__}({options})"
+
+
+def overrides(policy: Policy, method: str) -> bool:
+    """Whether the policy defines `method` itself, so that the runtime must call it."""
+    return getattr(type(policy), method) is not getattr(Policy, method)
+
+
+def validated(config: type[PolicyConfig], options: dict[str, Any], *, owner: str) -> PolicyConfig:
+    """Build `config` from options. Raises PolicyError that names each bad option and lists the accepted ones."""
+    try:
+        return config(**options)
+    except ValidationError as error:
+        fields = config.model_fields
+        accepted = ", ".join(f"{n}={f.default!r}" for n, f in fields.items()) or "none"
+        faults = []
+        for fault in error.errors():
+            name = ".".join(map(str, fault["loc"]))
+            unknown = fault["type"] == "extra_forbidden"
+            faults.append(f"unknown option {name!r}" if unknown else f"option {name!r}: {fault['msg']}")
+        raise PolicyError(f"policy {owner!r}: {'; '.join(faults)}. Accepted options: {accepted}") from None

@@ -1,0 +1,216 @@
+"""Finds plug-ins, resolves names to policies and drafters, and explains what went wrong."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, cast
+
+import pluggy
+
+from bpkit import hookspecs
+from bpkit.policy import Policy, PolicyConfig, PolicyError, validated
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name."""
+
+    name: str
+    target: str | Callable[..., Any]
+    summary: str
+    config: str
+    plugin: str
+    distribution: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import what the entry points at. Raises PolicyError if that fails."""
+        return cast("Callable[..., Any]", _imported(self.target, self)) if isinstance(self.target, str) else self.target
+
+    def load_config(self) -> type[PolicyConfig] | None:
+        """Import the class of the options, without torch, or None if the plug-in names none."""
+        return cast("type[PolicyConfig]", _imported(self.config, self)) if self.config else None
+
+
+@dataclass
+class Registry:
+    """Everything that the installed plug-ins registered.
+
+    Attributes:
+        policies, drafters: by name.
+        failures: plug-in name -> why it could not be loaded.
+    """
+
+    manager: pluggy.PluginManager
+    policies: dict[str, Entry] = field(default_factory=dict)
+    drafters: dict[str, Entry] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def build(points: list[EntryPoint] | None = None) -> Registry:
+    """Load the plug-ins of entry-point group `bpkit`, or those given. One that fails is noted, not raised.
+
+    Raises:
+        PolicyError: two plug-ins claim one name.
+    """
+    registry = Registry(pluggy.PluginManager(hookspecs.PROJECT))
+    registry.manager.add_hookspecs(hookspecs)
+    for point in sorted(points if points is not None else entry_points(group="bpkit"), key=lambda p: p.name):
+        try:
+            plugin = point.load()
+            registry.manager.register(plugin, point.name)
+            registry.manager.check_pending()
+            _collect(registry, plugin, point)
+        except PolicyError:
+            raise
+        except Exception as error:  # a stranger's plug-in may fail in any way, and must not take the others down
+            registry.failures[point.name] = f"{type(error).__name__}: {error}"
+            if registry.manager.get_plugin(point.name) is not None:
+                registry.manager.unregister(name=point.name)
+    return registry
+
+
+@cache
+def registry() -> Registry:
+    """The registry of this process."""
+    return build()
+
+
+def _collect(registry: Registry, plugin: object, point: EntryPoint) -> None:
+    distribution = point.dist.name if point.dist else "?"
+    for hook, known in (
+        ("bpkit_register_policies", registry.policies),
+        ("bpkit_register_drafters", registry.drafters),
+    ):
+
+        def register(
+            name: str,
+            target: str | Callable[..., Any],
+            *,
+            summary: str,
+            config: str = "",
+            known: dict[str, Entry] = known,
+        ) -> None:
+            entry = Entry(name, target, summary, config, plugin=point.name, distribution=distribution)
+            if name in known:
+                raise PolicyError(
+                    f"{name!r} is registered twice: by plug-in {known[name].plugin!r} of distribution "
+                    f"{known[name].distribution!r} and by {point.name!r} of {distribution!r}; uninstall one of them"
+                )
+            known[name] = entry
+
+        if hasattr(plugin, hook):
+            getattr(plugin, hook)(register=register)
+
+
+def _imported(target: str, entry: Entry) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        return found
+    except Exception as error:
+        raise PolicyError(
+            f"{entry.name!r} of distribution {entry.distribution!r} points at {target!r}, which cannot be "
+            f"imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def find(known: Mapping[str, Entry], name: str, *, what: str) -> Entry:
+    """The entry of that name. Raises PolicyError that lists the known names and the nearest."""
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    failed = "".join(f" Plug-in {n!r} could not be loaded ({why})." for n, why in registry().failures.items())
+    raise PolicyError(f"there is no {what} {name!r}.{hint} Known: {', '.join(sorted(known))}.{failed}")
+
+
+PolicyLike = Policy | str | Mapping[str, Any]
+
+
+def resolve_policy(policy: PolicyLike) -> Policy:
+    """Make a policy from an instance, a name, `name:value`, `name:key=value,...`, `./file.py:Class` or a mapping.
+
+    >>> resolve_policy("fixed:4")
+    Fixed(block_size=4)
+    >>> resolve_policy({"name": "fixed", "block_size": 8})
+    Fixed(block_size=8)
+
+    Raises:
+        PolicyError: the name or an option is unknown; the message lists what there is.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    spec = parse_spec(policy) if isinstance(policy, str) else dict(policy)
+    if "name" not in spec:
+        raise PolicyError(f"a policy given as a mapping needs a 'name', as in {{'name': 'fixed'}}; got {spec}")
+    name, value = str(spec.pop("name")), spec.pop("", None)
+    if ".py:" in name:
+        made = _class_of_file(name)
+    else:
+        made = find(registry().policies, name, what="policy").load()
+    if isinstance(made, type) and issubclass(made, Policy):
+        if value is not None:
+            spec = {_first_option(made.Config, name): value, **spec}
+        return made(validated(made.Config, spec, owner=name))
+    result = made(**spec)
+    if not isinstance(result, Policy):
+        raise PolicyError(f"policy {name!r} is not a bpkit.Policy but a {type(result).__name__}")
+    return result
+
+
+def parse_spec(text: str) -> dict[str, Any]:
+    """Split the command-line form of a policy or drafter into name and options.
+
+    A bare value stands under the key `""` and sets the first option.
+
+    >>> parse_spec("threshold:0.6,block_size=8")
+    {'name': 'threshold', '': '0.6', 'block_size': '8'}
+    """
+    if ".py:" in text:
+        path, _, rest = text.partition(".py:")
+        head, _, tail = rest.partition(":")
+        spec: dict[str, Any] = {"name": f"{path}.py:{head}"}
+    else:
+        head, _, tail = text.partition(":")
+        spec = {"name": head}
+    for part in filter(None, tail.split(",")):
+        key, equals, value = part.partition("=")
+        spec.update({key.strip(): value.strip()} if equals else {"": part.strip()})
+    return spec
+
+
+def _first_option(config: type[PolicyConfig], name: str) -> str:
+    for option in config.model_fields:
+        return option
+    raise PolicyError(f"policy {name!r} takes no options")
+
+
+def _class_of_file(spec: str) -> type[Policy]:
+    path_text, _, class_name = spec.rpartition(":")
+    path = Path(path_text).expanduser()
+    if not path.is_file():
+        raise PolicyError(f"there is no file {path_text!r} (policy {spec!r})")
+    module_name = f"bpkit_file_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise PolicyError(f"{path_text} cannot be imported: {type(error).__name__}: {error}") from error
+    found = getattr(module, class_name, None)
+    if isinstance(found, type) and issubclass(found, Policy):
+        return found
+    classes = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Policy) and v is not Policy]
+    raise PolicyError(f"{path_text} has no policy class {class_name!r}; it has: {', '.join(classes) or 'none'}")

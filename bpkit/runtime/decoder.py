@@ -1,0 +1,289 @@
+"""The SpeculativeDecoder: a `custom_generate` callable for transformers' `generate`, with a front door of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from bpkit.drafters.base import Drafter
+from bpkit.drafters.resolve import resolve_drafter
+from bpkit.policy import Policy, PolicyError
+from bpkit.registry import PolicyLike, resolve_policy
+from bpkit.runtime.clock import Clock, WallClock
+from bpkit.runtime.guard import GuardedPolicy
+from bpkit.runtime.loop import decode
+from bpkit.runtime.noise import TARGET_SALT, GumbelNoise
+from bpkit.runtime.refuse import refuse_what_generate_dropped, refuse_what_we_cannot_do
+from bpkit.runtime.request import Request
+from bpkit.runtime.result import Generation, Run
+from bpkit.runtime.sampling import Processors
+from bpkit.runtime.stopping import Stopping
+from bpkit.runtime.streaming import TextPieces
+from bpkit.runtime.target import TargetSession
+from bpkit.runtime.verify import RULES, make_rule
+from bpkit.types import OF_THE_DRAFTED_TOKEN, DecoderSpec, Feature
+
+_OF_THE_TARGET = frozenset({Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS, Feature.LAST_HIDDEN})
+
+
+class SpeculativeDecoder:
+    """Speculative decoding of one target with one drafter under one policy.
+
+    Args:
+        target: a causal language model of transformers.
+        drafter: bound to this target, or what `resolve_drafter` takes.
+        policy: an instance, or what `bpkit.resolve_policy` takes.
+        tokenizer: needed for text in and out and for stop strings.
+        rule: `coupled` (the text never depends on drafter and policy) or `rejection` (Leviathan et al. 2023).
+        streamer: a transformers streamer that is handed the tokens of every step.
+        clock: what a step costs, for the records and for policies that learn from time; the wall by default.
+        strict: raise on policy faults instead of mending them.
+
+    Raises:
+        PolicyError: unknown policy or option, or a policy that wants what this drafter cannot provide.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: Drafter | str | dict[str, Any],
+        policy: PolicyLike = "fixed",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rule: str = "coupled",
+        streamer: BaseStreamer | None = None,
+        clock: Clock | None = None,
+        strict: bool = False,
+    ) -> None:
+        if rule not in RULES:
+            raise ValueError(f"there is no verify rule {rule!r}; the rules are: {', '.join(RULES)}")
+        self.target = target.eval()
+        self.drafter = resolve_drafter(drafter, target) if isinstance(drafter, (str, dict)) else drafter
+        self.tokenizer, self.rule, self.streamer, self.strict = tokenizer, rule, streamer, strict
+        self.clock = clock or WallClock(target.device)
+        config = target.config.get_text_config()
+        self.spec = DecoderSpec(
+            target=str(target.name_or_path or type(target).__name__),
+            drafter=self.drafter.name,
+            drafter_kind=self.drafter.kind,
+            trained_block_size=self.drafter.trained_block_size,
+            max_block_size=self.drafter.max_block_size,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            verify_rule=rule,
+        )
+        self.policy = self._bound(policy)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | Path | None = None,
+        drafter: str | dict[str, Any] | None = None,
+        policy: PolicyLike = "fixed",
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> SpeculativeDecoder:
+        """Load target, tokenizer and drafter from folders or the Hub; by default the pair that ships with bpkit.
+
+        Args:
+            target: folder or Hub name. drafter: folder or Hub name of a DFlash drafter or a causal language model,
+                `ngram`, or a mapping with `name` and options.
+            dtype: by default float32 on a CPU and the checkpoint's own on a GPU.
+            device: by default a GPU if there is one.
+            options: passed to the constructor.
+        """
+        from bpkit.assets import shipped
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.float32 if device == "cpu" else "auto")
+        path = str(target or shipped("target"))
+        if drafter is None and target is None:
+            drafter = str(shipped("drafter"))
+        if drafter is None:
+            raise ValueError(f"name a drafter for the target {path}: a folder, a Hub name, or 'ngram'")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        options.setdefault("tokenizer", AutoTokenizer.from_pretrained(path))
+        return cls(model, drafter, policy, **options)
+
+    def with_policy(self, policy: PolicyLike) -> SpeculativeDecoder:
+        """The same models under another policy."""
+        return SpeculativeDecoder(
+            self.target,
+            self.drafter,
+            policy,
+            tokenizer=self.tokenizer,
+            rule=self.rule,
+            streamer=self.streamer,
+            clock=self.clock,
+            strict=self.strict,
+        )
+
+    def generate(self, prompt: str | Tensor, **options: Any) -> Generation:
+        """Generate to the end.
+
+        Args:
+            prompt: text, or token ids int64 [1, length].
+            options: of transformers' `generate` (`max_new_tokens`, `temperature`, `top_p`, `stop_strings`, ...);
+                a temperature above 0 turns sampling on, 0 turns it off. `seed` fixes the noise and `stream_id`
+                tells apart prompts that share a seed.
+
+        Raises:
+            ValueError: an option that speculative decoding cannot honour; the message names it.
+        """
+        run = self.run(prompt, **options)
+        result = run.finish()
+        if self.tokenizer is not None:
+            result.text = cast("str", self.tokenizer.decode(result.tokens[0], skip_special_tokens=True))
+        return result
+
+    def stream(self, prompt: str | Tensor, **options: Any) -> Iterator[str]:
+        """Yield the text in pieces as it is decided; takes what `generate` takes."""
+        if self.tokenizer is None:
+            raise ValueError("streaming text needs a tokenizer: SpeculativeDecoder(..., tokenizer=tokenizer)")
+        pieces = TextPieces(self.tokenizer)
+        for record in self.run(prompt, **options):
+            yield from pieces.put(record.tokens)
+        yield from pieces.end()
+
+    def run(self, prompt: str | Tensor, **options: Any) -> Run:
+        """Start a generation and return it as an iterator over its records, with `finish()` for the result."""
+        stop_strings = options.pop("stop_strings", None)
+        if stop_strings is not None:
+            options["stopping_criteria"] = StoppingCriteriaList(
+                [*(options.get("stopping_criteria") or ()), StopStringCriteria(self._tokenizer(), stop_strings)]
+            )
+        temperature = options.pop("temperature", None)
+        if temperature is not None:
+            options["do_sample"] = temperature > 0
+            if temperature > 0:
+                options["temperature"] = float(temperature)
+        ids = self._ids(prompt) if isinstance(prompt, str) else prompt
+        return cast(
+            "Run",
+            self.target.generate(
+                input_ids=ids.to(self.target.device), custom_generate=self, return_run=True, **options
+            ),
+        )
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        *,
+        policy: PolicyLike | None = None,
+        drafter: Drafter | str | None = None,
+        seed: int | None = None,
+        stream_id: int = 0,
+        return_run: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput | Run:
+        """What transformers' `generate(custom_generate=decoder)` calls after its own preparations."""
+        refuse_what_generate_dropped()
+        refuse_what_we_cannot_do(model, self.target, input_ids, generation_config, model_kwargs)
+        if drafter is not None or policy is not None:
+            other = SpeculativeDecoder(
+                self.target,
+                drafter if drafter is not None else self.drafter,
+                policy if policy is not None else self.policy,
+                tokenizer=self.tokenizer,
+                rule=self.rule,
+                clock=self.clock,
+                strict=self.strict,
+            )
+        else:
+            other = self
+        if generation_config.do_sample and seed is None:
+            seed = int(torch.randint(2**62, ()))
+        seed = seed if generation_config.do_sample else None
+        request = other._request(input_ids, logits_processor, stopping_criteria, seed, stream_id)
+        run = Run(decode(request), input_ids, seed)
+        if return_run:
+            return run
+        for record in run:
+            if self.streamer is not None:
+                self.streamer.put(record.tokens.cpu())
+        if self.streamer is not None:
+            self.streamer.end()
+        result = run.finish()
+        if not generation_config.return_dict_in_generate:
+            return result.sequences
+        output = GenerateDecoderOnlyOutput(sequences=result.sequences, past_key_values=request.target.cache)
+        output.generation = result
+        return output
+
+    def _request(
+        self,
+        prompt: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        seed: int | None,
+        stream_id: int,
+    ) -> Request:
+        wants = self.policy.wants | (self.policy.wants_optional & self._offered())
+        biasing = wants & OF_THE_DRAFTED_TOKEN
+        if self.rule == "rejection" and seed is not None and biasing:
+            raise PolicyError(
+                f"policy {type(self.policy).__name__} looks at {', '.join(sorted(biasing))}, which would bias the "
+                "output under rule 'rejection' at temperature > 0; use rule 'coupled', or features of the "
+                "distribution alone such as draft_entropy"
+            )
+        noise = None
+        if seed is not None:
+            noise = GumbelNoise(seed, stream_id, self.spec.vocab_size, prompt.device, salt=TARGET_SALT)
+        generator = torch.Generator().manual_seed((seed or 0) ^ stream_id)
+        keep_hidden = bool(wants & {Feature.PREFILL_HIDDEN, Feature.LAST_HIDDEN})
+        return Request(
+            prompt=prompt,
+            target=TargetSession(self.target, feature_layers=self.drafter.feature_layers, keep_hidden=keep_hidden),
+            drafter=self.drafter.begin(),
+            policy=GuardedPolicy(self.policy, self.spec, strict=self.strict),
+            rule=make_rule(self.rule, Processors(processors), noise, prompt.shape[1]),
+            stopping=Stopping(criteria, prompt.shape[1]),
+            clock=self.clock,
+            spec=self.spec,
+            wants=wants,
+            generator=generator,
+        )
+
+    def _bound(self, policy: PolicyLike) -> Policy:
+        made = resolve_policy(policy)
+        missing = made.wants - self._offered()
+        if missing:
+            raise PolicyError(
+                f"policy {type(made).__name__} wants {', '.join(sorted(missing))}, which drafter {self.drafter.name!r} "
+                f"({self.drafter.kind}) does not provide; it provides: {', '.join(sorted(self.drafter.provides))}"
+            )
+        made.bind(self.spec, getattr(self.clock, "cost", None))
+        return made
+
+    def _offered(self) -> frozenset[Feature]:
+        return _OF_THE_TARGET | self.drafter.provides
+
+    def _ids(self, prompt: str) -> Tensor:
+        return cast("Tensor", self._tokenizer()(prompt, return_tensors="pt")["input_ids"])
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError("this needs a tokenizer: SpeculativeDecoder(..., tokenizer=tokenizer)")
+        return self.tokenizer

@@ -1,0 +1,126 @@
+"""A policy can only cost speed: its faults are mended here, warned of once, and counted.
+
+With `strict=True` (tests, `bpkit check`) the same faults raise.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpkit.policy import Policy, PolicyError, State, overrides
+from bpkit.types import Context, DecoderSpec, Draft, Step
+
+
+class PolicyFault(PolicyError):
+    """A policy raised, or returned something that is no decision."""
+
+
+class PolicyFaultWarning(UserWarning):
+    """A policy was overruled; the text is not affected, the speed may be."""
+
+
+class GuardedPolicy:
+    """The policy as the loop sees it: decisions are always valid.
+
+    Attributes:
+        fallbacks: faults mended so far in this request.
+    """
+
+    def __init__(self, policy: Policy, spec: DecoderSpec, *, strict: bool = False) -> None:
+        self.policy, self.spec, self.strict = policy, spec, strict
+        self.fallbacks = 0
+        self.state: State = {}
+        self._warned: set[str] = set()
+        self._reported = 0
+        self.truncates, self.extends = overrides(policy, "truncate"), overrides(policy, "extend")
+
+    def begin(self, context: Context) -> None:
+        """Make the request's state."""
+        try:
+            self.state = self.policy.begin(context)
+            if not isinstance(self.state, dict):
+                raise PolicyFault(f"begin returned a {type(self.state).__name__}, not a dict of tensors")
+        except Exception as error:
+            self._mend("begin", error, "an empty state")
+            self.state = {}
+
+    def select(self, context: Context) -> Tensor:
+        """Block size of the next draft, 1 .. max_block_size: int64 [batch]."""
+        default, most = self.spec.trained_block_size, self.spec.max_block_size
+        try:
+            size = _whole_numbers(self.policy.select(self.state, context), context.batch_size, "select")
+            if bool((size < 1).any()):
+                raise PolicyFault(f"select returned {size.tolist()}; a block size is at least 1 (no drafting)")
+        except Exception as error:
+            self._mend("select", error, f"the trained block size {default}")
+            return context.full(default)
+        if bool((size > most).any()):
+            self._mend("select", PolicyFault(f"select returned {size.tolist()}, above {most}"), f"{most}")
+        return size.clamp(max=most)
+
+    def truncate(self, draft: Draft) -> Tensor:
+        """Drafted tokens to verify, 0 .. draft_length: int64 [batch]."""
+        if not self.truncates:
+            return draft.draft_length
+        try:
+            width = _whole_numbers(self.policy.truncate(self.state, draft), draft.context.batch_size, "truncate")
+            if bool(((width < 0) | (width > draft.draft_length)).any()):
+                raise PolicyFault(f"truncate returned {width.tolist()} of {draft.draft_length.tolist()} drafted tokens")
+        except Exception as error:
+            self._mend("truncate", error, "the whole draft")
+            return draft.draft_length
+        return width
+
+    def extend(self, draft: Draft) -> bool:
+        """Whether an autoregressive drafter goes on."""
+        try:
+            answer = self.policy.extend(self.state, draft)
+            if not isinstance(answer, Tensor) or answer.shape != draft.draft_length.shape:
+                raise PolicyFault("extend must return a bool tensor [batch]")
+            return bool(answer.any())
+        except Exception as error:
+            self._mend("extend", error, "drafting on")
+            return True
+
+    def observe(self, step: Step) -> None:
+        """Feed the step back."""
+        try:
+            self.policy.observe(self.state, step)
+        except Exception as error:
+            self._mend("observe", error, "no feedback")
+
+    def new_fallbacks(self) -> int:
+        """Faults since the last time this was asked."""
+        new, self._reported = self.fallbacks - self._reported, self.fallbacks
+        return new
+
+    def _mend(self, method: str, error: Exception, instead: str) -> None:
+        name = type(self.policy).__name__
+        message = f"policy {name}.{method}: {_explained(error)}"
+        if self.strict:
+            raise PolicyFault(message) from error
+        self.fallbacks += 1
+        if method not in self._warned:
+            self._warned.add(method)
+            warnings.warn(f"{message}; using {instead} instead (said once)", PolicyFaultWarning, stacklevel=3)
+
+
+def _explained(error: Exception) -> str:
+    return str(error) if isinstance(error, PolicyFault) else f"{type(error).__name__}: {error}"
+
+
+def _whole_numbers(value: Any, batch_size: int, method: str) -> Tensor:
+    """Check a decision: int64 [batch]. Raises PolicyFault."""
+    if not isinstance(value, Tensor) or value.shape != (batch_size,):
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise PolicyFault(f"{method} must return an int64 tensor [batch] of {batch_size}, as context.full(8); got {got}")
+    if value.is_floating_point():
+        if not bool(torch.isfinite(value).all()) or bool((value != value.round()).any()):
+            raise PolicyFault(f"{method} returned {value.tolist()}, not whole numbers")
+    elif value.dtype == torch.bool or value.is_complex():
+        raise PolicyFault(f"{method} returned dtype {value.dtype}, not whole numbers")
+    return value.long()

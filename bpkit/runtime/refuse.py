@@ -1,0 +1,75 @@
+"""What speculative decoding cannot honour is refused with a sentence, never ignored."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+# Options of a generation config that ask for another way of decoding, and what to do instead.
+_OTHER_MODES = {
+    "num_beams": (1, "beam search keeps several texts; use num_beams=1"),
+    "num_return_sequences": (1, "one sequence at a time for now; call once for each, with another seed"),
+    "penalty_alpha": (None, "contrastive search is another decoding method"),
+    "prompt_lookup_num_tokens": (None, "use drafter='ngram' instead"),
+    "assistant_early_exit": (None, "early exit is another way of drafting; use one of bpkit's drafters"),
+    "speculation_type": (None, "the drafter and policy of the decoder decide how to speculate"),
+    "guidance_scale": (None, "classifier-free guidance keeps state from token to token"),
+    "watermarking_config": (None, "watermarks keep state from token to token"),
+    "token_healing": (False, "heal the prompt before the call"),
+    "output_scores": (False, "scores are not kept; call the target on the finished sequence"),
+    "output_logits": (False, "logits are not kept; call the target on the finished sequence"),
+    "output_attentions": (False, "attentions are not kept; call the target on the finished sequence"),
+    "output_hidden_states": (False, "hidden states are not kept; call the target on the finished sequence"),
+}
+
+
+def refuse_what_we_cannot_do(
+    model: PreTrainedModel, target: PreTrainedModel, ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    """Raise ValueError that names the option and the way out."""
+    if model is not target:
+        raise ValueError("this decoder was made for another target: call generate on decoder.target")
+    for name, (neutral, instead) in _OTHER_MODES.items():
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
+            raise ValueError(f"speculative decoding cannot honour {name}={value!r}: {instead}")
+    if ids.shape[0] != 1:
+        raise ValueError(f"batch size {ids.shape[0]}: speculative decoding serves one sequence at a time for now")
+    if ids.shape[1] == 0:
+        raise ValueError("the prompt is empty: give at least one token")
+    if not config.use_cache or model_kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False: speculative decoding needs the KV cache; leave use_cache on")
+    cache = model_kwargs.get("past_key_values")
+    if config.cache_implementation not in (None, "dynamic") or (
+        cache is not None and not isinstance(cache, DynamicCache)
+    ):
+        kind = config.cache_implementation or type(cache).__name__
+        raise ValueError(f"cache {kind!r}: only a dynamic cache can drop rejected tokens; leave cache_implementation")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("past_key_values already holds tokens: the decoder makes its own cache; pass the whole prompt")
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not bool((mask == 1).all()):
+        raise ValueError("the attention mask hides tokens: pass the prompt without padding")
+
+
+def refuse_what_generate_dropped() -> None:
+    """Refuse arguments of `generate` that it does not pass on to a callable.
+
+    It drops `assistant_model` and `streamer` without a word, so the only place to see them is its own frame. If that
+    frame should look different in another version, nothing is refused.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "__call__":
+        frame = frame.f_back
+    caller = frame.f_back if frame is not None else None
+    if caller is None or caller.f_code.co_name != "generate":
+        return
+    if caller.f_locals.get("assistant_model") is not None:
+        raise ValueError("assistant_model: the decoder has its drafter; pass it as SpeculativeDecoder(target, drafter)")
+    if caller.f_locals.get("streamer") is not None:
+        raise ValueError(
+            "streamer: transformers does not hand it to custom decoders; use SpeculativeDecoder(..., streamer=...)"
+        )

@@ -1,0 +1,111 @@
+"""One generation, ready to run: what the loop reads from, and how it builds contexts, drafts and steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bpkit.drafters.base import DrafterSession, Proposal
+from bpkit.runtime.clock import Clock, Watch
+from bpkit.runtime.features import draft_features
+from bpkit.runtime.guard import GuardedPolicy
+from bpkit.runtime.stopping import Stopping
+from bpkit.runtime.target import TargetOutput, TargetSession
+from bpkit.runtime.verify import Verdict, VerifyRule
+from bpkit.types import Context, DecoderSpec, Draft, Feature, Step
+
+
+@dataclass
+class Request:
+    """Everything that one generation needs.
+
+    Attributes:
+        prompt: int64 [1, length].
+        wants: features to compute.
+        generator: the policy's own random numbers.
+    """
+
+    prompt: Tensor
+    target: TargetSession
+    drafter: DrafterSession
+    policy: GuardedPolicy
+    rule: VerifyRule
+    stopping: Stopping
+    clock: Clock
+    spec: DecoderSpec
+    wants: frozenset[Feature]
+    generator: torch.Generator
+
+    def context(self, ids: Tensor, output: TargetOutput, *, first: bool = False) -> Context:
+        """What the policy sees before a draft; `output` is the pass that decided the anchor, the last of `ids`."""
+        length = ids.shape[1]
+        features = {}
+        if output.last_hidden is not None:
+            features[Feature.LAST_HIDDEN] = output.last_hidden[:, -1]
+            if first and Feature.PREFILL_HIDDEN in self.wants:
+                features[Feature.PREFILL_HIDDEN] = features[Feature.LAST_HIDDEN]
+            if Feature.LAST_HIDDEN not in self.wants:
+                del features[Feature.LAST_HIDDEN]
+        if first and Feature.PREFILL_LOGITS in self.wants:
+            features[Feature.PREFILL_LOGITS] = output.logits[:, -1].float()
+        return Context(
+            spec=self.spec,
+            position=torch.tensor([length - self.prompt.shape[1]]),
+            remaining=torch.tensor([self.stopping.max_length - length]),
+            context_length=torch.tensor([length]),
+            generator=self.generator,
+            features=features,
+        )
+
+    def draft(self, context: Context, block_size: Tensor, ids: Tensor) -> Draft:
+        """Ask the drafter for a block, or nobody at block size 1."""
+        size = int(block_size)
+        if size == 1:
+            return self.no_draft(context)
+
+        def as_draft(proposal: Proposal) -> Draft:
+            length = context.full(proposal.tokens.shape[1])
+            features = draft_features(proposal, self.wants)
+            return Draft(context, block_size, length, proposal.tokens, proposal.scores, features)
+
+        def go_on(so_far: Proposal) -> bool:
+            return self.policy.extend(as_draft(so_far))
+
+        draw = self.rule.draw(ids)
+        return as_draft(self.drafter.draft(size, draw, go_on if self.policy.extends else None))
+
+    def no_draft(self, context: Context | None = None) -> Draft:
+        """A block of the anchor alone."""
+        context = context or self.context(self.prompt, TargetOutput(self.prompt, None, None))
+        return Draft(context, context.full(1), context.full(0), self.prompt[:, :0])
+
+    def verify_length(self, context: Context, draft: Draft) -> int:
+        """Drafted tokens to verify: what the policy keeps, capped to what may still be generated."""
+        if draft.tokens.shape[1] == 0:
+            return 0
+        # A step yields one token more than it verifies.
+        return min(int(self.policy.truncate(draft)), int(context.remaining) - 1)
+
+    def step(
+        self, context: Context, draft: Draft, verify_length: int, tokens: Tensor, verdict: Verdict, watch: Watch
+    ) -> Step:
+        """The record of a turn that yielded `tokens`, int64 [1, acceptance_length]."""
+        seconds = self.clock.charge(
+            watch.seconds("rest"),
+            block_size=int(draft.block_size),
+            verify_width=verify_length + 1,
+            context_length=int(context.context_length),
+        )
+        return Step(
+            block_size=draft.block_size,
+            draft_length=draft.draft_length,
+            verify_length=context.full(verify_length),
+            num_accepted=context.full(tokens.shape[1] - 1),
+            tokens=tokens,
+            position=int(context.position),
+            seconds=seconds,
+            fallbacks=self.policy.new_fallbacks(),
+            near_ties=verdict.near_ties(tokens.shape[1]),
+        )

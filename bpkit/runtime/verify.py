@@ -1,0 +1,124 @@
+"""The verify rules: which drafted tokens stand, and what comes after them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bpkit.runtime.noise import ACCEPT_SALT, DRAFT_SALT, GumbelNoise, uniform
+from bpkit.runtime.sampling import Draw, Processors, noisy
+from bpkit.types import Draft
+
+NEAR_TIE = 1e-4
+"""A top-2 gap below this may flip between verify widths, because float32 sums in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Tokens of a step before stopping is considered, int64 [1, count], and which were near ties, bool [1, count]."""
+
+    tokens: Tensor
+    near_tie: Tensor
+
+    def near_ties(self, count: int) -> int:
+        """Near ties among the first `count` tokens."""
+        return int(self.near_tie[:, :count].sum())
+
+
+class VerifyRule(Protocol):
+    """Decides a step from the target's logits."""
+
+    def draw(self, prefix: Tensor) -> Draw:
+        """What the drafter draws the tokens after `prefix` with."""
+        ...
+
+    def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
+        """Judge the first `width` drafted tokens.
+
+        Args:
+            logits: of the target at anchor and drafted tokens, [1, width + 1, vocab].
+            prefix: decided tokens, int64 [1, length]; the last is the anchor.
+        """
+        ...
+
+
+def _gap_is_small(scores: Tensor) -> Tensor:
+    top = scores.topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1] < NEAR_TIE
+
+
+class Coupled:
+    """A drafted token stands iff it is the token that plain decoding would choose.
+
+    Drafter and target use the same Gumbel noise at the same output position (Daliri, Musco & Suresh 2024, "Coupling
+    without communication and drafter-invariant speculative decoding"), so the text depends on neither drafter nor
+    policy. Without noise this is greedy decoding.
+    """
+
+    def __init__(self, processors: Processors, noise: GumbelNoise | None, prompt_length: int) -> None:
+        self.processors, self.noise, self.prompt_length = processors, noise, prompt_length
+
+    def draw(self, prefix: Tensor) -> Draw:
+        return Draw(self.processors, self.noise, prefix.shape[1] - self.prompt_length, prefix)
+
+    def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
+        drafted, position = draft.tokens[:, :width], prefix.shape[1] - self.prompt_length
+        scores = noisy(self.processors(logits, prefix, drafted), self.noise, position)
+        chosen = scores.argmax(dim=-1)
+        stands = int((chosen[:, :width] == drafted).cumprod(dim=1).sum())
+        if self.noise is not None:
+            self.noise.forget_before(position + stands + 1)
+        return Verdict(chosen[:, : stands + 1], _gap_is_small(scores[:, : stands + 1]))
+
+
+class Rejection:
+    """Speculative sampling: accept token x with probability min(1, p(x)/q(x)), else draw from max(p - q, 0).
+
+    Leviathan et al. 2023 (2211.17192) and Chen et al. 2023 (2302.01318). The output has the target's distribution,
+    but the text depends on drafter and policy.
+    """
+
+    def __init__(self, processors: Processors, noise: GumbelNoise, prompt_length: int) -> None:
+        self.processors, self.noise, self.prompt_length = processors, noise, prompt_length
+        self.draft_noise = GumbelNoise(noise.seed, noise.stream, noise.width, noise.device, salt=DRAFT_SALT)
+
+    def draw(self, prefix: Tensor) -> Draw:
+        return Draw(self.processors, self.draft_noise, prefix.shape[1] - self.prompt_length, prefix)
+
+    def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
+        drafted, position = draft.tokens[:, :width], prefix.shape[1] - self.prompt_length
+        target = self.processors(logits, prefix, drafted).softmax(dim=-1)
+        proposal = torch.zeros_like(target)
+        if width:
+            proposal[:, :width] = self._proposal(draft, width, target.shape[-1])
+        p, q = (d[:, :width].gather(-1, drafted[..., None])[..., 0] for d in (target, proposal))
+        n = self.noise
+        u = uniform(n.seed, n.stream, position, max(width, 1), 1, n.device, ACCEPT_SALT)[:width, 0]
+        stands = int((u * q < p).cumprod(dim=1).sum())
+        rest = (target[:, stands] - proposal[:, stands]).clamp(min=0)
+        # p == q leaves nothing over but is never rejected in exact arithmetic; rounding may still land here.
+        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, target[:, stands])
+        last = noisy(rest.log()[:, None], n, position + stands).argmax(dim=-1)
+        tokens = torch.cat([drafted[:, :stands], last], dim=1)
+        for used in (self.noise, self.draft_noise):
+            used.forget_before(position + stands + 1)
+        return Verdict(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+
+    @staticmethod
+    def _proposal(draft: Draft, width: int, vocab: int) -> Tensor:
+        if draft.logits is not None:
+            return draft.logits[:, :width].softmax(dim=-1)
+        return torch.nn.functional.one_hot(draft.tokens[:, :width], vocab).float()
+
+
+RULES = ("coupled", "rejection")
+
+
+def make_rule(name: str, processors: Processors, noise: GumbelNoise | None, prompt_length: int) -> VerifyRule:
+    """The rule of that name; without noise both are greedy decoding."""
+    if name == "rejection" and noise is not None:
+        return Rejection(processors, noise, prompt_length)
+    return Coupled(processors, noise, prompt_length)

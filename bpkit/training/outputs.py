@@ -1,0 +1,107 @@
+"""The target's own answers to prompts: what drafters are trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def write_outputs(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    out: Path,
+    *,
+    count: int,
+    new_tokens: int,
+    seed: int,
+    batch_size: int = 128,
+    max_prompt_tokens: int = 128,
+) -> Path:
+    """Generate `count` sequences, half greedy and half sampled at temperature 1, into one safetensors file.
+
+    Batches are kept as shards while the work runs, so a run that was cut short goes on where it stopped.
+
+    Returns:
+        path of a file with `ids` int32 [count, time] right-padded, `prompt_length` and `length` int64 [count].
+    """
+    result, shards = out / "outputs.safetensors", out / "outputs"
+    if result.exists():
+        return result
+    shards.mkdir(parents=True, exist_ok=True)
+    # Sorting by length keeps padding, and so wasted work, small.
+    chosen = sorted(islice(cycle(prompts), count), key=len)
+    batches = [chosen[i : i + batch_size] for i in range(0, count, batch_size)]
+    for index, batch in track(list(enumerate(batches)), description="target outputs"):
+        shard = shards / f"{index:05d}.safetensors"
+        if not shard.exists():
+            torch.manual_seed(seed + index)
+            greedy = _answers(target, tokenizer, batch[::2], new_tokens, max_prompt_tokens, sample=False)
+            sampled = _answers(target, tokenizer, batch[1::2], new_tokens, max_prompt_tokens, sample=True)
+            _save(_padded([*greedy, *sampled]), shard)
+    parts = [load_file(shards / f"{index:05d}.safetensors") for index in range(len(batches))]
+    rows = [part["ids"][i, : part["length"][i]] for part in parts for i in range(len(part["length"]))]
+    starts = torch.cat([part["prompt_length"] for part in parts]).tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    _save(_padded([(rows[i], starts[i]) for i in order]), result)
+    return result
+
+
+@torch.inference_mode()
+def _answers(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    new_tokens: int,
+    max_prompt_tokens: int,
+    *,
+    sample: bool,
+) -> Iterator[tuple[Tensor, int]]:
+    """Yield (ids of prompt and answer, prompt length) for each prompt, EOS included."""
+    if not prompts:
+        return
+    batch = tokenizer(
+        prompts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        truncation=True,
+        max_length=max_prompt_tokens,
+        add_special_tokens=False,
+    ).to(target.device)
+    out = target.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=new_tokens,
+        do_sample=sample,
+        top_k=0,
+    )
+    width = batch["input_ids"].shape[1]
+    for ids, mask in zip(out.cpu(), batch["attention_mask"].cpu(), strict=True):
+        answer = ids[width:]
+        ends = (answer == tokenizer.eos_token_id).nonzero()
+        stop = int(ends[0]) + 1 if len(ends) else len(answer)
+        prompt = ids[:width][mask.bool()]
+        yield torch.cat([prompt, answer[:stop]]), len(prompt)
+
+
+def _padded(rows: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int32)
+    for i, (row, _) in enumerate(rows):
+        ids[i, : len(row)] = row
+    return {"ids": ids, "prompt_length": torch.tensor([start for _, start in rows]), "length": lengths}
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, partial)
+    os.replace(partial, path)

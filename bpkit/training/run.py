@@ -1,0 +1,91 @@
+"""One Lightning run: devices, precision, checkpoints, resumption, logs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from bpkit.training.budget import BudgetedModule
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every recipe takes.
+
+    Attributes:
+        max_steps, max_minutes: the budget; whichever is spent first ends the run, annealed.
+        devices, accelerator, strategy: passed to `lightning.Trainer`.
+        compile: run the loss through `torch.compile`, worth its start-up time on runs over a few minutes.
+        resume: continue from `out/checkpoints/last.ckpt` when it is there.
+    """
+
+    max_steps: int = 1_000_000
+    max_minutes: float = 30.0
+    devices: int = 1
+    accelerator: str = "auto"
+    strategy: str = "auto"
+    compile: bool = False
+    resume: bool = True
+    seed: int = 0
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 autocast, which both GPUs and recent CPUs run faster than float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def fit(
+    module: BudgetedModule,
+    training: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...],
+    *,
+    out: Path,
+    batch_size: int,
+    options: RunOptions,
+) -> bool:
+    """Train `module`, keeping `out/checkpoints/last.ckpt` fresh, and resume from it when asked to.
+
+    Returns:
+        True on the one process that should write the result.
+    """
+    if not torch.cuda.is_available():
+        # Several ranks of one thread each beat one rank of several threads on small models and busy machines.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.devices))
+    if options.compile:
+        module.loss_module.compile(dynamic=False)
+    last = out / "checkpoints" / "last.ckpt"
+    trainer = L.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        strategy=options.strategy if options.devices > 1 else "auto",
+        max_epochs=-1,
+        val_check_interval=250,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=10,
+        logger=CSVLogger(out, name="logs"),
+        callbacks=[ModelCheckpoint(out / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=100)],
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(
+        module,
+        _loader(training, batch_size, shuffle=True),
+        _loader(held_out, batch_size, shuffle=False),
+        ckpt_path=str(last) if options.resume and last.exists() else None,
+    )
+    return bool(trainer.is_global_zero)
+
+
+def _loader(tensors: tuple[Tensor, ...], batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*tensors), batch_size=batch_size, shuffle=shuffle, drop_last=True)
+
+

@@ -1,0 +1,89 @@
+"""The recipe of the shipped target: a deep, narrow Qwen3 language model trained from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from bpkit.training.budget import BudgetedModule
+from bpkit.training.corpus import pack, training_documents
+from bpkit.training.run import RunOptions, autocast, fit
+from bpkit.training.tokenizer import train_tokenizer
+
+
+class NextTokenLoss(nn.Module):
+    """Mean cross-entropy of the next token, in nats."""
+
+    def __init__(self, model: Qwen3ForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 [batch, length]; returns a scalar."""
+        with autocast(ids.device):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def target_config(tokenizer: PreTrainedTokenizerFast, *, layers: int, hidden_size: int) -> Qwen3Config:
+    """A `Qwen3Config` with tied embeddings, heads of 64 and half as many key/value heads."""
+    heads = hidden_size // 64
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        head_dim=64,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def train_target(
+    out: Path,
+    *,
+    maths: Path | None,
+    options: RunOptions,
+    layers: int = 12,
+    hidden_size: int = 256,
+    vocab_size: int = 4096,
+    length: int = 384,
+    batch_size: int = 10,
+) -> None:
+    """Train tokenizer and target and write both to the folder `out`.
+
+    Args:
+        maths: JSONL with `question` and `answer`, or None to leave that domain out.
+        length: tokens in a training window. batch_size: windows a step on each device.
+    """
+    torch.manual_seed(options.seed)
+    texts = training_documents(maths, structured_count=6000, maths_repeats=3, seed=options.seed)
+    every = [text for domain in texts.values() for text in domain]
+    if (out / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    else:
+        # A sample is enough to choose merges; the whole text would only take longer.
+        tokenizer = train_tokenizer((t for domain in texts.values() for t in domain[:6000]), vocab_size=vocab_size)
+        tokenizer.save_pretrained(out)
+    windows = pack(every, tokenizer, length=length, seed=options.seed)
+    held_out, training = windows[:64], windows[64:]
+    model = Qwen3ForCausalLM(target_config(tokenizer, layers=layers, hidden_size=hidden_size))
+    module = BudgetedModule(
+        NextTokenLoss(model),
+        max_steps=options.max_steps,
+        max_minutes=options.max_minutes,
+        muon_lr=6e-3,
+        adamw_lr=2e-3,
+    )
+    if fit(module, (training,), (held_out,), out=out, batch_size=batch_size, options=options):
+        model.to(torch.bfloat16).save_pretrained(out)

@@ -1,0 +1,218 @@
+"""The records that pass between runtime, drafters and policies. Nothing here imports torch at run time.
+
+Every tensor carries a leading batch axis: row *i* is request *i*. Terms (one meaning each):
+
+- *anchor*: the last token already decided; the target has not seen it yet.
+- *block_size*: positions in a draft block including the anchor; 1 means no drafting.
+- *draft_length*: proposed tokens, `block_size - 1` or fewer.
+- *num_accepted*: 0 .. draft_length, without the last token of the step.
+- *acceptance_length*: `num_accepted + 1`, the tokens that a step yields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Feature(StrEnum):
+    """What a policy may ask for in `wants`. Nothing that no policy wants is computed."""
+
+    PREFILL_HIDDEN = "prefill_hidden"
+    """Final-norm hidden state of the last prompt token: float [batch, hidden]. Given to `begin`."""
+    PREFILL_LOGITS = "prefill_logits"
+    """Raw target logits after the last prompt token: float32 [batch, vocab]. Given to `begin`."""
+    LAST_HIDDEN = "last_hidden"
+    """Final-norm hidden state that predicted the anchor: float [batch, hidden]. Given to `begin` and `select`."""
+    DRAFT_TOKENS = "draft_tokens"
+    """The drafted tokens: int64 [batch, draft_length]. Given to `truncate` and `extend`."""
+    DRAFT_PROBABILITY = "draft_probability"
+    """The drafter's probability of each drafted token: float32 [batch, draft_length]."""
+    DRAFT_ENTROPY = "draft_entropy"
+    """Entropy of the drafter's distribution at each position, in nats: float32 [batch, draft_length]."""
+    DRAFT_HIDDEN = "draft_hidden"
+    """The drafter's last hidden state at each position: float [batch, draft_length, drafter hidden]."""
+
+
+OF_THE_DRAFTED_TOKEN = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY})
+"""Features computed from the drafted token itself: under the rejection rule they would bias the output."""
+
+
+class FeatureNotWanted(KeyError):
+    """A policy read a feature that it did not declare."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _lookup(features: Mapping[Feature, Tensor], name: Feature | str) -> Tensor:
+    try:
+        return features[Feature(name)]
+    except ValueError:
+        known = ", ".join(Feature)
+        raise FeatureNotWanted(f"there is no feature {name!r}; the features are: {known}") from None
+    except KeyError:
+        raise FeatureNotWanted(
+            f"feature {str(name)!r} is not here: add it to the policy's `wants`, and read draft features in "
+            "`truncate` or `extend`, prefill features in `begin`"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """What a policy learns about the decoder in `bind`.
+
+    Attributes:
+        target, drafter: names or paths, for messages and compatibility checks.
+        drafter_kind: `block-diffusion`, `autoregressive` or `n-gram`.
+        trained_block_size: the block size the drafter was trained with, or its default where it has none.
+        max_block_size: the largest block size that the runtime will use.
+        hidden_size, vocab_size: of the target.
+        verify_rule: `coupled` or `rejection`.
+    """
+
+    target: str
+    drafter: str
+    drafter_kind: str
+    trained_block_size: int
+    max_block_size: int
+    hidden_size: int
+    vocab_size: int
+    verify_rule: str = "coupled"
+
+
+class CostModel(Protocol):
+    """Seconds that each phase of a step takes on some device."""
+
+    def seconds(self, phase: str, size: int, context_length: int) -> float:
+        """Cost of `phase` (`draft` by block size, `verify` by verified positions, `rest`) at a context length."""
+        ...
+
+
+@dataclass(slots=True)
+class Context:
+    """What is known before a draft.
+
+    Attributes:
+        position: output tokens decided so far, int64 [batch]; 0 in `begin`.
+        remaining: tokens that may still be generated, int64 [batch].
+        context_length: prompt and output tokens so far, int64 [batch].
+        generator: the policy's own random numbers (never the token noise).
+    """
+
+    spec: DecoderSpec
+    position: Tensor
+    remaining: Tensor
+    context_length: Tensor
+    generator: torch.Generator
+    features: Mapping[Feature, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.position.shape[0])
+
+    def full(self, value: int) -> Tensor:
+        """`value` for every row: int64 [batch]."""
+        return self.position.new_full((self.batch_size,), value)
+
+    def __getitem__(self, name: Feature | str) -> Tensor:
+        """A wanted feature by name. Raises FeatureNotWanted."""
+        return _lookup(self.features, name)
+
+
+@dataclass(slots=True)
+class Draft:
+    """What the drafter proposed.
+
+    Attributes:
+        block_size: as selected, int64 [batch].
+        draft_length: proposed tokens, int64 [batch]; at most `block_size - 1`.
+        tokens: int64 [batch, width], for the runtime; a policy asks for them through `wants`.
+        logits: the drafter's scores after logits processors, float32 [batch, width, vocab], or None for
+            drafters that have no distribution. For the runtime.
+    """
+
+    context: Context
+    block_size: Tensor
+    draft_length: Tensor
+    tokens: Tensor
+    logits: Tensor | None = None
+    features: Mapping[Feature, Tensor] = field(default_factory=dict)
+
+    def full(self, value: int) -> Tensor:
+        """`value` for every row: int64 [batch]."""
+        return self.context.full(value)
+
+    def __getitem__(self, name: Feature | str) -> Tensor:
+        """A wanted feature by name. Raises FeatureNotWanted."""
+        return _lookup(self.features, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Where the time of a step went, on the decoder's clock. `rest` is what lies outside the three phases."""
+
+    draft: float = 0.0
+    verify: float = 0.0
+    policy: float = 0.0
+    rest: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.draft + self.verify + self.policy + self.rest
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
+            self.draft + other.draft, self.verify + other.verify, self.policy + other.policy, self.rest + other.rest
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """The first record of a generation: the prompt was read and the first token decided."""
+
+    tokens: Tensor
+    """int64 [batch, 1]"""
+    seconds: Seconds
+    near_ties: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One turn of the loop.
+
+    Attributes:
+        block_size: as used, int64 [batch].
+        draft_length: tokens the drafter proposed, int64 [batch].
+        verify_length: drafted tokens that were verified after truncation, int64 [batch].
+        num_accepted: drafted tokens that stand, without the step's last token, int64 [batch].
+        tokens: what the step yields, int64 [batch, acceptance_length].
+        position: output index of the first of `tokens`.
+        seconds: on the decoder's clock.
+        fallbacks: policy faults that the runtime mended in this step.
+        near_ties: yielded positions whose top-2 gap was below tolerance.
+    """
+
+    block_size: Tensor
+    draft_length: Tensor
+    verify_length: Tensor
+    num_accepted: Tensor
+    tokens: Tensor
+    position: int
+    seconds: Seconds
+    fallbacks: int = 0
+    near_ties: int = 0
+
+    @property
+    def acceptance_length(self) -> Tensor:
+        """Tokens that the step yields: `num_accepted + 1`, int64 [batch]."""
+        return self.num_accepted + 1
+
+
+Record = Prefill | Step

@@ -1,0 +1,27 @@
+"""Three policies without training: `threshold` and `svip` stop at doubt, `schedule` follows the last step."""
+
+from __future__ import annotations
+
+from bpkit.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def bpkit_register_policies(register: Register) -> None:
+    register(
+        "threshold",
+        "bpkit_threshold.threshold:Threshold",
+        summary="Verifies a draft as far as the product of the drafter's probabilities stays above a threshold.",
+        config="bpkit_threshold.threshold:ThresholdConfig",
+    )
+    register(
+        "svip",
+        "bpkit_threshold.svip:Svip",
+        summary="Verifies a draft up to the first position where the drafter's entropy is high.",
+        config="bpkit_threshold.svip:SvipConfig",
+    )
+    register(
+        "schedule",
+        "bpkit_threshold.schedule:Schedule",
+        summary="Before every draft: two tokens more if the last draft was accepted whole, else one less.",
+        config="bpkit_threshold.schedule:ScheduleConfig",
+    )
