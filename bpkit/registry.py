@@ -154,10 +154,8 @@ def resolve_policy(policy: PolicyLike) -> Policy:
     if "name" not in spec:
         raise PolicyError(f"a policy given as a mapping needs a 'name', as in {{'name': 'fixed'}}; got {spec}")
     name, value = str(spec.pop("name")), spec.pop("", None)
-    if ".py:" in name:
-        made = _class_of_file(name)
-    else:
-        made = find(registry().policies, name, what="policy").load()
+    policies = registry().policies
+    made: Callable[..., Any] = _class_of_file(name) if ".py:" in name else find(policies, name, what="policy").load()
     if isinstance(made, type) and issubclass(made, Policy):
         if value is not None:
             spec = {_first_option(made.Config, name): value, **spec}
@@ -202,7 +200,8 @@ def _class_of_file(spec: str) -> type[Policy]:
         raise PolicyError(f"there is no file {path_text!r} (policy {spec!r})")
     module_name = f"bpkit_file_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module
     try:

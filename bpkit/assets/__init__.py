@@ -30,7 +30,7 @@ def shipped(name: str) -> Path:
 
 
 def prompts(*domains: str, limit: int | None = None) -> list[Prompt]:
-    """The shipped prompts of some domains, all by default; at most `limit` of each domain. No training text has them."""
+    """The shipped prompts of some domains, all by default, at most `limit` of each. No training text has them."""
     found: list[Prompt] = []
     for domain in domains or DOMAINS:
         file = shipped("prompts") / f"{domain}.jsonl"

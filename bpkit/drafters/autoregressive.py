@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -19,9 +17,7 @@ class AutoregressiveDrafter:
     """An assistant model (Leviathan et al. 2023, 2211.17192). A policy's `extend` may end a draft early."""
 
     kind = "autoregressive"
-    provides = frozenset(
-        {Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN}
-    )
+    provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
     feature_layers: tuple[int, ...] = ()
 
     def __init__(

@@ -22,9 +22,7 @@ class BlockDiffusionDrafter:
     """
 
     kind = "block-diffusion"
-    provides = frozenset(
-        {Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN}
-    )
+    provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
 
     def __init__(self, model: DFlashModel, target: PreTrainedModel, *, name: str = "DFlash") -> None:
         config = model.config
@@ -34,10 +32,9 @@ class BlockDiffusionDrafter:
                 f"{target.config.get_text_config().hidden_size}: use the drafter that was trained for this target"
             )
         self.model, self.target, self.name = model.eval(), target, name
-        assert config.block_size and config.target_layer_ids
         self.trained_block_size = config.block_size
         self.max_block_size = 2 * config.block_size
-        self.feature_layers = tuple(config.target_layer_ids)
+        self.feature_layers = tuple(config.target_layer_ids or ())
 
     @classmethod
     def load(cls, path: str, target: PreTrainedModel, **options: Any) -> BlockDiffusionDrafter:

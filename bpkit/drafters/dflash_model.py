@@ -38,18 +38,19 @@ class DFlashConfig(Qwen3Config):
         target_layer_ids: layer *i* means `hidden_states[i + 1]` of the target.
     """
 
-    dflash_config: dict | None = None
-    block_size: int | None = None
-    mask_token_id: int | None = None
+    dflash_config: dict[str, Any] | None = None
+    block_size: int = 0
+    mask_token_id: int = -1
     target_layer_ids: list[int] | None = None
     is_causal: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         nested = self.dflash_config or {}
         self.block_size = self.block_size or nested.get("block_size") or 16
-        self.mask_token_id = self.mask_token_id if self.mask_token_id is not None else nested.get("mask_token_id")
+        if self.mask_token_id == -1:
+            self.mask_token_id = nested.get("mask_token_id", -1)
         self.target_layer_ids = self.target_layer_ids or nested.get("target_layer_ids")
-        if self.mask_token_id is None or not self.target_layer_ids:
+        if self.mask_token_id == -1 or not self.target_layer_ids:
             raise ValueError(
                 "not a DFlash drafter: its config.json needs dflash_config.mask_token_id and "
                 "dflash_config.target_layer_ids (is this the folder of the target?)"
@@ -97,7 +98,7 @@ class DFlashAttention(Qwen3Attention):
 
 
 def _window_mask(query: Tensor, key: Tensor, window: int | None, causal: bool, given: Tensor | None) -> Tensor:
-    """True where a key may be seen: within `window` positions, and not ahead if `causal`. The keys end with the block."""
+    """True where a key may be seen: within `window` positions, not ahead if `causal`. The block is the last keys."""
     keys = torch.arange(key.shape[-2], device=key.device)
     ahead = keys - keys[-query.shape[-2] :, None]
     visible = ahead.abs() < (window or key.shape[-2])

@@ -117,7 +117,9 @@ def _whole_numbers(value: Any, batch_size: int, method: str) -> Tensor:
     """Check a decision: int64 [batch]. Raises PolicyFault."""
     if not isinstance(value, Tensor) or value.shape != (batch_size,):
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise PolicyFault(f"{method} must return an int64 tensor [batch] of {batch_size}, as context.full(8); got {got}")
+        raise PolicyFault(
+            f"{method} must return an int64 tensor [batch] of {batch_size}, as context.full(8); got {got}"
+        )
     if value.is_floating_point():
         if not bool(torch.isfinite(value).all()) or bool((value != value.round()).any()):
             raise PolicyFault(f"{method} returned {value.tolist()}, not whole numbers")

@@ -32,7 +32,7 @@ class Generation:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean acceptance length of this generation: tokens of the steps over steps; the prefill's token is no step's."""
+        """Mean acceptance length: tokens of the steps over steps. The token that prefill decides is no step's."""
         return (self.tokens.shape[1] - 1) / len(self.steps) if self.steps else float("nan")
 
     @property

@@ -48,6 +48,7 @@ class Stopping:
                 return i
             upto = ids[:, : prefix.shape[1] + i + 1]
             # Every criterion is called, also when one has spoken: some keep state.
-            if any([bool(criterion(upto, None).any()) for criterion in self.others]):
+            said = [bool(criterion(upto, None).any()) for criterion in self.others]
+            if any(said):
                 return i
         return None

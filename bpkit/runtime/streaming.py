@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
-class TextPieces(TextStreamer):  # type: ignore[misc]
+class TextPieces(TextStreamer):
     """Collects the text that `TextStreamer` would print."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -28,7 +28,7 @@ _TOP_LEVEL = re.compile(r"^(?=(?:def|class|async def|@)\b|@)", re.MULTILINE)
 
 
 def maths_documents(path: Path) -> Iterator[str]:
-    """Yield `Question: ...\\nAnswer: ...` for each line of a JSONL file with `question` and `answer`."""
+    """Yield question and worked answer for each line of a JSONL file with `question` and `answer`."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)

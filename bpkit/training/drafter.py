@@ -75,7 +75,7 @@ class BlockDraftLoss(nn.Module):
         self.scorer = BlockScorer(drafter)
         self._frozen = (target.eval().requires_grad_(False),)  # in a tuple, to stay out of checkpoints and DDP
 
-    def compile(self, **options: Any) -> None:  # type: ignore[override]
+    def compile(self, **options: Any) -> None:
         self.scorer.compile(**options)
 
     def forward(self, ids: Tensor, prompt_length: Tensor, length: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class BlockDraftLoss(nn.Module):
         tokens = ids.gather(1, places.clamp(max=ids.shape[1] - 1))
         is_anchor = torch.arange(places.shape[1], device=ids.device) % block_size == 0
         with torch.no_grad(), autocast(ids.device):
-            layers = [i + 1 for i in config.target_layer_ids]
+            layers = [i + 1 for i in config.target_layer_ids or ()]
             states = target.model(ids, use_cache=False, output_hidden_states=layers).hidden_states
             features = torch.cat([states[i] for i in layers], dim=-1)
             noise = target.get_input_embeddings()(torch.where(is_anchor, tokens, config.mask_token_id))
@@ -103,7 +103,8 @@ class BlockDraftLoss(nn.Module):
             torch.where(inside & ~is_anchor, tokens, -100),
         )
         weights = F.pad(position_weights(block_size, ids.device), (1, 0)).repeat(blocks) * inside
-        return (losses * weights).sum() / weights.sum()
+        mean: Tensor = (losses * weights).sum() / weights.sum()
+        return mean
 
 
 def _random_anchors(prompt_length: Tensor, length: Tensor, blocks: int) -> Tensor:

@@ -87,5 +87,3 @@ def fit(
 
 def _loader(tensors: tuple[Tensor, ...], batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*tensors), batch_size=batch_size, shuffle=shuffle, drop_last=True)
-
-

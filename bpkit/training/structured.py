@@ -27,8 +27,12 @@ HELD_OUT_FIELDS = (
     "sensor voltage ticket assignee severity invoice vendor warehouse shelf container replica tenant bucket mirror "
     "driver vehicle mileage gate flight seat lane pump valve batch recipe grade pupil ward nurse canal lock ferry"
 ).split()
-_NAMES = "Alice Bruno Chen Dana Elif Farid Greta Hugo Ines Jonas Kira Liam Mona Nils Olga Pavel Rosa Sven Tara Uma".split()
-_CITIES = "Berlin Lyon Porto Oslo Turin Ghent Riga Cork Bergen Malmo Graz Split Varna Lodz Brno Kyoto Lima Quito".split()
+_NAMES = (
+    "Alice Bruno Chen Dana Elif Farid Greta Hugo Ines Jonas Kira Liam Mona Nils Olga Pavel Rosa Sven Tara Uma"
+).split()
+_CITIES = (
+    "Berlin Lyon Porto Oslo Turin Ghent Riga Cork Bergen Malmo Graz Split Varna Lodz Brno Kyoto Lima Quito"
+).split()
 _STATES = (
     ("ok", "error", "pending"),
     ("active", "inactive"),
@@ -55,7 +59,8 @@ def _field(rng: random.Random, name: str) -> Field:
     base, stride = rng.randint(0, 900), rng.choice([1, 1, 1, 2, 5, 10])
     states = rng.choice(_STATES)
     names, cities = rng.sample(_NAMES, 4), rng.sample(_CITIES, 3)
-    constant = rng.choice([rng.randint(1, 99), rng.choice(_CITIES), True, False, rng.choice(states)])
+    constants: list[Value] = [rng.randint(1, 99), rng.choice(_CITIES), True, False, rng.choice(states)]
+    constant = rng.choice(constants)
     favourite = rng.choice(states)
     kinds: tuple[Callable[[int], Value], ...] = (
         lambda i: base + stride * i,
@@ -275,3 +280,10 @@ def documents(count: int, *, seed: int, held_out: bool = False) -> Iterator[str]
     for i in range(count):
         names = rng.sample(fields, min(14, len(fields)))
         yield layouts[i % len(layouts)](rng, names, rng.randint(8, 30))
+
+
+def held_out_prompts(count: int, *, seed: int = 2026) -> Iterator[str]:
+    """Yield openings of held-out documents: complete lines, 240 characters or a little more."""
+    for text in documents(count, seed=seed, held_out=True):
+        end = text.find("\n", 240)
+        yield text[: end + 1] if end != -1 else text + "\n"

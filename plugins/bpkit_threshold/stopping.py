@@ -1,47 +1,29 @@
-"""What `threshold` and `svip` share: draft a fixed block, verify it up to the first position in doubt."""
+"""From "which positions are trusted" to "how many to verify": what `threshold` and `svip` share."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from bpkit.policy import Policy, PolicyConfig, State
-from bpkit.types import Context, CostModel, DecoderSpec, Draft
+from bpkit.types import Draft
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class StoppingConfig(PolicyConfig):
-    """Options of every stop rule. A rule puts its own option first, so that `name:value` sets that one."""
+def trusted_length(draft: Draft, trusted: Tensor) -> Tensor:
+    """Positions before the first that is not trusted.
 
-    block_size: int | None = Field(
-        default=None, ge=1, description="positions to draft, anchor included; by default the trained block size"
-    )
+    Args:
+        trusted: bool [batch, width]; what stands in the padding of a row shorter than the widest is ignored.
+
+    Returns:
+        int64 [batch], 0 .. `draft.draft_length`.
+    """
+    # The product of 1s and 0s stays 1 up to the first 0. A run may go on into the padding, hence the minimum.
+    run: Tensor = trusted.long().cumprod(dim=1).sum(dim=1)
+    return run.minimum(draft.draft_length)
 
 
-class StopRule(Policy):
-    """Base of policies that stop at the first position in doubt; a rule says what doubt is, in `trusts`."""
-
-    config: StoppingConfig
-
-    def trusts(self, draft: Draft) -> Tensor:
-        """Which drafted positions are not in doubt: bool [batch, width]. Padding may be either."""
-        raise NotImplementedError(f"{type(self).__name__} must define trusts(self, draft)")
-
-    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
-        self.block_size = self.config.block_size or decoder.trained_block_size
-
-    def select(self, state: State, context: Context) -> Tensor:
-        return context.full(self.block_size)
-
-    def truncate(self, state: State, draft: Draft) -> Tensor:
-        # The product of 1s and 0s stays 1 up to the first doubt. Rows are padded to the widest: the run may go on
-        # into the padding, never past the row's own draft.
-        run = self.trusts(draft).long().cumprod(dim=1).sum(dim=1)
-        return run.minimum(draft.draft_length)
-
-    def extend(self, state: State, draft: Draft) -> Tensor:
-        # The token in doubt is drafted already when its doubt is known; `truncate` then leaves it out.
-        return (draft.draft_length > 0) & (self.truncate(state, draft) == draft.draft_length)
+def trusted_whole(draft: Draft, trusted: Tensor) -> Tensor:
+    """Whether there is a draft and all of it is trusted: bool [batch]. Arguments as above."""
+    return (draft.draft_length > 0) & (trusted_length(draft, trusted) == draft.draft_length)

@@ -1,0 +1,83 @@
+"""What is known of one block size: sums over its steps, and the tokens per second that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FORGOTTEN = 1e-6
+"""A discounted count below this is no knowledge any more."""
+
+
+@dataclass(slots=True)
+class Arm:
+    """Sums over the steps of one block size; T is a step's tokens (its acceptance length), S its seconds.
+
+    The rate is a ratio of sums, sum T / sum S. The mean of T/S would be the mean speed of steps and not the speed of
+    the text: it rewards sizes for steps that are short, and can rank them wrongly (BanditSpec, 2505.15141).
+
+    Attributes:
+        pulls: steps ever counted. `count` is the same after forgetting.
+    """
+
+    pulls: Annotated[int, Field(ge=0)] = 0
+    count: Sum = 0.0
+    tokens: Sum = 0.0
+    tokens_squared: Sum = 0.0
+    seconds: Sum = 0.0
+    seconds_squared: Sum = 0.0
+    tokens_seconds: Sum = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.pulls += 1
+        self.count += 1
+        self.tokens += tokens
+        self.tokens_squared += tokens * tokens
+        self.seconds += seconds
+        self.seconds_squared += seconds * seconds
+        self.tokens_seconds += tokens * seconds
+
+    def forget(self, discount: float) -> None:
+        """Make all that was counted weigh `discount` times as much."""
+        self.count *= discount
+        self.tokens *= discount
+        self.tokens_squared *= discount
+        self.seconds *= discount
+        self.seconds_squared *= discount
+        self.tokens_seconds *= discount
+
+    def tried(self, min_pulls: int) -> bool:
+        """Whether there is enough to estimate a rate from."""
+        return self.pulls >= min_pulls and self.count > FORGOTTEN and self.seconds > 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+    def spread(self, typical_rate: float) -> float:
+        """Standard deviation of one step around the rate, in tokens per second; over sqrt(count), that of the rate.
+
+        Delta method: to first order, sum T / sum S - R is the mean of the deviations e = (T - R S) / mean S, so
+        its variance is that of e over n. The sum of e squared needs only the six sums:
+
+            (sum T^2 - 2 R sum TS + R^2 sum S^2) / mean(S)^2
+
+        One more step with a deviation of `typical_rate` is counted in. Tokens are small whole numbers: two steps
+        with the same outcome would otherwise pass for certainty, and the arm might never be pulled again.
+        """
+        rate, mean_seconds = self.rate, self.seconds / self.count
+        deviations = self.tokens_squared - 2 * rate * self.tokens_seconds + rate**2 * self.seconds_squared
+        deviations = max(deviations, 0.0) / mean_seconds**2  # rounding may leave it just below 0
+        return math.sqrt((deviations + typical_rate**2) / (self.count + 1))
+
+
+def pooled_rate(arms: Collection[Arm]) -> float:
+    """Tokens per second over all arms together; 0 if nothing was counted."""
+    seconds = sum(arm.seconds for arm in arms)
+    return sum(arm.tokens for arm in arms) / seconds if seconds > 0 else 0.0

@@ -1,0 +1,46 @@
+"""Upper confidence bounds: pick the block size that could still be the fastest."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from bpkit.policy import State
+from bpkit.types import Context
+from bpkit_bandit.arm import pooled_rate
+from bpkit_bandit.learner import BanditConfig, Learner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UCBConfig(BanditConfig):
+    """Options of `ucb`."""
+
+    exploration: float = Field(default=1.0, ge=0, description="factor of the bonus for what is little known; 0: greedy")
+
+
+class UCB(Learner):
+    """Picks the arm with the highest rate + `exploration` * spread * sqrt(2 ln n / n_arm); nothing is random.
+
+    n is the steps counted for all arms. UCB1 (Auer et al. 2002) is for rewards in [0, 1]; tokens per second have
+    no such scale, so the arm's own spread gives it, as in UCB-V and UCB1-tuned. BanditSpec (2505.15141) brought UCB
+    to speculative decoding. All rows of a batch get the same block size: they share what is known. Arms with fewer
+    than `min_pulls` steps come first, smallest first.
+    """
+
+    Config = UCBConfig
+    config: UCBConfig
+
+    def select(self, state: State, context: Context) -> Tensor:
+        typical_rate = pooled_rate(self.arms.values())
+        log_n = math.log(max(1.0, sum(self.arms[size].count for size in self.usable)))
+        return context.full(max(self.usable, key=lambda size: self._bound(size, typical_rate, log_n)))
+
+    def _bound(self, block_size: int, typical_rate: float, log_n: float) -> float:
+        arm = self.arms[block_size]
+        if not arm.tried(self.config.min_pulls):
+            return math.inf
+        return arm.rate + self.config.exploration * arm.spread(typical_rate) * math.sqrt(2 * log_n / arm.count)
