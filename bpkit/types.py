@@ -103,7 +103,7 @@ class Context:
         position: output tokens decided so far, int64 [batch]; 0 in `begin`.
         remaining: tokens that may still be generated, int64 [batch].
         context_length: prompt and output tokens so far, int64 [batch].
-        generator: the policy's own random numbers (never the token noise).
+        generator: the policy's own random numbers (never the token noise), a CPU generator.
     """
 
     spec: DecoderSpec

@@ -25,6 +25,7 @@ from bpkit.drafters.base import Drafter
 from bpkit.drafters.resolve import resolve_drafter
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry import PolicyLike, resolve_policy
+from bpkit.runtime.attention import use_grouped_attention
 from bpkit.runtime.clock import Clock, WallClock
 from bpkit.runtime.guard import GuardedPolicy
 from bpkit.runtime.loop import decode
@@ -120,15 +121,16 @@ class SpeculativeDecoder:
         if drafter is None:
             raise ValueError(f"name a drafter for the target {path}: a folder, a Hub name, or 'ngram'")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        use_grouped_attention(model)
         options.setdefault("tokenizer", AutoTokenizer.from_pretrained(path))
         return cls(model, drafter, policy, **options)
 
-    def with_policy(self, policy: PolicyLike) -> SpeculativeDecoder:
-        """The same models under another policy."""
+    def with_policy(self, policy: PolicyLike | None, drafter: Drafter | str | None = None) -> SpeculativeDecoder:
+        """The same target under another policy or with another drafter; None keeps what there is."""
         return SpeculativeDecoder(
             self.target,
-            self.drafter,
-            policy,
+            drafter if drafter is not None else self.drafter,
+            policy if policy is not None else self.policy,
             tokenizer=self.tokenizer,
             rule=self.rule,
             streamer=self.streamer,
@@ -201,22 +203,11 @@ class SpeculativeDecoder:
         """What transformers' `generate(custom_generate=decoder)` calls after its own preparations."""
         refuse_what_generate_dropped()
         refuse_what_we_cannot_do(model, self.target, input_ids, generation_config, model_kwargs)
-        if drafter is not None or policy is not None:
-            other = SpeculativeDecoder(
-                self.target,
-                drafter if drafter is not None else self.drafter,
-                policy if policy is not None else self.policy,
-                tokenizer=self.tokenizer,
-                rule=self.rule,
-                clock=self.clock,
-                strict=self.strict,
-            )
-        else:
-            other = self
+        decoder = self if policy is None and drafter is None else self.with_policy(policy, drafter)
         if generation_config.do_sample and seed is None:
             seed = int(torch.randint(2**62, ()))
         seed = seed if generation_config.do_sample else None
-        request = other._request(input_ids, logits_processor, stopping_criteria, seed, stream_id)
+        request = decoder._request(input_ids, logits_processor, stopping_criteria, seed, stream_id)
         run = Run(decode(request), input_ids, seed)
         if return_run:
             return run

@@ -41,6 +41,8 @@ class Request:
     def context(self, ids: Tensor, output: TargetOutput, *, first: bool = False) -> Context:
         """What the policy sees before a draft; `output` is the pass that decided the anchor, the last of `ids`."""
         length = ids.shape[1]
+        numbers = [[length - self.prompt.shape[1]], [self.stopping.max_length - length], [length]]
+        position, remaining, context_length = torch.tensor(numbers, device=ids.device)
         features = {}
         if output.last_hidden is not None:
             features[Feature.LAST_HIDDEN] = output.last_hidden[:, -1]
@@ -52,9 +54,9 @@ class Request:
             features[Feature.PREFILL_LOGITS] = output.logits[:, -1].float()
         return Context(
             spec=self.spec,
-            position=torch.tensor([length - self.prompt.shape[1]]),
-            remaining=torch.tensor([self.stopping.max_length - length]),
-            context_length=torch.tensor([length]),
+            position=position,
+            remaining=remaining,
+            context_length=context_length,
             generator=self.generator,
             features=features,
         )

@@ -58,26 +58,31 @@ def train_target(
     hidden_size: int = 256,
     vocab_size: int = 4096,
     length: int = 384,
-    batch_size: int = 10,
+    batch_size: int = 20,
+    start_from: Path | None = None,
 ) -> None:
     """Train tokenizer and target and write both to the folder `out`.
 
     Args:
+        start_from: folder of an earlier target to go on from, with its tokenizer, instead of random weights.
         maths: JSONL with `question` and `answer`, or None to leave that domain out.
         length: tokens in a training window. batch_size: windows a step on each device.
     """
     torch.manual_seed(options.seed)
     texts = training_documents(maths, structured_count=6000, maths_repeats=3, seed=options.seed)
     every = [text for domain in texts.values() for text in domain]
-    if (out / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    if start_from is not None or (out / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start_from or out)
     else:
         # A sample is enough to choose merges; the whole text would only take longer.
         tokenizer = train_tokenizer((t for domain in texts.values() for t in domain[:6000]), vocab_size=vocab_size)
-        tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     windows = pack(every, tokenizer, length=length, seed=options.seed)
     held_out, training = windows[:64], windows[64:]
-    model = Qwen3ForCausalLM(target_config(tokenizer, layers=layers, hidden_size=hidden_size))
+    if start_from is None:
+        model = Qwen3ForCausalLM(target_config(tokenizer, layers=layers, hidden_size=hidden_size))
+    else:
+        model = Qwen3ForCausalLM.from_pretrained(start_from, dtype=torch.float32)
     module = BudgetedModule(
         NextTokenLoss(model),
         max_steps=options.max_steps,

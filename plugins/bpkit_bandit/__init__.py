@@ -10,12 +10,12 @@ def bpkit_register_policies(register: Register) -> None:
     register(
         "bandit",
         "bpkit_bandit.thompson:Thompson",
-        summary="Learns tokens per second of each block size; before every draft, Thompson sampling picks one.",
+        summary="Learns tokens per second of every block size; Thompson sampling picks one before each draft.",
         config="bpkit_bandit.learner:BanditConfig",
     )
     register(
         "ucb",
         "bpkit_bandit.ucb:UCB",
-        summary="Learns tokens per second of each block size; before every draft, the upper confidence bound picks one.",
+        summary="Learns tokens per second of every block size; the upper confidence bound picks one before each draft.",
         config="bpkit_bandit.ucb:UCBConfig",
     )

@@ -41,8 +41,8 @@ def read(path: Path) -> Any:
     """The JSON values in a file. Raises PolicyError if it holds something else."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PolicyError(f"this is not JSON ({error})") from None
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"this cannot be read as JSON ({error})") from None
 
 
 def write(path: Path, state: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bpkit.policy import State
 from bpkit.types import Context
-from bpkit_bandit.arm import pooled_rate
+from bpkit_bandit.arm import Arm, pooled_rate
 from bpkit_bandit.learner import Learner
 
 if TYPE_CHECKING:
@@ -18,30 +18,24 @@ class Thompson(Learner):
     """Draws tokens per second of every arm from what is known of it, and picks the arm with the highest draw.
 
     A draw is normal around the arm's rate with its standard error, both from `Arm`. EESD (2406.03853) samples the
-    draft length the same way, but from acceptance alone; here the reward is time. Each row of a batch draws for
-    itself, so a batch tries several sizes at once. Arms with fewer than `min_pulls` steps come first, at random.
+    draft length the same way, but from acceptance alone; here the reward is time. Arms with fewer than `min_pulls`
+    steps come first, at random.
+
+    One draw serves all rows of a batch. Only the time of the whole step is known: were sizes mixed, large blocks
+    would be charged less than they cost, small ones more, and the bandit would settle on blocks that are too large.
     """
 
     def select(self, state: State, context: Context) -> Tensor:
         import torch  # here, so that options can be listed without it
 
         generator = context.generator
-        shape = (context.batch_size, len(self.usable))
-        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float64)
-        estimates = self._estimates()
-        return context.position.new_tensor([self._best(estimates, row) for row in noise.tolist()])
-
-    def _estimates(self) -> list[tuple[int, float, float]]:
-        """For each usable arm: its rank, where untried arms are above all others; its rate; its standard error."""
+        noise = torch.randn(len(self.usable), generator=generator, device=generator.device, dtype=torch.float64)
         typical_rate = pooled_rate(self.arms.values())
-        estimates = []
-        for arm in (self.arms[size] for size in self.usable):
-            if arm.tried(self.config.min_pulls):
-                estimates.append((0, arm.rate, arm.spread(typical_rate) / math.sqrt(arm.count)))
-            else:
-                estimates.append((1, 0.0, 1.0))
-        return estimates
+        draws = [self._draw(self.arms[b], typical_rate, z) for b, z in zip(self.usable, noise.tolist(), strict=True)]
+        return context.full(self.usable[draws.index(max(draws))])
 
-    def _best(self, estimates: list[tuple[int, float, float]], noise: list[float]) -> int:
-        draws = [(rank, rate + error * z) for (rank, rate, error), z in zip(estimates, noise, strict=True)]
-        return self.usable[draws.index(max(draws))]
+    def _draw(self, arm: Arm, typical_rate: float, z: float) -> tuple[bool, float]:
+        """Whether the arm is untried, which outranks every rate, and its draw with standard normal noise `z`."""
+        if not arm.tried(self.config.min_pulls):
+            return True, z
+        return False, arm.rate + z * arm.spread(typical_rate) / math.sqrt(arm.count)

@@ -1,0 +1,141 @@
+"""`bpkit generate`: text from a prompt, streamed as it is decided."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bpkit.cli import options
+from bpkit.cli.terminal import say
+from bpkit.config import settle
+
+if TYPE_CHECKING:
+    from bpkit.runtime.decoder import SpeculativeDecoder
+    from bpkit.runtime.result import Generation
+
+DEFAULT_NEW_TOKENS = 256
+STEPS_IN_A_LINE = 20
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to go on from; `-`, or nothing in a pipe, reads it from stdin.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.", metavar="FILE")] = None,
+    policy: options.PolicySpec = None,
+    target: options.Target = None,
+    drafter: options.Drafter = None,
+    config: options.ConfigFile = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the sampling noise. One seed, one text, whatever the policy.", metavar="N")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End after this text; repeat for more.", metavar="TEXT")
+    ] = None,
+    rule: options.Rule = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: Annotated[str | None, typer.Option(help="Threads of torch on a CPU.", metavar="N")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Afterwards, on stderr: speed, steps, where time went.")] = False,
+) -> None:
+    """Generate text from a prompt, and stream it as it is decided.
+
+    The text depends on prompt, target, sampling settings and seed; a policy changes only how fast it comes.
+
+    `bpkit generate "def fibonacci(n):" --policy threshold:0.6 --stats`
+
+    `echo "Question: What is 7 times 8?" | bpkit generate --temperature 0.7 --seed 1`
+    """
+    flags = {
+        "target": target,
+        "drafter": drafter,
+        "policy": policy,
+        "sampling": {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        },
+        "runtime": {"rule": rule, "device": device, "dtype": dtype, "threads": threads},
+    }
+    settled = settle(config, flags)
+    text = read_prompt(prompt, file)
+    from bpkit.cli.models import load_decoder
+
+    decoder = load_decoder(settled)
+    wanted = settled.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS)
+    if stop:
+        wanted["stop_strings"] = stop
+    result, seconds = stream(decoder, text, seed=settled.sampling.seed, **wanted)
+    if stats:
+        say("")
+        for line in describe(result, seconds):
+            say(line)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from argument, file or stdin. Raises ValueError that says how to give one."""
+    if prompt is not None and file is not None:
+        raise ValueError("give the prompt as an argument or with --file, not both")
+    if file is not None:
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no prompt file {str(file)!r}")
+        text = file.read_text(encoding="utf-8")
+    elif prompt is not None and prompt != "-":
+        text = prompt
+    elif prompt == "-" or not sys.stdin.isatty():
+        text = sys.stdin.read().removesuffix("\n")  # the newline that `echo` adds is no part of the prompt
+    else:
+        raise ValueError('give a prompt: bpkit generate "def add(a, b):", or --file FILE, or pipe it in')
+    if not text:
+        raise ValueError("the prompt is empty: give at least one character")
+    return text
+
+
+def stream(decoder: SpeculativeDecoder, prompt: str, **wanted: Any) -> tuple[Generation, float]:
+    """Generate and write the text to stdout as it is decided. Returns the result and its wall-clock seconds."""
+    from bpkit.runtime.streaming import TextPieces
+
+    assert decoder.tokenizer is not None
+    pieces = TextPieces(decoder.tokenizer)
+    started = time.perf_counter()
+    run = decoder.run(prompt, **wanted)
+    for record in run:
+        for piece in pieces.put(record.tokens):
+            sys.stdout.write(piece)
+        sys.stdout.flush()
+    seconds = time.perf_counter() - started
+    for piece in pieces.end():
+        sys.stdout.write(piece)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return run.finish(), seconds
+
+
+def describe(result: Generation, seconds: float) -> list[str]:
+    """What `--stats` prints; `seconds` is wall-clock time of the whole call."""
+    count, parts = result.tokens.shape[1], result.seconds
+    phases = {"target": parts.verify, "drafter": parts.draft, "policy": parts.policy}
+    phases["other"] = max(seconds - sum(phases.values()), 0.0)
+    share = ", ".join(f"{name} {100 * spent / seconds:.0f}%" for name, spent in phases.items())
+    seed = "none (greedy)" if result.seed is None else result.seed
+    steps = [f"{int(s.num_accepted)}/{int(s.verify_length)}" for s in result.steps]
+    lines = [
+        f"{count} tokens in {len(result.steps)} steps and {seconds:.2f} s: {count / seconds:.1f} tokens/s",
+        f"acceptance length {result.acceptance_length:.2f} (tokens of steps / steps)",
+        f"time: {share}",
+        f"seed {seed}, fallbacks {result.fallbacks}, near ties {result.near_ties}",
+        "accepted/verified drafted tokens of each step:",
+    ]
+    return lines + ["  " + " ".join(steps[i : i + STEPS_IN_A_LINE]) for i in range(0, len(steps), STEPS_IN_A_LINE)]

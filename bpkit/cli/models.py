@@ -1,0 +1,76 @@
+"""From a config to a decoder: what `generate`, `bench` and `demo` begin with. Imports torch when called."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bpkit.cli.terminal import say
+from bpkit.config import Config
+
+if TYPE_CHECKING:
+    from bpkit.registry import PolicyLike
+    from bpkit.runtime.decoder import SpeculativeDecoder
+
+DEFAULT_POLICY = "fixed"
+
+
+def load_decoder(config: Config, policy: PolicyLike | None = None) -> SpeculativeDecoder:
+    """Load target and drafter, under `policy`, the config's, or the default.
+
+    Raises:
+        ValueError, FileNotFoundError: something named in the config cannot be used.
+    """
+    quiet_libraries()
+    import torch
+
+    from bpkit.registry import resolve_policy
+    from bpkit.runtime.decoder import SpeculativeDecoder
+
+    if isinstance(config.runtime.threads, int):
+        torch.set_num_threads(config.runtime.threads)
+    chosen = policy or config.policy or DEFAULT_POLICY
+    resolve_policy(chosen)  # a mistyped policy is told before any weights are read
+    for name in (config.target, config.drafter):
+        _check_folder(name)
+    try:
+        return SpeculativeDecoder.from_pretrained(
+            config.target,
+            config.drafter,
+            chosen,
+            dtype=config.runtime.dtype,
+            device=config.runtime.device,
+            rule=config.runtime.rule,
+        )
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # what transformers raises for names that it cannot find
+        raise ValueError(f"cannot load the models: {error}") from error
+
+
+def _check_folder(name: Any) -> None:
+    """Refuse a path that is not there before it is taken for a Hub name."""
+    if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"there is no folder {name!r}; name the folder of a model, or a model on the Hub")
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of libraries off stderr, and make policy faults one line each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    from bpkit.runtime.guard import PolicyFaultWarning
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, PolicyFaultWarning):
+            say(f"Warning: {message}")
+        else:
+            usual(message, category, *place, **more)
+
+    warnings.showwarning = show

@@ -1,0 +1,163 @@
+"""`bpkit train target` and `bpkit train drafter`: the recipes of the shipped pair, for anyone to run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bpkit.cli.errors import require
+
+if TYPE_CHECKING:
+    from bpkit.training.run import RunOptions
+
+app = typer.Typer(help="Train a target or a drafter (needs `pip install 'bpkit[train]'`).", no_args_is_help=True)
+
+_BUDGET = "Budget and devices"
+_Out = Annotated[Path, typer.Option(help="Folder for the result, its checkpoints and logs.", metavar="FOLDER")]
+_Maths = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSONL with `question` and `answer` (the layout of GSM8K); without it that domain is left out.",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+_Minutes = Annotated[
+    float, typer.Option(help="Training time; the learning rate ends at zero then.", min=0.01, rich_help_panel=_BUDGET)
+]
+_Steps = Annotated[
+    int | None, typer.Option(help="Optimizer steps at most, if fewer than the minutes allow.", min=1,
+                             rich_help_panel=_BUDGET)
+]
+_Devices = Annotated[
+    int, typer.Option(help="Processes: GPUs, or on a CPU one for each core or two.", min=1, rich_help_panel=_BUDGET)
+]
+_Accelerator = Annotated[str, typer.Option(help="`auto`, `cpu` or `gpu`.", rich_help_panel=_BUDGET)]
+_Strategy = Annotated[
+    str, typer.Option(help="Of Lightning, with more than one device, such as `ddp`.", rich_help_panel=_BUDGET)
+]
+_Compile = Annotated[
+    bool, typer.Option(help="Run through torch.compile; pays off after a few minutes.", rich_help_panel=_BUDGET)
+]
+_Resume = Annotated[
+    bool, typer.Option(help="Go on from the last checkpoint in the folder.", rich_help_panel=_BUDGET)
+]
+_Seed = Annotated[int, typer.Option(help="Of data and initial weights.", rich_help_panel=_BUDGET)]
+
+
+@app.command("target")
+def train_target(
+    out: _Out,
+    maths: _Maths = None,
+    layers: Annotated[int, typer.Option(help="Transformer layers.", min=1)] = 12,
+    hidden_size: Annotated[int, typer.Option(help="Width; a multiple of 64.", min=64)] = 256,
+    vocab_size: Annotated[int, typer.Option(help="Entries of the BPE tokenizer.", min=300)] = 4096,
+    length: Annotated[int, typer.Option(help="Tokens in a training window.", min=2)] = 384,
+    batch_size: Annotated[int, typer.Option(help="Windows a step on each device.", min=1)] = 10,
+    minutes: _Minutes = 30.0,
+    steps: _Steps = None,
+    devices: _Devices = 1,
+    accelerator: _Accelerator = "auto",
+    strategy: _Strategy = "auto",
+    compile: _Compile = False,
+    resume: _Resume = True,
+    seed: _Seed = 0,
+) -> None:
+    """Train tokenizer and target from scratch, on maths, Python's standard library and generated structured text.
+
+    `bpkit train target --out runs/target --maths gsm8k_train.jsonl --minutes 75 --devices 2 --strategy ddp --compile`
+    """
+    require("lightning", extra="train", purpose="Training")
+    from bpkit.training.target import train_target
+
+    train_target(
+        out,
+        maths=maths,
+        options=_run_options(minutes, steps, devices, accelerator, strategy, compile, resume, seed),
+        layers=layers,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        length=length,
+        batch_size=batch_size,
+    )
+
+
+@app.command("drafter")
+def train_drafter(
+    target: Annotated[str, typer.Argument(help="Folder or Hub name of the target; its tokenizer needs a mask token.")],
+    out: _Out,
+    maths: _Maths = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSONL with `prompt`, instead of openings of the target's training text.", metavar="FILE"),
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Drafter layers.", min=1)] = 2,
+    block_size: Annotated[int, typer.Option(help="Trained block size, the anchor included.", min=2)] = 16,
+    target_layer: Annotated[
+        list[int] | None,
+        typer.Option(help="A target layer that gives features; repeat. By default three, spread out.", min=0),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Answers of the target to train on.", min=65)] = 6000,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that the target generates for each.", min=2)] = 160,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step on each device.", min=1)] = 8,
+    per_domain: Annotated[int, typer.Option(help="Different openings of each domain.", min=1)] = 2000,
+    minutes: _Minutes = 30.0,
+    steps: _Steps = None,
+    devices: _Devices = 1,
+    accelerator: _Accelerator = "auto",
+    strategy: _Strategy = "auto",
+    compile: _Compile = False,
+    resume: _Resume = True,
+    seed: _Seed = 0,
+) -> None:
+    """Let a target answer prompts, and train a DFlash block-diffusion drafter on the answers.
+
+    `bpkit train drafter runs/target --out runs/drafter --maths gsm8k_train.jsonl --minutes 60 --devices 2`
+
+    `bpkit train drafter Qwen/Qwen3-4B --out runs/drafter --prompts my_prompts.jsonl --accelerator gpu`
+    """
+    require("lightning", extra="train", purpose="Training")
+    from bpkit.bench.prompts import read_prompts
+    from bpkit.training.corpus import training_prompts
+    from bpkit.training.drafter import train_drafter
+
+    texts = [p.text for p in read_prompts(prompts)] if prompts else None
+    train_drafter(
+        target,
+        out,
+        prompts=texts or training_prompts(maths, per_domain=per_domain, seed=seed),
+        options=_run_options(minutes, steps, devices, accelerator, strategy, compile, resume, seed),
+        layers=layers,
+        block_size=block_size,
+        target_layer_ids=target_layer,
+        sequences=sequences,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+    )
+
+
+def _run_options(
+    minutes: float,
+    steps: int | None,
+    devices: int,
+    accelerator: str,
+    strategy: str,
+    compile: bool,
+    resume: bool,
+    seed: int,
+) -> RunOptions:
+    from bpkit.training.run import RunOptions
+
+    return RunOptions(
+        max_steps=steps or RunOptions.max_steps,
+        max_minutes=minutes,
+        devices=devices,
+        accelerator=accelerator,
+        strategy=strategy,
+        compile=compile,
+        resume=resume,
+        seed=seed,
+    )

@@ -1,0 +1,144 @@
+"""The YAML config that names target, drafter, policy, sampling and runtime for every command.
+
+    target: Qwen/Qwen3-4B
+    drafter: z-lab/Qwen3-4B-DFlash-b16
+    policy: {name: threshold, threshold: 0.6}
+    sampling: {max_new_tokens: 200, temperature: 0.7, top_p: 0.9, seed: 1}
+    runtime: {dtype: bfloat16, device: cuda}
+
+Every key may be left out. Unknown keys are errors, and command-line flags win over the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(ValueError):
+    """A config file or a flag cannot be used; the message says which key, where, and what is accepted."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sampling(_Section):
+    """How tokens are chosen. What is left out follows the target's own generation config."""
+
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """0 is greedy decoding."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    """0 keeps every token."""
+    repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+    def options(self, *, max_new_tokens: int, temperature: float | None = None) -> dict[str, Any]:
+        """Options for `SpeculativeDecoder.generate`, with these defaults, without the seed.
+
+        Args:
+            max_new_tokens: output tokens at most. temperature: None leaves it to the target's generation config.
+        """
+        given = self.model_dump(exclude={"seed"}, exclude_none=True)
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, **given}
+        if options["temperature"] is None:
+            del options["temperature"]
+        return options
+
+
+class Runtime(_Section):
+    """Where and how the models run."""
+
+    rule: Literal["coupled", "rejection"] = "coupled"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """None: float32 on a CPU, the checkpoint's own on a GPU, which is also what `auto` means."""
+    device: str | None = None
+    """None: a GPU if there is one."""
+    threads: int | Literal["auto"] = Field(default="auto", union_mode="left_to_right")
+    """Of torch. `auto`: torch's own choice, and in the bench the best count that it finds."""
+
+
+class Config(_Section):
+    """Everything that a config file may say."""
+
+    target: str | None = None
+    """Folder or Hub name; a relative folder is relative to where the command runs."""
+    drafter: str | dict[str, Any] | None = None
+    """As `target`, or a registered name with options."""
+    policy: str | dict[str, Any] | None = None
+    """`name`, `name:value`, `name:key=value,...`, or a mapping with `name` and options."""
+    sampling: Sampling = Sampling()
+    runtime: Runtime = Runtime()
+
+
+def settle(file: Path | None, flags: Mapping[str, Any]) -> Config:
+    """The config of a command: the file's, overridden by the flags that were given.
+
+    Args:
+        flags: laid out as the file; a flag that is None was not given.
+
+    Raises:
+        ConfigError: unknown key or bad value, naming key, file or flag, and the known keys.
+        FileNotFoundError: there is no such file.
+    """
+    stated = load(file).model_dump(exclude_unset=True) if file is not None else {}
+    for name, value in flags.items():
+        if isinstance(value, Mapping):
+            stated[name] = {**stated.get(name, {}), **{k: v for k, v in value.items() if v is not None}}
+        elif value is not None:
+            stated[name] = value
+    return _validated(stated, lambda place: f"--{place[-1].replace('_', '-')}", "")
+
+
+def load(file: Path) -> Config:
+    """Read a config file. Raises ConfigError, or FileNotFoundError."""
+    try:
+        stated = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no config file {str(file)!r}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not a text file ({error})") from None
+    stated = {} if stated is None else stated
+    if not isinstance(stated, dict):
+        raise ConfigError(f"{file} must hold keys and values such as 'policy: fixed:8', not a {type(stated).__name__}")
+    return _validated(stated, ".".join, f" in {file}")
+
+
+def _validated(stated: dict[Any, Any], label: Any, where: str) -> Config:
+    try:
+        return Config(**{str(key): value for key, value in stated.items()})
+    except ValidationError as error:
+        faults: dict[str, str] = {}  # one for each place: a union reports each of its members
+        for fault in error.errors():
+            place, section = _place(fault["loc"])
+            unknown = fault["type"] == "extra_forbidden"
+            message = _unknown(place, section) if unknown else f"{fault['msg'][:1].lower()}{fault['msg'][1:]}"
+            name = label(place)
+            text = f"unknown key {name!r}{where}{message}" if unknown else f"{name}{where}: {message}"
+            faults.setdefault(name, f"{text}, got {fault['input']!r}" if not unknown else text)
+        raise ConfigError("; ".join(faults.values())) from None
+
+
+def _place(loc: tuple[int | str, ...]) -> tuple[list[str], type[_Section]]:
+    """The keys that lead to a fault, without pydantic's names of union members, and the section it is in."""
+    place, section = [str(loc[0])], cast("type[_Section]", Config)
+    inner = {"sampling": Sampling, "runtime": Runtime}.get(place[0])
+    if inner is not None and len(loc) > 1:
+        place, section = [place[0], str(loc[1])], inner
+    return place, section
+
+
+def _unknown(place: list[str], section: type[_Section]) -> str:
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(place[-1], known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{hint} Known keys{' there' if len(place) > 1 else ''}: {', '.join(known)}"
