@@ -71,9 +71,9 @@ def train_target(
     `bpkit train target --out runs/target --maths gsm8k_train.jsonl --minutes 75 --devices 2 --strategy ddp --compile`
     """
     require("lightning", extra="train", purpose="Training")
-    from bpkit.training.target import train_target
+    from bpkit.training import target as recipe
 
-    train_target(
+    recipe.train_target(
         out,
         maths=maths,
         options=_run_options(minutes, steps, devices, accelerator, strategy, compile, resume, seed),
@@ -121,11 +121,11 @@ def train_drafter(
     """
     require("lightning", extra="train", purpose="Training")
     from bpkit.bench.prompts import read_prompts
+    from bpkit.training import drafter as recipe
     from bpkit.training.corpus import training_prompts
-    from bpkit.training.drafter import train_drafter
 
     texts = [p.text for p in read_prompts(prompts)] if prompts else None
-    train_drafter(
+    recipe.train_drafter(
         target,
         out,
         prompts=texts or training_prompts(maths, per_domain=per_domain, seed=seed),

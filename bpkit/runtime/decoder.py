@@ -29,7 +29,7 @@ from bpkit.runtime.attention import use_grouped_attention
 from bpkit.runtime.clock import Clock, WallClock
 from bpkit.runtime.guard import GuardedPolicy
 from bpkit.runtime.loop import decode
-from bpkit.runtime.noise import TARGET_SALT, GumbelNoise
+from bpkit.runtime.noise import POLICY_SALT, TARGET_SALT, GumbelNoise, hashed
 from bpkit.runtime.refuse import refuse_what_generate_dropped, refuse_what_we_cannot_do
 from bpkit.runtime.request import Request
 from bpkit.runtime.result import Generation, Run
@@ -90,6 +90,7 @@ class SpeculativeDecoder:
             verify_rule=rule,
         )
         self.policy = self._bound(policy)
+        self.requests = 0
 
     @classmethod
     def from_pretrained(
@@ -242,7 +243,9 @@ class SpeculativeDecoder:
         noise = None
         if seed is not None:
             noise = GumbelNoise(seed, stream_id, self.spec.vocab_size, prompt.device, salt=TARGET_SALT)
-        generator = torch.Generator().manual_seed((seed or 0) ^ stream_id)
+        # The count of requests tells greedy ones apart, which have no seed: a policy must not explore alike in each.
+        self.requests += 1
+        generator = torch.Generator().manual_seed(hashed(seed or 0, stream_id, self.requests, POLICY_SALT) >> 1)
         keep_hidden = bool(wants & {Feature.PREFILL_HIDDEN, Feature.LAST_HIDDEN})
         return Request(
             prompt=prompt,

@@ -13,7 +13,7 @@ from torch import Tensor
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 # One key would tie draws that must be independent: each use of the noise has a salt of its own.
-TARGET_SALT, DRAFT_SALT, ACCEPT_SALT = 0, 1, 2
+TARGET_SALT, DRAFT_SALT, ACCEPT_SALT, POLICY_SALT = range(4)
 
 
 def _mix(x: int) -> int:
@@ -23,7 +23,8 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _key(seed: int, stream: int, position: int, salt: int) -> int:
+def hashed(seed: int, stream: int, position: int, salt: int) -> int:
+    """64 bits that depend on every argument, in plain integers."""
     key = _mix(seed + _GOLDEN)
     for part in (stream, position, salt):
         key = _mix(key ^ _mix((part + 1) * _GOLDEN))
@@ -44,7 +45,7 @@ def uniform(seed: int, stream: int, start: int, count: int, width: int, device: 
 
     64 bits each, so that values near 0 keep their relative accuracy: the smallest is 2^-65.
     """
-    keys = torch.tensor([_signed(_key(seed, stream, start + i, salt)) for i in range(count)], device=device)
+    keys = torch.tensor([_signed(hashed(seed, stream, start + i, salt)) for i in range(count)], device=device)
     x = keys[:, None] + (torch.arange(1, width + 1, device=device) * _signed(_GOLDEN))
     x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift(x, 27)) * _signed(_MIX_2)

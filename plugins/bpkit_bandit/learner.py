@@ -102,7 +102,8 @@ class Learner(Policy):
         if not (path or self.config.memory):
             raise PolicyError("nowhere to save to: set option 'memory' or give a path")
         memory.write(Path(path or self.config.memory or "").expanduser(), self.state_dict())
-        self._unsaved_steps = 0
+        if path is None:
+            self._unsaved_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
         return memory.Memory(learned_with=self.learned_with, arms=self.arms).model_dump(mode="json")

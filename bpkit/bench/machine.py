@@ -1,0 +1,40 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from bpkit import __version__
+from bpkit.bench.threads import available_cores
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Processor, cores, load and versions. A load above the number of threads means that others were at work."""
+    return {
+        "cpu": cpu_name(),
+        "cores": available_cores(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "device": str(device),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bpkit": __version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as it says itself."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="ignore").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,146 @@
+"""The recipes run end to end on small things, resume, and mask what they say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bpkit import SpeculativeDecoder
+from bpkit.assets import prompts
+from bpkit.training import structured
+from bpkit.training.budget import learning_rate_factor
+from bpkit.training.corpus import maths_documents, training_prompts
+from bpkit.training.drafter import block_attention_mask, position_weights, train_drafter
+from bpkit.training.run import RunOptions
+from bpkit.training.target import train_target
+
+QUICK = RunOptions(max_steps=3, max_minutes=2.0, accelerator="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A one-layer target and a drafter for it, each trained for three steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    maths = folder / "maths.jsonl"
+    rows = [{"question": f"What is {a} + {b}?", "answer": f"{a}+{b}={a + b}"} for a in range(20) for b in range(20)]
+    maths.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    train_target(
+        folder / "target",
+        maths=maths,
+        options=QUICK,
+        layers=4,
+        hidden_size=64,
+        vocab_size=320,
+        length=64,
+        batch_size=4,
+    )
+    train_drafter(
+        str(folder / "target"),
+        folder / "drafter",
+        prompts=training_prompts(maths, per_domain=40, seed=0),
+        options=QUICK,
+        layers=1,
+        block_size=8,
+        sequences=96,
+        new_tokens=12,
+        batch_size=4,
+    )
+    return folder
+
+
+def test_trained_pair_decodes_without_loss(trained: Path) -> None:
+    decoder = SpeculativeDecoder.from_pretrained(trained / "target", str(trained / "drafter"), strict=True)
+    assert decoder.spec.trained_block_size == 8
+    texts = {decoder.with_policy(f"fixed:{b}").generate("1 + 1", max_new_tokens=20).text for b in (1, 3, 8, 16)}
+    assert len(texts) == 1
+
+
+def test_checkpoints_are_written_in_bfloat16(trained: Path) -> None:
+    for name in ("target", "drafter"):
+        weights = load_file(trained / name / "model.safetensors")
+        assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+
+
+def test_outputs_are_reused_and_hold_prompt_and_answer(trained: Path) -> None:
+    data = load_file(trained / "drafter" / "outputs.safetensors")
+    assert len(data["ids"]) == 96
+    assert bool((data["length"] > data["prompt_length"]).all())
+    assert bool((data["length"] <= data["prompt_length"] + 12).all())
+
+
+def test_a_finished_run_resumes_from_its_checkpoint_and_ends_at_once(trained: Path) -> None:
+    before = load_file(trained / "drafter" / "model.safetensors")
+    train_drafter(
+        str(trained / "target"),
+        trained / "drafter",
+        prompts=["unused: the outputs are there"],
+        options=QUICK,
+        layers=1,
+        block_size=8,
+        sequences=96,
+        new_tokens=12,
+        batch_size=4,
+    )
+    after = load_file(trained / "drafter" / "model.safetensors")
+    # One more step at a learning rate of zero changes nothing.
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_block_mask_equals_the_definition() -> None:
+    anchors, block_size, context = torch.tensor([[2, 5], [1, 3]]), 3, 6
+    mask = block_attention_mask(anchors, block_size, context)
+    for row, query, key in itertools.product(range(2), range(6), range(12)):
+        if key < context:
+            expected = key < anchors[row, query // block_size]
+        else:
+            expected = query // block_size == (key - context) // block_size
+        assert bool(mask[row, 0, query, key]) == bool(expected)
+
+
+def test_position_weights_follow_the_paper() -> None:
+    weights = position_weights(16, torch.device("cpu"))
+    assert weights[0] == 1
+    assert weights[7] == pytest.approx(torch.exp(torch.tensor(-1.0)).item())  # gamma is 7 at block size 16
+    assert len(weights) == 15
+
+
+def test_learning_rate_warms_up_holds_and_decays_to_zero() -> None:
+    factors = [learning_rate_factor(i / 100) for i in range(101)]
+    assert factors[0] < 0.1
+    assert max(factors) == factors[20] == 1.0
+    assert factors[-1] == 0.0
+    assert all(a >= b for a, b in itertools.pairwise(factors[50:]))
+
+
+def test_a_bad_line_of_maths_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "maths.jsonl"
+    path.write_text('{"question": "q", "answer": "a"}\n{"question": "q"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"maths.jsonl, line 2.*'answer'"):
+        list(maths_documents(path))
+
+
+def test_structured_text_is_the_same_for_the_same_seed_and_differs_between_seeds() -> None:
+    first, again, other = (list(structured.documents(24, seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_held_out_templates_share_no_layout_and_no_field_with_training() -> None:
+    assert not set(structured.TRAIN) & set(structured.HELD_OUT)
+    assert not set(structured.TRAIN_FIELDS) & set(structured.HELD_OUT_FIELDS)
+
+
+def test_shipped_structured_prompts_come_from_the_held_out_generator() -> None:
+    shipped = [p["prompt"] for p in prompts("structured")]
+    assert shipped == list(structured.held_out_prompts(len(shipped)))
+
+
+def test_there_are_a_hundred_or_more_distinct_prompts_in_each_domain() -> None:
+    for domain in ("maths", "code", "structured"):
+        texts = [p["prompt"] for p in prompts(domain)]
+        assert len(set(texts)) == len(texts) >= 100
