@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -61,8 +61,11 @@ class Runtime(_Section):
     """None: float32 on a CPU, the checkpoint's own on a GPU, which is also what `auto` means."""
     device: str | None = None
     """None: a GPU if there is one."""
-    threads: int | Literal["auto"] = Field(default="auto", union_mode="left_to_right")
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Of torch. `auto`: torch's own choice, and in the bench the best count that it finds."""
+
+
+_SECTIONS: dict[str, type[_Section]] = {"sampling": Sampling, "runtime": Runtime}
 
 
 class Config(_Section):
@@ -130,8 +133,9 @@ def _validated(stated: dict[Any, Any], label: Any, where: str) -> Config:
 
 def _place(loc: tuple[int | str, ...]) -> tuple[list[str], type[_Section]]:
     """The keys that lead to a fault, without pydantic's names of union members, and the section it is in."""
-    place, section = [str(loc[0])], cast("type[_Section]", Config)
-    inner = {"sampling": Sampling, "runtime": Runtime}.get(place[0])
+    place: list[str] = [str(loc[0])]
+    section: type[_Section] = Config
+    inner = _SECTIONS.get(place[0])
     if inner is not None and len(loc) > 1:
         place, section = [place[0], str(loc[1])], inner
     return place, section
@@ -140,5 +144,5 @@ def _place(loc: tuple[int | str, ...]) -> tuple[list[str], type[_Section]]:
 def _unknown(place: list[str], section: type[_Section]) -> str:
     known = list(section.model_fields)
     near = difflib.get_close_matches(place[-1], known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Known keys{' there' if len(place) > 1 else ''}: {', '.join(known)}"

@@ -82,6 +82,9 @@ class Policy:
     def observe(self, state: State, step: Step) -> None:
         """A step ended; learn from it."""
 
+    def end(self, state: State) -> None:
+        """The request ended by itself; a chance to save what was learned."""
+
     def state_dict(self) -> dict[str, Any]:
         """Memory across requests as plain JSON values; empty if there is none."""
         return {}

@@ -387,7 +387,7 @@ def test_memory_is_learned_from_the_file_and_saved_as_promised(tmp_path: Path) -
     options: dict[str, Any] = {"block_sizes": (4, 8), "memory": str(path), "save_every": 4}
     policy = Thompson(**options)
     policy.bind(decoder())
-    policy.begin(context())
+    policy.end({})
     assert not path.exists(), "there was nothing to save"
 
     def pulls_in_file() -> int:
@@ -397,7 +397,7 @@ def test_memory_is_learned_from_the_file_and_saved_as_promised(tmp_path: Path) -
         policy.observe({}, step([4], [3], 0.1))
         assert path.exists() == (n >= 4)
     assert pulls_in_file() == 4
-    policy.begin(context())
+    policy.end({})
     assert pulls_in_file() == 6
     policy.observe({}, step([4], [3], 0.1))
     policy.save()
@@ -430,7 +430,7 @@ def test_a_save_that_fails_leaves_the_old_memory(tmp_path: Path, monkeypatch: py
 def test_without_a_file_nothing_is_saved_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     policy = taught(Thompson(block_sizes=(4,), save_every=1), {4: [(2, 0.1)] * 3})
-    policy.begin(context())
+    policy.end({})
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(PolicyError, match="memory"):
         policy.save()

@@ -25,7 +25,9 @@ from bpkit.types import Feature
 
 LOOP, TRANSFORMERS = "bpkit loop", "transformers generate"
 """The two ways of plain decoding; the faster one is `plain`."""
-PEERS = ("transformers-dflash",)
+TRANSFORMERS_DFLASH = "transformers-dflash"
+PEERS = (TRANSFORMERS_DFLASH,)
+"""Decoders of other libraries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,28 +210,30 @@ def policy_contestants(
     return [DecoderContestant(name, decoder.with_policy(p), options, seed) for name, p in policies.items()]
 
 
+def check_peers(peers: Sequence[str]) -> None:
+    """Raise ValueError for a peer that nobody knows."""
+    for peer in peers:
+        if peer not in PEERS:
+            raise ValueError(f"there is nothing to compare against called {peer!r}; known: {', '.join(PEERS)}")
+
+
 def peer_contestants(
     decoder: SpeculativeDecoder, peers: Sequence[str], options: dict[str, Any], seed: int
 ) -> list[Contestant]:
-    """Decoders of other libraries with the same models. Raises ValueError for unknown ones."""
-    makers: dict[str, Callable[[], Contestant]] = {
-        "transformers-dflash": lambda: _transformers_dflash(decoder, options, seed)
-    }
-    for peer in peers:
-        if peer not in makers:
-            raise ValueError(f"there is nothing to compare against called {peer!r}; known: {', '.join(PEERS)}")
-    return [makers[peer]() for peer in peers]
+    """Decoders of other libraries with the same models. Raises ValueError for one that cannot run with them."""
+    check_peers(peers)
+    return [_PEERS[peer](decoder, options, seed) for peer in peers]
 
 
 def _transformers_dflash(decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> Contestant:
     if not isinstance(decoder.drafter, BlockDiffusionDrafter):
         raise ValueError(
-            f"transformers-dflash runs block-diffusion drafters only; {decoder.drafter.name!r} is "
+            f"{TRANSFORMERS_DFLASH} runs block-diffusion drafters only; {decoder.drafter.name!r} is "
             f"{decoder.drafter.kind}: name a DFlash drafter with --drafter, or leave --against out"
         )
     model = decoder.drafter.model
     return TransformersContestant(
-        "transformers-dflash",
+        TRANSFORMERS_DFLASH,
         decoder.target,
         options,
         seed,
@@ -237,3 +241,8 @@ def _transformers_dflash(decoder: SpeculativeDecoder, options: dict[str, Any], s
         assistant_model=model,
         speculation_type="dflash",
     )
+
+
+_PEERS: dict[str, Callable[[SpeculativeDecoder, dict[str, Any], int], Contestant]] = {
+    TRANSFORMERS_DFLASH: _transformers_dflash
+}

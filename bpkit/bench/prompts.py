@@ -31,7 +31,7 @@ def read_prompts(file: Path) -> list[BenchPrompt]:
         ValueError: a bad line, naming file, line and what to write there.
         FileNotFoundError: there is no such file.
     """
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"there is no prompt file {str(file)!r}")
     lines = file.read_text(encoding="utf-8").splitlines()
     found = [_prompt(file, i, line) for i, line in enumerate(lines, start=1) if line.strip()]

@@ -18,7 +18,7 @@ from bpkit.bench.contestants import (
     policy_contestants,
 )
 from bpkit.bench.machine import describe_machine
-from bpkit.bench.measure import Measurement, NoProgress, Progress, Task, measure
+from bpkit.bench.measure import Measurement, Progress, Task, measure
 from bpkit.bench.prompts import BenchPrompt
 from bpkit.bench.statistics import RESAMPLES, Roles, summarise
 from bpkit.bench.threads import ThreadTable, available_cores, best_counts, candidate_counts, try_thread_counts
@@ -89,11 +89,12 @@ def run_bench(
     device = decoder.target.device
     machine = describe_machine(device)
     threads, tried = choose_threads(decoder, tasks, settings, progress)
-    warm_up(lineup(decoder, settings), tasks, threads, settings, progress)
+    warm_up(lineup(decoder, settings), tasks, threads)
     started = time.time()
     rows = measure(
         contestants.all, tasks, repeats=settings.repeats, seed=settings.seed, threads=threads, progress=progress
     )
+    places = {prompt.id: place for place, prompt in enumerate(prompts)}  # groups in the order that was given
     plain, policies, peers = contestants.roles
     greedy = settings.options["temperature"] == 0
     roles = Roles(plain, policies, peers, comparable=greedy)
@@ -106,7 +107,7 @@ def run_bench(
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
             "seconds": time.time() - started,
         },
-        **summarise(rows, roles, settings.seed),
+        **summarise(sorted(rows, key=lambda row: places[row.prompt]), roles, settings.seed),
         "measurements": [describe_row(row) for row in rows],
     }
 
@@ -141,13 +142,8 @@ def choose_threads(
     chosen = _one_of_each_domain(tasks)
     table = try_thread_counts([*tried.plain, *tried.policies[:1], *tried.peers], chosen, counts, progress)
     best = best_counts(table)
-    stand_in = best.get(settings_first_policy(settings), best[LOOP])
+    stand_in = best[next(iter(settings.policies), LOOP)]
     return {name: best.get(name, stand_in) for name in names}, table
-
-
-def settings_first_policy(settings: BenchSettings) -> str:
-    """The policy that stands for all when thread counts are tried."""
-    return next(iter(settings.policies), "")
 
 
 def _one_of_each_domain(tasks: Sequence[Task]) -> list[Task]:
@@ -157,15 +153,9 @@ def _one_of_each_domain(tasks: Sequence[Task]) -> list[Task]:
     return list(first.values())[:CALIBRATION_PROMPTS]
 
 
-def warm_up(
-    contestants: Lineup,
-    tasks: Sequence[Task],
-    threads: Mapping[str, int],
-    settings: BenchSettings,
-    progress: Progress | None,
-) -> None:
+def warm_up(contestants: Lineup, tasks: Sequence[Task], threads: Mapping[str, int]) -> None:
     """One run of each contestant that is not counted: first calls allocate and compile."""
-    measure(contestants.all, tasks[:1], repeats=1, seed=settings.seed, threads=threads, progress=progress or NoProgress())
+    measure(contestants.all, tasks[:1], repeats=1, seed=0, threads=threads)
 
 
 def describe_settings(decoder: SpeculativeDecoder, settings: BenchSettings) -> dict[str, Any]:
@@ -178,8 +168,11 @@ def describe_settings(decoder: SpeculativeDecoder, settings: BenchSettings) -> d
         "trained_block_size": spec.trained_block_size,
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
         "rule": decoder.rule,
-        "policies": {name: policy if isinstance(policy, str) else dict(policy) for name, policy in
-                     settings.policies.items() if isinstance(policy, (str, Mapping))},
+        "policies": {
+            name: policy if isinstance(policy, str) else dict(policy)
+            for name, policy in settings.policies.items()
+            if isinstance(policy, (str, Mapping))
+        },
         "against": list(settings.against),
         "options": dict(settings.options),
         "repeats": settings.repeats,

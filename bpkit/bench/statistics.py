@@ -135,12 +135,18 @@ def group(
     }
 
 
-def _plain(
-    table: Table, prompts: Sequence[str], roles: Roles, source: str, picks: NDArray[np.int64]
-) -> dict[str, Any]:
+def _plain(table: Table, prompts: Sequence[str], roles: Roles, source: str, picks: NDArray[np.int64]) -> dict[str, Any]:
     entries = {name: _entry(table, name, prompts, roles, source, picks) for name in roles.plain}
-    kept = ("tokens_per_second", "tokens_per_second_interval", "tokens", "seconds", "identical_text",
-            "different_prompts", "share", "near_ties")
+    kept = (
+        "tokens_per_second",
+        "tokens_per_second_interval",
+        "tokens",
+        "seconds",
+        "identical_text",
+        "different_prompts",
+        "share",
+        "near_ties",
+    )
     short = {name: {"source": name, **{key: entry[key] for key in kept}} for name, entry in entries.items()}
     return {**short[source], "others": [entry for name, entry in short.items() if name != source]}
 

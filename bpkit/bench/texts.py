@@ -7,14 +7,14 @@ from typing import Any
 
 from bpkit.bench.contestants import Outcome
 
-LOOP_TAIL, LOOP_PERIOD = 48, 12
-"""An output loops if its last 48 tokens repeat with a period of at most 12."""
+LOOP_TAIL, LOOP_PERIOD = 64, 32
+"""An output loops if its last 64 tokens repeat with a period of at most 32: a word, a line or a whole record."""
 
 
 def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Whether the output ended in a loop, which inflates acceptance. Shorter outputs than 48 tokens never do.
+    """Whether the output ended in a loop, which inflates acceptance. Shorter outputs than 64 tokens never do.
 
-    >>> ends_in_loop([7, 8, 9] * 16), ends_in_loop([7, 8, 9] * 15), ends_in_loop(range(48))
+    >>> ends_in_loop([7, 8, 9] * 22), ends_in_loop([7, 8, 9] * 21), ends_in_loop(range(64))
     (True, False, False)
     """
     tail = list(tokens[-LOOP_TAIL:])

@@ -6,16 +6,35 @@ Plain decoding, a policy and a peer may each be fastest at another count; judgin
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from bpkit.bench.contestants import Contestant
+from bpkit.bench.contestants import Contestant, Outcome
 from bpkit.bench.measure import NoProgress, Progress, Task, use_threads
+
+HOPELESS = 1 / 3
 
 ThreadTable = dict[str, dict[int, float]]
 """contestant -> thread count -> tokens per second."""
+
+
+@dataclass
+class Sums:
+    """Tokens and wall-clock seconds so far."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        self.tokens += len(outcome.tokens)
+        self.seconds += outcome.seconds
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def available_cores() -> int:
@@ -31,25 +50,29 @@ def candidate_counts(cores: int) -> list[int]:
 def try_thread_counts(
     contestants: Sequence[Contestant], tasks: Sequence[Task], counts: Sequence[int], progress: Progress | None = None
 ) -> ThreadTable:
-    """Tokens per second of each contestant at each count, over all tasks. A first run at each count is not timed."""
+    """Tokens per second of each contestant at each count that was not dropped.
+
+    A first round is not counted. On a busy machine two threads can be fifty times slower than one, and there is no
+    point in waiting for them again: a count that falls below a third of the best is dropped.
+    """
     ticker = progress or NoProgress()
-    ticker.start("trying thread counts", len(counts) * len(contestants) * (len(tasks) + 1))
-    tokens: dict[tuple[str, int], int] = defaultdict(int)
-    seconds: dict[tuple[str, int], float] = defaultdict(float)
+    ticker.start("trying thread counts", len(contestants) * (len(tasks) + 1))
+    left = {c.name: {count: Sums() for count in counts} for c in contestants}
     usual = torch.get_num_threads()
     try:
-        for i, task in enumerate([tasks[0], *tasks]):
-            for count in counts:
-                use_threads(count)
-                for contestant in contestants:
-                    outcome = contestant.run(task.ids, task.stream_id)
-                    if i > 0:
-                        tokens[contestant.name, count] += len(outcome.tokens)
-                        seconds[contestant.name, count] += outcome.seconds
-                    ticker.tick()
+        for round_, task in enumerate([tasks[0], *tasks]):
+            for contestant in contestants:
+                sums = left[contestant.name]
+                for count in sums:
+                    use_threads(count)
+                    sums[count].add(contestant.run(task.ids, task.stream_id))
+                best = max(s.rate for s in sums.values())
+                kept = {count: s for count, s in sums.items() if s.rate > HOPELESS * best}
+                left[contestant.name] = {count: Sums() for count in kept} if round_ == 0 else kept
+                ticker.tick()
     finally:
         use_threads(usual)
-    return {c.name: {n: tokens[c.name, n] / seconds[c.name, n] for n in counts} for c in contestants}
+    return {name: {count: s.rate for count, s in sums.items()} for name, sums in left.items()}
 
 
 def best_counts(table: Mapping[str, Mapping[int, float]]) -> dict[str, int]:

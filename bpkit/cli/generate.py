@@ -11,7 +11,6 @@ import typer
 
 from bpkit.cli import options
 from bpkit.cli.terminal import say
-from bpkit.config import settle
 
 if TYPE_CHECKING:
     from bpkit.runtime.decoder import SpeculativeDecoder
@@ -22,10 +21,12 @@ STEPS_IN_A_LINE = 20
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(help="Text to go on from; `-`, or nothing in a pipe, reads it from stdin.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.", metavar="FILE")] = None,
+    # `options.settled` reads these from the context: flags win over the config file.
     policy: options.PolicySpec = None,
     target: options.Target = None,
     drafter: options.Drafter = None,
@@ -44,8 +45,10 @@ def generate(
     rule: options.Rule = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    threads: Annotated[str | None, typer.Option(help="Threads of torch on a CPU.", metavar="N")] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Afterwards, on stderr: speed, steps, where time went.")] = False,
+    threads: options.Threads = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Afterwards, on stderr: speed, steps, where time went.")
+    ] = False,
 ) -> None:
     """Generate text from a prompt, and stream it as it is decided.
 
@@ -55,21 +58,7 @@ def generate(
 
     `echo "Question: What is 7 times 8?" | bpkit generate --temperature 0.7 --seed 1`
     """
-    flags = {
-        "target": target,
-        "drafter": drafter,
-        "policy": policy,
-        "sampling": {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        },
-        "runtime": {"rule": rule, "device": device, "dtype": dtype, "threads": threads},
-    }
-    settled = settle(config, flags)
+    settled = options.settled(context)
     text = read_prompt(prompt, file)
     from bpkit.cli.models import load_decoder
 
@@ -89,7 +78,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise ValueError("give the prompt as an argument or with --file, not both")
     if file is not None:
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(f"there is no prompt file {str(file)!r}")
         text = file.read_text(encoding="utf-8")
     elif prompt is not None and prompt != "-":

@@ -47,7 +47,8 @@ def load_decoder(config: Config, policy: PolicyLike | None = None) -> Speculativ
     except FileNotFoundError:
         raise
     except OSError as error:  # what transformers raises for names that it cannot find
-        raise ValueError(f"cannot load the models: {error}") from error
+        names = ", ".join(str(name) for name in (config.target, config.drafter) if name)
+        raise ValueError(f"cannot load {names or 'the shipped pair'}: {error}") from error
 
 
 def _check_folder(name: Any) -> None:

@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
+from bpkit.config import Config, Runtime, Sampling, settle
 from bpkit.registry import registry
+
+
+def settled(context: typer.Context) -> Config:
+    """The config of a command: the file of its `--config`, overridden by those of its flags that the config knows.
+
+    Raises ConfigError, or FileNotFoundError.
+    """
+    given = context.params
+    flags = {name: given.get(name) for name in ("target", "drafter")}
+    if isinstance(given.get("policy"), str):  # in `bench` it is a list of contestants
+        flags["policy"] = given["policy"]
+    flags["sampling"] = {name: given.get(name) for name in Sampling.model_fields}
+    flags["runtime"] = {name: given.get(name) for name in Runtime.model_fields}
+    return settle(given.get("config"), flags)
 
 
 def _policy_names() -> list[str]:
@@ -15,7 +30,7 @@ def _policy_names() -> list[str]:
 
 
 POLICY_HELP = "As `bpkit policies` lists them: a name, `name:value`, `name:key=value,...`, or `./file.py:ClassName`."
-_MODELS, _SAMPLING, _RUNTIME = "Models and policy", "Sampling", "Runtime"
+_MODELS, _SAMPLING, _RUNTIME, _COMPARISON = "Models and policy", "Sampling", "Runtime", "Comparison"
 
 ConfigFile = Annotated[
     Path | None,
@@ -94,4 +109,38 @@ Dtype = Annotated[
         help="`float32`, `bfloat16`, `float16` or `auto`; by default float32 on a CPU, the checkpoint's own on a GPU.",
         rich_help_panel=_RUNTIME,
     ),
+]
+Threads = Annotated[
+    str | None,
+    typer.Option(
+        help="Of torch on a CPU; `auto` is torch's own choice, and in `bench` and `demo` the fastest for each.",
+        metavar="N",
+        rich_help_panel=_RUNTIME,
+    ),
+]
+Against = Annotated[
+    list[str] | None,
+    typer.Option(help="Also run this decoder: `transformers-dflash`.", metavar="NAME", rich_help_panel=_COMPARISON),
+]
+Domains = Annotated[
+    list[str] | None, typer.Option(help="Only prompts of this domain; repeat for more.", rich_help_panel=_COMPARISON)
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompts of each domain; by default 20 of the shipped ones, and all of a file.",
+        min=1,
+        rich_help_panel=_COMPARISON,
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSONL with `prompt`, and `id` and `domain` if you like, instead of the shipped prompts.",
+        metavar="FILE",
+        rich_help_panel=_COMPARISON,
+    ),
+]
+Repeats = Annotated[
+    int, typer.Option(help="Runs of each contestant on each prompt.", min=1, rich_help_panel=_COMPARISON)
 ]

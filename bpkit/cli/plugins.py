@@ -80,17 +80,24 @@ def _table(title: str, entries: list[dict[str, Any]], *, in_full: bool) -> Table
     table.add_column("options and defaults")
     table.add_column("distribution")
     for entry in entries:
-        options = [f"{n}={_short(o['default'])}" for n, o in entry["options"].items()]
+        options = [_option(n, o["default"]) for n, o in entry["options"].items()]
         if in_full:
             texts = (o["description"] for o in entry["options"].values())
             options = [f"{option}\n  {text}" for option, text in zip(options, texts, strict=True)]
-        table.add_row(*(escape(t) for t in (entry["name"], entry["summary"])), escape("\n".join(options)),
-                      escape(entry["distribution"]))
+        table.add_row(
+            *(escape(t) for t in (entry["name"], entry["summary"])),
+            escape("\n".join(options)),
+            escape(entry["distribution"]),
+        )
     return table
 
 
-def _short(value: Any) -> str:
-    """A default as it would be typed."""
+def _option(name: str, default: Any) -> str:
+    """An option with its default as it would be typed."""
+    return f"{name} (unset)" if default is None else f"{name}={_typed(default)}"
+
+
+def _typed(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(str, value))
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -29,8 +29,8 @@ _Minutes = Annotated[
     float, typer.Option(help="Training time; the learning rate ends at zero then.", min=0.01, rich_help_panel=_BUDGET)
 ]
 _Steps = Annotated[
-    int | None, typer.Option(help="Optimizer steps at most, if fewer than the minutes allow.", min=1,
-                             rich_help_panel=_BUDGET)
+    int | None,
+    typer.Option(help="Optimizer steps at most, if fewer than the minutes allow.", min=1, rich_help_panel=_BUDGET),
 ]
 _Devices = Annotated[
     int, typer.Option(help="Processes: GPUs, or on a CPU one for each core or two.", min=1, rich_help_panel=_BUDGET)
@@ -42,9 +42,7 @@ _Strategy = Annotated[
 _Compile = Annotated[
     bool, typer.Option(help="Run through torch.compile; pays off after a few minutes.", rich_help_panel=_BUDGET)
 ]
-_Resume = Annotated[
-    bool, typer.Option(help="Go on from the last checkpoint in the folder.", rich_help_panel=_BUDGET)
-]
+_Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in the folder.", rich_help_panel=_BUDGET)]
 _Seed = Annotated[int, typer.Option(help="Of data and initial weights.", rich_help_panel=_BUDGET)]
 
 
@@ -56,7 +54,7 @@ def train_target(
     hidden_size: Annotated[int, typer.Option(help="Width; a multiple of 64.", min=64)] = 256,
     vocab_size: Annotated[int, typer.Option(help="Entries of the BPE tokenizer.", min=300)] = 4096,
     length: Annotated[int, typer.Option(help="Tokens in a training window.", min=2)] = 384,
-    batch_size: Annotated[int, typer.Option(help="Windows a step on each device.", min=1)] = 10,
+    batch_size: Annotated[int, typer.Option(help="Windows a step on each device.", min=1)] = 20,
     minutes: _Minutes = 30.0,
     steps: _Steps = None,
     devices: _Devices = 1,
@@ -87,7 +85,9 @@ def train_target(
 
 @app.command("drafter")
 def train_drafter(
-    target: Annotated[str, typer.Argument(help="Folder or Hub name of the target; its tokenizer needs a mask token.")],
+    target: Annotated[
+        str, typer.Option(help="Folder or Hub name of the target; its tokenizer needs a mask token.", metavar="MODEL")
+    ],
     out: _Out,
     maths: _Maths = None,
     prompts: Annotated[
@@ -115,9 +115,9 @@ def train_drafter(
 ) -> None:
     """Let a target answer prompts, and train a DFlash block-diffusion drafter on the answers.
 
-    `bpkit train drafter runs/target --out runs/drafter --maths gsm8k_train.jsonl --minutes 60 --devices 2`
+    `bpkit train drafter --target runs/target --out runs/drafter --maths gsm8k_train.jsonl --minutes 60 --devices 2`
 
-    `bpkit train drafter Qwen/Qwen3-4B --out runs/drafter --prompts my_prompts.jsonl --accelerator gpu`
+    `bpkit train drafter --target Qwen/Qwen3-4B --out runs/drafter --prompts my_prompts.jsonl --accelerator gpu`
     """
     require("lightning", extra="train", purpose="Training")
     from bpkit.bench.prompts import read_prompts

@@ -55,20 +55,24 @@ class CostClock:
 
 
 class Watch:
-    """Splits the time of one turn into phases, lap by lap."""
+    """Splits time into phases, lap by lap. The time that the consumer of a record takes is nobody's."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.last = clock.now()
-        self.spent = dict.fromkeys(("draft", "verify", "policy", "rest"), 0.0)
+        self.spent: dict[str, float] = {}
+
+    def resume(self) -> None:
+        """Time that passed since the last lap is not counted."""
+        self.last = self.clock.now()
 
     def lap(self, phase: str) -> None:
         """The time since the last lap went into `phase`."""
         now = self.clock.now()
-        self.spent[phase] += now - self.last
+        self.spent[phase] = self.spent.get(phase, 0.0) + now - self.last
         self.last = now
 
-    def seconds(self, phase: str) -> Seconds:
-        """Everything so far, the time since the last lap counted to `phase`."""
-        self.lap(phase)
-        return Seconds(**self.spent)
+    def take(self) -> Seconds:
+        """Everything since the last time this was asked."""
+        spent, self.spent = Seconds(**self.spent), {}
+        return spent

@@ -93,6 +93,13 @@ class GuardedPolicy:
         except Exception as error:
             self._mend("observe", error, "no feedback")
 
+    def end(self) -> None:
+        """The request ended."""
+        try:
+            self.policy.end(self.state)
+        except Exception as error:
+            self._mend("end", error, "nothing")
+
     def new_fallbacks(self) -> int:
         """Faults since the last time this was asked."""
         new, self._reported = self.fallbacks - self._reported, self.fallbacks

@@ -21,15 +21,18 @@ def decode(request: Request) -> Iterator[Record]:
 
     watch = Watch(request.clock)
     output = target.prefill(request.prompt)
+    watch.lap("verify")
     verdict = rule.verify(output.logits, request.no_draft(), 0, request.prompt)
     tokens, stopped = request.stopping.cut(request.prompt, verdict.tokens)
     ids = torch.cat([request.prompt, tokens], dim=1)  # int64 [1, length]; the last is the anchor
     drafter.advance(ids, output.features)
+    watch.lap("rest")
     policy.begin(request.context(ids, output, first=True))
-    yield Prefill(tokens, watch.seconds("verify"), verdict.near_ties(1))
+    watch.lap("policy")
+    yield Prefill(tokens, watch.take(), verdict.near_ties(1))
 
     while not stopped:
-        watch = Watch(request.clock)
+        watch.resume()
         context = request.context(ids, output)
         block_size = policy.select(context)  # int64 [1]
         watch.lap("policy")
@@ -47,4 +50,6 @@ def decode(request: Request) -> Iterator[Record]:
         ids = torch.cat([ids, tokens], dim=1)
         step = request.step(context, draft, verify_length, tokens, verdict, watch)
         policy.observe(step)
+        watch.lap("policy")  # charged to the next step: this one's record is made
         yield step
+    policy.end()

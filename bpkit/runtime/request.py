@@ -94,8 +94,9 @@ class Request:
         self, context: Context, draft: Draft, verify_length: int, tokens: Tensor, verdict: Verdict, watch: Watch
     ) -> Step:
         """The record of a turn that yielded `tokens`, int64 [1, acceptance_length]."""
+        watch.lap("rest")
         seconds = self.clock.charge(
-            watch.seconds("rest"),
+            watch.take(),
             block_size=int(draft.block_size),
             verify_width=verify_length + 1,
             context_length=int(context.context_length),

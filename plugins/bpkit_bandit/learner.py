@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from bpkit.policy import Policy, PolicyConfig, PolicyError, State
-from bpkit.types import Context, CostModel, DecoderSpec, Step
+from bpkit.types import CostModel, DecoderSpec, Step
 from bpkit_bandit import memory
 from bpkit_bandit.arm import Arm
 
@@ -27,7 +27,7 @@ class BanditConfig(PolicyConfig):
         default=1.0, gt=0, le=1, description="weight of the past after each step; 1 forgets nothing"
     )
     memory: str | None = Field(default=None, description="JSON file to learn from and to save to")
-    save_every: int = Field(default=200, ge=1, description="steps between two saves of `memory`")
+    save_every: int = Field(default=200, ge=1, description="steps between two saves of `memory` in a long request")
 
     @field_validator("block_sizes", mode="before")
     @classmethod
@@ -46,9 +46,8 @@ class BanditConfig(PolicyConfig):
 class Learner(Policy):
     """Counts tokens and seconds per block size. What it learns lives on `self`, across requests.
 
-    The file of option `memory` is read in `bind`. It is written at the start of a request, every `save_every`
-    steps, and by `save`: without that call, what the last request taught after its last save is lost with the
-    process. Of two processes with one file, the last to save wins.
+    The file of option `memory` is read in `bind`. It is written at the end of a request, every `save_every` steps
+    within one, and by `save`. Of two processes with one file, the last to save wins.
 
     Attributes:
         arms: by block size; all that were configured.
@@ -76,10 +75,9 @@ class Learner(Policy):
             except PolicyError as error:
                 raise PolicyError(f"{path}: {error}; delete the file or set option 'memory' to another") from None
 
-    def begin(self, context: Context) -> State:
+    def end(self, state: State) -> None:
         if self.config.memory and self._unsaved_steps:
             self.save()
-        return {}
 
     def observe(self, state: State, step: Step) -> None:
         # The rows of a batch went through one forward pass: each pays an equal part of it. That is right for rows

@@ -1,0 +1,94 @@
+"""`bpkit demo`: a short tour on the pair that ships with bpkit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.rule import Rule
+
+from bpkit.cli import options
+from bpkit.cli.terminal import console, progress_bar
+
+POLICIES = ("fixed:4", "fixed:16", "threshold", "bandit")
+STREAMED_POLICY = "fixed:8"
+STREAMED_TOKENS, MEASURED_TOKENS = 80, 96
+ABOUT = {
+    "maths": "worked word problems: hard to predict",
+    "code": "Python: names and indentation repeat",
+    "structured": "JSON, tables and logs: the next line looks like the last",
+}
+
+
+def demo(
+    context: typer.Context,
+    # `options.settled` reads these from the context: flags win over the config file.
+    target: options.Target = None,
+    drafter: options.Drafter = None,
+    config: options.ConfigFile = None,
+    limit: Annotated[int, typer.Option(help="Prompts of each domain in the comparison.", min=1)] = 3,
+    threads: options.Threads = None,
+) -> None:
+    """Decode real prompts under several policies: the same text every time, at different speeds.
+
+    It needs no network and no GPU, and takes about a minute on two cores. Then go on with `bpkit bench`.
+
+    `bpkit demo`
+    """
+    settled = options.settled(context)
+    out = console()
+    from bpkit import assets
+    from bpkit.bench.prompts import choose_prompts
+    from bpkit.bench.run import BenchSettings, run_bench
+    from bpkit.bench.table import print_report
+    from bpkit.cli.models import load_decoder
+
+    out.print(
+        "A drafter proposes a block of tokens, the target checks them in one pass, and what it would have said itself "
+        "stands.\nA policy decides how many to propose and to check; it changes the speed, never the text.\n"
+    )
+    decoder = load_decoder(settled, STREAMED_POLICY)
+    for domain in assets.DOMAINS:
+        _stream_one(out, decoder, domain)
+    out.print(Rule("the same prompts under several policies, and without any", align="left"))
+    settings = BenchSettings(
+        policies=dict(zip(POLICIES, POLICIES, strict=True)),
+        options={"max_new_tokens": MEASURED_TOKENS, "temperature": 0.0},
+        threads=settled.runtime.threads,
+    )
+    with progress_bar() as bar:
+        report = run_bench(decoder, choose_prompts(None, (), limit), settings, bar)
+    print_report(report, out)
+    out.print(escape(conclusion(report)), soft_wrap=True)
+
+
+def _stream_one(out: Any, decoder: Any, domain: str) -> None:
+    """One prompt of a domain: the prompt dim, the text as it comes, and how it went."""
+    from bpkit import assets
+    from bpkit.cli.generate import stream
+
+    prompt = assets.prompts(domain, limit=1)[0]["prompt"]
+    out.print(Rule(f"{domain} ({ABOUT[domain]})", align="left"))
+    out.print(escape(prompt), style="dim", end="", soft_wrap=True)
+    result, seconds = stream(decoder, prompt, max_new_tokens=STREAMED_TOKENS, temperature=0.0)
+    count = result.tokens.shape[1]
+    out.print(
+        f"{count} tokens in {len(result.steps)} target passes under {STREAMED_POLICY}: acceptance length "
+        f"{result.acceptance_length:.2f}, {count / seconds:.0f} tokens/s\n",
+        style="italic",
+    )
+
+
+def conclusion(report: dict[str, Any]) -> str:
+    """What the tables show, in a sentence or two."""
+    policies = report["overall"]["policies"]
+    same = all(entry["identical_text"] for entry in policies.values())
+    best = max(policies, key=lambda name: policies[name]["tokens_per_second"])
+    by_domain = {d: g["best_fixed"] for d, g in report["domains"].items()}
+    sizes = ", ".join(f"{name} in {domain}" for domain, name in by_domain.items())
+    text = "The text was the same every time." if same else "Some texts differ from plain decoding: see above."
+    return (
+        f"{text} Fastest overall: {best}, {policies[best]['speedup']:.2f}x plain decoding. Best fixed block size: "
+        f"{sizes}. With so few prompts these are impressions; `bpkit bench` measures."
+    )

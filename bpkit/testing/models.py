@@ -1,0 +1,207 @@
+"""Tiny models for tests of plug-ins: made in memory in a moment, random weights, no network.
+
+Random models hardly ever agree, so that drafts of the tiny DFlash drafter are nearly always rejected. Two drafters
+make up for it: the pair's assistant, which is the target without its last layer, and `AgreeableDrafter`, whose share
+of right tokens you choose.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from bpkit.drafters.autoregressive import AutoregressiveDrafter
+from bpkit.drafters.base import GoOn, Proposal
+from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
+from bpkit.drafters.dflash_model import DFlashConfig, DFlashModel
+from bpkit.runtime.noise import uniform
+from bpkit.runtime.sampling import Draw
+from bpkit.types import Feature
+
+END, MASK, UNKNOWN = "<|end|>", "<|mask|>", "<|unknown|>"
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n\t"
+TRAINED_BLOCK_SIZE = 8
+
+
+@dataclass(frozen=True)
+class TinyPair:
+    """A target with everything that can draft for it, all float32 on the CPU.
+
+    Attributes:
+        target: a `Qwen3ForCausalLM` whose head is scaled up, so that its distributions are neither flat nor certain.
+        drafter_model: a DFlash model of one layer, trained block size 8 (it was never trained).
+        tokenizer: one token for each ASCII character.
+        assistant: the target without its last layer, which sometimes agrees with it.
+    """
+
+    target: Qwen3ForCausalLM
+    drafter_model: DFlashModel
+    tokenizer: PreTrainedTokenizerFast
+    assistant: Qwen3ForCausalLM
+
+    def block_diffusion(self) -> BlockDiffusionDrafter:
+        """The DFlash model as a drafter of the target."""
+        return BlockDiffusionDrafter(self.drafter_model, self.target)
+
+    def autoregressive(self) -> AutoregressiveDrafter:
+        """The assistant as a drafter of the target."""
+        return AutoregressiveDrafter(self.assistant, self.target)
+
+    def agreeable(self, corruption: float = 0.25, *, seed: int = 0) -> AgreeableDrafter:
+        """A drafter that is wrong in a chosen share of its tokens."""
+        return AgreeableDrafter(self.target, corruption=corruption, seed=seed)
+
+    def ids(self, text: str) -> Tensor:
+        """Token ids of a text, int64 [1, length]."""
+        ids: Tensor = self.tokenizer(text, return_tensors="pt")["input_ids"]
+        return ids
+
+    def save(self, folder: Path) -> None:
+        """Write `target`, `drafter` and `assistant` into a folder, each as `from_pretrained` takes it."""
+        self.target.save_pretrained(folder / "target")
+        self.tokenizer.save_pretrained(folder / "target")
+        self.drafter_model.save_pretrained(folder / "drafter")
+        self.assistant.save_pretrained(folder / "assistant")
+        self.tokenizer.save_pretrained(folder / "assistant")
+
+
+def tiny_pair(folder: Path | None = None, *, seed: int = 0) -> TinyPair:
+    """Make a tiny pair; the same seed gives the same weights. torch's global generator is left as it was.
+
+    Args:
+        folder: where to save it as well; `SpeculativeDecoder.from_pretrained` takes its `target` and `drafter`.
+
+    >>> pair = tiny_pair()
+    >>> pair.tokenizer.decode(pair.ids("x = 1")[0])
+    'x = 1'
+    """
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        target = _causal(tokenizer, layers=4)
+        drafter_model = _dflash(tokenizer, target)
+    assistant = _causal(tokenizer, layers=3)
+    kept = assistant.state_dict().keys()
+    assistant.load_state_dict({name: value for name, value in target.state_dict().items() if name in kept})
+    pair = TinyPair(target, drafter_model, tokenizer, assistant)
+    if folder is not None:
+        pair.save(folder)
+    return pair
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each ASCII character, and three special ones."""
+    vocab = {token: i for i, token in enumerate([*CHARACTERS, END, MASK, UNKNOWN])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        mask_token=MASK,
+        unk_token=UNKNOWN,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _causal(tokenizer: PreTrainedTokenizerFast, *, layers: int) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 4
+    return model
+
+
+def _dflash(tokenizer: PreTrainedTokenizerFast, target: Qwen3ForCausalLM) -> DFlashModel:
+    values = target.config.to_dict()
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    config = DFlashConfig(
+        **{name: values[name] for name in shape},
+        num_hidden_layers=1,
+        max_position_embeddings=512,
+        block_size=TRAINED_BLOCK_SIZE,
+        mask_token_id=tokenizer.mask_token_id,
+        target_layer_ids=[0, 2],
+    )
+    model: DFlashModel = DFlashModel(config).float().eval()
+    return model
+
+
+class AgreeableDrafter:
+    """Reads the true continuation off the target itself, then makes a chosen share of the tokens wrong.
+
+    A wrong token has the true one's id plus one, and its scores are shifted alike: the token is honestly drawn from
+    the scores, so that the drafter is lawful under both verify rules. What follows a wrong token is again the true
+    continuation, as if nothing had happened: a runtime that accepts by position alone is found out.
+
+    Args:
+        corruption: probability that a token is wrong, independently at every position of every draft.
+        seed: of the coins. They depend on the seed, where the block begins and the place in it, on nothing else.
+    """
+
+    kind = "autoregressive"
+    name = "agreeable"
+    provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
+    feature_layers: tuple[int, ...] = ()
+    trained_block_size = TRAINED_BLOCK_SIZE
+    max_block_size = 2 * TRAINED_BLOCK_SIZE
+
+    def __init__(self, target: PreTrainedModel, *, corruption: float = 0.25, seed: int = 0) -> None:
+        self.target, self.corruption, self.seed = target, corruption, seed
+        self.drafts = 0
+        """Drafts made so far, over all requests."""
+
+    def begin(self) -> AgreeableSession:
+        return AgreeableSession(self)
+
+
+class AgreeableSession:
+    """The decided tokens, int64 [1, length]."""
+
+    def __init__(self, drafter: AgreeableDrafter) -> None:
+        self.drafter = drafter
+        self.ids: Tensor | None = None
+
+    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+        self.ids = tokens if self.ids is None else torch.cat([self.ids, tokens], dim=1)
+
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        assert self.ids is not None
+        model, begin = self.drafter.target, self.ids.shape[1]
+        self.drafter.drafts += 1
+        coins = uniform(self.drafter.seed, begin, 0, block_size, 1, self.ids.device, salt=0)[:, 0]
+        cache, read = DynamicCache(config=model.config), self.ids
+        tokens, scores, hidden = [], [], []
+        for place in range(block_size - 1):
+            output = model(read, past_key_values=cache, use_cache=True, logits_to_keep=1, output_hidden_states=True)
+            read, of_read = draw(output.logits)
+            shift = int(coins[place] < self.drafter.corruption)
+            tokens.append((read + shift) % of_read.shape[-1])
+            scores.append(of_read.roll(shift, dims=-1))
+            hidden.append(output.hidden_states[-1][:, -1:])
+            proposal = Proposal(torch.cat(tokens, dim=1), torch.cat(scores, dim=1), torch.cat(hidden, dim=1))
+            if go_on is not None and place + 2 < block_size and not go_on(proposal):
+                break
+        return proposal

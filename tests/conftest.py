@@ -1,0 +1,109 @@
+"""Models that the tests share, made once in a session, and plain decoding to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from bpkit.assets import shipped as shipped_folder
+from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
+from bpkit.runtime.noise import GumbelNoise
+from bpkit.testing import TinyPair, tiny_pair
+
+torch.set_num_threads(1)
+
+NEAR_TIE = 1e-4
+
+
+class ShippedPair:
+    """The pair that ships with bpkit, float32 on the CPU."""
+
+    def __init__(self) -> None:
+        folder = str(shipped_folder("target"))
+        self.target: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.drafter = BlockDiffusionDrafter.load(str(shipped_folder("drafter")), self.target)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What plain decoding gives: tokens, and the gap between the best two scores at each of them."""
+
+    tokens: list[int]
+    gaps: list[float]
+
+    def near_tie_where_it_differs(self, tokens: Tensor) -> bool:
+        """False if `tokens`, int64 [1, count], are the same; True if they part at a near tie. Anything else fails."""
+        other = tokens[0].tolist()
+        for i, (ours, theirs) in enumerate(zip(self.tokens, other, strict=False)):
+            if ours != theirs:
+                assert self.gaps[i] < NEAR_TIE, f"token {i} is {theirs}, plain decoding has {ours}, gap {self.gaps[i]}"
+                return True
+        assert len(other) == len(self.tokens), f"{len(other)} tokens, plain decoding has {len(self.tokens)}"
+        return False
+
+
+class PlainDecoding:
+    """Plain decoding with noise, as slow and as independent of the runtime as can be: no cache, no blocks."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompt: Tensor,
+        *,
+        max_new_tokens: int,
+        processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+        seed: int | None = None,
+        stream_id: int = 0,
+        ends: Sequence[int] = (),
+        stop: Callable[[Tensor], bool] = lambda ids: False,
+    ) -> Plain:
+        ids, gaps = prompt, []
+        for t in range(max_new_tokens):
+            scores = model(ids, use_cache=False).logits[:, -1].float()
+            scores = LogitsProcessorList(processors)(ids, scores)
+            if seed is not None:
+                scores = scores + GumbelNoise(seed, stream_id, scores.shape[-1], scores.device).at(t, 1)
+            best = scores.topk(2)
+            gaps.append(float(best.values[0, 0] - best.values[0, 1]))
+            ids = torch.cat([ids, best.indices[:, :1]], dim=1)
+            if int(ids[0, -1]) in ends or stop(ids):
+                break
+        return Plain(ids[0, prompt.shape[1] :].tolist(), gaps)
+
+
+@pytest.fixture(scope="session")
+def pair() -> TinyPair:
+    return tiny_pair()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny pair's `target`, `drafter` and `assistant`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_pair(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shipped() -> ShippedPair:
+    """The shipped pair. An installation without it fails the tests that need it."""
+    return ShippedPair()
+
+
+@pytest.fixture(scope="session")
+def plain() -> PlainDecoding:
+    return PlainDecoding()

@@ -1,0 +1,315 @@
+"""The command line: streams, exit codes, one-paragraph errors, and no torch where none is needed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from bpkit import __version__
+from bpkit.cli import generate as generate_command
+from bpkit.cli import main, models
+from bpkit.policy import PolicyError
+from bpkit.registry import Registry, build
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random `target` and `drafter`."""
+    from bpkit.testing import tiny_pair
+
+    folder = tmp_path_factory.mktemp("pair")
+    tiny_pair(folder)
+    return folder
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run the command line in this process."""
+
+    def invoke(*arguments: str, **more: Any) -> Result:
+        return CliRunner().invoke(main.build_app(), list(arguments), prog_name="bpkit", **more)
+
+    return invoke
+
+
+def on(pair: Path) -> list[str]:
+    return ["--target", str(pair / "target"), "--drafter", str(pair / "drafter"), "--threads", "1"]
+
+
+def paragraph(result: Result) -> str:
+    """The error, which is one line on stderr and no traceback."""
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return str(result.stderr)
+
+
+# Listing
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version").stdout == f"bpkit {__version__}\n"
+    shown = run("--help")
+    assert shown.exit_code == 0
+    for word in ("generate", "policies", "drafters", "bench", "demo", "train", "Exit codes", "130"):
+        assert word in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["policies"], ["policies", "--json"], ["drafters"], ["bench", "--help"]]
+)
+def test_looking_around_imports_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    program = (
+        "import sys, bpkit.cli.main\n"
+        f"sys.argv = ['bpkit', *{arguments!r}]\n"
+        "try: bpkit.cli.main.main()\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'transformers', 'lightning', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_policies_as_json_hold_options_defaults_and_origin(run: Run) -> None:
+    listed = json.loads(run("policies", "--json").stdout)
+    fixed = next(p for p in listed["policies"] if p["name"] == "fixed")
+    assert fixed["options"]["block_size"]["default"] is None
+    assert "anchor included" in fixed["options"]["block_size"]["description"]
+    assert fixed["summary"]
+    assert fixed["distribution"] == "bpkit"
+
+
+def test_tables_are_plain_text_without_a_terminal(run: Run) -> None:
+    shown = run("policies").stdout + run("drafters").stdout + run("policies", "threshold").stdout
+    assert "\x1b" not in shown
+    for word in ("threshold=", "ngram", "block-diffusion", "bpkit"):
+        assert word in shown
+
+
+def test_a_policy_that_is_not_there_is_an_input_error(run: Run) -> None:
+    result = run("policies", "tresholt")
+    assert result.exit_code == 2
+    assert "'threshold'" in paragraph(result)
+
+
+def test_plugins_that_failed_are_shown_by_name_with_the_reason(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = build()
+    broken.failures["strange"] = "ImportError: no module named [stranger]"
+    monkeypatch.setattr("bpkit.cli.plugins.registry", lambda: broken)
+    assert "strange: ImportError: no module named [stranger]" in run("policies").stdout
+    assert json.loads(run("policies", "--json").stdout)["failures"] == broken.failures
+
+
+# Plug-in commands
+
+
+class _Hello:
+    @staticmethod
+    def bpkit_register_commands(app: typer.Typer) -> None:
+        @app.command()
+        def hello() -> None:
+            raise ValueError("hello is no command for you")
+
+
+class _Broken:
+    @staticmethod
+    def bpkit_register_commands(app: typer.Typer) -> None:
+        raise RuntimeError("not today")
+
+
+def _with_plugins(**plugins: object) -> Registry:
+    made = build([])
+    for name, plugin in plugins.items():
+        made.manager.register(plugin, name)
+    return made
+
+
+def test_plugins_add_commands_and_a_broken_one_takes_no_other_down(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _with_plugins(broken=_Broken(), hello=_Hello())
+    monkeypatch.setattr(main, "registry", lambda: made)
+    result = run("hello")
+    assert (result.exit_code, paragraph(result)) == (2, "Error: hello is no command for you\n")
+    assert "not today" in made.failures["broken"]
+
+
+def test_two_plugins_with_one_name_are_an_error_before_any_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def claimed_twice() -> Registry:
+        raise PolicyError("'fixed' is registered twice")
+
+    monkeypatch.setattr(main, "registry", claimed_twice)
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "Error: 'fixed' is registered twice\n"
+
+
+# generate
+
+
+def test_the_text_is_that_of_the_decoder_whatever_the_policy(run: Run, pair: Path) -> None:
+    from bpkit import SpeculativeDecoder
+
+    decoder = SpeculativeDecoder.from_pretrained(str(pair / "target"), str(pair / "drafter"), "fixed:1", device="cpu")
+    expected = decoder.generate("x = ", max_new_tokens=24, temperature=1.0, seed=3).text
+    for policy in ("fixed:4", "threshold:0.1"):
+        options = ["--max-new-tokens", "24", "--temperature", "1", "--seed", "3", "--policy", policy]
+        result = run("generate", "x = ", *on(pair), *options)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == f"{expected}\n"
+        assert result.stderr == ""
+
+
+def test_prompts_come_from_argument_file_or_stdin(run: Run, pair: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("a + b", encoding="utf-8")
+    rest = [*on(pair), "--max-new-tokens", "6"]
+    texts = {
+        run("generate", "a + b", *rest).stdout,
+        run("generate", "--file", str(file), *rest).stdout,
+        run("generate", *rest, input="a + b\n").stdout,
+        run("generate", "-", *rest, input="a + b").stdout,
+    }
+    assert len(texts) == 1
+    assert len(texts.pop()) > 1
+
+
+def test_stats_go_to_stderr(run: Run, pair: Path) -> None:
+    result = run("generate", "x", *on(pair), "--max-new-tokens", "9", "--policy", "fixed:4", "--stats")
+    assert result.exit_code == 0
+    for part in ("9 tokens in", "acceptance length", "target", "seed none (greedy)", "fallbacks 0", "/3"):
+        assert part in result.stderr
+    assert "tokens" not in result.stdout
+
+
+def test_stop_strings_end_the_text(run: Run, pair: Path) -> None:
+    whole = run("generate", "x", *on(pair), "--max-new-tokens", "20").stdout
+    stopped = run("generate", "x", *on(pair), "--max-new-tokens", "20", "--stop", whole[3:5]).stdout
+    assert stopped == whole[: whole.index(whole[3:5]) + 2] + "\n"
+
+
+def test_flags_win_over_the_config(run: Run, pair: Path, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"target: {pair / 'target'}\ndrafter: {pair / 'drafter'}\npolicy: {{name: fixed, block_size: 2}}\n"
+        "sampling: {max_new_tokens: 5}\nruntime: {threads: 1}\n",
+        encoding="utf-8",
+    )
+    result = run("generate", "x", "--config", str(file), "--stats")
+    assert "5 tokens" in result.stderr
+    assert "/1" in result.stderr
+    result = run("generate", "x", "--config", str(file), "--stats", "--max-new-tokens", "7", "--policy", "fixed:5")
+    assert "7 tokens" in result.stderr
+    assert "/4" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["x", "--policy", "fixd"], "'fixed'"),
+        (["x", "--policy", "fixed:blok=3"], "block_size"),
+        (["x", "--top-p", "3"], "--top-p"),
+        (["x", "--rule", "best"], "'coupled' or 'rejection'"),
+        (["x", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["x", "--file", "nowhere.txt"], "not both"),
+        (["--file", "nowhere.txt"], "nowhere.txt"),
+        (["x", "--target", "./nowhere", "--drafter", "ngram"], "./nowhere"),
+        ([""], "empty"),
+    ],
+)
+def test_bad_input_is_a_paragraph_and_exit_code_2(run: Run, arguments: list[str], said: str) -> None:
+    result = run("generate", *arguments)
+    assert result.exit_code == 2
+    assert said in paragraph(result)
+
+
+def test_unknown_options_and_commands_are_exit_code_2(run: Run) -> None:
+    assert run("generate", "x", "--polcy", "fixed").exit_code == 2
+    assert run("generat").exit_code == 2
+
+
+def _raising(error: BaseException) -> Callable[..., Any]:
+    def raise_it(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return raise_it
+
+
+def test_a_failure_at_run_time_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_decoder", _raising(RuntimeError("CUDA is\nout of memory")))
+    result = run("generate", "x")
+    assert result.exit_code == 1
+    assert paragraph(result).startswith("Error: RuntimeError: CUDA is out of memory")
+    monkeypatch.setattr(models, "load_decoder", _raising(PermissionError("the disk is locked")))
+    result = run("generate", "x")
+    assert (result.exit_code, paragraph(result)) == (1, "Error: the disk is locked\n")
+
+
+def test_only_debug_shows_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_decoder", _raising(ValueError("no such thing")))
+    assert "Traceback" not in run("generate", "x").stderr
+    result = run("--debug", "generate", "x")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "no such thing" in result.stderr
+
+
+def test_an_interruption_ends_with_a_line_and_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load_decoder", _raising(KeyboardInterrupt()))
+    result = run("generate", "x")
+    assert (result.exit_code, paragraph(result)) == (130, "Interrupted.\n")
+
+
+def test_without_a_prompt_the_error_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    with pytest.raises(ValueError, match="--file FILE"):
+        generate_command.read_prompt(None, None)
+
+
+# train
+
+
+def test_training_without_lightning_says_how_to_get_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for arguments in (["target"], ["drafter", "--target", "somewhere"]):
+        result = run("train", *arguments, "--out", str(tmp_path))
+        assert result.exit_code == 1
+        assert "pip install 'bpkit[train]'" in paragraph(result)
+
+
+def test_the_defaults_shown_are_those_of_the_recipes() -> None:
+    pytest.importorskip("lightning")
+    from bpkit.cli import train
+    from bpkit.training.drafter import train_drafter
+    from bpkit.training.target import train_target
+
+    for command, recipe in ((train.train_target, train_target), (train.train_drafter, train_drafter)):
+        shown = inspect.signature(command).parameters
+        for name, parameter in inspect.signature(recipe).parameters.items():
+            if name in shown and parameter.default is not parameter.empty:
+                assert shown[name].default == parameter.default, name
+
+
+def test_train_passes_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("bpkit.training.target.train_target", lambda out, **more: seen.update(out=out, **more))
+    result = run("train", "target", "--out", str(tmp_path), "--layers", "3", "--minutes", "2", "--devices", "2")
+    assert result.exit_code == 0, result.stderr
+    assert (seen["out"], seen["layers"], seen["maths"]) == (tmp_path, 3, None)
+    assert (seen["options"].max_minutes, seen["options"].devices, seen["options"].resume) == (2.0, 2, True)
