@@ -63,17 +63,19 @@ def build(points: list[EntryPoint] | None = None) -> Registry:
     registry = Registry(pluggy.PluginManager(hookspecs.PROJECT))
     registry.manager.add_hookspecs(hookspecs)
     for point in sorted(points if points is not None else entry_points(group="bpkit"), key=lambda p: p.name):
+        name = point.name if not registry.manager.has_plugin(point.name) else f"{_distribution(point)}:{point.name}"
+        found: dict[str, list[Entry]] = {}
         try:
             plugin = point.load()
-            registry.manager.register(plugin, point.name)
+            registry.manager.register(plugin, name)
             registry.manager.check_pending()
-            _collect(registry, plugin, point)
-        except PolicyError:
-            raise
-        except Exception as error:  # a stranger's plug-in may fail in any way, and must not take the others down
-            registry.failures[point.name] = f"{type(error).__name__}: {error}"
-            if registry.manager.get_plugin(point.name) is not None:
-                registry.manager.unregister(name=point.name)
+            found = _collect(plugin, point)
+        except (Exception, SystemExit) as error:  # a stranger's plug-in may fail in any way, and take nobody along
+            registry.failures[name] = f"{type(error).__name__}: {error}"
+            if registry.manager.has_plugin(name):
+                registry.manager.unregister(name=name)
+        _add(registry.policies, found.get("bpkit_register_policies", []))
+        _add(registry.drafters, found.get("bpkit_register_drafters", []))
     return registry
 
 
@@ -83,12 +85,15 @@ def registry() -> Registry:
     return build()
 
 
-def _collect(registry: Registry, plugin: object, point: EntryPoint) -> None:
-    distribution = point.dist.name if point.dist else "?"
-    for hook, known in (
-        ("bpkit_register_policies", registry.policies),
-        ("bpkit_register_drafters", registry.drafters),
-    ):
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "?"
+
+
+def _collect(plugin: object, point: EntryPoint) -> dict[str, list[Entry]]:
+    """What the plug-in's hooks register, by hook. Nothing counts if one of them fails half-way."""
+    found: dict[str, list[Entry]] = {}
+    for hook in ("bpkit_register_policies", "bpkit_register_drafters"):
+        entries = found.setdefault(hook, [])
 
         def register(
             name: str,
@@ -96,18 +101,24 @@ def _collect(registry: Registry, plugin: object, point: EntryPoint) -> None:
             *,
             summary: str,
             config: str = "",
-            known: dict[str, Entry] = known,
+            entries: list[Entry] = entries,
         ) -> None:
-            entry = Entry(name, target, summary, config, plugin=point.name, distribution=distribution)
-            if name in known:
-                raise PolicyError(
-                    f"{name!r} is registered twice: by plug-in {known[name].plugin!r} of distribution "
-                    f"{known[name].distribution!r} and by {point.name!r} of {distribution!r}; uninstall one of them"
-                )
-            known[name] = entry
+            entries.append(Entry(name, target, summary, config, point.name, _distribution(point)))
 
         if hasattr(plugin, hook):
             getattr(plugin, hook)(register=register)
+    return found
+
+
+def _add(known: dict[str, Entry], entries: list[Entry]) -> None:
+    for entry in entries:
+        if entry.name in known:
+            other = known[entry.name]
+            raise PolicyError(
+                f"{entry.name!r} is registered twice: by plug-in {other.plugin!r} of distribution "
+                f"{other.distribution!r} and by {entry.plugin!r} of {entry.distribution!r}; uninstall one of them"
+            )
+        known[entry.name] = entry
 
 
 def _imported(target: str, entry: Entry) -> Any:

@@ -12,7 +12,7 @@ Every tensor carries a leading batch axis: row *i* is request *i*. Terms (one me
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -149,6 +149,17 @@ class Draft:
         """`value` for every row: int64 [batch]."""
         return self.context.full(value)
 
+    def first(self, count: int) -> Draft:
+        """The draft as it was after `count` tokens."""
+        return Draft(
+            self.context,
+            self.block_size,
+            self.draft_length.clamp(max=count),
+            self.tokens[:, :count],
+            None if self.logits is None else self.logits[:, :count],
+            {name: value[:, :count] for name, value in self.features.items()},
+        )
+
     def __getitem__(self, name: Feature | str) -> Tensor:
         """A wanted feature by name. Raises FeatureNotWanted."""
         return _lookup(self.features, name)
@@ -208,6 +219,11 @@ class Step:
     seconds: Seconds
     fallbacks: int = 0
     near_ties: int = 0
+
+    def clone(self) -> Step:
+        """A copy with tensors of its own."""
+        names = ("block_size", "draft_length", "verify_length", "num_accepted", "tokens")
+        return replace(self, **{name: getattr(self, name).clone() for name in names})
 
     @property
     def acceptance_length(self) -> Tensor:

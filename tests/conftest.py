@@ -76,7 +76,9 @@ class PlainDecoding:
             scores = model(ids, use_cache=False).logits[:, -1].float()
             scores = LogitsProcessorList(processors)(ids, scores)
             if seed is not None:
-                scores = scores + GumbelNoise(seed, stream_id, scores.shape[-1], scores.device).at(t, 1)
+                noise = GumbelNoise(seed, stream_id, scores.shape[-1], scores.device)
+                noise.forget_before(t)  # those before are not needed
+                scores = scores + noise.at(t, 1)
             best = scores.topk(2)
             gaps.append(float(best.values[0, 0] - best.values[0, 1]))
             ids = torch.cat([ids, best.indices[:, :1]], dim=1)

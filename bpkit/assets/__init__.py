@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TypedDict
 
 DOMAINS = ("maths", "code", "structured")
+"""What `prompts()` gives by default."""
+EXTRA_DOMAINS = ("formats",)
+"""By name only: structured text in formats that the shipped pair was not trained on."""
 
 
 class Prompt(TypedDict):
@@ -35,6 +38,7 @@ def prompts(*domains: str, limit: int | None = None) -> list[Prompt]:
     for domain in domains or DOMAINS:
         file = shipped("prompts") / f"{domain}.jsonl"
         if not file.is_file():
-            raise ValueError(f"there is no domain {domain!r}; the shipped prompts are of: {', '.join(DOMAINS)}")
+            known = ", ".join((*DOMAINS, *EXTRA_DOMAINS))
+            raise ValueError(f"there is no domain {domain!r}; the shipped prompts are of: {known}")
         found += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:limit]]
     return found

@@ -55,6 +55,15 @@ def train_target(
     vocab_size: Annotated[int, typer.Option(help="Entries of the BPE tokenizer.", min=300)] = 4096,
     length: Annotated[int, typer.Option(help="Tokens in a training window.", min=2)] = 384,
     batch_size: Annotated[int, typer.Option(help="Windows a step on each device.", min=1)] = 20,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an earlier target to go on from, with its tokenizer.",
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     minutes: _Minutes = 30.0,
     steps: _Steps = None,
     devices: _Devices = 1,
@@ -80,6 +89,7 @@ def train_target(
         vocab_size=vocab_size,
         length=length,
         batch_size=batch_size,
+        start_from=start_from,
     )
 
 

@@ -31,6 +31,12 @@ class BlockDiffusionDrafter:
                 f"drafter {name} was made for hidden size {config.hidden_size}, but the target has "
                 f"{target.config.get_text_config().hidden_size}: use the drafter that was trained for this target"
             )
+        depth = target.config.get_text_config().num_hidden_layers
+        if not all(0 <= layer < depth for layer in config.target_layer_ids or ()):
+            raise ValueError(
+                f"drafter {name} wants features of target layers {config.target_layer_ids}, but the target has "
+                f"layers 0 to {depth - 1}: use the drafter that was trained for this target"
+            )
         self.model, self.target, self.name = model.eval(), target, name
         self.trained_block_size = config.block_size
         self.max_block_size = 2 * config.block_size
@@ -38,9 +44,19 @@ class BlockDiffusionDrafter:
 
     @classmethod
     def load(cls, path: str, target: PreTrainedModel, **options: Any) -> BlockDiffusionDrafter:
-        """Load a checkpoint of the published DFlash layout, from a folder or the Hub."""
-        model = DFlashModel.from_pretrained(path, dtype=target.dtype, **options).to(target.device)
-        return cls(model, target, name=path)
+        """Load a checkpoint of the published DFlash layout, from a folder or the Hub.
+
+        Raises:
+            ValueError: its tensors are not those of a DFlash drafter; it would draft at random.
+        """
+        model, info = DFlashModel.from_pretrained(path, dtype=target.dtype, output_loading_info=True, **options)
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info.get(what):
+                names = ", ".join(sorted(map(str, info[what]))[:4])
+                raise ValueError(
+                    f"{path} is not a DFlash drafter of the known layout: {what.replace('_', ' ')} {names}"
+                )
+        return cls(model.to(target.device), target, name=path)
 
     def begin(self) -> BlockDiffusionSession:
         return BlockDiffusionSession(self)

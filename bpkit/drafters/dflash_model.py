@@ -36,13 +36,14 @@ class DFlashConfig(Qwen3Config):
 
     Attributes:
         target_layer_ids: layer *i* means `hidden_states[i + 1]` of the target.
+        is_causal: whether a block position sees later ones; by default only sliding-window layers hide them.
     """
 
     dflash_config: dict[str, Any] | None = None
     block_size: int = 0
     mask_token_id: int = -1
     target_layer_ids: list[int] | None = None
-    is_causal: bool = False
+    is_causal: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         nested = self.dflash_config or {}
@@ -61,6 +62,7 @@ class DFlashConfig(Qwen3Config):
         values: dict[str, Any] = super().to_dict()
         moved = {name: values.pop(name, None) for name in ("mask_token_id", "target_layer_ids")}
         values["dflash_config"] = {**(values.get("dflash_config") or {}), **moved}
+        values["architectures"] = ["DFlashDraftModel"]  # the name that engines look for
         return values
 
 
@@ -90,8 +92,9 @@ class DFlashAttention(Qwen3Attention):
         key = key * cos + rotate_half(key) * sin
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.sliding_window is not None or self.config.is_causal:
-            attention_mask = _window_mask(query, key, self.sliding_window, self.config.is_causal, attention_mask)
+        causal = self.sliding_window is not None if self.config.is_causal is None else self.config.is_causal
+        if self.sliding_window is not None or causal:
+            attention_mask = _window_mask(query, key, self.sliding_window, causal, attention_mask)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling)
         return self.o_proj(output.reshape(batch, width, -1))  # type: ignore[no-any-return]
@@ -104,7 +107,9 @@ def _window_mask(query: Tensor, key: Tensor, window: int | None, causal: bool, g
     visible = ahead.abs() < (window or key.shape[-2])
     if causal:
         visible &= ahead <= 0
-    return visible[None, None] if given is None else visible & given
+    if given is None:
+        return visible[None, None]
+    return visible & given if given.dtype == torch.bool else given.masked_fill(~visible, float("-inf"))
 
 
 class DFlashLayer(Qwen3DecoderLayer):

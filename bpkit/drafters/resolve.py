@@ -27,7 +27,7 @@ def resolve_drafter(drafter: str | Mapping[str, Any], target: PreTrainedModel) -
     if isinstance(drafter, str) and name not in known and (not path) and _is_model(drafter):
         name, path = _kind_of_model(drafter), drafter
     if name not in known and "/" in str(drafter):
-        raise ValueError(f"drafter {str(drafter)!r} is no folder with a config.json, and no model of that name was found")
+        raise ValueError(f"drafter {str(drafter)!r}: neither a folder with a config.json nor a model of that name")
     load = find(known, name, what="drafter").load()
     accepted = [p for p in inspect.signature(load).parameters if p not in ("path", "target", "options")]
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(load).parameters.values()):

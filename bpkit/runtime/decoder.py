@@ -96,7 +96,7 @@ class SpeculativeDecoder:
     def from_pretrained(
         cls,
         target: str | Path | None = None,
-        drafter: str | dict[str, Any] | None = None,
+        drafter: str | Path | dict[str, Any] | None = None,
         policy: PolicyLike = "fixed",
         *,
         dtype: torch.dtype | str | None = None,
@@ -124,7 +124,7 @@ class SpeculativeDecoder:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
         use_grouped_attention(model)
         options.setdefault("tokenizer", AutoTokenizer.from_pretrained(path))
-        return cls(model, drafter, policy, **options)
+        return cls(model, str(drafter) if isinstance(drafter, Path) else drafter, policy, **options)
 
     def with_policy(self, policy: PolicyLike | None, drafter: Drafter | str | None = None) -> SpeculativeDecoder:
         """The same target under another policy or with another drafter; None keeps what there is."""
@@ -151,8 +151,7 @@ class SpeculativeDecoder:
         Raises:
             ValueError: an option that speculative decoding cannot honour; the message names it.
         """
-        run = self.run(prompt, **options)
-        result = run.finish()
+        result = self._to_the_end(self.run(prompt, **options))
         if self.tokenizer is not None:
             result.text = cast("str", self.tokenizer.decode(result.tokens[0], skip_special_tokens=True))
         return result
@@ -209,20 +208,24 @@ class SpeculativeDecoder:
             seed = int(torch.randint(2**62, ()))
         seed = seed if generation_config.do_sample else None
         request = decoder._request(input_ids, logits_processor, stopping_criteria, seed, stream_id)
-        run = Run(decode(request), input_ids, seed)
+        run = Run(decode(request), input_ids, seed, request.policy)
         if return_run:
             return run
-        for record in run:
-            if self.streamer is not None:
-                self.streamer.put(record.tokens.cpu())
-        if self.streamer is not None:
-            self.streamer.end()
-        result = run.finish()
+        result = self._to_the_end(run)
         if not generation_config.return_dict_in_generate:
             return result.sequences
         output = GenerateDecoderOnlyOutput(sequences=result.sequences, past_key_values=request.target.cache)
         output.generation = result
         return output
+
+    def _to_the_end(self, run: Run) -> Generation:
+        """Finish a run, handing prompt and tokens to the streamer as transformers would."""
+        if self.streamer is not None:
+            self.streamer.put(run.prompt.cpu())
+            for record in run:
+                self.streamer.put(record.tokens.cpu())
+            self.streamer.end()
+        return run.finish()
 
     def _request(
         self,
@@ -233,13 +236,10 @@ class SpeculativeDecoder:
         stream_id: int,
     ) -> Request:
         wants = self.policy.wants | (self.policy.wants_optional & self._offered())
-        biasing = wants & OF_THE_DRAFTED_TOKEN
-        if self.rule == "rejection" and seed is not None and biasing:
-            raise PolicyError(
-                f"policy {type(self.policy).__name__} looks at {', '.join(sorted(biasing))}, which would bias the "
-                "output under rule 'rejection' at temperature > 0; use rule 'coupled', or features of the "
-                "distribution alone such as draft_entropy"
-            )
+        if self.rule == "rejection" and seed is not None:
+            self._refuse_bias(wants)
+        # What such drafters know of a position depends on the tokens drafted before it; see GuardedPolicy.
+        stepwise = self.rule == "rejection" and seed is not None and self.drafter.kind != "block-diffusion"
         noise = None
         if seed is not None:
             noise = GumbelNoise(seed, stream_id, self.spec.vocab_size, prompt.device, salt=TARGET_SALT)
@@ -251,7 +251,7 @@ class SpeculativeDecoder:
             prompt=prompt,
             target=TargetSession(self.target, feature_layers=self.drafter.feature_layers, keep_hidden=keep_hidden),
             drafter=self.drafter.begin(),
-            policy=GuardedPolicy(self.policy, self.spec, strict=self.strict),
+            policy=GuardedPolicy(self.policy, self.spec, strict=self.strict, stepwise=stepwise),
             rule=make_rule(self.rule, Processors(processors), noise, prompt.shape[1]),
             stopping=Stopping(criteria, prompt.shape[1]),
             clock=self.clock,
@@ -259,6 +259,16 @@ class SpeculativeDecoder:
             wants=wants,
             generator=generator,
         )
+
+    def _refuse_bias(self, wants: frozenset[Feature]) -> None:
+        """Under rejection sampling, whether a token is verified must not depend on that token."""
+        name, biasing = type(self.policy).__name__, wants & OF_THE_DRAFTED_TOKEN
+        if biasing:
+            raise PolicyError(
+                f"policy {name} looks at {', '.join(sorted(biasing))}, which would bias the output under rule "
+                "'rejection' at temperature > 0; use rule 'coupled', or features of the distribution alone such as "
+                "draft_entropy"
+            )
 
     def _bound(self, policy: PolicyLike) -> Policy:
         made = resolve_policy(policy)

@@ -26,17 +26,23 @@ class PolicyFaultWarning(UserWarning):
 class GuardedPolicy:
     """The policy as the loop sees it: decisions are always valid.
 
+    Args:
+        stepwise: ask `truncate` token by token, each time with the draft up to that token only. Under the rejection
+            rule a token may not be dropped for what came after it, because what an autoregressive drafter knows of
+            later positions depends on that token, and the output would be biased.
+
     Attributes:
         fallbacks: faults mended so far in this request.
     """
 
-    def __init__(self, policy: Policy, spec: DecoderSpec, *, strict: bool = False) -> None:
-        self.policy, self.spec, self.strict = policy, spec, strict
+    def __init__(self, policy: Policy, spec: DecoderSpec, *, strict: bool = False, stepwise: bool = False) -> None:
+        self.policy, self.spec, self.strict, self.stepwise = policy, spec, strict, stepwise
         self.fallbacks = 0
         self.state: State = {}
         self._warned: set[str] = set()
         self._reported = 0
         self.truncates, self.extends = overrides(policy, "truncate"), overrides(policy, "extend")
+        self.observes = overrides(policy, "observe")
 
     def begin(self, context: Context) -> None:
         """Make the request's state."""
@@ -60,19 +66,31 @@ class GuardedPolicy:
             return context.full(default)
         if bool((size > most).any()):
             self._mend("select", PolicyFault(f"select returned {size.tolist()}, above {most}"), f"{most}")
-        return size.clamp(max=most)
+        return size.clamp(max=most).clone()  # the policy may keep, and later write to, what it returned
 
     def truncate(self, draft: Draft) -> Tensor:
         """Drafted tokens to verify, 0 .. draft_length: int64 [batch]."""
+        length = draft.draft_length
         if not self.truncates:
-            return draft.draft_length
+            return length
+        if not self.stepwise:
+            return self._truncate(draft)
+        kept = 0
+        while kept < int(length) and int(self._truncate(draft.first(kept + 1))) == kept + 1:
+            kept += 1
+        return draft.full(kept)
+
+    def _truncate(self, draft: Draft) -> Tensor:
+        length = draft.draft_length
+        draft.draft_length = length.clone()  # the policy may write to what it is handed
         try:
-            width = _whole_numbers(self.policy.truncate(self.state, draft), draft.context.batch_size, "truncate")
-            if bool(((width < 0) | (width > draft.draft_length)).any()):
-                raise PolicyFault(f"truncate returned {width.tolist()} of {draft.draft_length.tolist()} drafted tokens")
+            width = _whole_numbers(self.policy.truncate(self.state, draft), len(length), "truncate")
+            if bool(((width < 0) | (width > length)).any()):
+                raise PolicyFault(f"truncate returned {width.tolist()} of {length.tolist()} drafted tokens")
         except Exception as error:
             self._mend("truncate", error, "the whole draft")
-            return draft.draft_length
+            width = length
+        draft.draft_length = length
         return width
 
     def extend(self, draft: Draft) -> bool:
@@ -87,9 +105,11 @@ class GuardedPolicy:
             return True
 
     def observe(self, step: Step) -> None:
-        """Feed the step back."""
+        """Feed the step back: a copy, because the record is the output's."""
+        if not self.observes:
+            return
         try:
-            self.policy.observe(self.state, step)
+            self.policy.observe(self.state, step.clone())
         except Exception as error:
             self._mend("observe", error, "no feedback")
 

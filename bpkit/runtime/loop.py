@@ -38,7 +38,7 @@ def decode(request: Request) -> Iterator[Record]:
         watch.lap("policy")
         draft = request.draft(context, block_size, ids)
         watch.lap("draft")
-        verify_length = request.verify_length(context, draft)
+        verify_length = request.verify_length(draft, ids)
         watch.lap("policy")
         output = target.verify(torch.cat([ids[:, -1:], draft.tokens[:, :verify_length]], dim=1))
         watch.lap("verify")
@@ -47,8 +47,8 @@ def decode(request: Request) -> Iterator[Record]:
         target.rollback(verify_length + 1 - tokens.shape[1])
         output = output.first(tokens.shape[1])
         drafter.advance(tokens, output.features)
+        step = request.step(draft, verify_length, ids, tokens, verdict, watch)
         ids = torch.cat([ids, tokens], dim=1)
-        step = request.step(context, draft, verify_length, tokens, verdict, watch)
         policy.observe(step)
         watch.lap("policy")  # charged to the next step: this one's record is made
         yield step

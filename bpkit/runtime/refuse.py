@@ -38,6 +38,8 @@ def refuse_what_we_cannot_do(
             raise ValueError(f"speculative decoding cannot honour {name}={value!r}: {instead}")
     if ids.shape[0] != 1:
         raise ValueError(f"batch size {ids.shape[0]}: speculative decoding serves one sequence at a time for now")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds: the prompt must be token ids; pass input_ids")
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one token")
     if not config.use_cache or model_kwargs.get("use_cache") is False:
@@ -53,6 +55,9 @@ def refuse_what_we_cannot_do(
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not bool((mask == 1).all()):
         raise ValueError("the attention mask hides tokens: pass the prompt without padding")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.flatten().tolist() != list(range(ids.shape[1])):
+        raise ValueError("position_ids: the decoder counts positions from 0 itself; leave them out")
 
 
 def refuse_what_generate_dropped() -> None:

@@ -83,31 +83,32 @@ class Request:
         context = context or self.context(self.prompt, TargetOutput(self.prompt, None, None))
         return Draft(context, context.full(1), context.full(0), self.prompt[:, :0])
 
-    def verify_length(self, context: Context, draft: Draft) -> int:
+    def verify_length(self, draft: Draft, ids: Tensor) -> int:
         """Drafted tokens to verify: what the policy keeps, capped to what may still be generated."""
         if draft.tokens.shape[1] == 0:
             return 0
         # A step yields one token more than it verifies.
-        return min(int(self.policy.truncate(draft)), int(context.remaining) - 1)
+        return min(int(self.policy.truncate(draft)), self.stopping.max_length - ids.shape[1] - 1)
 
     def step(
-        self, context: Context, draft: Draft, verify_length: int, tokens: Tensor, verdict: Verdict, watch: Watch
+        self, draft: Draft, verify_length: int, ids: Tensor, tokens: Tensor, verdict: Verdict, watch: Watch
     ) -> Step:
-        """The record of a turn that yielded `tokens`, int64 [1, acceptance_length]."""
+        """The record of a turn that began with `ids` and yielded `tokens`, int64 [1, acceptance_length]."""
+        block_size, full = draft.block_size, draft.block_size.new_tensor
         watch.lap("rest")
         seconds = self.clock.charge(
             watch.take(),
-            block_size=int(draft.block_size),
+            block_size=int(block_size),
             verify_width=verify_length + 1,
-            context_length=int(context.context_length),
+            context_length=ids.shape[1],
         )
         return Step(
-            block_size=draft.block_size,
+            block_size=block_size,
             draft_length=draft.draft_length,
-            verify_length=context.full(verify_length),
-            num_accepted=context.full(tokens.shape[1] - 1),
+            verify_length=full([verify_length]),
+            num_accepted=full([tokens.shape[1] - 1]),
             tokens=tokens,
-            position=int(context.position),
+            position=ids.shape[1] - self.prompt.shape[1],
             seconds=seconds,
             fallbacks=self.policy.new_fallbacks(),
             near_ties=verdict.near_ties(tokens.shape[1]),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bpkit.runtime.guard import GuardedPolicy
 from bpkit.types import Prefill, Record, Seconds, Step
 
 
@@ -21,6 +22,7 @@ class Generation:
         text: the decoded output, if the decoder has a tokenizer.
         seed: of the noise, or None for greedy decoding.
         prefill, steps: the records.
+        fallbacks: policy faults that the runtime mended.
     """
 
     sequences: Tensor
@@ -29,6 +31,7 @@ class Generation:
     seed: int | None
     prefill: Prefill
     steps: list[Step] = field(repr=False)
+    fallbacks: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -50,11 +53,6 @@ class Generation:
         return self.tokens.shape[1] / total if total > 0 else float("nan")
 
     @property
-    def fallbacks(self) -> int:
-        """Policy faults that the runtime mended."""
-        return sum(step.fallbacks for step in self.steps)
-
-    @property
     def near_ties(self) -> int:
         """Positions whose top-2 gap was below tolerance, where another verify width might have chosen otherwise."""
         return self.prefill.near_ties + sum(step.near_ties for step in self.steps)
@@ -63,8 +61,9 @@ class Generation:
 class Run(Iterator[Record]):
     """A running generation: iterate over its records, then ask for the result."""
 
-    def __init__(self, records: Iterator[Record], prompt: Tensor, seed: int | None) -> None:
-        self._records, self._prompt, self._seed = records, prompt, seed
+    def __init__(self, records: Iterator[Record], prompt: Tensor, seed: int | None, policy: GuardedPolicy) -> None:
+        self.prompt = prompt
+        self._records, self._seed, self._policy = records, seed, policy
         self._seen: list[Record] = []
 
     def __next__(self) -> Record:
@@ -80,10 +79,11 @@ class Run(Iterator[Record]):
         assert isinstance(prefill, Prefill)
         tokens = torch.cat([record.tokens for record in self._seen], dim=1)
         return Generation(
-            sequences=torch.cat([self._prompt, tokens], dim=1),
+            sequences=torch.cat([self.prompt, tokens], dim=1),
             tokens=tokens.clone(),  # made outside inference mode: users may write to it
             text=None,
             seed=self._seed,
             prefill=prefill,
             steps=[step for step in steps if isinstance(step, Step)],
+            fallbacks=self._policy.fallbacks,
         )

@@ -47,8 +47,8 @@ class Stopping:
             if token in self.ends or i + 1 >= room:
                 return i
             upto = ids[:, : prefix.shape[1] + i + 1]
-            # Every criterion is called, also when one has spoken: some keep state.
-            said = [bool(criterion(upto, None).any()) for criterion in self.others]
+            # Every criterion is called, also when one has spoken: some keep state. Some answer with a plain bool.
+            said = [bool(torch.as_tensor(criterion(upto, None)).any()) for criterion in self.others]
             if any(said):
                 return i
         return None

@@ -7,6 +7,7 @@ exp(-(k-1)/gamma). Block sizes are mixed, because a policy will ask for many.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from bpkit.drafters.dflash_model import DFlashConfig, DFlashModel
 from bpkit.training.budget import BudgetedModule
 from bpkit.training.outputs import write_outputs
+from bpkit.training.provenance import fingerprint, write_provenance
 from bpkit.training.run import RunOptions, autocast, fit
 
 BLOCK_SIZES = (4, 8, 16, 16, 16, 32)
@@ -182,3 +184,13 @@ def train_drafter(
     held_out, training = tuple(c[:64] for c in columns), tuple(c[64:] for c in columns)
     if fit(module, training, held_out, out=out, batch_size=batch_size, options=options):
         drafter.to(torch.bfloat16).save_pretrained(out)
+        arguments = {
+            **dataclasses.asdict(options),
+            "layers": layers,
+            "block_size": block_size,
+            "target_layer_ids": config.target_layer_ids,
+            "sequences": sequences,
+            "new_tokens": new_tokens,
+            "batch_size": batch_size,
+        }
+        write_provenance(out, "train_drafter", arguments, {"prompts": fingerprint(prompts)})

@@ -1,9 +1,9 @@
 """A generator of structured text: JSON, tables, logs and configuration with random schemas.
 
 Real structured output repeats its own shape, and that is what makes it predictable. So each document draws a
-*schema* (field names, field types, constants) and then writes record after record in one *layout*. The layouts
-and the field names are split in two: `TRAIN` ones make training text, `HELD_OUT` ones make prompts that no
-training text resembles in template or vocabulary of fields.
+*schema* (field names, field types, constants) and then writes record after record in one *layout*. Every layout has
+formats for training and others (separators, indents, timestamps, keywords) that are kept out of it, to see how models
+do on formats that they do not know.
 """
 
 from __future__ import annotations
@@ -16,16 +16,12 @@ from datetime import datetime, timedelta
 
 Value = str | int | float | bool
 
-TRAIN_FIELDS = (
+FIELDS = (
     "id name city status price count email country total rating active created updated role level score team region "
     "code color size weight height width owner group kind category title author year month amount balance currency "
     "host port path method user session request duration bytes source target node cluster version branch build stage "
     "retries timeout priority queue worker shard offset limit page language latitude longitude altitude temperature "
     "humidity pressure speed distance product order customer quantity discount tax department manager salary phone"
-).split()
-HELD_OUT_FIELDS = (
-    "sensor voltage ticket assignee severity invoice vendor warehouse shelf container replica tenant bucket mirror "
-    "driver vehicle mileage gate flight seat lane pump valve batch recipe grade pupil ward nurse canal lock ferry"
 ).split()
 _NAMES = (
     "Alice Bruno Chen Dana Elif Farid Greta Hugo Ines Jonas Kira Liam Mona Nils Olga Pavel Rosa Sven Tara Uma"
@@ -97,80 +93,83 @@ def _plain(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# --- layouts used for training ------------------------------------------------------------------------------
+def json_lines(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
+    """One JSON object a line, compact if held out."""
+    marks = (",", ":") if held_out else (", ", ": ")
+    return "\n".join(json.dumps(row, separators=marks) for row in _rows(_schema(rng, names), count))
 
 
-def json_lines(rng: random.Random, names: list[str], count: int) -> str:
-    """One compact JSON object a line."""
-    return "\n".join(json.dumps(row) for row in _rows(_schema(rng, names), count))
-
-
-def json_pretty(rng: random.Random, names: list[str], count: int) -> str:
-    """An indented JSON array of objects."""
+def json_pretty(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
+    """An indented JSON array of objects under one key."""
     rows = list(_rows(_schema(rng, names), max(3, count // 3)))
-    return json.dumps({rng.choice(names) + "s": rows}, indent=2)
+    return json.dumps({rng.choice(names) + "s": rows}, indent=4 if held_out else 2)
 
 
-def csv_table(rng: random.Random, names: list[str], count: int) -> str:
-    """Comma, semicolon or tab separated values with a header."""
-    fields, sep = _schema(rng, names), rng.choice([",", ";", "\t"])
+def csv_table(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
+    """Separated values with a header."""
+    fields, sep = _schema(rng, names), _option(rng, held_out, [",", ";", "\t"], ["|"])
     lines = [sep.join(_plain(v) for v in row.values()) for row in _rows(fields, count)]
     return "\n".join([sep.join(f.name for f in fields), *lines])
 
 
-def markdown_table(rng: random.Random, names: list[str], count: int) -> str:
+def markdown_table(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
     """A pipe table as Markdown writes it."""
-    fields = _schema(rng, names)
-    head = ["| " + " | ".join(f.name for f in fields) + " |", "|" + "---|" * len(fields)]
+    fields, rule = _schema(rng, names), ":--|" if held_out else "---|"
+    head = ["| " + " | ".join(f.name for f in fields) + " |", "|" + rule * len(fields)]
     return "\n".join(head + ["| " + " | ".join(map(_plain, row.values())) + " |" for row in _rows(fields, count)])
 
 
-def key_value_log(rng: random.Random, names: list[str], count: int) -> str:
+def key_value_log(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
     """A timestamp, a level and key=value pairs on each line."""
-    fields, time = _schema(rng, names), _times(rng, rng.choice(["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d %H:%M:%S"]))
-    level = rng.choice(["INFO", "level=info", "[info]"])
+    fields = _schema(rng, names)
+    pattern = _option(rng, held_out, ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d %H:%M:%S"], ["%d/%b/%Y:%H:%M:%S"])
+    time = _times(rng, pattern)
+    level = _option(rng, held_out, ["INFO", "level=info", "[info]"], ["level=warn"])
     return "\n".join(
         f"{time(i)} {level} " + " ".join(f"{k}={_plain(v)}" for k, v in row.items())
         for i, row in enumerate(_rows(fields, count))
     )
 
 
-def access_log(rng: random.Random, names: list[str], count: int) -> str:
+def access_log(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
     """A web server's access log in the common log format."""
     time, paths = _times(rng, "%d/%b/%Y:%H:%M:%S +0000"), [f"/{a}/{b}" for a, b in zip(names, names[3:], strict=False)]
     paths = rng.sample(paths, min(3, len(paths)))
-    host = f"10.0.{rng.randint(0, 255)}."
+    host = f"{'172.16' if held_out else '10.0'}.{rng.randint(0, 255)}."
+    request = ("POST", "HTTP/2.0") if held_out else ("GET", "HTTP/1.1")
     return "\n".join(
-        f'{host}{rng.randint(1, 9)} - - [{time(i)}] "GET {rng.choice(paths)} HTTP/1.1" '
+        f'{host}{rng.randint(1, 9)} - - [{time(i)}] "{request[0]} {rng.choice(paths)} {request[1]}" '
         f"{rng.choice([200, 200, 200, 404])} {rng.randint(100, 999)}"
         for i in range(count)
     )
 
 
-def yaml_list(rng: random.Random, names: list[str], count: int) -> str:
+def yaml_list(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
     """A YAML list of mappings under one key."""
     fields, lines = _schema(rng, names), [rng.choice(names) + "s:"]
+    indent = "    " if held_out else "  "
     for row in _rows(fields, max(3, count // 2)):
         for i, (k, v) in enumerate(row.items()):
-            lines.append(f"  {'- ' if i == 0 else '  '}{k}: {_plain(v)}")
+            lines.append(f"{indent}{'- ' if i == 0 else '  '}{k}: {_plain(v)}")
     return "\n".join(lines)
 
 
-def ini_sections(rng: random.Random, names: list[str], count: int) -> str:
+def ini_sections(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
     """An INI file: numbered sections with the same keys."""
     fields, section = _schema(rng, names), rng.choice(names)
+    equals = "=" if held_out else " = "
     return "\n\n".join(
-        f"[{section}.{i + 1}]\n" + "\n".join(f"{k} = {_plain(v)}" for k, v in row.items())
+        f"[{section}.{i + 1}]\n" + "\n".join(f"{k}{equals}{_plain(v)}" for k, v in row.items())
         for i, row in enumerate(_rows(fields, max(3, count // 2)))
     )
 
 
-def sql_inserts(rng: random.Random, names: list[str], count: int) -> str:
-    """INSERT statements into one table."""
+def sql_inserts(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
+    """Statements that insert into one table."""
     fields, table = _schema(rng, names), rng.choice(names) + "s"
-    columns = ", ".join(f.name for f in fields)
+    columns, verb = ", ".join(f.name for f in fields), "REPLACE" if held_out else "INSERT"
     return "\n".join(
-        f"INSERT INTO {table} ({columns}) VALUES ({', '.join(_sql(v) for v in row.values())});"
+        f"{verb} INTO {table} ({columns}) VALUES ({', '.join(_sql(v) for v in row.values())});"
         for row in _rows(fields, max(3, count // 2))
     )
 
@@ -179,81 +178,42 @@ def _sql(value: Value) -> str:
     return f"'{value}'" if isinstance(value, str) else _plain(value).upper()
 
 
-def xml_records(rng: random.Random, names: list[str], count: int) -> str:
+def xml_records(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
     """XML elements with one child element for each field."""
     fields, tag = _schema(rng, names), rng.choice(names)
-    lines = [f"<{tag}s>"]
+    root, indent = ("list", "    ") if held_out else (f"{tag}s", "  ")
+    lines = [f"<{root}>"]
     for row in _rows(fields, max(3, count // 3)):
-        lines += [f"  <{tag}>", *(f"    <{k}>{_plain(v)}</{k}>" for k, v in row.items()), f"  </{tag}>"]
-    return "\n".join([*lines, f"</{tag}s>"])
+        children = (f"{2 * indent}<{k}>{_plain(v)}</{k}>" for k, v in row.items())
+        lines += [f"{indent}<{tag}>", *children, f"{indent}</{tag}>"]
+    return "\n".join([*lines, f"</{root}>"])
 
 
-def aligned_table(rng: random.Random, names: list[str], count: int) -> str:
+def aligned_table(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
     """Columns padded with blanks, as command-line tools print them."""
     fields = _schema(rng, names)
-    rows = [[f.name.upper() for f in fields]] + [[_plain(v) for v in r.values()] for r in _rows(fields, count)]
-    widths = [max(len(row[c]) for row in rows) + 2 for c in range(len(fields))]
+    head = [f.name if held_out else f.name.upper() for f in fields]
+    rows = [head] + [[_plain(v) for v in r.values()] for r in _rows(fields, count)]
+    widths = [max(len(row[c]) for row in rows) + (4 if held_out else 2) for c in range(len(fields))]
     return "\n".join("".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def bracket_log(rng: random.Random, names: list[str], count: int) -> str:
+def bracket_log(rng: random.Random, names: list[str], count: int, held_out: bool) -> str:
     """A log with a bracketed component and a sentence that repeats."""
     fields, time = _schema(rng, names), _times(rng, "%H:%M:%S")
     a, b = fields[0], fields[1]
-    verb = rng.choice(["started", "finished", "checked", "sent", "stored"])
+    verb = _option(rng, held_out, ["started", "finished", "checked", "sent", "stored"], ["moved", "deleted"])
+    head = (lambda i: f"[{a.name}] [{time(i)}]") if held_out else (lambda i: f"[{time(i)}] [{a.name}]")
     return "\n".join(
-        f"[{time(i)}] [{a.name}] {verb} {b.name} {_plain(b.values(i))} for {a.name} {_plain(a.values(i))}"
-        for i in range(count)
+        f"{head(i)} {verb} {b.name} {_plain(b.values(i))} for {a.name} {_plain(a.values(i))}" for i in range(count)
     )
 
 
-# --- layouts kept out of training ---------------------------------------------------------------------------
+def _option(rng: random.Random, held_out: bool, training: list[str], kept_out: list[str]) -> str:
+    return rng.choice(kept_out if held_out else training)
 
 
-def http_blocks(rng: random.Random, names: list[str], count: int) -> str:
-    """Blocks of `Header-Name: value` lines parted by dashes."""
-    fields = _schema(rng, names)
-    blocks = ("\n".join(f"X-{k.title()}: {_plain(v)}" for k, v in row.items()) for row in _rows(fields, count))
-    return "\n--\n".join(blocks)
-
-
-def tuple_list(rng: random.Random, names: list[str], count: int) -> str:
-    """A literal list of parenthesised tuples."""
-    fields, var = _schema(rng, names), rng.choice(names)
-    rows = ("    (" + ", ".join(repr(v) for v in row.values()) + ")," for row in _rows(fields, count))
-    return f"{var}_rows = [\n" + "\n".join(rows) + "\n]"
-
-
-def arrow_events(rng: random.Random, names: list[str], count: int) -> str:
-    """Numbered events: `#12 a=1 -> b=2`."""
-    fields = _schema(rng, names)
-    start = rng.randint(1, 400)
-    return "\n".join(
-        f"#{start + i} " + " -> ".join(f"{k}:{_plain(v)}" for k, v in row.items())
-        for i, row in enumerate(_rows(fields, count))
-    )
-
-
-def nested_json(rng: random.Random, names: list[str], count: int) -> str:
-    """JSON objects that nest the record under a key of its own, one a line."""
-    fields, outer, key = _schema(rng, names), rng.choice(names), rng.choice(names)
-    start = rng.randint(1, 400)
-    return "\n".join(
-        json.dumps({outer: start + i, key: {"data": row}}, separators=(",", ":"))
-        for i, row in enumerate(_rows(fields, count))
-    )
-
-
-def bulleted(rng: random.Random, names: list[str], count: int) -> str:
-    """A report of bullet points with the same three parts."""
-    fields, head = _schema(rng, names), rng.choice(names)
-    return f"{head.title()} report\n" + "\n".join(
-        "* " + "; ".join(f"{k} is {_plain(v)}" for k, v in row.items()) for row in _rows(fields, count)
-    )
-
-
-Layout = Callable[[random.Random, list[str], int], str]
-TRAIN: tuple[Layout, ...] = (
+LAYOUTS: tuple[Callable[[random.Random, list[str], int, bool], str], ...] = (
     json_lines,
     json_pretty,
     csv_table,
@@ -267,23 +227,30 @@ TRAIN: tuple[Layout, ...] = (
     aligned_table,
     bracket_log,
 )
-HELD_OUT: tuple[Layout, ...] = (http_blocks, tuple_list, arrow_events, nested_json, bulleted)
+"""Each writes a document in one of the formats for training, or in a format that is kept out of training."""
 
 
 def documents(count: int, *, seed: int, held_out: bool = False) -> Iterator[str]:
-    """Yield `count` structured documents of 4 to 30 records, the same for the same seed.
+    """Yield `count` structured documents of 8 to 30 records (fewer where a record takes several lines).
 
-    `held_out=True` uses layouts and field names that never occur with `held_out=False`.
+    The same seed gives the same documents. `held_out=True` uses formats that never occur with `held_out=False`.
     """
     rng = random.Random(seed)
-    layouts, fields = (HELD_OUT, HELD_OUT_FIELDS) if held_out else (TRAIN, TRAIN_FIELDS)
     for i in range(count):
-        names = rng.sample(fields, min(14, len(fields)))
-        yield layouts[i % len(layouts)](rng, names, rng.randint(8, 30))
+        names = rng.sample(FIELDS, 14)
+        yield LAYOUTS[i % len(LAYOUTS)](rng, names, rng.randint(8, 30), held_out)
 
 
-def held_out_prompts(count: int, *, seed: int = 2026) -> Iterator[str]:
-    """Yield openings of held-out documents: complete lines, 240 characters or a little more."""
-    for text in documents(count, seed=seed, held_out=True):
+PROMPT_SEED = 2026
+"""No training run may use it: the shipped prompts come from it."""
+
+
+def openings(count: int, *, held_out: bool) -> Iterator[str]:
+    """Yield openings of documents that training never saw: complete lines, 240 characters or a little more.
+
+    With `held_out=False` the formats are those of training and only the schemas are new; with `held_out=True` the
+    formats are new too.
+    """
+    for text in documents(count, seed=PROMPT_SEED, held_out=held_out):
         end = text.find("\n", 240)
         yield text[: end + 1] if end != -1 else text + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bpkit.training.budget import BudgetedModule
 from bpkit.training.corpus import pack, training_documents
+from bpkit.training.provenance import fingerprint, write_provenance
 from bpkit.training.run import RunOptions, autocast, fit
 from bpkit.training.tokenizer import train_tokenizer
 
@@ -92,3 +94,13 @@ def train_target(
     )
     if fit(module, (training,), (held_out,), out=out, batch_size=batch_size, options=options):
         model.to(torch.bfloat16).save_pretrained(out)
+        arguments = {
+            **dataclasses.asdict(options),
+            "layers": layers,
+            "hidden_size": hidden_size,
+            "vocab_size": vocab_size,
+            "length": length,
+            "batch_size": batch_size,
+            "start_from": start_from,
+        }
+        write_provenance(out, "train_target", arguments, {name: fingerprint(domain) for name, domain in texts.items()})

@@ -1,0 +1,52 @@
+"""What made an artifact, beside it: recipe, arguments, data, versions, revision."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+    """SHA-256 over texts, in order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def write_provenance(out: Path, recipe: str, arguments: Mapping[str, Any], data: Mapping[str, str]) -> None:
+    """Write `out/provenance.json`.
+
+    Args:
+        recipe: the function that ran. arguments: plain values; of paths only the name is kept.
+        data: fingerprints by kind of data.
+    """
+    facts = {
+        "recipe": recipe,
+        "arguments": {k: Path(v).name if isinstance(v, Path) else v for k, v in arguments.items()},
+        "data": dict(data),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("bpkit", "torch", "transformers", "lightning")},
+        },
+        "git_revision": _revision(),
+    }
+    (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _revision() -> str | None:
+    """Of the checkout that this code runs from, if it is one."""
+    folder = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
