@@ -15,18 +15,17 @@ from scipy.stats import chisquare, gumbel_r, kstest, poisson
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from bpkit import Draft, Feature, Policy, PolicyError, SpeculativeDecoder
+from bpkit import Context, DecoderSpec, Draft, Feature, Policy, PolicyError, SpeculativeDecoder
 from bpkit.drafters.autoregressive import AutoregressiveDrafter
 from bpkit.drafters.base import Drafter
 from bpkit.policy import State
 from bpkit.runtime import noise as noise_module
 from bpkit.runtime.noise import ACCEPT_SALT, DRAFT_SALT, POLICY_SALT, TARGET_SALT, GumbelNoise, uniform
 from bpkit.runtime.sampling import Processors, choose
-from bpkit.runtime.verify import Coupled
+from bpkit.runtime.verify import Coupled, Rejection
 from bpkit.testing import AgreeableDrafter, TinyPair
 
 if TYPE_CHECKING:
-    from bpkit import Context
 
 CPU = torch.device("cpu")
 ENOUGH = 1e-3  # the tests draw with fixed seeds: one that passes once passes always
@@ -229,6 +228,48 @@ def test_the_draft_is_drawn_with_the_noise_that_the_target_will_use(pair: TinyPa
     tokens, _ = rule.draw(prefix)(logits)
     wanted = (logits[0] + GumbelNoise(5, 1, 100, CPU).at(5, 3)).argmax(dim=-1)
     assert tokens[0].equal(wanted)
+
+
+# The rejection rule by itself, on distributions that do not depend on the tokens before: cheap, hence many draws.
+
+DISAGREEING = {
+    "far apart": ([0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]),
+    "too sure": ([0.4, 0.3, 0.2, 0.1], [0.02, 0.94, 0.02, 0.02]),
+    "something impossible": ([0.5, 0.5 - 2e-9, 1e-9, 1e-9], [0.25, 0.25, 0.25, 0.25]),
+    "equal": ([0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]),
+}
+
+
+def two_tokens(rule: Rejection, p: Tensor, q: Tensor, width: int) -> tuple[int, int]:
+    """The first two tokens of decoding from p with drafts from q, `width` tokens at a time."""
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    none = torch.zeros(1, dtype=torch.long)
+    while ids.shape[1] < 3:
+        tokens, scores = rule.draw(ids)(q.log().expand(1, width, -1))
+        context = Context(SPEC, none, none, none, torch.Generator())
+        draft = Draft(context, none, none, tokens, scores)
+        ids = torch.cat([ids, rule.verify(p.log().expand(1, width + 1, -1), draft, width, ids).tokens], dim=1)
+    return int(ids[0, 1]), int(ids[0, 2])
+
+
+SPEC = DecoderSpec("target", "drafter", "block-diffusion", 8, 16, hidden_size=4, vocab_size=4, verify_rule="rejection")
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("case", DISAGREEING)
+def test_the_rejection_rule_draws_from_the_target_whatever_the_drafter_proposes(case: str, width: int) -> None:
+    p, q = (torch.tensor(values) for values in DISAGREEING[case])
+    counts = np.zeros((4, 4))
+    draws = 2500
+    for seed in range(draws):
+        noise = GumbelNoise(seed, 0, 4, CPU)
+        rule = Rejection(Processors(LogitsProcessorList()), noise, prompt_length=1)
+        counts[two_tokens(rule, p, q, width)] += 1
+    likely = [i for i in range(4) if p[i] > 1e-6]
+    expected = draws * np.outer(p.double(), p.double())[np.ix_(likely, likely)]
+    found = counts[np.ix_(likely, likely)]
+    assert found.sum() == draws
+    assert chisquare(found.ravel(), expected.ravel() * draws / expected.sum()).pvalue > ENOUGH
 
 
 # Real decoding on a vocabulary of three, against exact probabilities.

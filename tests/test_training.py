@@ -105,10 +105,10 @@ def test_block_mask_equals_the_definition() -> None:
     mask = block_attention_mask(anchors, block_size, context)
     for row, query, key in itertools.product(range(2), range(6), range(12)):
         if key < context:
-            expected = key < anchors[row, query // block_size]
+            expected = key < int(anchors[row, query // block_size])
         else:
             expected = query // block_size == (key - context) // block_size
-        assert bool(mask[row, 0, query, key]) == bool(expected)
+        assert bool(mask[row, 0, query, key]) == expected
 
 
 def test_position_weights_follow_the_paper() -> None:

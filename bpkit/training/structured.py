@@ -203,9 +203,10 @@ def bracket_log(rng: random.Random, names: list[str], count: int, held_out: bool
     fields, time = _schema(rng, names), _times(rng, "%H:%M:%S")
     a, b = fields[0], fields[1]
     verb = _option(rng, held_out, ["started", "finished", "checked", "sent", "stored"], ["moved", "deleted"])
-    head = (lambda i: f"[{a.name}] [{time(i)}]") if held_out else (lambda i: f"[{time(i)}] [{a.name}]")
+    heads = ((f"[{a.name}]", f"[{time(i)}]")[:: 1 if held_out else -1] for i in range(count))
     return "\n".join(
-        f"{head(i)} {verb} {b.name} {_plain(b.values(i))} for {a.name} {_plain(a.values(i))}" for i in range(count)
+        f"{' '.join(head)} {verb} {b.name} {_plain(b.values(i))} for {a.name} {_plain(a.values(i))}"
+        for i, head in enumerate(heads)
     )
 
 
