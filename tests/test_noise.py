@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +24,6 @@ from bpkit.runtime.noise import ACCEPT_SALT, DRAFT_SALT, POLICY_SALT, TARGET_SAL
 from bpkit.runtime.sampling import Processors, choose
 from bpkit.runtime.verify import Coupled, Rejection
 from bpkit.testing import AgreeableDrafter, TinyPair
-
-if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 ENOUGH = 1e-3  # the tests draw with fixed seeds: one that passes once passes always

@@ -63,6 +63,8 @@ class DFlashConfig(Qwen3Config):
         moved = {name: values.pop(name, None) for name in ("mask_token_id", "target_layer_ids")}
         values["dflash_config"] = {**(values.get("dflash_config") or {}), **moved}
         values["architectures"] = ["DFlashDraftModel"]  # the name that engines look for
+        if values.get("is_causal") is None:
+            values.pop("is_causal", None)
         return values
 
 
