@@ -270,6 +270,18 @@ def test_the_rejection_rule_draws_from_the_target_whatever_the_drafter_proposes(
     assert chisquare(found.ravel(), expected.ravel() * draws / expected.sum()).pvalue > ENOUGH
 
 
+def test_the_rejection_rule_drafts_a_position_anew_with_fresh_noise() -> None:
+    # After a rejection the positions behind it are drafted again. A policy may have learned from the entropies of the
+    # first attempt which tokens they were; with the same noise it would know the second attempt before it decides.
+    logits, same, seeds = torch.zeros(1, 3, 50), 0, 300
+    for seed in range(seeds):
+        rule = Rejection(Processors(LogitsProcessorList()), GumbelNoise(seed, 0, 50, CPU), prompt_length=1)
+        first, _ = rule.draw(torch.zeros(1, 3, dtype=torch.long))(logits)
+        second, _ = rule.draw(torch.zeros(1, 4, dtype=torch.long))(logits)
+        same += int((first[0, 1:] == second[0, :2]).sum())
+    assert poisson.sf(same - 1, 2 * seeds / 50) > ENOUGH
+
+
 # Real decoding on a vocabulary of three, against exact probabilities.
 
 PROMPT = torch.tensor([[0, 1, 2, 0, 1]])

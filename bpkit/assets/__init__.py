@@ -32,6 +32,12 @@ def shipped(name: str) -> Path:
     return path
 
 
+def model_name(path: str) -> str:
+    """How a model is called in results: as it was named, but not by the path where the shipped ones happen to lie."""
+    folder = Path(path)
+    return f"shipped {folder.name}" if folder.parent == Path(__file__).parent else path
+
+
 def prompts(*domains: str, limit: int | None = None) -> list[Prompt]:
     """The shipped prompts of some domains, all by default, at most `limit` of each. No training text has them."""
     found: list[Prompt] = []

@@ -8,6 +8,7 @@ from typing import Any
 from bpkit.bench.report import PHASES, entries, groups
 
 SUFFIXES = (".png", ".svg", ".pdf")
+COLOURS = tuple(f"C{i}" for i in range(10) if i != 7)  # C7 is grey, as plain decoding is
 PHASE_COLOURS = ("#4477aa", "#ee6677", "#ccbb44", "#bbbbbb")
 
 
@@ -44,11 +45,11 @@ def _speeds(axes: Any, report: dict[str, Any]) -> None:
         low = [max(r - b["tokens_per_second_interval"][0], 0) for r, b in zip(rates, bars, strict=True)]
         high = [max(b["tokens_per_second_interval"][1] - r, 0) for r, b in zip(rates, bars, strict=True)]
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(shown))]
-        colour = "#888888" if name == "plain" else f"C{i - 1}"
+        colour = "#888888" if name == "plain" else COLOURS[(i - 1) % len(COLOURS)]
         axes.bar(places, rates, width * 0.92, yerr=[low, high], label=name, color=colour, error_kw={"lw": 1})
     axes.set_xticks(range(len(shown)), [f"{title}\n({group['prompts']} prompts)" for title, group in shown.items()])
     axes.set_ylabel("tokens/s (95% interval over prompts)")
-    axes.legend(fontsize=8, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.legend(fontsize=8, ncols=min(len(names), 6), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from bpkit.assets import model_name, shipped
 from bpkit.drafters.base import Drafter
 from bpkit.drafters.resolve import resolve_drafter
 from bpkit.policy import Policy, PolicyError
@@ -80,8 +81,8 @@ class SpeculativeDecoder:
         self.clock = clock or WallClock(target.device)
         config = target.config.get_text_config()
         self.spec = DecoderSpec(
-            target=str(target.name_or_path or type(target).__name__),
-            drafter=self.drafter.name,
+            target=model_name(str(target.name_or_path or type(target).__name__)),
+            drafter=model_name(self.drafter.name),
             drafter_kind=self.drafter.kind,
             trained_block_size=self.drafter.trained_block_size,
             max_block_size=self.drafter.max_block_size,
@@ -112,8 +113,6 @@ class SpeculativeDecoder:
             device: by default a GPU if there is one.
             options: passed to the constructor.
         """
-        from bpkit.assets import shipped
-
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else "auto")
         path = str(target or shipped("target"))

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bpkit.runtime.noise import ACCEPT_SALT, DRAFT_SALT, GumbelNoise, uniform
+from bpkit.runtime.noise import ACCEPT_SALT, DRAFT_SALT, GumbelNoise, hashed, uniform
 from bpkit.runtime.sampling import Draw, Processors, noisy
 from bpkit.types import Draft
 
@@ -83,10 +83,15 @@ class Rejection:
 
     def __init__(self, processors: Processors, noise: GumbelNoise, prompt_length: int) -> None:
         self.processors, self.noise, self.prompt_length = processors, noise, prompt_length
-        self.draft_noise = GumbelNoise(noise.seed, noise.stream, noise.width, noise.device, salt=DRAFT_SALT)
+        self.drafts = 0
 
     def draw(self, prefix: Tensor) -> Draw:
-        return Draw(self.processors, self.draft_noise, prefix.shape[1] - self.prompt_length, prefix)
+        # Fresh noise for every draft: with that of the position alone, a token that was drafted but not verified would
+        # come again, and a policy that remembers what it saw of it could pick and choose.
+        self.drafts += 1
+        n = self.noise
+        noise = GumbelNoise(hashed(n.seed, n.stream, self.drafts, DRAFT_SALT), n.stream, n.width, n.device)
+        return Draw(self.processors, noise, prefix.shape[1] - self.prompt_length, prefix)
 
     def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
         drafted, position = draft.tokens[:, :width], prefix.shape[1] - self.prompt_length
@@ -103,8 +108,7 @@ class Rejection:
         rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, target[:, stands])
         last = noisy(rest.log()[:, None], n, position + stands).argmax(dim=-1)
         tokens = torch.cat([drafted[:, :stands], last], dim=1)
-        for used in (self.noise, self.draft_noise):
-            used.forget_before(position + stands + 1)
+        n.forget_before(position + stands + 1)
         return Verdict(tokens, torch.zeros_like(tokens, dtype=torch.bool))
 
     @staticmethod
