@@ -90,14 +90,13 @@ POLICIES: tuple[PolicyLike, ...] = (
     "fixed:1",
     "fixed:2",
     "fixed:5",
-    "fixed:8",
+    "fixed",
     "fixed:16",
     "threshold",
     "threshold:0.05,block_size=16",
     "svip",
     "svip:1.5",
     "schedule",
-    "schedule:1",
     "bandit",
     "ucb",
 )
@@ -168,8 +167,8 @@ def test_tokens_equal_plain_decoding(
         decoder = SpeculativeDecoder(pair.target, drafter, policy, tokenizer=pair.tokenizer, strict=True)
         for stream_id, prompt in enumerate(PROMPTS[:2]):
             ids = pair.ids(prompt)
-            wanted = outputs(ids, sampling, max_new_tokens=24, stream_id=stream_id)
-            made = decoder.generate(ids, max_new_tokens=24, seed=SEED, stream_id=stream_id, **sampling.options)
+            wanted = outputs(ids, sampling, max_new_tokens=18, stream_id=stream_id)
+            made = decoder.generate(ids, max_new_tokens=18, seed=SEED, stream_id=stream_id, **sampling.options)
             parted += wanted.near_tie_where_it_differs(made.tokens)
             accepted += sum(int(step.num_accepted) for step in made.steps)
             compared += 1
@@ -272,7 +271,7 @@ class Scripted(Policy):
         return draft.full(self.keeps[int(state["turn"]) % len(self.keeps)]).minimum(draft.draft_length)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(1, 16), min_size=1, max_size=12),
     keeps=st.lists(st.integers(0, 15), min_size=1, max_size=12),

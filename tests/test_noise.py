@@ -355,12 +355,9 @@ def p_values(decoder: SpeculativeDecoder, law: dict[tuple[int, ...], float], dra
 @pytest.mark.parametrize(
     ("drafter", "block_size"),
     [
-        ("0 % wrong", 4),
-        ("50 % wrong", 2),
         ("50 % wrong", 4),
         ("100 % wrong", 3),
         ("another model", 2),
-        ("another model", 4),
         ("ngram", 4),
     ],
 )
@@ -384,13 +381,6 @@ def test_outputs_under_rejection_with_a_stop_rule_have_the_targets_distribution(
     assert min(kept) < 0, "the rule never stopped anything"
 
 
-def test_outputs_under_the_coupled_rule_have_the_targets_distribution(
-    small: PreTrainedModel, law: dict[tuple[int, ...], float]
-) -> None:
-    decoder = SpeculativeDecoder(small, small_drafter("50 % wrong", small), "fixed:4")
-    assert min(p_values(decoder, law)) > ENOUGH
-
-
 class KeepsTheLikely(Policy):
     """Looks at the drafted tokens behind the runtime's back: verifies only those that the drafter finds likely."""
 
@@ -411,8 +401,13 @@ def test_a_policy_that_looks_at_the_drafted_token_biases_rejection_and_this_test
     drafter = small_drafter("another model", small)
     biased = SpeculativeDecoder(small, drafter, KeepsTheLikely(), rule="rejection", strict=True)
     assert min(p_values(biased, law)) < 1e-6
-    coupled = SpeculativeDecoder(small, drafter, KeepsTheLikely(), strict=True)
-    assert min(p_values(coupled, law)) > ENOUGH
+
+
+def test_the_coupled_rule_has_the_targets_distribution_even_under_a_policy_that_looks_at_the_drafted_token(
+    small: PreTrainedModel, law: dict[tuple[int, ...], float]
+) -> None:
+    decoder = SpeculativeDecoder(small, small_drafter("another model", small), KeepsTheLikely(), strict=True)
+    assert min(p_values(decoder, law)) > ENOUGH
 
 
 class LooksAhead(Policy):
