@@ -260,6 +260,17 @@ def test_a_checkpoint_of_the_next_generation_is_refused_instead_of_half_loaded(t
         resolve_drafter(str(folder), pair.target)
 
 
+@pytest.mark.parametrize("name", ["output_multiplier", "final_logit_softcapping", "input_embedding_scale"])
+def test_settings_that_would_change_the_drafts_are_refused_instead_of_ignored(
+    tmp_path: Path, pair: TinyPair, name: str
+) -> None:
+    config = {**INSIDE, "dflash_config": {**INSIDE["dflash_config"], name: 0.2}}
+    folder = publish(tmp_path / "drafter", config)
+    save_file(weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=name):
+        resolve_drafter(str(folder), pair.target)
+
+
 # What the forward pass computes, against a slow and separate calculation.
 
 

@@ -13,6 +13,9 @@ from bpkit.drafters.dflash_model import DFlashModel
 from bpkit.runtime.sampling import Draw
 from bpkit.types import Feature
 
+# Settings of newer checkpoints that change the drafts; ignoring them would draft worse without a word.
+_NOT_HONOURED = ("output_multiplier", "final_logit_softcapping", "input_embedding_scale")
+
 
 class BlockDiffusionDrafter:
     """A DFlash drafter bound to the target whose embedding and head it uses.
@@ -56,6 +59,10 @@ class BlockDiffusionDrafter:
                 raise ValueError(
                     f"{path} is not a DFlash drafter of the known layout: {what.replace('_', ' ')} {names}"
                 )
+        given = {**model.config.to_dict(), **(model.config.dflash_config or {})}
+        unknown = [name for name in _NOT_HONOURED if given.get(name) not in (None, 1.0)]
+        if unknown:
+            raise ValueError(f"{path} scales or caps its scores ({', '.join(unknown)}), which bpkit does not do yet")
         return cls(model.to(target.device), target, name=path)
 
     def begin(self) -> BlockDiffusionSession:
