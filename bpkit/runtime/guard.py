@@ -5,6 +5,7 @@ With `strict=True` (tests, `bpkit check`) the same faults raise.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -58,15 +59,16 @@ class GuardedPolicy:
         """Block size of the next draft, 1 .. max_block_size: int64 [batch]."""
         default, most = self.spec.trained_block_size, self.spec.max_block_size
         try:
-            size = _whole_numbers(self.policy.select(self.state, context), context.batch_size, "select")
-            if bool((size < 1).any()):
-                raise PolicyFault(f"select returned {size.tolist()}; a block size is at least 1 (no drafting)")
+            sizes = _whole_numbers(self.policy.select(self.state, context), context.batch_size, "select")
+            if min(sizes) < 1:
+                raise PolicyFault(f"select returned {sizes}; a block size is at least 1 (no drafting)")
         except Exception as error:
             self._mend("select", error, f"the trained block size {default}")
             return context.full(default)
-        if bool((size > most).any()):
-            self._mend("select", PolicyFault(f"select returned {size.tolist()}, above {most}"), f"{most}")
-        return size.clamp(max=most).clone()  # the policy may keep, and later write to, what it returned
+        if max(sizes) > most:
+            self._mend("select", PolicyFault(f"select returned {sizes}, above {most}"), f"{most}")
+        # A tensor of our own: the policy may keep, and later write to, what it returned.
+        return context.position.new_tensor([min(size, most) for size in sizes])
 
     def truncate(self, draft: Draft) -> Tensor:
         """Drafted tokens to verify, 0 .. draft_length: int64 [batch]."""
@@ -84,14 +86,15 @@ class GuardedPolicy:
         length = draft.draft_length
         draft.draft_length = length.clone()  # the policy may write to what it is handed
         try:
-            width = _whole_numbers(self.policy.truncate(self.state, draft), len(length), "truncate")
-            if bool(((width < 0) | (width > length)).any()):
-                raise PolicyFault(f"truncate returned {width.tolist()} of {length.tolist()} drafted tokens")
+            lengths = length.tolist()
+            widths = _whole_numbers(self.policy.truncate(self.state, draft), len(lengths), "truncate")
+            if any(not 0 <= width <= most for width, most in zip(widths, lengths, strict=True)):
+                raise PolicyFault(f"truncate returned {widths} of {lengths} drafted tokens")
         except Exception as error:
             self._mend("truncate", error, "the whole draft")
-            width = length
+            widths = length.tolist()
         draft.draft_length = length
-        return width
+        return length.new_tensor(widths)
 
     def extend(self, draft: Draft) -> bool:
         """Whether an autoregressive drafter goes on."""
@@ -140,16 +143,17 @@ def _explained(error: Exception) -> str:
     return str(error) if isinstance(error, PolicyFault) else f"{type(error).__name__}: {error}"
 
 
-def _whole_numbers(value: Any, batch_size: int, method: str) -> Tensor:
-    """Check a decision: int64 [batch]. Raises PolicyFault."""
+def _whole_numbers(value: Any, batch_size: int, method: str) -> list[int]:
+    """Check a decision, tensor [batch], and return its numbers. Raises PolicyFault.
+
+    One copy out of the tensor and checks in Python: tensor operations on single numbers would cost several times more.
+    """
     if not isinstance(value, Tensor) or value.shape != (batch_size,):
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise PolicyFault(
-            f"{method} must return an int64 tensor [batch] of {batch_size}, as context.full(8); got {got}"
-        )
-    if value.is_floating_point():
-        if not bool(torch.isfinite(value).all()) or bool((value != value.round()).any()):
-            raise PolicyFault(f"{method} returned {value.tolist()}, not whole numbers")
-    elif value.dtype == torch.bool or value.is_complex():
+        raise PolicyFault(f"{method} must return int64 [batch], batch {batch_size}, as context.full(8); got {got}")
+    if value.dtype == torch.bool or value.is_complex():
         raise PolicyFault(f"{method} returned dtype {value.dtype}, not whole numbers")
-    return value.long()
+    numbers = value.tolist()
+    if not all(math.isfinite(number) and number == int(number) for number in numbers):
+        raise PolicyFault(f"{method} returned {numbers}, not whole numbers")
+    return [int(number) for number in numbers]
