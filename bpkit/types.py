@@ -43,6 +43,12 @@ class Feature(StrEnum):
 OF_THE_DRAFTED_TOKEN = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY})
 """Features computed from the drafted token itself: under the rejection rule they would bias the output."""
 
+OF_THE_DISTRIBUTION = frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
+"""Features whose computation goes over the drafter's whole vocabulary."""
+
+BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM = "block-diffusion", "autoregressive", "n-gram"
+"""Kinds of drafters."""
+
 
 class FeatureNotWanted(KeyError):
     """A policy read a feature that it did not declare."""
@@ -87,11 +93,40 @@ class DecoderSpec:
     verify_rule: str = "coupled"
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step did, as far as it costs time.
+
+    Attributes:
+        draft_size: 0 if nothing was drafted; else the block size of a block-diffusion drafter, which pays for the
+            whole block, and for others the tokens that were drafted plus one.
+        waiting: positions that the drafter had to read before it drafted; 0 if nothing was drafted.
+        verify_width: positions that the target verified, anchor included.
+        context_length: prompt and output tokens before the step.
+        features: whether the policy wanted features that are computed from the drafter's distributions.
+    """
+
+    draft_size: int
+    waiting: int
+    verify_width: int
+    context_length: int
+    features: bool = False
+
+
+PHASES = ("draft", "catch_up", "features", "verify", "rest")
+"""The parts of a step that a cost model prices."""
+
+
 class CostModel(Protocol):
     """Seconds that each phase of a step takes on some device."""
 
     def seconds(self, phase: str, size: int, context_length: int) -> float:
-        """Cost of `phase` (`draft` by block size, `verify` by verified positions, `rest`) at a context length."""
+        """Cost of one of `PHASES` at a context length (prompt and output tokens before the step).
+
+        `draft` goes by block size, with one position waiting; `catch_up` is what a draft takes longer by the number
+        of waiting positions; `features` is what probabilities and entropies of a draft take, by block size; `verify`
+        goes by verified positions, anchor included; `rest` is all else in a step, its size is 1.
+        """
         ...
 
 

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from bpkit.bench.contestants import LOOP, TRANSFORMERS, Outcome
 from bpkit.bench.measure import Measurement, Task, measure
-from bpkit.bench.prompts import BenchPrompt, choose_prompts, read_prompts
 from bpkit.bench.run import BenchSettings, run_bench
 from bpkit.bench.statistics import RESAMPLES, Roles, resample, summarise
 from bpkit.bench.texts import differences, ends_in_loop
@@ -21,6 +20,7 @@ from bpkit.bench.threads import best_counts, candidate_counts, try_thread_counts
 from bpkit.cli.bench import DEFAULT_POLICIES, named_policies, policy_name
 from bpkit.cli.main import build_app
 from bpkit.config import Config
+from bpkit.prompts import Prompt, choose_prompts, read_prompts
 from bpkit.runtime.decoder import SpeculativeDecoder
 
 ROLES = Roles(plain=(LOOP, TRANSFORMERS), policies=("fixed:2", "fixed:4", "other"), against=("peer",))
@@ -164,7 +164,7 @@ class Fake:
 
 
 def tasks(count: int) -> list[Task]:
-    return [Task(BenchPrompt(f"p{i}", "d", "x"), torch.tensor([[1]]), i) for i in range(count)]
+    return [Task(Prompt(f"p{i}", "d", "x"), torch.tensor([[1]]), i) for i in range(count)]
 
 
 def test_runs_are_interleaved_in_an_order_that_the_seed_fixes() -> None:
@@ -207,7 +207,7 @@ def test_thread_counts_are_chosen_for_each_and_hopeless_ones_are_dropped() -> No
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\n\n{"prompt": "b", "id": 7, "domain": "x", "more": 1}\n', encoding="utf-8")
-    assert read_prompts(file) == [BenchPrompt("line-1", "prompts", "a"), BenchPrompt("7", "x", "b")]
+    assert read_prompts(file) == [Prompt("line-1", "prompts", "a"), Prompt("7", "x", "b")]
     assert [p.text for p in choose_prompts(file, ["x"], None)] == ["b"]
     with pytest.raises(ValueError, match=r"no prompts of domain 'y'; it has: prompts, x"):
         choose_prompts(file, ["y"], None)

@@ -66,6 +66,10 @@ class WatchedSession:
     def __init__(self, watched: Watched) -> None:
         self.watched = watched
 
+    @property
+    def waiting(self) -> int:
+        return self.watched.sessions[-1].waiting
+
     def advance(self, tokens: Tensor, features: Tensor | None) -> None:
         self.watched.advanced.append((tokens, features))
         self.watched.sessions[-1].advance(tokens, features)
@@ -204,7 +208,7 @@ def test_the_block_diffusion_cache_holds_the_context_features_of_the_decided_tok
     for record in opened:
         session = opened.request.drafter
         assert isinstance(session, BlockDiffusionSession)
-        waiting = torch.cat(session.waiting, dim=1)
+        waiting = torch.cat(session.unread, dim=1)
         drafted = opened.request.target.length - waiting.shape[1]
         # What the drafter has read, and what waits, together are the decided tokens without the anchor.
         features = features_of(pair, opened.ids[:, :-1])

@@ -184,6 +184,8 @@ class NoDrafter:
     feature_layers: tuple[int, ...] = ()
     provides: frozenset[Feature] = frozenset()
 
+    waiting = 0
+
     def begin(self) -> NoDrafter:
         return self
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bpkit.bench.contestants import Contestant, Outcome
-from bpkit.bench.prompts import BenchPrompt
+from bpkit.prompts import Prompt
 
 
 class Progress(Protocol):
@@ -49,7 +49,7 @@ class Measurement:
 class Task:
     """A prompt ready to run: token ids int64 [1, length], and the number that tells its noise from others'."""
 
-    prompt: BenchPrompt
+    prompt: Prompt
     ids: Tensor
     stream_id: int
 

@@ -17,11 +17,11 @@ from bpkit.bench.contestants import (
     plain_contestants,
     policy_contestants,
 )
-from bpkit.bench.machine import describe_machine
 from bpkit.bench.measure import Measurement, Progress, Task, measure
-from bpkit.bench.prompts import BenchPrompt
 from bpkit.bench.statistics import RESAMPLES, Roles, summarise
-from bpkit.bench.threads import ThreadTable, available_cores, best_counts, candidate_counts, try_thread_counts
+from bpkit.bench.threads import ThreadTable, best_counts, candidate_counts, try_thread_counts
+from bpkit.machine import available_cores, describe_machine
+from bpkit.prompts import Prompt
 from bpkit.registry import PolicyLike
 from bpkit.runtime.decoder import SpeculativeDecoder
 
@@ -79,7 +79,7 @@ def lineup(decoder: SpeculativeDecoder, settings: BenchSettings) -> Lineup:
 
 def run_bench(
     decoder: SpeculativeDecoder,
-    prompts: Sequence[BenchPrompt],
+    prompts: Sequence[Prompt],
     settings: BenchSettings,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def run_bench(
     }
 
 
-def make_tasks(decoder: SpeculativeDecoder, prompts: Sequence[BenchPrompt], seed: int) -> list[Task]:
+def make_tasks(decoder: SpeculativeDecoder, prompts: Sequence[Prompt], seed: int) -> list[Task]:
     """Tokenize, and shuffle: a policy that learns must not meet one domain after the other."""
     assert decoder.tokenizer is not None
     tasks = []

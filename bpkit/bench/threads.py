@@ -5,7 +5,6 @@ Plain decoding, a policy and a peer may each be fastest at another count; judgin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,11 +34,6 @@ class Sums:
     def rate(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def candidate_counts(cores: int) -> list[int]:

@@ -61,7 +61,7 @@ def bench(
     settled = options.settled(context)
     chosen = named_policies(policy or [], settled)
     check_outputs(json, plot)
-    from bpkit.bench.prompts import choose_prompts
+    from bpkit.prompts import choose_prompts
 
     texts = choose_prompts(prompts, domain or [], limit)
     report = compare(settled, chosen, texts, against=tuple(against or ()), repeats=repeats)

@@ -39,10 +39,10 @@ def demo(
     settled = options.settled(context)
     out = console()
     from bpkit import assets
-    from bpkit.bench.prompts import choose_prompts
     from bpkit.bench.run import BenchSettings, run_bench
     from bpkit.bench.table import print_report
     from bpkit.cli.models import load_decoder
+    from bpkit.prompts import choose_prompts
 
     out.print(
         "A drafter proposes a block of tokens, the target checks them in one pass, and what it would have said itself "

@@ -130,7 +130,7 @@ def train_drafter(
     `bpkit train drafter --target Qwen/Qwen3-4B --out runs/drafter --prompts my_prompts.jsonl --accelerator gpu`
     """
     require("lightning", extra="train", purpose="Training")
-    from bpkit.bench.prompts import read_prompts
+    from bpkit.prompts import read_prompts
     from bpkit.training import drafter as recipe
     from bpkit.training.corpus import training_prompts
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from bpkit.drafters.base import GoOn, Proposal
 from bpkit.runtime.sampling import Draw
-from bpkit.types import Feature
+from bpkit.types import AUTOREGRESSIVE, Feature
 
 DEFAULT_BLOCK_SIZE = 6
 
@@ -16,7 +16,7 @@ DEFAULT_BLOCK_SIZE = 6
 class AutoregressiveDrafter:
     """An assistant model (Leviathan et al. 2023, 2211.17192). A policy's `extend` may end a draft early."""
 
-    kind = "autoregressive"
+    kind = AUTOREGRESSIVE
     provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
     feature_layers: tuple[int, ...] = ()
 
@@ -57,6 +57,10 @@ class AutoregressiveSession:
         self.cache.activate_past_recording()
         self.unread: Tensor | None = None
         self.drafted: Tensor | None = None
+
+    @property
+    def waiting(self) -> int:
+        return 0 if self.unread is None else self.unread.shape[1]
 
     def advance(self, tokens: Tensor, features: Tensor | None) -> None:
         if self.drafted is None:

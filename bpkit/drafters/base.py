@@ -34,6 +34,11 @@ GoOn = Callable[[Proposal], bool]
 class DrafterSession(Protocol):
     """One request's drafter state."""
 
+    @property
+    def waiting(self) -> int:
+        """Decided positions that the next draft reads before it drafts, 0 for drafters without a model."""
+        ...
+
     def advance(self, tokens: Tensor, features: Tensor | None) -> None:
         """Take in what was decided.
 

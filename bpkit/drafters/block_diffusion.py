@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from bpkit.drafters.base import GoOn, Proposal
 from bpkit.drafters.dflash_model import DFlashModel
 from bpkit.runtime.sampling import Draw
-from bpkit.types import Feature
+from bpkit.types import BLOCK_DIFFUSION, Feature
 
 # Settings of newer checkpoints that change the drafts; ignoring them would draft worse without a word.
 _NOT_HONOURED = ("output_multiplier", "final_logit_softcapping", "input_embedding_scale")
@@ -24,7 +24,7 @@ class BlockDiffusionDrafter:
     block is bidirectional.
     """
 
-    kind = "block-diffusion"
+    kind = BLOCK_DIFFUSION
     provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
 
     def __init__(self, model: DFlashModel, target: PreTrainedModel, *, name: str = "DFlash") -> None:
@@ -79,7 +79,8 @@ class BlockDiffusionSession:
     def __init__(self, drafter: BlockDiffusionDrafter) -> None:
         self.drafter = drafter
         self.cache = DynamicCache()
-        self.waiting: list[Tensor] = []
+        self.waiting = 0
+        self.unread: list[Tensor] = []
         self.anchor: Tensor | None = None
         self.embed = drafter.target.get_input_embeddings()
         self.head = drafter.target.get_output_embeddings()
@@ -87,12 +88,13 @@ class BlockDiffusionSession:
     def advance(self, tokens: Tensor, features: Tensor | None) -> None:
         assert features is not None
         self.anchor = tokens[:, -1:]
-        self.waiting.append(features)
+        self.unread.append(features)
+        self.waiting += features.shape[1]
 
     def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
         assert self.anchor is not None
-        context = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting, dim=1)
-        self.waiting = []
+        context = self.unread[0] if len(self.unread) == 1 else torch.cat(self.unread, dim=1)
+        self.unread, self.waiting = [], 0
         masks = self.anchor.new_full((1, block_size - 1), self.drafter.model.config.mask_token_id)
         hidden = self.drafter.model(
             noise_embeds=self.embed(torch.cat([self.anchor, masks], dim=1)),

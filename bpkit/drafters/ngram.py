@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bpkit.drafters.base import GoOn, Proposal
 from bpkit.runtime.sampling import Draw
-from bpkit.types import Feature
+from bpkit.types import NGRAM, Feature
 
 DEFAULT_BLOCK_SIZE = 8
 
@@ -24,7 +24,7 @@ class NgramDrafter:
         max_ngram: longest n-gram looked up; shorter ones down to `min_ngram` follow if it is not found.
     """
 
-    kind = "n-gram"
+    kind = NGRAM
     name = "n-gram"
     feature_layers: tuple[int, ...] = ()
     provides = frozenset({Feature.DRAFT_TOKENS})
@@ -46,6 +46,8 @@ class NgramDrafter:
 
 class NgramSession:
     """The tokens so far, and for each n-gram where its last occurrence ends. The one at the very end is left out."""
+
+    waiting = 0
 
     def __init__(self, sizes: range) -> None:
         self.sizes = sizes

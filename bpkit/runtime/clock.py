@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from bpkit.types import CostModel, Seconds
+from bpkit.types import CostModel, Seconds, Work
 
 
 class Clock(Protocol):
@@ -17,8 +17,8 @@ class Clock(Protocol):
         """Seconds, from any origin."""
         ...
 
-    def charge(self, measured: Seconds, *, block_size: int, verify_width: int, context_length: int) -> Seconds:
-        """Cost of a step that drafted `block_size` and verified `verify_width` positions, anchor included."""
+    def charge(self, measured: Seconds, work: Work | None) -> Seconds:
+        """Cost of a step that did `work`, or of prefill (None)."""
         ...
 
 
@@ -33,25 +33,41 @@ class WallClock:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def charge(self, measured: Seconds, *, block_size: int, verify_width: int, context_length: int) -> Seconds:
+    def charge(self, measured: Seconds, work: Work | None) -> Seconds:
         return measured
 
 
 class CostClock:
-    """Seconds from a cost model, so that a policy that learns from time decides the same on every run."""
+    """Seconds from a cost model, so that a policy that learns from time decides the same on every run.
+
+    Prefill costs nothing: no policy can change it. A policy's own time depends on the machine's mood, so that no step
+    is charged for it. It is measured all the same:
+
+    Attributes:
+        policy_seconds: measured decision time of every step (of `begin`, for prefill) since the list was last cleared.
+    """
 
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
+        self.policy_seconds: list[float] = []
 
     def now(self) -> float:
-        return 0.0
+        return time.perf_counter()
 
-    def charge(self, measured: Seconds, *, block_size: int, verify_width: int, context_length: int) -> Seconds:
-        return Seconds(
-            draft=self.cost.seconds("draft", block_size, context_length) if block_size > 1 else 0.0,
-            verify=self.cost.seconds("verify", verify_width, context_length),
-            rest=self.cost.seconds("rest", 1, context_length),
-        )
+    def charge(self, measured: Seconds, work: Work | None) -> Seconds:
+        self.policy_seconds.append(measured.policy)
+        return Seconds() if work is None else price(self.cost, work)
+
+
+def price(cost: CostModel, work: Work) -> Seconds:
+    """What a cost model says of a step, decision time left out."""
+    at = work.context_length
+    draft = 0.0
+    if work.draft_size > 1:
+        draft = cost.seconds("draft", work.draft_size, at) + cost.seconds("catch_up", work.waiting, at)
+        if work.features:
+            draft += cost.seconds("features", work.draft_size, at)
+    return Seconds(draft=draft, verify=cost.seconds("verify", work.verify_width, at), rest=cost.seconds("rest", 1, at))
 
 
 class Watch:

@@ -56,6 +56,7 @@ class SpeculativeDecoder:
         streamer: a transformers streamer that is handed the tokens of every step.
         clock: what a step costs, for the records and for policies that learn from time; the wall by default.
         strict: raise on policy faults instead of mending them.
+        max_block_size: the largest block that policies may ask for, by default the drafter's own limit.
 
     Raises:
         PolicyError: unknown policy or option, or a policy that wants what this drafter cannot provide.
@@ -72,6 +73,7 @@ class SpeculativeDecoder:
         streamer: BaseStreamer | None = None,
         clock: Clock | None = None,
         strict: bool = False,
+        max_block_size: int | None = None,
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"there is no verify rule {rule!r}; the rules are: {', '.join(RULES)}")
@@ -80,12 +82,13 @@ class SpeculativeDecoder:
         self.tokenizer, self.rule, self.streamer, self.strict = tokenizer, rule, streamer, strict
         self.clock = clock or WallClock(target.device)
         config = target.config.get_text_config()
+        largest = self._largest(max_block_size)
         self.spec = DecoderSpec(
             target=model_name(str(target.name_or_path or type(target).__name__)),
             drafter=model_name(self.drafter.name),
             drafter_kind=self.drafter.kind,
-            trained_block_size=self.drafter.trained_block_size,
-            max_block_size=self.drafter.max_block_size,
+            trained_block_size=min(self.drafter.trained_block_size, largest),
+            max_block_size=largest,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             verify_rule=rule,
@@ -136,6 +139,7 @@ class SpeculativeDecoder:
             streamer=self.streamer,
             clock=self.clock,
             strict=self.strict,
+            max_block_size=self.spec.max_block_size if drafter is None else None,
         )
 
     def generate(self, prompt: str | Tensor, **options: Any) -> Generation:
@@ -282,6 +286,12 @@ class SpeculativeDecoder:
 
     def _offered(self) -> frozenset[Feature]:
         return _OF_THE_TARGET | self.drafter.provides
+
+    def _largest(self, given: int | None) -> int:
+        most = self.drafter.max_block_size
+        if given is not None and not 1 <= given <= most:
+            raise ValueError(f"max_block_size {given} is not within 1 .. {most}, what drafter {self.drafter.name} can")
+        return given or most
 
     def _ids(self, prompt: str) -> Tensor:
         return cast("Tensor", self._tokenizer()(prompt, return_tensors="pt")["input_ids"])

@@ -29,15 +29,15 @@ def decode(request: Request) -> Iterator[Record]:
     watch.lap("rest")
     policy.begin(request.context(ids, output, first=True))
     watch.lap("policy")
-    yield Prefill(tokens, watch.take(), verdict.near_ties(1))
+    yield Prefill(tokens, request.clock.charge(watch.take(), None), verdict.near_ties(1))
 
     while not stopped:
         watch.resume()
         context = request.context(ids, output)
         block_size = policy.select(context)  # int64 [1]
         watch.lap("policy")
-        draft = request.draft(context, block_size, ids)
-        watch.lap("draft")
+        waiting = drafter.waiting
+        draft = request.draft(context, block_size, ids, watch)
         verify_length = request.verify_length(draft, ids)
         watch.lap("policy")
         output = target.verify(torch.cat([ids[:, -1:], draft.tokens[:, :verify_length]], dim=1))
@@ -47,7 +47,7 @@ def decode(request: Request) -> Iterator[Record]:
         target.rollback(verify_length + 1 - tokens.shape[1])
         output = output.first(tokens.shape[1])
         drafter.advance(tokens, output.features)
-        step = request.step(draft, verify_length, ids, tokens, verdict, watch)
+        step = request.step(draft, waiting, verify_length, ids, tokens, verdict, watch)
         ids = torch.cat([ids, tokens], dim=1)
         policy.observe(step)
         watch.lap("policy")  # charged to the next step: this one's record is made

@@ -14,7 +14,7 @@ from bpkit.runtime.guard import GuardedPolicy
 from bpkit.runtime.stopping import Stopping
 from bpkit.runtime.target import TargetOutput, TargetSession
 from bpkit.runtime.verify import Verdict, VerifyRule
-from bpkit.types import Context, DecoderSpec, Draft, Feature, Step
+from bpkit.types import BLOCK_DIFFUSION, OF_THE_DISTRIBUTION, Context, DecoderSpec, Draft, Feature, Step, Work
 
 
 @dataclass
@@ -61,8 +61,8 @@ class Request:
             features=features,
         )
 
-    def draft(self, context: Context, block_size: Tensor, ids: Tensor) -> Draft:
-        """Ask the drafter for a block, or nobody at block size 1."""
+    def draft(self, context: Context, block_size: Tensor, ids: Tensor, watch: Watch) -> Draft:
+        """Ask the drafter for a block, or nobody at block size 1. What the policy wants of it is the policy's time."""
         size = int(block_size)
         if size == 1:
             return self.no_draft(context)
@@ -73,10 +73,14 @@ class Request:
             return Draft(context, block_size, length, proposal.tokens, proposal.scores, features)
 
         def go_on(so_far: Proposal) -> bool:
-            return self.policy.extend(as_draft(so_far))
+            watch.lap("draft")
+            answer = self.policy.extend(as_draft(so_far))
+            watch.lap("policy")
+            return answer
 
-        draw = self.rule.draw(ids)
-        return as_draft(self.drafter.draft(size, draw, go_on if self.policy.extends else None))
+        proposal = self.drafter.draft(size, self.rule.draw(ids), go_on if self.policy.extends else None)
+        watch.lap("draft")
+        return as_draft(proposal)
 
     def no_draft(self, context: Context | None = None) -> Draft:
         """A block of the anchor alone."""
@@ -91,19 +95,22 @@ class Request:
         return min(int(self.policy.truncate(draft)), self.stopping.max_length - ids.shape[1] - 1)
 
     def step(
-        self, draft: Draft, verify_length: int, ids: Tensor, tokens: Tensor, verdict: Verdict, watch: Watch
+        self,
+        draft: Draft,
+        waiting: int,
+        verify_length: int,
+        ids: Tensor,
+        tokens: Tensor,
+        verdict: Verdict,
+        watch: Watch,
     ) -> Step:
         """The record of a turn that began with `ids` and yielded `tokens`, int64 [1, acceptance_length]."""
-        block_size, full = draft.block_size, draft.block_size.new_tensor
+        full = draft.block_size.new_tensor
         watch.lap("rest")
-        seconds = self.clock.charge(
-            watch.take(),
-            block_size=int(block_size),
-            verify_width=verify_length + 1,
-            context_length=ids.shape[1],
-        )
+        work = self.work(draft, waiting, verify_length, ids.shape[1])
+        seconds = self.clock.charge(watch.take(), work)
         return Step(
-            block_size=block_size,
+            block_size=draft.block_size,
             draft_length=draft.draft_length,
             verify_length=full([verify_length]),
             num_accepted=full([tokens.shape[1] - 1]),
@@ -112,4 +119,18 @@ class Request:
             seconds=seconds,
             fallbacks=self.policy.new_fallbacks(),
             near_ties=verdict.near_ties(tokens.shape[1]),
+        )
+
+    def work(self, draft: Draft, waiting: int, verify_length: int, context_length: int) -> Work:
+        """What a step did that drafted while `waiting` positions had to be read first."""
+        size = int(draft.block_size)
+        if size > 1 and self.spec.drafter_kind != BLOCK_DIFFUSION:
+            size = int(draft.draft_length) + 1
+        drafted = size > 1
+        return Work(
+            draft_size=size if drafted else 0,
+            waiting=waiting if drafted else 0,
+            verify_width=verify_length + 1,
+            context_length=context_length,
+            features=drafted and bool(self.wants & OF_THE_DISTRIBUTION),
         )

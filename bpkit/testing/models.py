@@ -180,6 +180,8 @@ class AgreeableDrafter:
 class AgreeableSession:
     """The decided tokens, int64 [1, length]."""
 
+    waiting = 0
+
     def __init__(self, drafter: AgreeableDrafter) -> None:
         self.drafter = drafter
         self.ids: Tensor | None = None

@@ -16,7 +16,7 @@ _EXAMPLE = '{"prompt": "Once upon a time", "domain": "stories"}'
 
 
 @dataclass(frozen=True, slots=True)
-class BenchPrompt:
+class Prompt:
     """A prompt; `id` is unique in its bench."""
 
     id: str
@@ -24,7 +24,7 @@ class BenchPrompt:
     text: str
 
 
-def read_prompts(file: Path) -> list[BenchPrompt]:
+def read_prompts(file: Path) -> list[Prompt]:
     """Read JSONL with `prompt` and optional `id` and `domain`; other keys are ignored.
 
     Raises:
@@ -43,7 +43,7 @@ def read_prompts(file: Path) -> list[BenchPrompt]:
     return found
 
 
-def _prompt(file: Path, number: int, line: str) -> BenchPrompt:
+def _prompt(file: Path, number: int, line: str) -> Prompt:
     where = f"{file}, line {number}"
     try:
         row = json.loads(line)
@@ -54,12 +54,12 @@ def _prompt(file: Path, number: int, line: str) -> BenchPrompt:
     for key in ("id", "domain"):
         if key in row and not isinstance(row[key], (str, int)):
             raise ValueError(f"{where}: '{key}' must be a text, not {row[key]!r}; or leave it out")
-    return BenchPrompt(
+    return Prompt(
         id=str(row.get("id", f"line-{number}")), domain=str(row.get("domain", DEFAULT_DOMAIN)), text=row["prompt"]
     )
 
 
-def choose_prompts(file: Path | None, domains: Sequence[str], limit: int | None) -> list[BenchPrompt]:
+def choose_prompts(file: Path | None, domains: Sequence[str], limit: int | None) -> list[Prompt]:
     """The prompts of a bench.
 
     Args:
@@ -69,8 +69,8 @@ def choose_prompts(file: Path | None, domains: Sequence[str], limit: int | None)
     """
     if file is None:
         shipped = assets.prompts(*domains, limit=DEFAULT_LIMIT if limit is None else limit)
-        return [BenchPrompt(p["id"], p["domain"], p["prompt"]) for p in shipped]
-    by_domain: dict[str, list[BenchPrompt]] = {}
+        return [Prompt(p["id"], p["domain"], p["prompt"]) for p in shipped]
+    by_domain: dict[str, list[Prompt]] = {}
     for prompt in read_prompts(file):
         by_domain.setdefault(prompt.domain, []).append(prompt)
     for domain in domains:

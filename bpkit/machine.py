@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from bpkit import __version__
-from bpkit.bench.threads import available_cores
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -28,6 +27,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "bpkit": __version__,
     }
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
