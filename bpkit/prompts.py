@@ -1,4 +1,4 @@
-"""The prompts of a bench: those that ship with bpkit, or a JSONL file."""
+"""Prompts: those that ship with bpkit, a JSONL or text file, or a dataset of the Hugging Face library."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bpkit import assets
 
@@ -17,15 +18,15 @@ _EXAMPLE = '{"prompt": "Once upon a time", "domain": "stories"}'
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt; `id` is unique in its bench."""
+    """A prompt; `id` is unique among those it comes with."""
 
     id: str
     domain: str
     text: str
 
 
-def read_prompts(file: Path) -> list[Prompt]:
-    """Read JSONL with `prompt` and optional `id` and `domain`; other keys are ignored.
+def read_prompts(file: Path, column: str = "prompt") -> list[Prompt]:
+    """Read JSONL with `prompt` (or another key) and optional `id` and `domain`; or, from `.txt`, a prompt on each line.
 
     Raises:
         ValueError: a bad line, naming file, line and what to write there.
@@ -33,47 +34,97 @@ def read_prompts(file: Path) -> list[Prompt]:
     """
     if not file.exists():
         raise FileNotFoundError(f"there is no prompt file {str(file)!r}")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    found = [_prompt(file, i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+    lines = [(i, x) for i, x in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1) if x.strip()]
+    if file.suffix == ".txt":
+        found = [Prompt(f"line-{i}", DEFAULT_DOMAIN, line) for i, line in lines]
+    else:
+        found = [_prompt(f"{file}, line {i}", i, _json(f"{file}, line {i}", line), column) for i, line in lines]
     if not found:
         raise ValueError(f"{file} holds no prompts: write one JSON object a line, such as {_EXAMPLE}")
-    for name, count in Counter(p.id for p in found).items():
-        if count > 1:
-            raise ValueError(f"{file}: id {name!r} stands on {count} lines; give each prompt its own, or none any")
-    return found
+    return _with_own_ids(found, str(file))
 
 
-def _prompt(file: Path, number: int, line: str) -> Prompt:
-    where = f"{file}, line {number}"
+def read_dataset(name: str, split: str = "test", column: str = "prompt") -> list[Prompt]:
+    """The rows of a dataset of the Hugging Face `datasets` library, from the Hub or a local folder.
+
+    Args:
+        name: as `datasets.load_dataset` takes it; `name:config` names a configuration as well.
+
+    Raises:
+        ValueError: it cannot be loaded, or a row has no such column.
+        ImportError: `datasets` is not installed.
+    """
     try:
-        row = json.loads(line)
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(
+            "prompts from a dataset need `datasets`, which is not installed: pip install datasets"
+        ) from None
+    path, _, config = name.partition(":")
+    try:
+        rows = load_dataset(path, config or None, split=split)
+    except Exception as error:  # network, name, configuration, split: the library has an exception for each
+        raise ValueError(f"dataset {name!r}, split {split!r}, cannot be loaded: {error}") from error
+    found = [_prompt(f"dataset {name}, row {i}", i, dict(row), column) for i, row in enumerate(rows, start=1)]
+    return _with_own_ids(found, f"dataset {name}")
+
+
+def _with_own_ids(prompts: list[Prompt], source: str) -> list[Prompt]:
+    for name, count in Counter(p.id for p in prompts).items():
+        if count > 1:
+            raise ValueError(f"{source}: id {name!r} stands on {count} lines; give each prompt its own, or none any")
+    return prompts
+
+
+def _json(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error}); write one object a line, such as {_EXAMPLE}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-        raise ValueError(f"{where}: needs a 'prompt' that is a text and not empty, such as {_EXAMPLE}")
+
+
+def _prompt(where: str, number: int, row: Any, column: str) -> Prompt:
+    if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column]:
+        others = ""
+        if isinstance(row, dict):
+            texts = [f"--column {name}" for name, value in row.items() if isinstance(value, str) and name != column]
+            others = f"; or name the column of the prompts, such as {' or '.join(texts)}" if texts else ""
+        raise ValueError(f"{where}: needs a {column!r} that is a text and not empty, such as {_EXAMPLE}{others}")
     for key in ("id", "domain"):
         if key in row and not isinstance(row[key], (str, int)):
             raise ValueError(f"{where}: '{key}' must be a text, not {row[key]!r}; or leave it out")
     return Prompt(
-        id=str(row.get("id", f"line-{number}")), domain=str(row.get("domain", DEFAULT_DOMAIN)), text=row["prompt"]
+        id=str(row.get("id", f"line-{number}")), domain=str(row.get("domain", DEFAULT_DOMAIN)), text=row[column]
     )
 
 
-def choose_prompts(file: Path | None, domains: Sequence[str], limit: int | None) -> list[Prompt]:
-    """The prompts of a bench.
+def choose_prompts(
+    file: Path | None,
+    domains: Sequence[str],
+    limit: int | None,
+    *,
+    column: str = "prompt",
+    shipped_limit: int | None = DEFAULT_LIMIT,
+) -> list[Prompt]:
+    """Prompts of a file or the shipped ones.
 
     Args:
-        file: JSONL, or None for the shipped ones.
+        file: JSONL or text, or None for the shipped ones.
         domains: only these, in this order; all if empty.
-        limit: prompts of each domain; by default 20 of the shipped ones, and all of a file.
+        limit: prompts of each domain; by default `shipped_limit` of the shipped ones, and all of a file.
     """
     if file is None:
-        shipped = assets.prompts(*domains, limit=DEFAULT_LIMIT if limit is None else limit)
+        shipped = assets.prompts(*domains, limit=shipped_limit if limit is None else limit)
         return [Prompt(p["id"], p["domain"], p["prompt"]) for p in shipped]
+    return of_domains(read_prompts(file, column), domains, limit, source=str(file))
+
+
+def of_domains(prompts: Sequence[Prompt], domains: Sequence[str], limit: int | None, *, source: str) -> list[Prompt]:
+    """Up to `limit` prompts of each of the domains, of all if none is named. Raises ValueError for an unknown one."""
     by_domain: dict[str, list[Prompt]] = {}
-    for prompt in read_prompts(file):
+    for prompt in prompts:
         by_domain.setdefault(prompt.domain, []).append(prompt)
     for domain in domains:
         if domain not in by_domain:
-            raise ValueError(f"{file} has no prompts of domain {domain!r}; it has: {', '.join(sorted(by_domain))}")
+            raise ValueError(f"{source} has no prompts of domain {domain!r}; it has: {', '.join(sorted(by_domain))}")
     return [prompt for domain in domains or by_domain for prompt in by_domain[domain][:limit]]

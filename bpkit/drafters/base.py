@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,11 +20,13 @@ class Proposal:
         tokens: int64 [1, count], count at most block_size - 1.
         scores: the drafter's processed scores, float32 [1, count, vocab], or None if it has no distribution.
         hidden: its last hidden states, [1, count, hidden], or None.
+        features: what policies may see of it, where that is known already (in replay); else it is computed.
     """
 
     tokens: Tensor
     scores: Tensor | None
     hidden: Tensor | None
+    features: Mapping[Feature, Tensor] | None = None
 
 
 GoOn = Callable[[Proposal], bool]
@@ -65,6 +67,10 @@ class Drafter(Protocol):
         max_block_size: the largest block that it drafts.
         feature_layers: target layers it needs; layer *i* means `hidden_states[i + 1]`.
         provides: draft features that it can give to policies.
+
+    A drafter whose drafts depend on earlier requests (a store of n-grams across prompts, say) also has an attribute
+    `remembers_requests = True`; without one it counts as False. Traces refuse such a drafter, because theirs would
+    hold for one order of prompts only.
     """
 
     name: str

@@ -211,7 +211,7 @@ class SpeculativeDecoder:
             seed = int(torch.randint(2**62, ()))
         seed = seed if generation_config.do_sample else None
         request = decoder._request(input_ids, logits_processor, stopping_criteria, seed, stream_id)
-        run = Run(decode(request), input_ids, seed, request.policy)
+        run = Run(decode(request), request, seed)
         if return_run:
             return run
         result = self._to_the_end(run)

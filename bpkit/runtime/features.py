@@ -10,6 +10,8 @@ from bpkit.types import Feature
 
 def draft_features(proposal: Proposal, wants: frozenset[Feature]) -> dict[Feature, Tensor]:
     """Features of a proposal, each [1, count, ...]; see `Feature` for their meaning."""
+    if proposal.features is not None:
+        return {name: value for name, value in proposal.features.items() if name in wants}
     features: dict[Feature, Tensor] = {}
     if Feature.DRAFT_TOKENS in wants:
         features[Feature.DRAFT_TOKENS] = proposal.tokens

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bpkit.runtime.guard import GuardedPolicy
+from bpkit.runtime.request import Request
 from bpkit.types import Prefill, Record, Seconds, Step
 
 
@@ -59,11 +59,15 @@ class Generation:
 
 
 class Run(Iterator[Record]):
-    """A running generation: iterate over its records, then ask for the result."""
+    """A running generation: iterate over its records, then ask for the result.
 
-    def __init__(self, records: Iterator[Record], prompt: Tensor, seed: int | None, policy: GuardedPolicy) -> None:
-        self.prompt = prompt
-        self._records, self._seed, self._policy = records, seed, policy
+    Attributes:
+        request: what the loop reads from.
+    """
+
+    def __init__(self, records: Iterator[Record], request: Request, seed: int | None) -> None:
+        self.request, self.prompt = request, request.prompt
+        self._records, self._seed = records, seed
         self._seen: list[Record] = []
 
     def __next__(self) -> Record:
@@ -85,5 +89,5 @@ class Run(Iterator[Record]):
             seed=self._seed,
             prefill=prefill,
             steps=[step for step in steps if isinstance(step, Step)],
-            fallbacks=self._policy.fallbacks,
+            fallbacks=self.request.policy.fallbacks,
         )

@@ -22,7 +22,8 @@ from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
 from bpkit.drafters.dflash_model import DFlashConfig, DFlashModel
 from bpkit.runtime.noise import uniform
 from bpkit.runtime.sampling import Draw
-from bpkit.types import Feature
+from bpkit.traces.waiting import waiting_after_draft
+from bpkit.types import AUTOREGRESSIVE, Feature
 
 END, MASK, UNKNOWN = "<|end|>", "<|mask|>", "<|unknown|>"
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n\t"
@@ -161,7 +162,7 @@ class AgreeableDrafter:
         seed: of the coins. They depend on the seed, where the block begins and the place in it, on nothing else.
     """
 
-    kind = "autoregressive"
+    kind = AUTOREGRESSIVE
     name = "agreeable"
     provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
     feature_layers: tuple[int, ...] = ()
@@ -178,16 +179,21 @@ class AgreeableDrafter:
 
 
 class AgreeableSession:
-    """The decided tokens, int64 [1, length]."""
-
-    waiting = 0
+    """The decided tokens, int64 [1, length]. It reports as `waiting` what an assistant model would have to read."""
 
     def __init__(self, drafter: AgreeableDrafter) -> None:
-        self.drafter = drafter
+        self.drafter, self.waiting = drafter, 0
         self.ids: Tensor | None = None
+        self.drafted: int | None = None
 
     def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+        count = tokens.shape[1]
+        if self.drafted is None:
+            self.waiting += count
+        else:
+            self.waiting = waiting_after_draft(self.drafter.kind, self.drafted, count - 1)
         self.ids = tokens if self.ids is None else torch.cat([self.ids, tokens], dim=1)
+        self.drafted = None
 
     def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
         assert self.ids is not None
@@ -206,4 +212,5 @@ class AgreeableSession:
             proposal = Proposal(torch.cat(tokens, dim=1), torch.cat(scores, dim=1), torch.cat(hidden, dim=1))
             if go_on is not None and place + 2 < block_size and not go_on(proposal):
                 break
+        self.drafted = proposal.tokens.shape[1]
         return proposal

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from bpkit.drafters.blocks import block_attention_mask
 from bpkit.drafters.dflash_model import DFlashConfig, DFlashModel
 from bpkit.training.budget import BudgetedModule
 from bpkit.training.outputs import write_outputs
@@ -33,23 +34,6 @@ def position_weights(block_size: int, device: torch.device) -> Tensor:
     """exp(-(k-1)/gamma) for k = 1 .. block_size - 1; gamma is the paper's 7, 5, 4 at 16, 10, 8, and linear between."""
     gamma = 1 + 3 * block_size / 8
     return torch.exp(-torch.arange(block_size - 1, device=device) / gamma)
-
-
-def block_attention_mask(anchors: Tensor, block_size: int, context: int) -> Tensor:
-    """Which keys each block position sees: context before its anchor, and its own block.
-
-    Args:
-        anchors: int64 [batch, blocks].
-
-    Returns:
-        bool [batch, 1, blocks * block_size, context + blocks * block_size].
-    """
-    batch, blocks = anchors.shape
-    anchor = anchors.repeat_interleave(block_size, dim=1)
-    before = torch.arange(context, device=anchors.device) < anchor[..., None]
-    owner = torch.arange(blocks, device=anchors.device).repeat_interleave(block_size)
-    same = (owner[:, None] == owner).expand(batch, -1, -1)
-    return torch.cat([before, same], dim=-1)[:, None]
 
 
 class BlockScorer(nn.Module):

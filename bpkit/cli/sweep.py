@@ -1,0 +1,62 @@
+"""`bpkit sweep`: what a table of prompt by block size says, and how much of it is luck."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bpkit.cli.errors import require
+from bpkit.cli.terminal import console, say
+from bpkit.sizes import parse_sizes
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="JSON or CSV: values by prompt and block size.", metavar="FILE")],
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Look at these sizes alone too: `14-18`, `4+8+16`, `2-8+16`.", metavar="SIZES"),
+    ] = None,
+    figure: Annotated[
+        str | None,
+        typer.Option(
+            help="`acceptance_length` or `tokens_per_second`, where the file does not say or holds both.",
+            metavar="NAME",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of intervals and permutations.", min=0, metavar="N")] = 0,
+    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture here (.png, .svg or .pdf).", metavar="FILE")] = None,
+) -> None:
+    """Say what a sweep over block sizes shows: best fixed size, per-prompt oracle, and what chance alone would give.
+
+    Reads the published BlockPilot layout, and CSV or JSON of your own.
+
+    `bpkit sweep sweep.json --sizes 14-18`
+
+    `bpkit sweep rates.csv --figure tokens_per_second --json figures.json --plot sweep.png`
+    """
+    wanted = None if sizes is None else parse_sizes(sizes)
+    from bpkit.bench.report import check_writable, write_report
+    from bpkit.bench.sweep import read_sweep
+    from bpkit.bench.sweep_figures import summarise_sweep
+    from bpkit.bench.sweep_report import plot_sweep, print_sweep
+
+    if json is not None:
+        check_writable(json)
+    if plot is not None:
+        require("matplotlib", extra="plot", purpose="A plot")
+        check_writable(plot, suffixes=SUFFIXES)
+    table = read_sweep(file, figure=figure)
+    report = summarise_sweep(table, wanted, seed)
+    if json is not None:
+        write_report(report, json)
+    print_sweep(report, console())
+    if plot is not None:
+        plot_sweep(table, report, plot)
+    for path in (json, plot):
+        if path is not None:
+            say(f"wrote {path}")
