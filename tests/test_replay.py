@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from bpkit.traces.collect import TraceOptions, Tracer, generation_options
 from bpkit.traces.cost import CostTable
 from bpkit.traces.job import ThisProcess, describe, run_job
 from bpkit.traces.manifest import TraceError
+from bpkit.traces.oracle import fixed_path
 from bpkit.traces.recompute import Recompute
 from bpkit.traces.records import PromptTrace
 from bpkit.traces.replay import Replayer
@@ -217,6 +219,19 @@ class _Sleepy(Policy):
     def select(self, state: Any, context: Context) -> Tensor:
         self.begin(context)
         return context.full(4)
+
+
+@pytest.mark.parametrize("kind", ["block-diffusion", "autoregressive", "n-gram"])
+@pytest.mark.parametrize("block_size", [1, 2, 4, 8])
+def test_the_walk_of_a_fixed_size_is_its_replay(kind: str, block_size: int) -> None:
+    """What the oracles compare with, and what the loop does, are the same."""
+    for index, options in enumerate(({}, {"max_new_tokens": 60}, {"output_length": 1})):
+        trace = synthetic_prompt(index, **options)
+        path = fixed_path(trace, kind, COST, block_size)
+        replayed = Replayer(replace(_spec(), drafter_kind=kind), f"fixed:{block_size}", COST).run(trace)
+        for name in ("position", "block_size", "verify_length", "num_accepted"):
+            assert getattr(path, name).tolist() == getattr(replayed, name).tolist(), name
+        assert path.seconds == pytest.approx(replayed.seconds(COST), rel=1e-12)
 
 
 def _spec() -> Any:

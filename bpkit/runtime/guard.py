@@ -68,7 +68,8 @@ class GuardedPolicy:
         if max(sizes) > most:
             self._mend("select", PolicyFault(f"select returned {sizes}, above {most}"), f"{most}")
         # A tensor of our own: the policy may keep, and later write to, what it returned.
-        return context.position.new_tensor([min(size, most) for size in sizes])
+        sizes = [min(size, most) for size in sizes]
+        return context.full(sizes[0]) if len(sizes) == 1 else context.position.new_tensor(sizes)
 
     def truncate(self, draft: Draft) -> Tensor:
         """Drafted tokens to verify, 0 .. draft_length: int64 [batch]."""

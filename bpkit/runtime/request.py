@@ -105,15 +105,14 @@ class Request:
         watch: Watch,
     ) -> Step:
         """The record of a turn that began with `ids` and yielded `tokens`, int64 [1, acceptance_length]."""
-        full = draft.block_size.new_tensor
         watch.lap("rest")
         work = self.work(draft, waiting, verify_length, ids.shape[1])
         seconds = self.clock.charge(watch.take(), work)
         return Step(
             block_size=draft.block_size,
             draft_length=draft.draft_length,
-            verify_length=full([verify_length]),
-            num_accepted=full([tokens.shape[1] - 1]),
+            verify_length=draft.full(verify_length),
+            num_accepted=draft.full(tokens.shape[1] - 1),
             tokens=tokens,
             position=ids.shape[1] - self.prompt.shape[1],
             seconds=seconds,

@@ -97,12 +97,15 @@ class Drafts:
 
 
 def trace_drafts(drafter: Drafter, finished: Finished) -> Drafts:
-    """All drafts of a finished output, in batches where the kind of drafter allows it."""
-    if isinstance(drafter, BlockDiffusionDrafter) and not _windowed(drafter):
+    """All drafts of a finished output, in batches where the kind of drafter allows it.
+
+    A subclass may draft in its own way, so that only the very classes are taken at their word.
+    """
+    if type(drafter) is BlockDiffusionDrafter and not _windowed(drafter):
         from bpkit.traces.draft_block_diffusion import trace_blocks
 
         return trace_blocks(drafter, finished)
-    if isinstance(drafter, AutoregressiveDrafter):
+    if type(drafter) is AutoregressiveDrafter:
         from bpkit.traces.draft_autoregressive import trace_rollouts
 
         return trace_rollouts(drafter, finished)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,10 +140,17 @@ def match_probability(p: Tensor, q: Tensor) -> Tensor:
     tensor([1.])
     """
     p, q = p.double(), q.double()
-    order = (p / q.clamp(min=1e-300)).argsort(dim=-1, descending=True)
+    order = _falling((p / q.clamp(min=1e-30)).float())
     p, q = p.gather(-1, order), q.gather(-1, order)
     above = p.cumsum(dim=-1)  # sum of p over tokens with r_y >= r_x, the token itself included
     below = q.flip(-1).cumsum(dim=-1).flip(-1) - q
     # 1 / (above / p + below / q), written so that a token that one side never draws counts nothing.
     both = p * q / (above * q + below * p).clamp(min=1e-300)
     return both.sum(dim=-1).clamp(max=1.0).float()
+
+
+def _falling(values: Tensor) -> Tensor:
+    """Indices that sort each row in falling order. On a CPU numpy sorts several times faster than torch."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.argsort(-values.numpy(), axis=-1))
+    return values.argsort(dim=-1, descending=True)

@@ -14,6 +14,18 @@ from bpkit.traces.replay import with_features
 from bpkit.types import Feature
 
 
+def check_models(decoder: SpeculativeDecoder, manifest: Manifest) -> None:
+    """Raise TraceError unless the decoder's models are those of the trace."""
+    model = getattr(decoder.drafter, "model", None)
+    for role, module, facts in (("target", decoder.target, manifest.target), ("drafter", model, manifest.drafter)):
+        found = None if module is None else fingerprint_model(module)
+        if found != facts.fingerprint:
+            raise TraceError(
+                f"the {role} is not the one that was traced ({facts.name}, fingerprint {facts.fingerprint}; this one "
+                f"has {found}): name the models of the trace with --target and --drafter"
+            )
+
+
 class Recompute:
     """A `Fill` for `Replayer`. The last prompt is remembered, so that several policies may ask for it in turn.
 
@@ -22,15 +34,8 @@ class Recompute:
     """
 
     def __init__(self, decoder: SpeculativeDecoder, manifest: Manifest) -> None:
+        check_models(decoder, manifest)
         self.decoder, self.manifest = decoder, manifest
-        model = getattr(decoder.drafter, "model", None)
-        for role, module, facts in (("target", decoder.target, manifest.target), ("drafter", model, manifest.drafter)):
-            found = None if module is None else fingerprint_model(module)
-            if found != facts.fingerprint:
-                raise TraceError(
-                    f"the {role} is not the one that was traced ({facts.name}, fingerprint {facts.fingerprint}; this "
-                    f"one has {found}): name the models of the trace with --target and --drafter"
-                )
         self._last: tuple[int, frozenset[Feature], PromptTrace] | None = None
 
     @torch.inference_mode()

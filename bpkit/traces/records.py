@@ -32,9 +32,11 @@ class DraftTable:
         tokens: int32 [rows, sizes, width], -1 where nothing was drafted.
         features: `draft_probability`, `draft_entropy` (float32 [rows, sizes, width]) and, where they were asked for,
             `draft_hidden` (float32 [rows, sizes, width, drafter hidden]); NaN where nothing was drafted.
-        match_probability: chance that the drafted token is the target's, given both distributions but not the noise:
-            float32 [rows, sizes, width], NaN where nothing was drafted or beyond the output. None for greedy traces
-            and for drafters without a distribution.
+        match_probability: chance that the drafted token is the target's, given the drafter's distribution and the
+            target's along the realised text, but not the noise: float32 [rows, sizes, width], NaN where nothing was
+            drafted or beyond the output. None for greedy traces and for drafters without a distribution. An
+            autoregressive draft goes on from its own tokens, so that after one that does not match this is no longer
+            the chance given that all earlier ones matched; `bpkit.traces.oracle` says what to take instead.
     """
 
     block_sizes: Ints

@@ -1,0 +1,271 @@
+"""`bpkit calibrate`: measure what steps cost on this device, or show a cost model."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bpkit.cli import options
+from bpkit.cli.errors import require
+from bpkit.cli.terminal import console, say
+from bpkit.config import Config
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bpkit.traces.calibrate import Progress
+    from bpkit.traces.cost import CostTable
+
+DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
+DEFAULT_SPREAD, DEFAULT_MINUTES = 2.0, 10.0
+_HOW_LONG = "How long, and what"
+
+
+def calibrate(
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="Write the cost model here, as JSON.", metavar="FILE")] = None,
+    show: Annotated[
+        str | None, typer.Option(help="Measure nothing: print this cost file or preset.", metavar="FILE|PRESET")
+    ] = None,
+    list_presets: Annotated[
+        bool, typer.Option("--list-presets", help="Measure nothing: list cost models made from published figures.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the costs here (.png, .svg or .pdf).", metavar="FILE")] = None,
+    max_block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Largest block size and verify width; by default the drafter's trained block size.",
+            metavar="N",
+            rich_help_panel=_HOW_LONG,
+        ),
+    ] = None,
+    spread: Annotated[
+        float,
+        typer.Option(
+            help="Measure until every draft and target pass is known to this many per cent (standard error / mean).",
+            min=0.01,
+            metavar="PERCENT",
+            rich_help_panel=_HOW_LONG,
+        ),
+    ] = DEFAULT_SPREAD,
+    max_minutes: Annotated[
+        float, typer.Option(help="But no longer than this.", min=0.0, metavar="M", rich_help_panel=_HOW_LONG)
+    ] = DEFAULT_MINUTES,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="And no more rounds over the prompts.", min=1, metavar="N", rich_help_panel=_HOW_LONG),
+    ] = None,
+    domain: options.Domains = None,
+    limit: options.Limit = None,
+    prompts: options.Prompts = None,
+    # `options.settled` reads these from the context: flags win over the config file.
+    target: options.Target = None,
+    drafter: options.Drafter = None,
+    config: options.ConfigFile = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the order of prompts and of sampling noise; by default 0.", metavar="N")
+    ] = None,
+    rule: options.Rule = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+) -> None:
+    """Measure what drafts and target passes cost on this device, for replay, oracles and policies that plan by time.
+
+    Requests run in the ordinary loop under a policy that draws block sizes and verify widths at random. Measure with
+    the number of threads, the sampling and the context lengths that you will decode with, on a machine that does
+    nothing else. Greedy unless a temperature is given; `--threads auto` is torch's own choice here.
+
+    `bpkit calibrate --out cost.json --plot cost.png`
+
+    `bpkit calibrate --show cost.json`
+    """
+    if list_presets:
+        return print_presets()
+    if show is not None:
+        from bpkit.traces.cost import read_cost
+
+        check_outputs(None, plot)
+        return deliver(read_cost(show), None, plot)
+    if out is None:
+        raise ValueError(
+            "say where to write the cost model: --out cost.json; or --show FILE to print one, or --list-presets"
+        )
+    check_outputs(out, plot)
+    settled = options.settled(context)
+    from bpkit.prompts import choose_prompts
+
+    texts = choose_prompts(prompts, domain or [], limit)
+    wanted = {"max_block_size": max_block_size, "spread": spread / 100, "max_minutes": max_minutes, "rounds": rounds}
+    try:
+        cost = measure(settled, texts, wanted)
+    except KeyboardInterrupt:
+        say(f"Nothing was written: {out} is {'as it was' if out.exists() else 'not there'}.")
+        raise
+    deliver(cost, out, plot)
+
+
+def check_outputs(out: Path | None, plot: Path | None) -> None:
+    """Fail now rather than after minutes of measuring."""
+    from bpkit.bench.plot import SUFFIXES
+    from bpkit.bench.report import check_writable
+
+    if out is not None:
+        check_writable(out)
+    if plot is not None:
+        require("matplotlib", extra="plot", purpose="A plot")
+        check_writable(plot, suffixes=SUFFIXES)
+
+
+def measure(config: Config, prompts: list[Any], wanted: dict[str, Any]) -> CostTable:
+    """Load the models and measure."""
+    from bpkit.cli.models import load_decoder
+    from bpkit.traces.calibrate import CalibrationSettings, calibrate
+
+    decoder = load_decoder(config, "fixed")
+    settings = CalibrationSettings(
+        **wanted,
+        options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
+        seed=DEFAULT_SEED if config.sampling.seed is None else config.sampling.seed,
+        command=shlex.join(["bpkit", *sys.argv[1:]]),
+    )
+    with progress() as tell:
+        return calibrate(decoder, prompts, settings, tell)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar for one round after the other; none without a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    err = console(stderr=True)
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("warming up", total=None)
+
+        def tell(said: str, done: int, total: int) -> None:
+            bar.update(task, description=said, completed=done, total=total)
+
+        yield tell
+
+
+def deliver(cost: CostTable, out: Path | None, plot: Path | None) -> None:
+    """Write the files that were asked for, and print the table."""
+    from bpkit.traces.cost import write_cost
+    from bpkit.traces.cost_plot import plot_cost
+
+    if out is not None:
+        write_cost(cost, out)
+    print_cost(cost)
+    if plot is not None:
+        plot_cost(cost, plot)
+    for path in (out, plot):
+        if path is not None:
+            say(f"wrote {path}")
+
+
+def print_cost(cost: CostTable) -> None:
+    """The table by size, and below what it leaves out."""
+    from rich.markup import escape
+
+    shown = console()
+    shown.print(cost_table(cost))
+    for sentence in sentences(cost):
+        shown.print(escape(sentence), soft_wrap=True)
+
+
+def print_presets() -> None:
+    """Names of the presets, with what they say and where it comes from."""
+    from rich.markup import escape
+
+    from bpkit.traces.presets import PRESETS
+
+    shown = console()
+    for name, cost in PRESETS.items():
+        shown.print(f"[bold]{escape(name)}[/bold] (in {cost.unit})")
+        shown.print(escape(f"  {cost.description}"), soft_wrap=True)
+        shown.print(escape(f"  Source: {cost.source}"), soft_wrap=True)
+
+
+def cost_table(cost: CostTable) -> Table:
+    """Costs by size at the context length in the middle."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    at, largest_block = cost.middle_context, cost.largest_block_size or cost.largest_width
+    where = f", context length {at}" if isinstance(cost.verify[1], dict) else ""
+    unit = "ms" if cost.unit == "seconds" else cost.unit
+    table = Table(title=escape(f"{cost.name} ({unit}{where})"), title_justify="left", box=box.SIMPLE_HEAD)
+    columns = (
+        "size",
+        "draft",
+        "verify",
+        "step",
+        "T(1)/T(v)",
+        "break-even\nacceptance length",
+        "spread %\ndraft/verify",
+    )
+    for column in columns if cost.spread else columns[:-1]:
+        table.add_column(column, justify="right")
+    known = {(cell.phase, cell.size): cell.spread for cell in cost.spread if cell.context_length is None}
+    for size in sorted({1, *cost.draft, *cost.verify}):
+        row = [str(size), "-", "-", "-", "-", "-", ""]
+        if size <= largest_block:
+            row[1] = _figure(cost, cost.seconds("draft", size, at)) if size > 1 else "-"
+        if size <= cost.largest_width:
+            row[2], row[4] = _figure(cost, cost.seconds("verify", size, at)), f"{cost.target_efficiency(size):.2f}"
+        if size <= min(largest_block, cost.largest_width):
+            row[3], row[5] = _figure(cost, cost.step(size)), f"{cost.break_even(size):.2f}"
+        row[6] = "/".join(_percent(known.get((phase, size))) for phase in ("draft", "verify"))
+        table.add_row(*row[: len(table.columns)])
+    return table
+
+
+def sentences(cost: CostTable) -> list[str]:
+    """What the table does not show, and how it was measured."""
+    catching_up = ", ".join(f"{size}: {_figure(cost, more)}" for size, more in cost.catch_up.items())
+    features = [f"{_figure(cost, more)} at block size {size}" for size, more in cost.features.items()]
+    contexts = sorted(cost.verify[1]) if isinstance(cost.verify[1], dict) else []
+    said = [
+        f"A step is a draft with one position waiting, a target pass over all of it, and the rest of a step "
+        f"({_figure(cost, cost.rest)}).",
+        f"Catching up, by waiting positions: {catching_up}." if catching_up else "",
+        f"Probabilities and entropies of a draft: {' to '.join(features[:: max(len(features) - 1, 1)])}."
+        if features
+        else "",
+        f"Context lengths measured in plain steps: {', '.join(map(str, contexts))}." if contexts else "",
+        cost.description,
+        f"Source: {cost.source}" if cost.source else "",
+    ]
+    if cost.measured is not None:
+        m = cost.measured
+        load = m.machine.get("load_average")
+        busy = f", load average {load:.1f} at the start" if isinstance(load, float) else ""
+        said += [
+            f"{m.steps} steps of {m.prompts} prompts in {m.seconds / 60:.1f} minutes; ended because {m.ended}; worst "
+            f"spread {100 * m.worst_spread:.1f}%{busy}.",
+            f"The table's price of all these steps is {100 * m.modelled_over_measured:.1f}% of the time that they took "
+            f"(outliers are trimmed). From their first half to the second, like work took {100 * m.drift:+.1f}% time.",
+        ]
+    return [sentence for sentence in said if sentence]
+
+
+def _figure(cost: CostTable, value: float) -> str:
+    return f"{1000 * value:.3f}" if cost.unit == "seconds" else f"{value:.3f}"
+
+
+def _percent(spread: float | None) -> str:
+    return "-" if spread is None else f"{100 * spread:.1f}"

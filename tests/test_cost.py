@@ -1,0 +1,241 @@
+"""Cost tables: staircases, context lengths, files by hand, presets, and what is told when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bpkit.runtime.clock import price
+from bpkit.traces.cost import CostError, CostTable, flat, linear, read_cost, write_cost
+from bpkit.traces.presets import PRESETS
+from bpkit.types import PHASES, Work
+
+
+def table(**more: Any) -> CostTable:
+    """Irregular on purpose: no smooth curve goes through these."""
+    values: dict[str, Any] = {
+        "name": "irregular",
+        "draft": {2: 0.25, 4: 0.5, 8: 0.375},
+        "catch_up": {2: 0.0625, 8: 0.25},
+        "features": {8: 0.03125},
+        "verify": {1: {100: 1.0, 300: 2.0}, 2: 1.5, 8: {100: 2.0, 200: 4.0, 400: 3.0}},
+        "rest": 0.125,
+    }
+    return CostTable(**{**values, **more})
+
+
+# Lookup
+
+
+@pytest.mark.parametrize(
+    ("phase", "size", "context_length", "seconds"),
+    [
+        ("draft", 1, 0, 0.0),  # block size 1 drafts nothing
+        ("draft", 2, 0, 0.25),
+        ("draft", 3, 0, 0.5),  # the next larger given size, not a line between 0.25 and 0.5
+        ("draft", 5, 0, 0.375),  # also where that is cheaper
+        ("catch_up", 0, 0, 0.0),
+        ("catch_up", 1, 0, 0.0),
+        ("catch_up", 3, 0, 0.25),
+        ("catch_up", 16, 0, 0.5),  # beyond the largest: in proportion
+        ("features", 2, 0, 0.03125),
+        ("verify", 1, 200, 1.5),  # context lengths: linear in between
+        ("verify", 1, 7, 1.0),  # constant outside
+        ("verify", 1, 999, 2.0),
+        ("verify", 2, 200, 1.5),  # one figure for all
+        ("verify", 3, 300, 3.5),
+        ("rest", 1, 50, 0.125),
+    ],
+)
+def test_figures_of_sizes_and_context_lengths(phase: str, size: int, context_length: int, seconds: float) -> None:
+    assert table().seconds(phase, size, context_length) == seconds
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_many_at_once_are_the_same_as_one_by_one(phase: str) -> None:
+    cost, sizes, contexts = table(), np.arange(1, 9)[:, None], np.array([3, 100, 150, 299, 301, 400, 1000])
+    found = cost.array(phase, sizes, contexts)
+    assert found.dtype == np.float64
+    assert found.shape == (8, 7)
+    for i, size in enumerate(range(1, 9)):
+        for j, context in enumerate(contexts.tolist()):
+            assert found[i, j] == pytest.approx(cost.seconds(phase, size, context), rel=1e-14)
+    assert cost.array("catch_up", [1, 2, 24]).tolist() == [0.0, 0.0625, 0.75]
+    assert cost.array(phase, np.zeros((0, 3), int), 5).shape == (0, 3)
+
+
+def test_a_table_that_is_left_out_costs_nothing() -> None:
+    cost = CostTable(verify={1: 1.0, 64: 2.0})
+    assert price(cost, Work(draft_size=40, waiting=500, verify_width=40, context_length=9, features=True)).total == 2.0
+    assert cost.array("draft", [2, 999]).tolist() == [0.0, 0.0]
+    assert cost.largest_block_size is None
+
+
+def test_a_step_is_priced_phase_by_phase() -> None:
+    work = Work(draft_size=4, waiting=2, verify_width=1, context_length=150, features=True)
+    spent = price(table(), work)
+    assert (spent.draft, spent.verify, spent.rest) == (0.5 + 0.0625 + 0.03125, 1.25, 0.125)
+
+
+@pytest.mark.parametrize("phase", ["draft", "features", "verify"])
+def test_a_size_above_the_largest_is_told_with_all_that_mends_it(phase: str) -> None:
+    for ask in (table().seconds, table().array):
+        with pytest.raises(
+            CostError, match=f"'irregular' has no {phase} cost for .* 9: it gives .*8.*--max-block-size"
+        ):
+            ask(phase, 9, 100)
+    with pytest.raises(CostError, match="'irregular' has no verify cost"):
+        table().array("verify", [1, 9], 100)
+
+
+def test_what_is_no_step_has_no_cost() -> None:
+    with pytest.raises(CostError, match="verifies at least the anchor"):
+        table().seconds("verify", 0, 1)
+    with pytest.raises(CostError, match="verifies at least the anchor"):
+        table().array("verify", [1, 0], 1)
+    with pytest.raises(CostError, match="draft, catch_up, features, verify, rest"):
+        table().seconds("prefill", 1, 1)
+
+
+def test_a_table_goes_to_other_processes() -> None:
+    cost = table()
+    assert cost.seconds("verify", 8, 150) == 3.0
+    sent = pickle.loads(pickle.dumps(cost))
+    assert sent == cost
+    assert sent.seconds("verify", 8, 150) == 3.0
+
+
+def test_a_copy_with_other_figures_prices_by_them() -> None:
+    cost = table()
+    assert (cost.seconds("draft", 2, 0), cost.seconds("verify", 1, 0)) == (0.25, 1.0)
+    other = cost.model_copy(update={"draft": {2: 9.0}, "verify": {1: 7.0}})
+    assert (other.seconds("draft", 2, 0), other.seconds("verify", 1, 0)) == (9.0, 7.0)
+    assert cost.seconds("draft", 2, 0) == 0.25
+
+
+# What it says
+
+
+def test_target_efficiency_and_break_even() -> None:
+    cost = table()
+    assert cost.target_efficiency(8, 100) == 0.5
+    assert cost.break_even(1, 100) == 1.0
+    assert cost.break_even(8, 100) == pytest.approx((0.375 + 2.0 + 0.125) / (1.0 + 0.125))
+    assert cost.middle_context == 300
+    assert cost.target_efficiency(8) == cost.target_efficiency(8, 300)
+    assert CostTable(verify={1: 1.0}).middle_context == 0
+
+
+def test_under_a_flat_cost_every_step_is_alike() -> None:
+    cost = flat(table())
+    works = [
+        Work(draft_size=0, waiting=0, verify_width=1, context_length=10),
+        Work(draft_size=8, waiting=200, verify_width=8, context_length=500, features=True),
+    ]
+    assert cost.name == "flat"
+    assert {price(cost, work).total for work in works} == {2.0}  # verify of width 1 at the middle context length
+
+
+def test_under_a_linear_cost_width_counts_and_nothing_else() -> None:
+    cost = linear(table(), 0.25)
+    assert cost.name == "linear"
+    assert cost.seconds("verify", 5, 7) == 2.0 * (1 + 0.25 * 4)
+    assert [cost.seconds(phase, 8, 7) for phase in ("draft", "catch_up", "features", "rest")] == [0.0] * 4
+
+
+@pytest.mark.parametrize("derived", [flat, linear])
+def test_derived_tables_go_as_far_as_what_they_are_made_from(derived: Any) -> None:
+    drafts_more = table(draft={2: 0.1, 12: 0.2})
+    assert derived(drafts_more).largest_width == 12
+    assert derived(table()).largest_width == 8
+    relative = PRESETS["dflash-h200-qwen3-4b"]
+    assert derived(relative).unit == relative.unit
+
+
+def test_the_preset_gives_back_the_published_speedup() -> None:
+    cost = read_cost("dflash-h200-qwen3-4b")
+    assert cost.unit == "plain steps"
+    assert 6.54 / cost.break_even(16) == pytest.approx(4.91)
+    assert 5.69 / cost.break_even(16) == pytest.approx(4.24, rel=0.01)  # T=1, of which the preset was not made
+    for said in ("2602.06036", "H200"):
+        assert said in cost.source
+    assert "Assumed" in cost.description
+
+
+# Files
+
+
+def test_a_file_written_by_hand(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"verify": {"1": 1.0, "2": 1.1, "8": {"100": 2, "300": 4}}, "draft": {"8": 0.2}}')
+    cost = read_cost(file)
+    assert cost.name == "mine"
+    assert cost.seconds("verify", 5, 200) == 3.0
+    assert cost.seconds("draft", 2, 200) == 0.2
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    write_cost(table(), file)
+    assert read_cost(str(file)) == table()
+    assert json.loads(file.read_text())["schema_version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"verify": {"1": -1}}', "verify.1 must be above 0, not -1"),
+        ('{"verify": {"1": 0}}', "verify.1 must be above 0"),
+        ('{"verify": {"1": NaN}}', "verify.1 must be a finite number"),
+        ('{"verify": {"1": Infinity}}', "verify.1 must be a finite number"),
+        ('{"verify": {"1": "fast"}}', "verify.1 must be a number, not 'fast'"),
+        ('{"verify": {"1": {"100": -2}}}', "verify.1.100 must be above 0, not -2"),
+        ('{"verify": {"1": {}}}', "verify.1 is empty"),
+        ('{"verify": {}}', "verify is empty: give at least one figure, such as"),
+        ('{"verify": {"2": 1.0}}', "verify needs width 1, the cost of a step without drafting"),
+        ('{"verify": {"one": 1.0}}', "verify.one: keys must be whole numbers"),
+        ('{"verify": {"0": 1.0}}', "verify.0: keys must be whole numbers from 1"),
+        ("{}", "verify is missing: .* such as"),
+        ('{"verify": {"1": 1}, "draft": {"8": -0.5}}', "draft.8 must not be negative, not -0.5"),
+        ('{"verify": {"1": 1}, "draft": {"1": 0.5}}', "draft.1: keys must be whole numbers from 2"),
+        ('{"verify": {"1": 1}, "draft": 3}', "draft must hold figures by size"),
+        ('{"verify": {"1": 1}, "rest": -1}', "rest must not be negative"),
+        ('{"verify": {"1": 1}, "drafts": {}}', "drafts is not a key of a cost model; the keys are: .*draft, catch_up"),
+        ('{"verify": {"1": 1}, "schema_version": 9}', "schema_version is another than this version of bpkit knows"),
+        ('{"verify": {"1": 1}', "is not valid JSON .* looks like"),
+        ("[1, 2]", "must hold an object such as .* not a list"),
+    ],
+)
+def test_a_bad_file_is_told_by_file_key_and_mending(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(text)
+    with pytest.raises(CostError, match=said) as caught:
+        read_cost(file)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_neither_file_nor_preset() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no cost file 'nowhere.json'.*dflash-h200-qwen3-4b.*bpkit calibrate"):
+        read_cost("nowhere.json")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cost.json"
+    write_cost(table(), file)
+    before = file.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_cost(table(rest=9.0), file)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]
