@@ -30,6 +30,15 @@ class Feature(StrEnum):
     """Raw target logits after the last prompt token: float32 [batch, vocab]. Given to `begin`."""
     LAST_HIDDEN = "last_hidden"
     """Final-norm hidden state that predicted the anchor: float [batch, hidden]. Given to `begin` and `select`."""
+    TARGET_FEATURES = "target_features"
+    """The drafter's `feature_layers` of the target at the same position: float [batch, layers * hidden]. Given to
+    `begin` and `select`; only with drafters that read the target's features."""
+    ANCHOR_EMBEDDING = "anchor_embedding"
+    """The target's embedding of the anchor: float [batch, hidden]. Given to `begin` and `select`."""
+    ANCHOR_LOG_PROBABILITY = "anchor_log_probability"
+    """Log-probability of the anchor by the raw logits, in nats: float32 [batch]. Given to `begin` and `select`."""
+    ANCHOR_ENTROPY = "anchor_entropy"
+    """Entropy of that distribution, in nats: float32 [batch]. Given to `begin` and `select`."""
     DRAFT_TOKENS = "draft_tokens"
     """The drafted tokens: int64 [batch, draft_length]. Given to `truncate` and `extend`."""
     DRAFT_PROBABILITY = "draft_probability"
@@ -43,6 +52,17 @@ class Feature(StrEnum):
 OF_THE_DRAFTED_TOKEN = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY})
 """Features computed from the drafted token itself: under the rejection rule they would bias the output."""
 
+OF_THE_TARGET = frozenset(
+    {
+        Feature.PREFILL_HIDDEN,
+        Feature.PREFILL_LOGITS,
+        Feature.LAST_HIDDEN,
+        Feature.ANCHOR_EMBEDDING,
+        Feature.ANCHOR_LOG_PROBABILITY,
+        Feature.ANCHOR_ENTROPY,
+    }
+)
+"""Features that every target provides. `target_features` are there with drafters that have feature layers."""
 OF_THE_DISTRIBUTION = frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
 """Features whose computation goes over the drafter's whole vocabulary."""
 

@@ -30,7 +30,7 @@ from bpkit.traces.recompute import Recompute
 from bpkit.traces.records import PromptTrace
 from bpkit.traces.replay import Replayer
 from bpkit.traces.storage import open_trace
-from bpkit.types import Context, Draft, Feature, Step
+from bpkit.types import OF_THE_TARGET, Context, Draft, Feature, Step
 
 if TYPE_CHECKING:
     from tests.conftest import ShippedPair
@@ -42,6 +42,8 @@ COST = CostTable(
     verify={width: {16: 0.005 + 0.0003 * width, 256: 0.006 + 0.0004 * width} for width in range(1, 34)},
     rest=2e-4,
 )
+OF_THE_CONTEXT = OF_THE_TARGET - {Feature.PREFILL_HIDDEN} | {Feature.TARGET_FEATURES}
+"""Features of the target that a trace holds only if it was asked to."""
 TEXTS = ("f(x) = 2 * x", "abc abc abc abc ", "Q: 1+1?\nA:")
 
 
@@ -53,6 +55,9 @@ class Curious(Policy):
             Feature.PREFILL_HIDDEN,
             Feature.PREFILL_LOGITS,
             Feature.LAST_HIDDEN,
+            Feature.ANCHOR_EMBEDDING,
+            Feature.ANCHOR_LOG_PROBABILITY,
+            Feature.ANCHOR_ENTROPY,
             Feature.DRAFT_TOKENS,
             Feature.DRAFT_PROBABILITY,
             Feature.DRAFT_ENTROPY,
@@ -60,12 +65,18 @@ class Curious(Policy):
         }
     )
 
+    wants_optional = frozenset({Feature.TARGET_FEATURES})
+
     def begin(self, context: Context) -> dict[str, Any]:
         first = context["prefill_hidden"].sum() + context["prefill_logits"].topk(3).values.sum()
         return {"sum": first.double()[None], "seconds": torch.zeros(1).double()}
 
     def select(self, state: Any, context: Context) -> Tensor:
         near = state["sum"].abs().frac() + context["last_hidden"].double().mean(dim=1).abs().frac()
+        near = near + context["anchor_embedding"].double().sum(dim=1).abs() + context["anchor_entropy"].double()
+        near = near - context["anchor_log_probability"].double()
+        if Feature.TARGET_FEATURES in context.features:
+            near = near + context["target_features"].double().mean(dim=1).abs()
         drawn = torch.rand(1, generator=context.generator).double()
         late = (state["seconds"] * 1000).frac()
         size: Tensor = 1 + ((near + drawn + late).frac() * 9).long()
@@ -158,7 +169,7 @@ def test_replay_is_the_live_decoder_step_for_step_on_a_tiny_pair(pair: TinyPair,
         20,
         {"temperature": temperature},
         None if temperature == 0 else 5,
-        frozenset({Feature.PREFILL_LOGITS, Feature.LAST_HIDDEN}) | ({Feature.DRAFT_HIDDEN} & decoder.drafter.provides),
+        OF_THE_CONTEXT | ({Feature.DRAFT_HIDDEN} & decoder.drafter.provides),
     )
     tracer = Tracer(decoder, options)
     traces = [tracer.trace(i, Prompt(str(i), "tiny", text)) for i, text in enumerate(TEXTS[:2])]
@@ -177,7 +188,7 @@ def test_replay_is_the_live_decoder_step_for_step_on_the_shipped_pair(shipped: S
         64,
         {"temperature": temperature},
         None if temperature == 0 else 5,
-        frozenset({Feature.PREFILL_LOGITS, Feature.LAST_HIDDEN, Feature.DRAFT_HIDDEN}),
+        OF_THE_CONTEXT | {Feature.DRAFT_HIDDEN},
     )
     tracer = Tracer(decoder, options)
     traces = [tracer.trace(i, prompt) for i, prompt in enumerate(choose_prompts(None, [], 2))]
@@ -225,8 +236,8 @@ class _Sleepy(Policy):
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])
 def test_the_walk_of_a_fixed_size_is_its_replay(kind: str, block_size: int) -> None:
     """What the oracles compare with, and what the loop does, are the same."""
-    for index, options in enumerate(({}, {"max_new_tokens": 60}, {"output_length": 1})):
-        trace = synthetic_prompt(index, **options)
+    traces = (synthetic_prompt(0), synthetic_prompt(1, max_new_tokens=60), synthetic_prompt(2, output_length=1))
+    for trace in traces:
         path = fixed_path(trace, kind, COST, block_size)
         replayed = Replayer(replace(_spec(), drafter_kind=kind), f"fixed:{block_size}", COST).run(trace)
         for name in ("position", "block_size", "verify_length", "num_accepted"):
@@ -246,13 +257,13 @@ def test_a_block_size_that_was_not_traced_is_an_error_that_says_what_to_do() -> 
 
 
 def test_a_feature_that_the_trace_lacks_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(PolicyError, match=r"Curious wants draft_hidden, .*--features draft_hidden.*--recompute"):
+    with pytest.raises(PolicyError, match=r"Curious wants .*draft_hidden.*--features draft_hidden.*--recompute"):
         Replayer(_spec(), Curious(), COST).run(synthetic_prompt(0))
 
 
 def test_missing_features_are_computed_again_from_the_models(pair: TinyPair, tmp_path: Path) -> None:
     decoder = SpeculativeDecoder(pair.target, pair.block_diffusion(), "fixed:4", tokenizer=pair.tokenizer)
-    extra = frozenset({Feature.PREFILL_LOGITS, Feature.LAST_HIDDEN, Feature.DRAFT_HIDDEN})
+    extra = OF_THE_CONTEXT | {Feature.DRAFT_HIDDEN}
     prompts = [Prompt(str(i), "tiny", text) for i, text in enumerate(TEXTS)]
     replays = []
     for name, features in (("bare", frozenset()), ("full", extra)):

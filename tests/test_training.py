@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from bpkit import SpeculativeDecoder
 from bpkit.assets import prompts
+from bpkit.drafters.blocks import block_attention_mask
 from bpkit.training import structured
 from bpkit.training.budget import learning_rate_factor
 from bpkit.training.corpus import maths_documents, training_prompts
-from bpkit.training.drafter import block_attention_mask, position_weights, train_drafter
+from bpkit.training.drafter import position_weights, train_drafter
 from bpkit.training.run import RunOptions
 from bpkit.training.target import train_target
 

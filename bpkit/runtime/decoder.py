@@ -39,9 +39,7 @@ from bpkit.runtime.stopping import Stopping
 from bpkit.runtime.streaming import TextPieces
 from bpkit.runtime.target import TargetSession
 from bpkit.runtime.verify import RULES, make_rule
-from bpkit.types import OF_THE_DRAFTED_TOKEN, DecoderSpec, Feature
-
-_OF_THE_TARGET = frozenset({Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS, Feature.LAST_HIDDEN})
+from bpkit.types import OF_THE_DRAFTED_TOKEN, OF_THE_TARGET, DecoderSpec, Feature
 
 
 class SpeculativeDecoder:
@@ -285,7 +283,8 @@ class SpeculativeDecoder:
         return made
 
     def _offered(self) -> frozenset[Feature]:
-        return _OF_THE_TARGET | self.drafter.provides
+        layered = {Feature.TARGET_FEATURES} if self.drafter.feature_layers else set()
+        return OF_THE_TARGET | layered | self.drafter.provides
 
     def _largest(self, given: int | None) -> int:
         most = self.drafter.max_block_size

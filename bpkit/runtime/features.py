@@ -1,10 +1,13 @@
-"""Computes the draft features that a policy wants, and nothing else."""
+"""Computes the features that a policy wants, and nothing else."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
 from bpkit.drafters.base import Proposal
+from bpkit.runtime.target import TargetOutput
 from bpkit.types import Feature
 
 
@@ -25,3 +28,51 @@ def draft_features(proposal: Proposal, wants: frozenset[Feature]) -> dict[Featur
             # Tokens that a processor ruled out have log p = -inf and no share in the entropy.
             features[Feature.DRAFT_ENTROPY] = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(dim=-1)
     return features
+
+
+def target_features(
+    output: TargetOutput, anchor: Tensor, wants: frozenset[Feature], *, first: bool, embed: Callable[[Tensor], Tensor]
+) -> dict[Feature, Tensor]:
+    """Features of the pass that decided the anchor, each [batch, ...].
+
+    Args:
+        output: its last position decided the anchor.
+        anchor: token id, int64 [batch].
+        first: whether it was prefill.
+        embed: the target's embedding.
+    """
+    if output.known is not None:
+        return {name: value[:, -1] for name, value in output.known.items() if name in wants}
+    features: dict[Feature, Tensor] = {}
+    if output.last_hidden is not None:
+        if Feature.LAST_HIDDEN in wants:
+            features[Feature.LAST_HIDDEN] = output.last_hidden[:, -1]
+        if first and Feature.PREFILL_HIDDEN in wants:
+            features[Feature.PREFILL_HIDDEN] = output.last_hidden[:, -1]
+    if first and Feature.PREFILL_LOGITS in wants:
+        features[Feature.PREFILL_LOGITS] = output.logits[:, -1].float()
+    if Feature.TARGET_FEATURES in wants and output.features is not None:
+        features[Feature.TARGET_FEATURES] = output.features[:, -1]
+    if Feature.ANCHOR_EMBEDDING in wants:
+        features[Feature.ANCHOR_EMBEDDING] = embed(anchor)
+    if wants & OF_THE_ANCHOR:
+        log_probability, entropy = anchor_statistics(output.logits[:, -1], anchor)
+        if Feature.ANCHOR_LOG_PROBABILITY in wants:
+            features[Feature.ANCHOR_LOG_PROBABILITY] = log_probability
+        if Feature.ANCHOR_ENTROPY in wants:
+            features[Feature.ANCHOR_ENTROPY] = entropy
+    return features
+
+
+OF_THE_ANCHOR = frozenset({Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY})
+
+
+def anchor_statistics(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy of each distribution, in nats.
+
+    Args:
+        logits: raw, [rows, vocab]. tokens: int64 [rows].
+    """
+    log_p = logits.float().log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(dim=-1)
+    return log_p.gather(-1, tokens[:, None])[:, 0], entropy

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bpkit.drafters.base import DrafterSession, Proposal
 from bpkit.runtime.clock import Clock, Watch
-from bpkit.runtime.features import draft_features
+from bpkit.runtime.features import draft_features, target_features
 from bpkit.runtime.guard import GuardedPolicy
 from bpkit.runtime.stopping import Stopping
 from bpkit.runtime.target import TargetOutput, TargetSession
@@ -38,20 +38,14 @@ class Request:
     wants: frozenset[Feature]
     generator: torch.Generator
 
-    def context(self, ids: Tensor, output: TargetOutput, *, first: bool = False) -> Context:
+    def context(self, ids: Tensor, output: TargetOutput | None, *, first: bool = False) -> Context:
         """What the policy sees before a draft; `output` is the pass that decided the anchor, the last of `ids`."""
         length = ids.shape[1]
         numbers = [[length - self.prompt.shape[1]], [self.stopping.max_length - length], [length]]
         position, remaining, context_length = torch.tensor(numbers, device=ids.device)
         features = {}
-        if output.last_hidden is not None:
-            features[Feature.LAST_HIDDEN] = output.last_hidden[:, -1]
-            if first and Feature.PREFILL_HIDDEN in self.wants:
-                features[Feature.PREFILL_HIDDEN] = features[Feature.LAST_HIDDEN]
-            if Feature.LAST_HIDDEN not in self.wants:
-                del features[Feature.LAST_HIDDEN]
-        if first and Feature.PREFILL_LOGITS in self.wants:
-            features[Feature.PREFILL_LOGITS] = output.logits[:, -1].float()
+        if output is not None:
+            features = target_features(output, ids[:, -1], self.wants, first=first, embed=self.target.embed)
         return Context(
             spec=self.spec,
             position=position,
@@ -84,7 +78,7 @@ class Request:
 
     def no_draft(self, context: Context | None = None) -> Draft:
         """A block of the anchor alone."""
-        context = context or self.context(self.prompt, TargetOutput(self.prompt, None, None))
+        context = context or self.context(self.prompt, None)
         return Draft(context, context.full(1), context.full(0), self.prompt[:, :0])
 
     def verify_length(self, draft: Draft, ids: Tensor) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from bpkit.types import Feature
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,18 +20,21 @@ class TargetOutput:
         logits: [1, positions, vocab]; prefill gives the last position only.
         features: hidden states of the drafter's layers, concatenated, [1, positions, layers * hidden], or None.
         last_hidden: final-norm hidden states, [1, positions, hidden], or None if no policy wants them.
+        known: what policies may see of each position, [1, positions, ...], where that need not be computed (in replay).
     """
 
     logits: Tensor
     features: Tensor | None
     last_hidden: Tensor | None
+    known: Mapping[Feature, Tensor] | None = None
 
     def first(self, count: int) -> TargetOutput:
         """Only the first `count` positions, those that stand."""
         return TargetOutput(
-            self.logits,
+            self.logits[:, :count],
             None if self.features is None else self.features[:, :count],
             None if self.last_hidden is None else self.last_hidden[:, :count],
+            None if self.known is None else {name: value[:, :count] for name, value in self.known.items()},
         )
 
 
@@ -58,6 +64,11 @@ class TargetSession:
     def rollback(self, count: int) -> None:
         """Remove the last `count` tokens from the cache."""
         self.cache.crop(-count)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's embedding of tokens, [..., hidden]."""
+        embedded: Tensor = self.model.get_input_embeddings()(tokens)
+        return embedded
 
     @property
     def length(self) -> int:

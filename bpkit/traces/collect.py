@@ -14,6 +14,7 @@ from torch import Tensor
 from bpkit.prompts import Prompt
 from bpkit.runtime.clock import WallClock, Watch
 from bpkit.runtime.decoder import SpeculativeDecoder
+from bpkit.runtime.features import OF_THE_ANCHOR, anchor_statistics
 from bpkit.runtime.noise import GumbelNoise
 from bpkit.runtime.result import Run
 from bpkit.runtime.sampling import Processors
@@ -128,7 +129,7 @@ class Tracer:
             prefill_entropy=float(-(log_p.exp() * log_p.clamp(min=-1e30)).sum()),
             near_ties=_ints(_near_ties(scores, noise, tokens[0])),
             drafts=self._table(drafts, tokens[0].cpu()),
-            features=self._features(seen),
+            features=self._features(seen, tokens[0]),
         )
         self.watch.lap("the rest")
         return trace
@@ -140,13 +141,23 @@ class Tracer:
         noise = GumbelNoise(self.options.seed, index, self.decoder.spec.vocab_size, self.decoder.target.device)
         return noise.at(0, output_length + max(self.options.block_sizes))
 
-    def _features(self, seen: _TargetPass) -> dict[Feature, NDArray[np.float32]]:
-        features = {Feature.PREFILL_HIDDEN: _floats(seen.last_hidden[0])}
-        if Feature.PREFILL_LOGITS in self.options.features:
-            features[Feature.PREFILL_LOGITS] = _floats(seen.logits[0])
-        if Feature.LAST_HIDDEN in self.options.features:
-            features[Feature.LAST_HIDDEN] = _floats(seen.last_hidden)
-        return features
+    def _features(self, seen: _TargetPass, tokens: Tensor) -> dict[Feature, NDArray[np.float32]]:
+        """Features of the target: of the first position, and of all that decided an output token."""
+        wanted = self.options.features
+        found = {Feature.PREFILL_HIDDEN: seen.last_hidden[0]}
+        if Feature.PREFILL_LOGITS in wanted:
+            found[Feature.PREFILL_LOGITS] = seen.logits[0]
+        if Feature.LAST_HIDDEN in wanted:
+            found[Feature.LAST_HIDDEN] = seen.last_hidden
+        if Feature.TARGET_FEATURES in wanted and seen.features is not None:
+            found[Feature.TARGET_FEATURES] = seen.features[0, -len(tokens) :]
+        if Feature.ANCHOR_EMBEDDING in wanted:
+            found[Feature.ANCHOR_EMBEDDING] = self.decoder.target.get_input_embeddings()(tokens)
+        if wanted & OF_THE_ANCHOR:
+            log_probability, entropy = anchor_statistics(seen.logits, tokens)
+            both = {Feature.ANCHOR_LOG_PROBABILITY: log_probability, Feature.ANCHOR_ENTROPY: entropy}
+            found.update({name: value for name, value in both.items() if name in wanted})
+        return {name: _floats(value) for name, value in found.items()}
 
     def _table(self, drafts: Drafts, output: Tensor) -> DraftTable:
         # What the drafter provides decides the columns, not what this prompt has: an output of one token has no drafts.

@@ -36,6 +36,7 @@ class Recompute:
     def __init__(self, decoder: SpeculativeDecoder, manifest: Manifest) -> None:
         check_models(decoder, manifest)
         self.decoder, self.manifest = decoder, manifest
+        self.offers = decoder._offered()
         self._last: tuple[int, frozenset[Feature], PromptTrace] | None = None
 
     @torch.inference_mode()

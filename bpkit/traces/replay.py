@@ -6,9 +6,8 @@ a table. The loop runs over a target and a drafter that look everything up, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,8 +24,19 @@ from bpkit.traces.records import PromptTrace
 from bpkit.traces.table_models import IN_DRAFTS, Lookup, TableDrafter, TableRule, TableStopping, TableTarget
 from bpkit.types import CostModel, DecoderSpec, Feature, Step, Work
 
-Fill = Callable[[PromptTrace, frozenset[Feature]], PromptTrace]
-"""Adds features that a trace does not hold, by running the models again."""
+
+class Fill(Protocol):
+    """Adds features that a trace does not hold, by running the models again.
+
+    Attributes:
+        offers: features that it can add.
+    """
+
+    offers: frozenset[Feature]
+
+    def __call__(self, prompt: PromptTrace, features: frozenset[Feature]) -> PromptTrace:
+        """The prompt with `features` added."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,8 @@ class Replayer:
             PolicyError: the policy wants what the trace does not hold; the message says how to add it.
             TraceError: the policy asks for a block size that was not traced.
         """
-        wants = self.policy.wants | (self.policy.wants_optional & offered(prompt))
+        there = offered(prompt) | (self.fill.offers if self.fill is not None else frozenset())
+        wants = self.policy.wants | (self.policy.wants_optional & there)
         prompt = self._filled(prompt, wants)
         clock = _Notes(self.cost)
         self.requests += 1

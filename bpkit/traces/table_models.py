@@ -18,6 +18,7 @@ from bpkit.traces.records import PromptTrace
 from bpkit.traces.waiting import waiting_after_draft, waiting_after_no_draft, waiting_at_first
 from bpkit.types import AUTOREGRESSIVE, Draft, Feature
 
+OF_PREFILL = frozenset({Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS})
 IN_DRAFTS = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
 
 
@@ -80,30 +81,29 @@ class Lookup:
 
 
 class TableTarget:
-    """A TargetSession without a model. Its logits say nothing; TableRule knows what they would have decided."""
+    """A TargetSession without a model. It has no logits; TableRule knows what they would have decided."""
 
     def __init__(self, lookup: Lookup, wants: frozenset[Feature]) -> None:
-        self.lookup, self.position = lookup, 0
-        self.hidden = lookup.hidden.get(Feature.LAST_HIDDEN) if Feature.LAST_HIDDEN in wants else None
-        self.first_hidden = lookup.hidden[Feature.PREFILL_HIDDEN] if Feature.PREFILL_HIDDEN in wants else None
-        self.first_logits = lookup.hidden.get(Feature.PREFILL_LOGITS)
+        self.position = 0
         self.nothing = torch.zeros(1, 1, 1)
+        self.at_first = {name: lookup.hidden[name][:, None] for name in wants & OF_PREFILL & lookup.hidden.keys()}
+        self.by_position = {name: lookup.hidden[name] for name in (wants - OF_PREFILL) & lookup.hidden.keys()}
 
     def prefill(self, prompt: Tensor) -> TargetOutput:
         self.position = 1
-        hidden = self.hidden[:, :1] if self.hidden is not None else None
-        if hidden is None and self.first_hidden is not None:
-            hidden = self.first_hidden[:, None]
-        logits = self.nothing if self.first_logits is None else self.first_logits[:, None]
-        return TargetOutput(logits, None, hidden)
+        first = {name: value[:, :1] for name, value in self.by_position.items()}
+        return TargetOutput(self.nothing, None, None, {**first, **self.at_first})
 
     def verify(self, tokens: Tensor) -> TargetOutput:
         first, self.position = self.position, self.position + tokens.shape[1]
-        hidden = None if self.hidden is None else self.hidden[:, first : self.position]
-        return TargetOutput(self.nothing, None, hidden)
+        known = {name: value[:, first : self.position] for name, value in self.by_position.items()}
+        return TargetOutput(self.nothing, None, None, known)
 
     def rollback(self, count: int) -> None:
         self.position -= count
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError("a table knows its features and embeds nothing")
 
 
 class TableDrafter:

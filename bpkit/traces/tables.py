@@ -54,6 +54,16 @@ OPTIONAL = {
     Feature.LAST_HIDDEN: _field(
         "last_hidden", _FLOATS, "final-norm hidden state that predicted each output token [output length * hidden]"
     ),
+    Feature.TARGET_FEATURES: _field(
+        "target_features", _FLOATS, "the drafter's layers of the target there [output length * layers * hidden]"
+    ),
+    Feature.ANCHOR_EMBEDDING: _field(
+        "anchor_embedding", _FLOATS, "the target's embedding of each output token [output length * hidden]"
+    ),
+    Feature.ANCHOR_LOG_PROBABILITY: _field(
+        "anchor_log_probability", _FLOATS, "of each output token by raw logits, nats [output length]"
+    ),
+    Feature.ANCHOR_ENTROPY: _field("anchor_entropy", _FLOATS, "of that distribution, nats [output length]"),
     Feature.DRAFT_PROBABILITY: _field(
         "draft_probability", _FLOATS, "drafter's probability of each proposed token [draft_length]"
     ),
@@ -65,7 +75,9 @@ OPTIONAL = {
 MATCH = _field(
     "match_probability", _FLOATS, "chance that proposed and target token agree, noise unknown [draft_length]"
 )
-OF_PROMPTS = frozenset({Feature.PREFILL_LOGITS, Feature.LAST_HIDDEN})
+_MATRICES = frozenset({Feature.LAST_HIDDEN, Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING})
+_VECTORS = frozenset({Feature.PREFILL_LOGITS, Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY})
+OF_PROMPTS = _MATRICES | _VECTORS
 """Optional features that stand in the table of prompts; the others stand with the drafts."""
 
 
@@ -123,10 +135,8 @@ def from_tables(prompt: pa.Table, drafts: pa.Table, block_sizes: Sequence[int]) 
     row = {name: prompt.column(name).chunk(0)[0] for name in prompt.column_names}
     output = _array(row["output_tokens"])
     features = {Feature.PREFILL_HIDDEN: _array(row["prefill_hidden"])}
-    if Feature.PREFILL_LOGITS in row:
-        features[Feature.PREFILL_LOGITS] = _array(row[Feature.PREFILL_LOGITS])
-    if Feature.LAST_HIDDEN in row:
-        features[Feature.LAST_HIDDEN] = _array(row[Feature.LAST_HIDDEN]).reshape(len(output), -1)
+    features.update({name: _array(row[name]) for name in _VECTORS if name in row})
+    features.update({name: _array(row[name]).reshape(len(output), -1) for name in _MATRICES if name in row})
     return PromptTrace(
         index=row["index"].as_py(),
         id=row["id"].as_py(),

@@ -1,0 +1,211 @@
+"""`bpkit trace`: what every draft at every position would have been, once, for exact replay under any policy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bpkit.cli import options
+from bpkit.cli.errors import require
+from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.config import Config
+from bpkit.sizes import parse_sizes
+from bpkit.types import Feature
+
+if TYPE_CHECKING:
+    from bpkit.prompts import Prompt
+    from bpkit.runtime.decoder import SpeculativeDecoder
+    from bpkit.traces.collect import TraceOptions
+    from bpkit.traces.job import Workers
+    from bpkit.traces.manifest import Manifest
+
+DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
+_WHAT, _WORK = "What to trace", "Work"
+
+
+def trace(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder of the trace. Run again, it goes on where it stopped.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL with `prompt`, and `id` and `domain` if you like, or .txt with a prompt on each line; by "
+            "default the shipped prompts.",
+            metavar="FILE",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="A dataset of Hugging Face: `name` or `name:config`.", metavar="NAME", rich_help_panel=_WHAT),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the dataset.", rich_help_panel=_WHAT)] = "test",
+    column: Annotated[
+        str, typer.Option(help="Key of the prompts in the file or dataset.", rich_help_panel=_WHAT)
+    ] = "prompt",
+    domain: options.Domains = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Prompts of each domain; all by default.", min=1, rich_help_panel=_WHAT)
+    ] = None,
+    block_sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as `2-16` or `2+4+8`; by default every size up to the drafter's trained one. A policy that is "
+            "replayed can ask for these and for 1.",
+            metavar="SIZES",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also keep what a policy wants, such as last_hidden or draft_hidden (large); repeat for more.",
+            metavar="NAME",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    num_workers: Annotated[
+        int, typer.Option(help="Processes, each with its own models and one thread.", min=1, rich_help_panel=_WORK)
+    ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Work on a Ray cluster: its address, or `auto` for the one that is running, or `local`. "
+            "`--num-workers` actors share the prompts.",
+            metavar="ADDRESS",
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
+    # `options.settled` reads these from the context: flags win over the config file.
+    target: options.Target = None,
+    drafter: options.Drafter = None,
+    config: options.ConfigFile = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the sampling noise; by default 0. Greedy outputs have none.", metavar="N")
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+) -> None:
+    """Trace prompts: outputs once, and for every position and block size what the drafter would propose.
+
+    The output does not depend on drafter and policy, so that whether a draft stands is a table. Replay
+    (`bpkit evaluate`) walks that table with any policy, in the place of models. Greedy unless a temperature is given.
+
+    `bpkit trace --out TRACE`
+
+    `bpkit trace --out TRACE --prompts questions.jsonl --column question --temperature 1 --num-workers 4`
+    """
+    require("pyarrow", extra="traces", purpose="A trace")
+    settled = options.settled(context)
+    chosen = chosen_prompts(prompts, dataset, split, column, domain or [], limit)
+    wanted = known_features(features or [])
+    sizes = parse_sizes(block_sizes, smallest=2) if block_sizes else None
+    from bpkit.cli.models import load_decoder
+    from bpkit.traces.collect import GENERATE_WITH
+    from bpkit.traces.job import describe, run_job
+
+    decoder = load_decoder(settled, f"fixed:{GENERATE_WITH}")
+    if sizes is None:
+        sizes = tuple(range(2, decoder.spec.trained_block_size + 1))
+    settings = trace_options(settled, sizes, wanted)
+    manifest = describe(decoder, chosen, settings, command=" ".join(["bpkit", *sys.argv[1:]]))
+    workers = chosen_workers(decoder, settled, settings, num_workers, ray)
+    try:
+        with progress_bar() as bar:
+            done = run_job(out, manifest, chosen, workers, bar)
+    except KeyboardInterrupt:
+        say(f"Interrupted. What was traced is in {out}; the same command goes on from there.")
+        raise
+    report(out, done)
+
+
+def chosen_prompts(
+    file: Path | None, dataset: str | None, split: str, column: str, domains: list[str], limit: int | None
+) -> list[Prompt]:
+    """The prompts that the flags name."""
+    from bpkit.prompts import choose_prompts, of_domains, read_dataset
+
+    if file is not None and dataset is not None:
+        raise ValueError("--prompts and --dataset exclude each other: give one of them")
+    if dataset is None:
+        return choose_prompts(file, domains, limit, column=column, shipped_limit=None)
+    return of_domains(read_dataset(dataset, split, column), domains, limit, source=f"dataset {dataset}")
+
+
+def known_features(names: list[str]) -> frozenset[Feature]:
+    """Features by name. Raises ValueError that lists those a trace can keep."""
+    extra = {
+        Feature.PREFILL_LOGITS,
+        Feature.LAST_HIDDEN,
+        Feature.TARGET_FEATURES,
+        Feature.ANCHOR_EMBEDDING,
+        Feature.ANCHOR_LOG_PROBABILITY,
+        Feature.ANCHOR_ENTROPY,
+        Feature.DRAFT_HIDDEN,
+    }
+    for name in names:
+        if name not in [*Feature]:
+            raise ValueError(
+                f"--features {name}: there is no such feature; to be added are: {', '.join(sorted(extra))}"
+            )
+    return frozenset(Feature(name) for name in names) & extra
+
+
+def trace_options(config: Config, sizes: tuple[int, ...], features: frozenset[Feature]) -> TraceOptions:
+    """Settings of the trace from the config."""
+    from bpkit.traces.collect import TraceOptions
+
+    wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0)
+    new_tokens = wanted.pop("max_new_tokens")
+    seed = None
+    if wanted["temperature"] > 0:
+        seed = DEFAULT_SEED if config.sampling.seed is None else config.sampling.seed
+    return TraceOptions(sizes, new_tokens, wanted, seed, features)
+
+
+def chosen_workers(
+    decoder: SpeculativeDecoder, config: Config, settings: TraceOptions, num_workers: int, ray: str | None
+) -> Workers:
+    """This process, several, or a Ray cluster."""
+    from bpkit.traces.collect import Tracer
+    from bpkit.traces.job import ThisProcess, fingerprints
+
+    here = ThisProcess(Tracer(decoder, settings))  # refuses what cannot be traced, whoever works
+    if num_workers == 1 and ray is None:
+        return here
+    from bpkit.traces.workers import Models, Processes
+
+    runtime = config.runtime
+    models = Models(config.target, config.drafter, runtime.device, runtime.dtype, fingerprints(decoder))
+    if ray is None:
+        return Processes(models, settings, num_workers)
+    require("ray", extra="ray", purpose="--ray")
+    from bpkit.traces.ray_workers import OnRay
+
+    return OnRay(models, settings, num_workers, address=ray)
+
+
+def report(out: Path, manifest: Manifest) -> None:
+    """Say what is there now."""
+    size = sum(path.stat().st_size for path in out.glob("*.parquet"))
+    count, tokens = len(manifest.prompt_ids), manifest.output_tokens or 0
+    facts: dict[str, Any] = {
+        "prompts": f"{count:,}",
+        "output tokens": f"{tokens:,}",
+        "block sizes": "+".join(map(str, manifest.block_sizes)),
+        "near ties": f"{manifest.near_ties:,} output positions where rounding may decide",
+        "size": f"{size / 1e6:.1f} MB",
+    }
+    say(f"{out} is complete.")
+    for name, value in facts.items():
+        console(stderr=True).print(f"  {name:14} {value}", highlight=False)
+    say(f"Next: bpkit evaluate {out} --cost COST (make COST with `bpkit calibrate --out COST`)")
