@@ -28,9 +28,16 @@ class PolicyError(ValueError):
 
 
 class PolicyConfig(BaseModel):
-    """Base of every `Policy.Config`: frozen, and unknown options are errors."""
+    """Base of every `Policy.Config`: frozen, and unknown options are errors.
+
+    Class attributes:
+        grid: options worth tuning, and the values to try. `bpkit evaluate` tries them on validation prompts, all
+            combinations of those that the user has not set. Of `block_size`, only values that the trace holds.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
 
 class Policy:

@@ -34,10 +34,15 @@ PHASES = ("target", "drafter", "policy", "other")
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write the figures as JSON; see `write_text`."""
+    write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
     """Write the file at once: whoever reads it sees the old report or the whole new one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

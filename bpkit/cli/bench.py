@@ -1,4 +1,4 @@
-"""`bpkit bench`: compare policies by wall clock, on the same prompts, against plain decoding."""
+"""`bpkit bench`: compare policies by wall clock, on the same prompts, against plain decoding; and its commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bpkit.cli import options
+from bpkit.cli.bench_model import bench_model
+from bpkit.cli.bench_trace import bench_trace
 from bpkit.cli.errors import require
 from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.config import Config
@@ -22,6 +24,12 @@ DEFAULT_POLICIES = ("fixed:4", "fixed:8", "fixed:16", "threshold", "bandit")
 DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
 
 
+app = typer.Typer(invoke_without_command=True)
+app.command("trace")(bench_trace)
+app.command("model")(bench_model)
+
+
+@app.callback()
 def bench(
     context: typer.Context,
     policy: options.PolicySpecs = None,
@@ -58,6 +66,8 @@ def bench(
 
     `bpkit bench --policy fixed:16 --against transformers-dflash --domain structured --plot bench.png`
     """
+    if context.invoked_subcommand is not None:
+        return refuse_options_before(context)
     settled = options.settled(context)
     chosen = named_policies(policy or [], settled)
     check_outputs(json, plot)
@@ -66,6 +76,15 @@ def bench(
     texts = choose_prompts(prompts, domain or [], limit)
     report = compare(settled, chosen, texts, against=tuple(against or ()), repeats=repeats)
     deliver(report, json, plot)
+
+
+def refuse_options_before(context: typer.Context) -> None:
+    """Options of `bench` that stand before the name of a command would be ignored."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            command = context.invoked_subcommand
+            raise ValueError(f"`bpkit bench {command}` has options of its own: write them after `{command}`")
 
 
 def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:

@@ -25,7 +25,7 @@ class MissingExtra(RuntimeError):
 
 # PolicyError, ConfigError and what decoder and drafters refuse are ValueErrors.
 _INPUT_ERRORS = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
-_EXPECTED = (*_INPUT_ERRORS, OSError, MissingExtra)
+_EXPECTED = (*_INPUT_ERRORS, OSError, MissingExtra, ImportError)
 
 
 def exit_code(error: BaseException) -> int:

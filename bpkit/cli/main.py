@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bpkit import __version__
-from bpkit.cli import bench, demo, generate, plugins, train
+from bpkit.cli import bench, calibrate, demo, evaluate, generate, plugins, sweep, trace, train
 from bpkit.cli.errors import EXIT_CODES, ExplainingGroup, exit_code, explain
 from bpkit.cli.terminal import say
 from bpkit.policy import PolicyError
@@ -51,8 +51,18 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_global_options)
-    for command in (generate.generate, plugins.policies, plugins.drafters, bench.bench, demo.demo):
+    for command in (
+        generate.generate,
+        plugins.policies,
+        plugins.drafters,
+        demo.demo,
+        trace.trace,
+        calibrate.calibrate,
+        evaluate.evaluate,
+        sweep.sweep,
+    ):
         app.command()(command)
+    app.add_typer(bench.app, name="bench")
     app.add_typer(train.app, name="train")
     _add_plugin_commands(app, registry())
     return app

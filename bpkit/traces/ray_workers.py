@@ -48,7 +48,7 @@ class OnRay:
         wanted: dict[str, float] = {"num_cpus": 1}
         if (self.models.device or _default_device()).startswith("cuda"):
             gpus = int(ray.cluster_resources().get("GPU", 0))
-            # As many actors on each GPU as it takes; one that has no share of a GPU does not see it.
+            # As many actors on each GPU as it takes; from one without a share, Ray may hide the GPUs.
             wanted["num_gpus"] = 1 / math.ceil(self.count / gpus) if gpus else 1
         models = replace(self.models, target=_absolute(self.models.target), drafter=_absolute(self.models.drafter))
         return ray.remote(Worker).options(**wanted).remote(models, self.options)
@@ -95,7 +95,7 @@ def _result(ray: Any, reference: Any, task: Task | None) -> Any:
 @contextmanager
 def _connected(address: str, count: int) -> Iterator[Any]:
     """Ray, connected; disconnected and, if it was started here, stopped afterwards."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keeps Ray quiet about how it will treat GPUs
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of what a later version will do
     import ray
 
     if ray.is_initialized():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -16,6 +16,8 @@ from bpkit_bandit.arm import Arm
 
 class BanditConfig(PolicyConfig):
     """Options of `bandit`; those of `ucb` begin with the same."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"discount": (1.0, 0.999, 0.99)}
 
     block_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(1, 2, 4, 6, 8, 12, 16),

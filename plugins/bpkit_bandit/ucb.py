@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 class UCBConfig(BanditConfig):
     """Options of `ucb`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {**BanditConfig.grid, "exploration": (0.1, 0.3, 1.0, 2.0)}
 
     exploration: float = Field(default=1.0, ge=0, description="factor of the bonus for what is little known; 0: greedy")
 

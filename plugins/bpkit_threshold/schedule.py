@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 class ScheduleConfig(PolicyConfig):
     """Options of `schedule`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"start": (1, 2, 3, 5, 7, 11, 15)}
 
     start: int | None = Field(
         default=None, ge=1, description="drafted tokens in the first step; by default the trained block size less one"

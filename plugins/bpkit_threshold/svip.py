@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 class SvipConfig(PolicyConfig):
     """Options of `svip`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "h": (0.2, 0.4, 0.6, 0.775, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0),
+        "block_size": tuple(range(2, 33)),
+    }
 
     h: float = Field(default=0.6, ge=0, description="largest sqrt(entropy) that is trusted; the entropy is in nats")
     block_size: int | None = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 class ThresholdConfig(PolicyConfig):
     """Options of `threshold`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "threshold": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        "block_size": tuple(range(2, 33)),
+    }
 
     threshold: float = Field(
         default=0.4, ge=0, le=1, description="least probability that the draft so far stands; 0 keeps all of it"

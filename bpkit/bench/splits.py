@@ -1,0 +1,101 @@
+"""Disjoint prompts to train, tune and judge on.
+
+Each domain is split by itself, so that every part holds the same mix. A prompt's place depends on the seed and its id
+alone: prompts that come or go move only their neighbours at the two borders between the parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PARTS = ("train", "validation", "test")
+FRACTIONS = (0.4, 0.2, 0.4)
+_FIRST_SERVED = (2, 1, 0)
+"""Who gets an odd prompt when claims are equal: without a test prompt there is no result, without training there is."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of prompts, ascending; no index is in two parts.
+
+    Attributes:
+        seed, fractions: what the split was made from; fractions of train, validation and test, which sum to 1.
+    """
+
+    seed: int
+    fractions: tuple[float, float, float]
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+
+    def as_json(self, ids: Sequence[str]) -> dict[str, Any]:
+        """Plain JSON values; prompts by id."""
+        parts = {part: [ids[i] for i in getattr(self, part)] for part in PARTS}
+        return {"seed": self.seed, "fractions": dict(zip(PARTS, self.fractions, strict=True)), **parts}
+
+
+def split_prompts(
+    ids: Sequence[str],
+    domains: Sequence[str],
+    *,
+    seed: int = 0,
+    fractions: Sequence[float] = FRACTIONS,
+) -> Split:
+    """Split prompts into train, validation and test, each domain by itself.
+
+    Args:
+        ids: of the prompts, all different.
+        domains: of the prompts, in the same order.
+        fractions: of train, validation and test; they sum to 1. Within a domain the counts are less than one off.
+
+    Raises:
+        ValueError: the fractions are no fractions, or an id stands twice.
+
+    >>> split_prompts(list("abcde"), ["d"] * 5, seed=1, fractions=(0.4, 0.2, 0.4)).validation
+    (1,)
+    """
+    shares = checked_fractions(fractions)
+    if len(set(ids)) != len(ids):
+        twice = sorted({i for i in ids if list(ids).count(i) > 1})
+        raise ValueError(f"prompts must have ids of their own; these stand more than once: {', '.join(twice[:5])}")
+    parts: tuple[list[int], ...] = ([], [], [])
+    for domain in dict.fromkeys(domains):
+        members = [i for i, other in enumerate(domains) if other == domain]
+        members.sort(key=lambda i: _place(seed, ids[i]))
+        start = 0
+        for part, count in zip(parts, _counts(len(members), shares), strict=True):
+            part.extend(members[start : start + count])
+            start += count
+    train, validation, test = (tuple(sorted(part)) for part in parts)
+    return Split(seed, shares, train, validation, test)
+
+
+def checked_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
+    """The three fractions, if they are some. Raises ValueError."""
+    if len(fractions) != 3 or any(not 0 <= f <= 1 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        shown = ",".join(f"{f:g}" for f in fractions)
+        raise ValueError(
+            f"a split is three fractions that sum to 1, train, validation and test, such as 0.4,0.2,0.4; got {shown}"
+        )
+    train, validation, test = fractions
+    return train, validation, test
+
+
+def _place(seed: int, prompt_id: str) -> bytes:
+    """Where a prompt stands among those of its domain; the same on every machine and in every process."""
+    return hashlib.sha256(f"{seed}\0{prompt_id}".encode()).digest()
+
+
+def _counts(count: int, fractions: tuple[float, float, float]) -> list[int]:
+    """Whole numbers that sum to `count`, as near to the fractions as can be: the largest remainders are rounded up."""
+    exact = [count * fraction for fraction in fractions]
+    # A product such as 10 * 0.3 may lie just below the whole number that it is.
+    counts = [math.floor(value + 1e-9) for value in exact]
+    claims = sorted(_FIRST_SERVED, key=lambda part: -round(exact[part] - counts[part], 9))
+    for part in claims[: count - sum(counts)]:
+        counts[part] += 1
+    return counts

@@ -1,0 +1,235 @@
+"""`bpkit evaluate`: judge policies on a trace, on prompts that nothing was chosen on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bpkit.cli import options
+from bpkit.cli.errors import require
+from bpkit.cli.terminal import console, progress_bar, say
+
+if TYPE_CHECKING:
+    from bpkit.traces.cost import CostTable
+    from bpkit.traces.replay import Fill
+    from bpkit.traces.storage import Trace
+
+DEFAULT_SPLIT = "0.4,0.2,0.4"
+_HOW, _RECOMPUTE = "How to judge", "Features that the trace lacks"
+
+
+def evaluate(
+    context: typer.Context,
+    trace: Annotated[Path, typer.Argument(help="Folder that `bpkit trace` made.", metavar="TRACE")],
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            help="What steps cost: a file of `bpkit calibrate` or your own, or a preset. Flat and linear costs are "
+            "judged by as well; without this option only flat ones, which know no time.",
+            metavar="FILE|PRESET",
+        ),
+    ] = None,
+    policy: options.PolicySpecs = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with pictures here (.html).", metavar="FILE")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of split, orders and intervals.", rich_help_panel=_HOW)] = 0,
+    split: Annotated[
+        str,
+        typer.Option(help="Shares of train, validation and test prompts.", metavar="A,B,C", rich_help_panel=_HOW),
+    ] = DEFAULT_SPLIT,
+    orders: Annotated[
+        int, typer.Option(help="Orders of the test prompts for policies with a memory.", min=1, rich_help_panel=_HOW)
+    ] = 8,
+    no_tune: Annotated[
+        bool, typer.Option("--no-tune", help="Take policies as they are given.", rich_help_panel=_HOW)
+    ] = False,
+    permutations: Annotated[
+        int,
+        typer.Option(help="Of the test whether a size per prompt is learnable; 0: none.", min=0, rich_help_panel=_HOW),
+    ] = 200,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Prompts of each domain, the first ones; all by default.", min=1, rich_help_panel=_HOW),
+    ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute",
+            help="Run the models again for what policies want and the trace does not hold. Held in memory.",
+            rich_help_panel=_RECOMPUTE,
+        ),
+    ] = False,
+    # `options.settled` reads these from the context.
+    target: options.Target = None,
+    drafter: options.Drafter = None,
+    config: options.ConfigFile = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Judge policies on a trace: tokens/s against the best fixed size, and their share of what could be gained.
+
+    Prompts are split. Options that you leave open are tuned on validation prompts, where the best fixed size is chosen
+    too; all figures are of test prompts. Nothing is decoded: policies are replayed, and a cost model says what each
+    step takes. Without `--policy`, all policies are judged that the trace can serve.
+
+    `bpkit evaluate TRACE --cost cost.json --report report.html`
+
+    `bpkit evaluate TRACE --cost cost.json --policy threshold --policy bandit:discount=0.99 --json eval.json`
+    """
+    require("pyarrow", extra="traces", purpose="A trace")
+    if permutations:
+        require("sklearn", extra="traces", purpose="The permutation test")
+    check_outputs(json, report)
+    fractions = parse_fractions(split)
+    chosen = named_policies(policy or [])
+    from bpkit.bench.evaluation import evaluate as judge
+    from bpkit.cli.models import quiet_libraries
+    from bpkit.traces.storage import open_trace
+
+    quiet_libraries()
+    opened = open_trace(trace)
+    costs = cost_models(cost, max(opened.manifest.block_sizes))
+    started = time.time()
+    fill = filler(context, opened) if recompute else None
+    with progress_bar() as bar:
+        result = judge(
+            first_of_each(opened, limit),
+            opened.spec,
+            chosen,
+            costs,
+            seed=seed,
+            fractions=fractions,
+            orders=orders,
+            tune=not no_tune,
+            permutations=permutations,
+            leave_out=not policy,
+            trace_seed=opened.manifest.seed,
+            fill=fill,
+            progress=bar,
+        )
+    if cost is None:
+        result["notes"].insert(0, NO_COST)
+    result["provenance"] = provenance(opened, costs, started)
+    deliver(result, json, report)
+
+
+NO_COST = (
+    "No cost model was given, so every step counts the same and only acceptance length matters: give --cost with a "
+    "file of `bpkit calibrate` to see which policy is fast."
+)
+
+
+def check_outputs(json: Path | None, report: Path | None) -> None:
+    """Fail now rather than after minutes of replay."""
+    from bpkit.bench.report import check_writable
+
+    if json is not None:
+        check_writable(json)
+    if report is not None:
+        require("matplotlib", extra="plot", purpose="A report")
+        check_writable(report, suffixes=(".html", ".htm"))
+
+
+def parse_fractions(text: str) -> tuple[float, float, float]:
+    """The three shares. Raises ValueError.
+
+    >>> parse_fractions("0.5, 0.25, 0.25")
+    (0.5, 0.25, 0.25)
+    """
+    from bpkit.bench.splits import checked_fractions
+
+    try:
+        parts = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--split {text}: write three numbers that sum to 1, such as {DEFAULT_SPLIT}") from None
+    return checked_fractions(parts)
+
+
+def named_policies(given: list[str]) -> dict[str, str]:
+    """The contestants by name; by default all that are registered. Raises PolicyError for one that nobody knows."""
+    from bpkit.registry import registry, resolve_policy
+
+    repeated = {name for name in given if given.count(name) > 1}
+    if repeated:
+        raise ValueError(f"--policy {', '.join(sorted(repeated))} is given more than once")
+    for spec in given:
+        resolve_policy(spec)
+    names = given or sorted(registry().policies)
+    return dict(zip(names, names, strict=True))
+
+
+def cost_models(given: str | None, largest: int) -> list[CostTable]:
+    """The given cost model, under the name `measured` if it was measured, and the two made from it."""
+    from bpkit.traces.cost import CostTable, flat, linear, read_cost
+
+    if given is None:
+        plain = CostTable(name="a plain step", unit="plain steps", verify={1: 1.0, largest: 1.0})
+        return [flat(plain)]
+    cost = read_cost(given)
+    if cost.measured is not None:
+        cost = cost.model_copy(update={"name": "measured"})
+    elif cost.name in ("flat", "linear"):
+        cost = cost.model_copy(update={"name": f"given ({cost.name})"})
+    return [cost, flat(cost), linear(cost)]
+
+
+def first_of_each(trace: Trace, limit: int | None) -> Any:
+    """The first prompts of each domain, read when they are asked for."""
+    if limit is None:
+        return trace
+    from bpkit.bench.subset import Subset
+
+    seen: dict[str, int] = {}
+    places = []
+    for place, domain in enumerate(trace.domains):
+        seen[domain] = seen.get(domain, 0) + 1
+        if seen[domain] <= limit:
+            places.append(place)
+    return Subset(trace, places)
+
+
+def filler(context: typer.Context, trace: Trace) -> Fill:
+    """Computes missing features with the models of the trace."""
+    from bpkit.cli.models import load_decoder
+    from bpkit.traces.recompute import Recompute
+
+    return Recompute(load_decoder(options.settled(context), "fixed"), trace.manifest)
+
+
+def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str, Any]:
+    """What made the figures."""
+    import torch
+
+    from bpkit.machine import describe_machine
+
+    return {
+        "command": shlex.join(["bpkit", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": time.time() - started,
+        "machine": describe_machine(torch.device("cpu")),
+        "trace": trace.manifest.model_dump(mode="json", exclude={"prompt_ids"}),
+        "costs": {cost.name: cost.model_dump(mode="json", exclude={"spread"}) for cost in costs},
+    }
+
+
+def deliver(result: dict[str, Any], json: Path | None, report: Path | None) -> None:
+    """Print the tables and write the files that were asked for."""
+    from bpkit.bench.evaluation_report import html_report
+    from bpkit.bench.evaluation_table import print_evaluation
+    from bpkit.bench.report import write_report, write_text
+
+    if json is not None:
+        write_report(result, json)
+    print_evaluation(result, console())
+    if report is not None:
+        write_text(html_report(result), report)
+    for path in (json, report):
+        if path is not None:
+            say(f"wrote {path}")
