@@ -118,7 +118,6 @@ def test_what_is_read_is_what_was_traced(
 ) -> None:
     decoder = decoder_of(pair, DRAFTERS[kind](pair))
     features = tables.OF_PROMPTS | ({Feature.DRAFT_HIDDEN} if kind != "n-gram" else set())
-    features -= set() if decoder.drafter.feature_layers else {Feature.TARGET_FEATURES}
     options = TraceOptions(SIZES, 10, sampling, 3 if sampling["temperature"] else None, features)
     tracer = EndsAtOnce(decoder, options)
     tracer.short = frozenset(short)
@@ -760,7 +759,6 @@ def test_a_dataset_is_traced(datasets: list[Any], tiny_folder: Path, tmp_path: P
         (["--block-sizes", "2-40"], "block sizes to trace are 2 .. "),
         (["--block-sizes", "1-4"], "1 is less than 2"),
         (["--drafter", "ngram", "--features", "draft_hidden"], "drafter n-gram has no hidden states"),
-        (["--drafter", "ngram", "--features", "target_features"], "drafter n-gram reads no features"),
         (["--dataset", "some"], "exclude each other"),
         (["--domain", "prose"], "no prompts of domain 'prose'"),
         (["--num-workers", "0"], "--num-workers"),

@@ -136,13 +136,15 @@ class TraceBench:
         return {"all": seconds}
 
     def positions(self, task: Task) -> dict[str, float]:
-        """A step from some positions with each block size, scaled to all positions."""
+        """A step from some positions with each block size: of each size the median, scaled to all positions.
+
+        The median, because a single stall of the machine would be scaled with the rest.
+        """
         count = min(task.positions, self.sampled_positions)
-        seconds = 0.0
+        seconds: list[list[float]] = []
         for position in sorted(self.rng.sample(range(1, task.positions + 1), count)):
-            for decoder in self.fixed:
-                seconds += self.timed(partial(self._one_step, decoder, task, position))
-        return {"all": seconds * task.positions / max(1, count)}
+            seconds.append([self.timed(partial(self._one_step, decoder, task, position)) for decoder in self.fixed])
+        return {"all": float(np.median(seconds, axis=0).sum()) * task.positions if seconds else 0.0}
 
     def _one_step(self, decoder: SpeculativeDecoder, task: Task, position: int) -> None:
         """Read what is before the anchor, decide the anchor anew, and take one step."""

@@ -60,8 +60,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
         f"{count} generations: the live decoder once for each block size ({format_sizes(settings['block_sizes'])}); it "
         "yields only the steps of those runs. From every position: the live decoder for one step at each position with "
         f"each block size, which is what a trace holds; SCALED from {100 * report['sampled_share']:.1f}% of the "
-        f"positions ({settings['sampled_positions']} of each prompt, drawn at random, every block size), each a fresh "
-        "run that reads prompt and output so far.",
+        f"positions ({settings['sampled_positions']} of each prompt, drawn at random, every block size; medians), each "
+        "a fresh run that reads prompt and output so far.",
         "Wall clock, interleaved in one process, writing included; in brackets: 95% paired bootstrap over prompts.",
         f"What bounds it: {largest}, {100 * parts[largest]:.0f}% of the time. The output has to be generated once: "
         f"were all the rest free, tracing would be {report['generation_bound']:.1f}x as fast as {count} generations.",

@@ -81,8 +81,6 @@ class Tracer:
             )
         if Feature.DRAFT_HIDDEN in options.features - decoder.drafter.provides:
             raise ValueError(f"drafter {decoder.drafter.name} has no hidden states: leave the feature draft_hidden out")
-        if Feature.TARGET_FEATURES in options.features and not decoder.drafter.feature_layers:
-            raise ValueError(f"drafter {decoder.drafter.name} reads no features: leave the feature target_features out")
         self.decoder, self.options = decoder, options
         self.watch = Watch(WallClock(decoder.target.device))
 
