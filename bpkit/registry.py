@@ -17,6 +17,7 @@ import pluggy
 
 from bpkit import hookspecs
 from bpkit.policy import Policy, PolicyConfig, PolicyError, validated
+from bpkit.policy_folder import is_policy_folder
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ PolicyLike = Policy | str | Mapping[str, Any]
 def resolve_policy(policy: PolicyLike) -> Policy:
     """Make a policy from an instance, a name, `name:value`, `name:key=value,...`, `./file.py:Class` or a mapping.
 
+    Where a name stands, the path of a trained policy's folder may stand as well; options come on top of those stored.
+
     >>> resolve_policy("fixed:4")
     Fixed(block_size=4)
     >>> resolve_policy({"name": "fixed", "block_size": 8})
@@ -161,20 +164,46 @@ def resolve_policy(policy: PolicyLike) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
+    made, options, name = policy_class(policy)
+    if isinstance(made, type) and issubclass(made, Policy):
+        return made(validated(made.Config, options, owner=name))
+    result = made(**options)
+    if not isinstance(result, Policy):
+        raise PolicyError(f"policy {name!r} is not a bpkit.Policy but a {type(result).__name__}")
+    return result
+
+
+def policy_class(policy: str | Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any], str]:
+    """What `resolve_policy` would call, the options that it would give, and the name. Raises PolicyError."""
     spec = parse_spec(policy) if isinstance(policy, str) else dict(policy)
     if "name" not in spec:
         raise PolicyError(f"a policy given as a mapping needs a 'name', as in {{'name': 'fixed'}}; got {spec}")
     name, value = str(spec.pop("name")), spec.pop("", None)
+    made, in_folder = _named(name)
+    if in_folder is not None:
+        if "weights" in spec:
+            raise PolicyError(f"policy {name!r} is a folder with weights; leave out option 'weights'")
+        spec = {"weights": in_folder, **spec}
+    if value is not None and isinstance(made, type) and issubclass(made, Policy):
+        spec = {_first_option(made.Config, name, skip="weights" if in_folder is not None else ""): value, **spec}
+    return made, spec, name
+
+
+def _named(name: str) -> tuple[Callable[..., Any], str | None]:
+    """What a name stands for, and the folder of its weights if it is the path of one."""
     policies = registry().policies
-    made: Callable[..., Any] = _class_of_file(name) if ".py:" in name else find(policies, name, what="policy").load()
-    if isinstance(made, type) and issubclass(made, Policy):
-        if value is not None:
-            spec = {_first_option(made.Config, name): value, **spec}
-        return made(validated(made.Config, spec, owner=name))
-    result = made(**spec)
-    if not isinstance(result, Policy):
-        raise PolicyError(f"policy {name!r} is not a bpkit.Policy but a {type(result).__name__}")
-    return result
+    if ".py:" in name:
+        return _class_of_file(name), None
+    if name in policies or not _is_path(name):
+        return find(policies, name, what="policy").load(), None
+    from bpkit.trained import class_of_folder
+
+    folder = Path(name).expanduser()
+    return class_of_folder(folder), str(folder)
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.startswith((".", "~")) or is_policy_folder(name)
 
 
 def parse_spec(text: str) -> dict[str, Any]:
@@ -198,9 +227,11 @@ def parse_spec(text: str) -> dict[str, Any]:
     return spec
 
 
-def _first_option(config: type[PolicyConfig], name: str) -> str:
+def _first_option(config: type[PolicyConfig], name: str, *, skip: str) -> str:
+    """The option that a bare value sets: the first but `skip`."""
     for option in config.model_fields:
-        return option
+        if option != skip:
+            return option
     raise PolicyError(f"policy {name!r} takes no options")
 
 

@@ -76,11 +76,9 @@ def test_hook_modules_and_options_load_without_torch() -> None:
 
 def test_registered_names_load_their_classes_and_options() -> None:
     policies = build([EntryPoint("bandit", "bpkit_bandit", "bpkit")]).policies
-    assert {name: entry.load() for name, entry in policies.items()} == {"bandit": Thompson, "ucb": UCB}
-    assert {name: entry.load_config() for name, entry in policies.items()} == {
-        "bandit": Thompson.Config,
-        "ucb": UCB.Config,
-    }
+    here = {"bandit": Thompson, "ucb": UCB}
+    assert {name: policies[name].load() for name in here} == here
+    assert {name: policies[name].load_config() for name in here} == {"bandit": Thompson.Config, "ucb": UCB.Config}
 
 
 @pytest.mark.parametrize("text", ["1;4;8", "1+4+8", "8+4", "4 + 8 + 4"])

@@ -22,7 +22,25 @@ if TYPE_CHECKING:
     from bpkit.registry import Registry
     from bpkit.types import Context
 
-BUILT_IN = {"bandit", "fixed", "schedule", "svip", "threshold", "ucb"}
+BUILT_IN = {
+    "adaedl",
+    "bandit",
+    "blockpilot",
+    "confidence",
+    "eesd",
+    "ema",
+    "exp3",
+    "fixed",
+    "forecast",
+    "goodput",
+    "ldlp",
+    "ldlp_threshold",
+    "schedule",
+    "svip",
+    "tapout",
+    "threshold",
+    "ucb",
+}
 
 POLICY = """
 from bpkit.policy import Policy, PolicyConfig

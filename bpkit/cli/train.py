@@ -1,18 +1,64 @@
-"""`bpkit train target` and `bpkit train drafter`: the recipes of the shipped pair, for anyone to run again."""
+"""`bpkit train target` and `bpkit train drafter`: the recipes of the shipped pair, for anyone to run again.
+
+Any other name after `bpkit train` is a policy: `bpkit.cli.train_policy`.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from bpkit.cli import train_policy
 from bpkit.cli.errors import require
+from bpkit.training.trainable import refuse_untrainable, trainable_entries
 
 if TYPE_CHECKING:
     from bpkit.training.run import RunOptions
 
-app = typer.Typer(help="Train a target or a drafter (needs `pip install 'bpkit[train]'`).", no_args_is_help=True)
+HELP = """Train a policy, a target or a drafter (needs `pip install 'bpkit[train]'`).
+
+A policy is trained on traces, `bpkit train POLICY TRACE --out FOLDER --cost COST`, and used as `--policy FOLDER`.
+POLICY is one of those below, with options if you like (`name:key=value`), or `./file.py:ClassName`.
+`bpkit train POLICY --help` lists the options.
+"""
+
+
+class TrainGroup(TyperGroup):
+    """`target`, `drafter`, and every policy that can be trained as a command of its own."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *trainable_entries()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or policy_command(cmd_name, beside=super().list_commands(ctx))
+
+
+def policy_command(spec: str, *, beside: Sequence[str] = ()) -> Any:
+    """The command that trains a policy, named by its spec.
+
+    Args:
+        beside: what else can be trained.
+
+    Raises:
+        PolicyError: the policy cannot be trained.
+    """
+    name = spec if ".py:" in spec else spec.partition(":")[0]
+    refuse_untrainable(name, beside=beside)
+    entry = trainable_entries().get(name)
+    alone = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+    doc = inspect.cleandoc(train_policy.train_policy.__doc__ or "")
+    alone.command(
+        spec, help=f"{entry.summary}\n\n{doc}" if entry else doc, short_help=entry.summary if entry else None
+    )(train_policy.train_policy)
+    return typer.main.get_command(alone)
+
+
+app = typer.Typer(help=HELP, cls=TrainGroup, no_args_is_help=True)
 
 _BUDGET = "Budget and devices"
 _Out = Annotated[Path, typer.Option(help="Folder for the result, its checkpoints and logs.", metavar="FOLDER")]

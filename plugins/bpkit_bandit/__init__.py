@@ -1,4 +1,4 @@
-"""Two policies that learn the best block size while they run: `bandit` (Thompson sampling) and `ucb`."""
+"""Policies that learn while they run: which block size is the best, how far drafts stand, or which rule to stop by."""
 
 from __future__ import annotations
 
@@ -18,4 +18,22 @@ def bpkit_register_policies(register: Register) -> None:
         "bpkit_bandit.ucb:UCB",
         summary="Learns tokens per second of every block size; the upper confidence bound picks one before each draft.",
         config="bpkit_bandit.ucb:UCBConfig",
+    )
+    register(
+        "exp3",
+        "bpkit_bandit.exp3:Exp3",
+        summary="Draws a block size before each draft by exponential weights of what each has cost so far.",
+        config="bpkit_bandit.exp3:Exp3Config",
+    )
+    register(
+        "eesd",
+        "bpkit_bandit.eesd:Eesd",
+        summary="Draws the draft length token by token from what is known of the acceptance rate.",
+        config="bpkit_bandit.eesd:EesdConfig",
+    )
+    register(
+        "tapout",
+        "bpkit_bandit.tapout:TapOut",
+        summary="Learns which stop rule (fixed, confidence, SVIP, AdaEDL) earns the most; picks one before each draft.",
+        config="bpkit_bandit.tapout:TapOutConfig",
     )

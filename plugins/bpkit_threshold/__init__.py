@@ -1,4 +1,4 @@
-"""Three policies without training: `threshold` and `svip` stop at doubt, `schedule` follows the last step."""
+"""Policies without training: `threshold`, `confidence`, `svip` and `adaedl` stop at doubt, `schedule` follows steps."""
 
 from __future__ import annotations
 
@@ -24,4 +24,16 @@ def bpkit_register_policies(register: Register) -> None:
         "bpkit_threshold.schedule:Schedule",
         summary="Before every draft: two tokens more if the last draft was accepted whole, else one less.",
         config="bpkit_threshold.schedule:ScheduleConfig",
+    )
+    register(
+        "confidence",
+        "bpkit_threshold.confidence:Confidence",
+        summary="Verifies a draft up to the first token of low probability, as transformers' dynamic speculation.",
+        config="bpkit_threshold.confidence:ConfidenceConfig",
+    )
+    register(
+        "adaedl",
+        "bpkit_threshold.adaedl:AdaEdl",
+        summary="Verifies a draft while an entropy bound on acceptance stays above a threshold that adapts.",
+        config="bpkit_threshold.adaedl:AdaEdlConfig",
     )

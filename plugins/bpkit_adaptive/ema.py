@@ -1,0 +1,138 @@
+"""Adaptive speculation as in SGLang: a moving average of accepted tokens walks along a ladder of block sizes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.types import Context, CostModel, DecoderSpec, Step
+from bpkit_adaptive.sizes import BlockSizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class EmaConfig(PolicyConfig):
+    """Options of `ema`. Hysteresis is in accepted tokens."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "alpha": (0.1, 0.2, 0.4),
+        "up": (-0.5, 0.0, 0.5),
+        "down": (-0.25, 0.5),
+        "interval": (1, 5),
+    }
+
+    block_sizes: BlockSizes = Field(
+        default=(1, 2, 4, 8, 16), description="the ladder: a list, or text such as 1+4+8; 1 (no draft) is always on it"
+    )
+    alpha: float = Field(default=0.2, gt=0, le=1, description="weight of the newest step in the moving average")
+    interval: int = Field(default=5, ge=1, description="steps between two decisions")
+    warmup: int = Field(default=10, ge=0, description="steps before the first")
+    up: float = Field(default=0.0, description="added to the average that is needed to climb")
+    down: float = Field(default=-0.25, description="added to the average at which to descend")
+    start: int | None = Field(default=None, ge=1, description="first block size; by default the trained one, if listed")
+    across_requests: bool = Field(default=True, description="begin a request where the last one ended")
+
+
+class Memory(BaseModel):
+    """Where a row is: its block size, the moving average of accepted tokens, and the steps so far."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    block_size: Annotated[int, Field(ge=1)]
+    average: Annotated[float, Field(allow_inf_nan=False)]
+    steps: Annotated[int, Field(ge=0)] = 0
+
+
+class Ema(Policy):
+    """After `warmup` steps, every `interval` steps, climbs or descends a ladder of draft lengths d_0 < d_1 < ...
+
+        average <- (1 - alpha) average + alpha num_accepted
+        descend from d_i to d_(i-1) while average <= d_(i-1) - 1/2 + down     (to length 0: average <= 1/2 + down)
+        else climb from d_i to d_(i+1) while average > d_i - 1/2 + up
+
+    A length is kept as long as nearly all of a block of the next smaller one is accepted, and left upwards when nearly
+    all of its own is. From the no-draft arm it tries the smallest draft at the next decision: without a draft
+    nothing is learned. Rule and constants are SGLang's (`--speculative-adaptive`, `AdaptiveStepSlot`), where the
+    lengths are "steps", 0, 1, 3 and 7 of them; 15 is added here for drafters with long blocks.
+
+    Differences: every row has an average of its own (in SGLang, the whole batch has one, and one for each range of
+    batch sizes); steps that verified nothing leave the average alone; there is no ceiling coefficient, which is off by
+    default there. The rule knows no cost: where a longer draft is not free, raise `up` and `down`.
+    """
+
+    Config = EmaConfig
+    wants = frozenset()
+    config: EmaConfig
+
+    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.memory: Memory | None = None
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        self.ladder = [size for size in self.config.block_sizes if size <= decoder.max_block_size]
+        start = self.config.start or decoder.trained_block_size
+        self.start = start if start in self.ladder else self.ladder[len(self.ladder) // 2]
+
+    def begin(self, context: Context) -> State:
+        import torch  # here, so that options can be listed without it
+
+        # SGLang's neutral beginning: one less than the draft length.
+        begun = self.memory or Memory(block_size=self.start, average=self.start - 2)
+        size = begun.block_size if begun.block_size in self.ladder else self.start
+        return {
+            "block_size": context.full(size),
+            "average": context.position.new_full((context.batch_size,), begun.average, dtype=torch.float64),
+            "steps": context.full(begun.steps),
+        }
+
+    def select(self, state: State, context: Context) -> Tensor:
+        block_size: Tensor = state["block_size"]
+        return block_size
+
+    def observe(self, state: State, step: Step) -> None:
+        sizes, averages, steps = (state[name].tolist() for name in ("block_size", "average", "steps"))
+        outcomes = zip(step.num_accepted.tolist(), step.verify_length.tolist(), strict=True)
+        for row, (accepted, verified) in enumerate(outcomes):
+            if verified:
+                averages[row] += self.config.alpha * (accepted - averages[row])
+            steps[row] += 1
+            late = steps[row] - self.config.warmup
+            if late > 0 and late % self.config.interval == 0:
+                sizes[row], averages[row] = self._moved(sizes[row], averages[row])
+        state["block_size"] = state["block_size"].new_tensor(sizes)
+        state["average"] = state["average"].new_tensor(averages)
+        state["steps"] = state["steps"].new_tensor(steps)
+
+    def _moved(self, block_size: int, average: float) -> tuple[int, float]:
+        """The block size of the next steps, and the average, which only a first draft ever changes."""
+        lengths = [size - 1 for size in self.ladder]
+        first = place = self.ladder.index(block_size)
+        if lengths[place] == 0:
+            place = min(place + 1, len(lengths) - 1)
+            return self.ladder[place], average if average >= 0 else lengths[place] - 1.0
+        while place > 0 and average <= (lengths[place - 1] - 0.5 if lengths[place - 1] else 0.5) + self.config.down:
+            place -= 1
+        if place == first:
+            while place < len(lengths) - 1 and average > lengths[place] - 0.5 + self.config.up:
+                place += 1
+        return self.ladder[place], average
+
+    def end(self, state: State) -> None:
+        if self.config.across_requests and state:
+            # Rows of one batch end together here; the middle one stands for them, because sizes have no mean.
+            rows = sorted(zip(*(state[name].tolist() for name in ("average", "block_size", "steps")), strict=True))
+            average, block_size, steps = rows[len(rows) // 2]
+            self.memory = Memory(block_size=block_size, average=average, steps=steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.memory.model_dump() if self.memory else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back a memory; a block size that is not on the ladder is replaced. Raises PolicyError if it is none."""
+        try:
+            self.memory = Memory.model_validate(state) if state else None
+        except ValidationError as error:
+            raise PolicyError(f"this is no memory of ema: {error}") from None

@@ -1,0 +1,128 @@
+"""EESD's control of the draft length: after every token, Thompson sampling says whether to draft one more."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.types import Context, CostModel, DecoderSpec, Step
+from bpkit_bandit.sizes import BlockSizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Count = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class EesdConfig(PolicyConfig):
+    """Options of `eesd`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "accepted": (1.0, 4.0),
+        "rejected": (1.0, 2.0),
+        "counts": ("drafted", "tested"),
+        "no_draft": (False, True),
+        "across_requests": (False, True),
+    }
+
+    accepted: float = Field(default=1.0, gt=0, description="accepted tokens to begin with (alpha of the Beta prior)")
+    rejected: float = Field(default=1.0, gt=0, description="rejected tokens to begin with (beta of the Beta prior)")
+    counts: Literal["drafted", "tested"] = Field(
+        default="drafted",
+        description="rejected tokens: all that were verified and not accepted, or only the first of a step",
+    )
+    no_draft: bool = Field(default=False, description="let the first draw forgo the draft; else one token is drafted")
+    block_sizes: BlockSizes = Field(
+        default=tuple(range(1, 17)), description="a drawn size that is not among these becomes the next smaller one"
+    )
+    across_requests: bool = Field(default=False, description="begin a request with the counts of the last one")
+
+
+class Memory(BaseModel):
+    """The counts of accepted and rejected tokens: the parameters of the Beta distribution."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    accepted: Count
+    rejected: Count
+
+
+class Eesd(Policy):
+    """Before each further token: theta ~ Beta(alpha, beta), and with probability theta the token is drafted.
+
+    After a step with n verified and m accepted tokens, alpha <- alpha + m and beta <- beta + n - m. This is the
+    Beta-Bernoulli variant (Beta-TS) of the Thompson sampling control of EESD (Liu et al. 2024, 2406.03853). Its other
+    variant, Calibration-TS, begins from the predictions of EESD's own early-exit head, which no drafter here has.
+
+    - The draws look at no token, so the whole length is drawn before the draft, by `select`: the same distribution, and
+      it also serves block-diffusion drafters.
+    - Tokens after the first rejected one were never tested, yet count as rejected in n - m. `counts=tested` takes
+      the first one only, as the likelihood of a run of Bernoulli trials says.
+    - A draft has at least one token, as published, unless `no_draft`.
+    - The rule knows acceptance, and nothing of time: `bandit` and `goodput` do.
+
+    Every row has counts and draws of its own.
+    """
+
+    Config = EesdConfig
+    wants = frozenset()
+    config: EesdConfig
+
+    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.memory = Memory(accepted=self.config.accepted, rejected=self.config.rejected)
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        smallest = 1 if self.config.no_draft else 2
+        sizes = [b for b in self.config.block_sizes if smallest <= b <= decoder.max_block_size]
+        self.sizes = sizes or [min(smallest, decoder.max_block_size)]
+
+    def begin(self, context: Context) -> State:
+        import torch  # here, so that options can be listed without it
+
+        def rows(value: float) -> Tensor:
+            return context.position.new_full((context.batch_size,), value, dtype=torch.float64)
+
+        return {"accepted": rows(self.memory.accepted), "rejected": rows(self.memory.rejected)}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        import torch
+
+        generator = context.generator
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        draws = random.Random(seed)  # has a Beta distribution, in a microsecond
+        counts = zip(state["accepted"].tolist(), state["rejected"].tolist(), strict=True)
+        chosen = [self.draw(alpha, beta, draws) for alpha, beta in counts]
+        return context.full(chosen[0]) if len(chosen) == 1 else context.position.new_tensor(chosen)
+
+    def draw(self, alpha: float, beta: float, draws: random.Random) -> int:
+        """A block size."""
+        size = 1 if self.config.no_draft else 2
+        while size < self.sizes[-1] and draws.random() < draws.betavariate(alpha, beta):
+            size += 1
+        return max((known for known in self.sizes if known <= size), default=self.sizes[0])
+
+    def observe(self, state: State, step: Step) -> None:
+        rejected = step.verify_length - step.num_accepted
+        if self.config.counts == "tested":
+            rejected = rejected.clamp(max=1)
+        state["accepted"] = state["accepted"] + step.num_accepted
+        state["rejected"] = state["rejected"] + rejected
+
+    def end(self, state: State) -> None:
+        if self.config.across_requests and state:
+            means = {name: float(rows.mean()) for name, rows in state.items()}
+            self.memory = Memory(**means)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.memory.model_dump()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back a memory. Raises PolicyError if it is none."""
+        try:
+            self.memory = Memory.model_validate(state)
+        except ValidationError as error:
+            raise PolicyError(f"this is no memory of eesd: {error}") from None

@@ -1,0 +1,156 @@
+"""EXP3: block sizes as a game against an adversary, with choices at random by exponential weights."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.types import Context, CostModel, DecoderSpec, Step
+from bpkit_bandit.sizes import BlockSizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Exp3Config(PolicyConfig):
+    """Options of `exp3`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "learning_rate": (1.0, 3.0, 10.0, 30.0),
+        "discount": (1.0, 0.999, 0.99),
+    }
+
+    block_sizes: BlockSizes = Field(
+        default=(1, 2, 4, 6, 8, 12, 16),
+        description="arms: a list, or text such as 1+4+8; 1 (no draft) is always among them",
+    )
+    reward: Literal["time", "tokens"] = Field(
+        default="time", description="time: tokens per second; tokens: a step's tokens, as published"
+    )
+    learning_rate: float = Field(default=1.0, gt=0, description="factor of the published learning rate")
+    discount: float = Field(
+        default=1.0, gt=0, le=1, description="weight of the past after each step; 1 forgets nothing"
+    )
+
+    @field_validator("block_sizes")
+    @classmethod
+    def _with_no_draft(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted({1, *value}))
+
+
+class Memory(BaseModel):
+    """What outlives a request.
+
+    Attributes:
+        losses: estimated sum of losses by block size.
+        rounds: steps learned from, discounted. tokens, seconds: sums over them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    losses: dict[int, Sum]
+    rounds: Sum = 0.0
+    tokens: Sum = 0.0
+    seconds: Sum = 0.0
+
+
+class Exp3(Policy):
+    """Draws block size b with probability p_b, proportional to exp(-eta L_b); L_b is its estimated sum of losses.
+
+        eta = learning_rate * sqrt(ln K / (K t))          K arms, t steps so far, at least 1
+        L_b <- L_b + loss / p_b                           only for the b that was drawn
+
+    As EXP3Spec of BanditSpec (2505.15141), which assumes nothing of how acceptance comes about, with the learning rate
+    that needs no horizon (Bubeck & Cesa-Bianchi 2012). With `reward=tokens` as there: loss = 1 - T / B, for T tokens of
+    a step and B the largest size; it cannot see that a large block takes longer.
+
+    With `reward=time`, the default, loss = 1/2 - (T - R S) / B, kept within [0, 1], where S is the step's seconds and R
+    the tokens per second of all steps so far. The size with the least loss is then the one with the most tokens per
+    second, as a ratio of sums and not as a mean of ratios.
+
+    Where acceptance is no adversary, `ucb` and `bandit` learn faster: a loss is divided by the chance of its arm,
+    which is noisy, and B is far above what two sizes usually differ by, hence `learning_rate`. One draw serves all
+    rows of a batch, because only the time of the whole step is known.
+    """
+
+    Config = Exp3Config
+    wants = frozenset()
+    config: Exp3Config
+
+    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.usable = self.config.block_sizes
+        self.memory = Memory(losses=dict.fromkeys(self.config.block_sizes, 0.0))
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        self.usable = tuple(size for size in self.config.block_sizes if size <= decoder.max_block_size)
+
+    def probabilities(self) -> list[float]:
+        """p of every usable size."""
+        arms, losses = len(self.usable), [self.memory.losses[size] for size in self.usable]
+        eta = self.config.learning_rate * math.sqrt(math.log(arms) / (arms * max(1.0, self.memory.rounds)))
+        least = min(losses)  # shifted, so that the largest weight is 1 and nothing overflows
+        weights = [math.exp(-eta * (loss - least)) for loss in losses]
+        total = sum(weights)
+        return [weight / total for weight in weights]
+
+    def select(self, state: State, context: Context) -> Tensor:
+        import torch  # here, so that options can be listed without it
+
+        chances = self.probabilities()
+        generator = context.generator
+        left = float(torch.rand(1, generator=generator, device=generator.device, dtype=torch.float64))
+        arm = len(chances) - 1
+        for place, chance in enumerate(chances):
+            left -= chance
+            if left < 0:
+                arm = place
+                break
+        # Kept with the request: others may have taught the policy something before this step ends.
+        state["chance"] = context.position.new_full((context.batch_size,), chances[arm], dtype=torch.float64)
+        return context.full(self.usable[arm])
+
+    def observe(self, state: State, step: Step) -> None:
+        sizes, tokens = step.block_size.tolist(), step.acceptance_length.tolist()
+        seconds = step.seconds.total / len(sizes)  # of a row: all rows went through one pass
+        if self.config.reward == "time" and not 0 < seconds < math.inf:
+            return  # a clock that stands still teaches nothing
+        memory, kept = self.memory, self.config.discount
+        if kept < 1:
+            memory.losses = {size: loss * kept for size, loss in memory.losses.items()}
+        memory.rounds = memory.rounds * kept + 1
+        memory.tokens = memory.tokens * kept + sum(tokens)
+        memory.seconds = memory.seconds * kept + (seconds * len(sizes) if 0 < seconds < math.inf else 0.0)
+        for size, count, chance in zip(sizes, tokens, state["chance"].tolist(), strict=True):
+            if size in memory.losses:  # the runtime may have used another size than was asked for
+                memory.losses[size] += self.loss(count, seconds) / (chance * len(sizes))
+
+    def loss(self, tokens: float, seconds: float) -> float:
+        """Of one row in one step, 0 .. 1."""
+        largest = self.usable[-1]
+        if self.config.reward == "tokens":
+            return 1 - min(tokens / largest, 1.0)
+        rate = self.memory.tokens / self.memory.seconds
+        return min(max(0.5 - (tokens - rate * seconds) / largest, 0.0), 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.memory.model_dump(mode="json")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back a memory; arms that it lacks start with its least loss. Raises PolicyError if it does not fit."""
+        try:
+            loaded = Memory.model_validate(state)
+        except ValidationError as error:
+            raise PolicyError(f"this is no memory of exp3: {error}") from None
+        if unknown := sorted(loaded.losses.keys() - set(self.config.block_sizes)):
+            raise PolicyError(f"the memory knows block sizes {unknown}, which option 'block_sizes' does not list")
+        # A new arm is as good as the best known one, so that it is tried.
+        fresh = min(loaded.losses.values(), default=0.0)
+        loaded.losses = {size: loaded.losses.get(size, fresh) for size in self.config.block_sizes}
+        self.memory = loaded

@@ -1,0 +1,25 @@
+"""Options of `forecast`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from bpkit.trained_config import TrainedConfig
+
+
+class ForecastConfig(TrainedConfig):
+    """Options of `forecast`."""
+
+    rate: float = Field(
+        default=0.85,
+        gt=0,
+        description="what a second is worth, as a share of the tokens/s of the best fixed size; below 1: larger blocks",
+    )
+    margin: float = Field(
+        default=0.0, ge=0, description="tokens that a size must promise above the best fixed size to be preferred"
+    )
+    truncate: bool = Field(
+        default=False,
+        description="also read the draft's confidences and verify only what pays; worth it where verifying is dear",
+    )
+    grid = {"rate": (0.7, 0.85, 1.0), "truncate": (False, True)}

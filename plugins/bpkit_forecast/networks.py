@@ -1,0 +1,60 @@
+"""What to expect before a draft and after it. Both give hazards: does the next token stand, if all before it do?"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Before(nn.Module):
+    """Hazards from what is known at the anchor.
+
+    Two layers, the second residual, and a table that shifts the hazards of each block size: block-diffusion drafts of
+    different sizes differ a little.
+
+    Args:
+        inputs: width of the input. sizes: block sizes. width: longest draft.
+    """
+
+    def __init__(self, inputs: int, sizes: int, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.first = nn.Linear(inputs, hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.hazards = nn.Linear(hidden, width)
+        self.of_size = nn.Parameter(torch.zeros(sizes, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [batch, inputs]. Returns logits that token k stands if all before it do, [batch, sizes, width]."""
+        x = self.dropout(F.silu(self.first(self.dropout(x))))
+        x = x + F.silu(self.second(x))
+        return cast("Tensor", self.hazards(x)[:, None] + self.of_size)
+
+    @torch.no_grad()
+    def take_raw_inputs(self, mean: Tensor, scale: Tensor) -> None:
+        """Go on with raw inputs in the place of `(x - mean) * scale`, which becomes part of the first layer."""
+        self.first.weight.mul_(scale)
+        self.first.bias.sub_(self.first.weight @ mean)
+
+
+class After(nn.Module):
+    """Hazards from the drafter's own word on each token: a calibration, logistic in three figures of each token.
+
+    The log-odds of its probability, the entropy of its distribution, and the log-probability of the draft so far, with
+    a bias for each block size and place.
+    """
+
+    def __init__(self, sizes: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
+        self.bias = nn.Parameter(torch.zeros(sizes, width))
+
+    def forward(self, probability: Tensor, entropy: Tensor, bias: Tensor) -> Tensor:
+        """All float32 [..., width]; `bias` is a row of the table for each draft. Returns logits [..., width]."""
+        log_p = probability.clamp(1e-6, 1 - 1e-6).log()
+        odds = log_p - torch.log1p(-probability.clamp(1e-6, 1 - 1e-6))
+        own, doubt, so_far = self.weight.unbind()
+        return own * odds + doubt * entropy + so_far * log_p.cumsum(dim=-1) + bias

@@ -1,0 +1,87 @@
+"""The policy `forecast`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from bpkit.policy import PolicyConfig, PolicyError, State
+from bpkit.trained import TrainedPolicy
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
+from bpkit_forecast.config import ForecastConfig
+from bpkit_forecast.networks import After, Before
+from bpkit_forecast.plan import Plan
+
+VECTORS = (Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING, Feature.LAST_HIDDEN)
+SCALARS = (Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY)
+
+
+class Forecast(TrainedPolicy):
+    """Drafts the block that gains most at the speed that decoding goes at anyway.
+
+    A step of block size b yields 1 + sum_k S_b(k) tokens, S_b(k) the chance that drafted token k and all before it
+    stand, and takes C(b) seconds. In the long run tokens per second are highest if every step maximises
+
+        E[tokens] - rho * C(b),
+
+    where rho is the speed itself: a second spent here is rho tokens not decoded elsewhere (the average-reward
+    criterion; Howard 1960, "Dynamic programming and Markov processes"). rho is taken as `rate` times the speed of the
+    best fixed size, which follows from the cost model and the mean yields in training, so that one set of weights
+    serves any device.
+
+    - `select` forecasts S before the draft, from the target's hidden states at the position that decided the anchor
+      (the layers that the drafter reads, and the last), and the anchor's embedding, log-probability and entropy, by a
+      network that learned from every position and block size of a trace. Block size 1 is one of the choices.
+    - `truncate`, if the option is set, reads the drafter's calibrated confidences, which know more, and verifies up to
+      where a token's chance to stand is no longer worth its cost: the same rule, with the draft already paid for.
+
+    Without a cost model (`cost` None) steps are taken to cost what they did where the policy was trained.
+    """
+
+    Config: ClassVar[type[PolicyConfig]] = ForecastConfig
+    name = "forecast"
+    trainer = "bpkit_forecast.training:ForecastModule"
+    wants = frozenset({*VECTORS, *SCALARS})
+    config: ForecastConfig
+
+    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        if self.config.truncate:
+            more = {Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY}
+            self.wants = type(self).wants | more  # type: ignore[misc]
+
+    def build(self, facts: dict[str, Any]) -> dict[str, nn.Module]:
+        sizes, width = len(facts["block_sizes"]), max(facts["block_sizes"]) - 1
+        before = Before(facts["inputs"], sizes, width, facts["hidden"], facts["dropout"])
+        return {"before": before, "after": After(sizes, width)}
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        super().bind(decoder, cost)
+        trained = self.facts["block_sizes"]
+        usable = [size for size in trained if size <= decoder.max_block_size]
+        if not usable:
+            raise PolicyError(
+                f"policy 'forecast' was trained for block sizes {trained}; this decoder drafts none of them"
+            )
+        self.plan = Plan(self.facts, usable, cost, rate=self.config.rate, margin=self.config.margin)
+        self.columns = {size: column for column, size in enumerate(trained)}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        vectors = [context[name].float() for name in VECTORS]
+        scalars = [context[name][:, None] for name in SCALARS]
+        x = torch.cat(vectors + scalars, dim=1)  # float32 [batch, inputs]
+        stands = self.networks["before"](x).sigmoid().cumprod(dim=-1)  # [batch, sizes, width]
+        return context.position.new_tensor(self.plan.best_sizes(stands, context.context_length))
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        if not self.config.truncate:
+            return draft.draft_length
+        probability = draft[Feature.DRAFT_PROBABILITY]
+        after = cast("After", self.networks["after"])
+        rows = [self.columns.get(size, -1) for size in draft.block_size.tolist()]
+        bias = after.bias.to(probability.device)[rows, : probability.shape[1]]
+        stands = after(probability, draft[Feature.DRAFT_ENTROPY], bias).sigmoid().cumprod(dim=-1)  # [batch, width]
+        lengths = self.plan.best_lengths(stands, draft.context.context_length)
+        return draft.draft_length.new_tensor(lengths).minimum(draft.draft_length)

@@ -1,0 +1,111 @@
+"""Training of `forecast`: both networks on every position and block size of the traces."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bpkit.traces.records import PromptTrace
+from bpkit.trained import TrainedPolicy
+from bpkit.training.policy_module import PolicyModule, TrainingOptions
+from bpkit.types import Feature
+from bpkit_forecast.networks import Before
+from bpkit_forecast.policy import SCALARS, VECTORS
+
+TYPICAL_CONTEXT = 256
+
+
+class ForecastOptions(TrainingOptions):
+    """Training options of `forecast`."""
+
+    epochs: int = Field(default=6, ge=1, description="passes over the training examples, at most")
+    learning_rate: float = Field(default=5e-4, gt=0, description="of AdamW, at its peak")
+    weight_decay: float = Field(default=0.05, ge=0, description="of AdamW")
+    hidden: int = Field(default=128, ge=1, description="width of the network before the draft")
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="of the network before the draft, its inputs included")
+
+
+class ForecastModule(PolicyModule):
+    """Cross-entropy of the hazards: a token counts if all before it stood."""
+
+    Options = ForecastOptions
+    features = frozenset({*VECTORS, *SCALARS})
+    options: ForecastOptions
+    mean: Tensor
+    scale: Tensor
+
+    def examples(self, prompt: PromptTrace) -> dict[str, Tensor]:
+        """A row for each position at which a draft may begin; half precision, because there are many."""
+        drafts, rows = prompt.drafts, prompt.drafts.rows
+        at_anchor = [prompt.features[name][:rows] for name in VECTORS]
+        scalars = [prompt.features[name][:rows, None] for name in SCALARS]
+        probability = drafts.features[Feature.DRAFT_PROBABILITY]
+        entropy = drafts.features[Feature.DRAFT_ENTROPY]
+        return {
+            "x": torch.from_numpy(np.concatenate([*at_anchor, *scalars], axis=1)).half(),
+            "accepted": torch.from_numpy(drafts.num_accepted.astype(np.int16)),
+            "left": torch.arange(rows - 1, -1, -1, dtype=torch.int16),  # most that can be accepted
+            "probability": torch.from_numpy(np.nan_to_num(probability, nan=1.0)).half(),
+            "entropy": torch.from_numpy(np.nan_to_num(entropy)).half(),
+        }
+
+    def prepare(self, data: dict[str, Tensor]) -> None:
+        sizes = [int(size) for size in self.sizes]
+        x = data["x"].float()
+        self.facts = {
+            "block_sizes": sizes,
+            "inputs": x.shape[1],
+            "hidden": self.options.hidden,
+            "dropout": self.options.dropout,
+            "yields": (1 + data["accepted"].double().mean(dim=0)).tolist(),
+            **self._costs(sizes),
+        }
+        self.networks = nn.ModuleDict(self.policy.build(self.facts))
+        self.register_buffer("mean", x.mean(dim=0))
+        self.register_buffer("scale", 1 / (x.std(dim=0) + 1e-3))
+
+    def finished(self, **options: Any) -> TrainedPolicy:
+        """As everybody's; the standardisation of inputs becomes part of the first layer."""
+        policy = super().finished(**options)
+        cast("Before", policy.networks["before"]).take_raw_inputs(self.mean.cpu(), self.scale.cpu())
+        return policy
+
+    @property
+    def sizes(self) -> range:
+        """Block sizes of the traces: every one up to the largest."""
+        return range(2, self.spec.max_block_size + 1)
+
+    def _costs(self, sizes: list[int]) -> dict[str, Any]:
+        """Costs of the device of training, for decoders that have no cost model."""
+        cost, at = self.cost, TYPICAL_CONTEXT
+        verify = [cost.seconds("verify", width, at) for width in range(1, max(sizes) + 1)]
+        rest = cost.seconds("rest", 1, at)
+        steps = [verify[size - 1] + cost.seconds("draft", size, at) + rest for size in sizes]
+        return {"costs": [verify[0] + rest, *steps], "verify_costs": verify}
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        stands, counts = self._labels(batch)
+        before = self.networks["before"]((batch["x"].float() - self.mean) * self.scale)
+        calibration = self.networks["after"]
+        after = calibration(batch["probability"].float(), batch["entropy"].float(), calibration.bias)
+        return _mean_loss(before, stands, counts) + _mean_loss(after, stands, counts)
+
+    def _labels(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Whether each token stands, and whether that is known and all before it stood: [batch, sizes, width]."""
+        accepted, left = batch["accepted"].long()[..., None], batch["left"].long()[:, None, None]
+        place = torch.arange(max(self.sizes) - 1, device=accepted.device)
+        length = torch.tensor(list(self.sizes), device=accepted.device)[:, None] - 1
+        stands = place < accepted
+        first_that_fell = (place == accepted) & (accepted < left)
+        return stands.float(), ((stands | first_that_fell) & (place < length)).float()
+
+
+def _mean_loss(logits: Tensor, stands: Tensor, counts: Tensor) -> Tensor:
+    losses = F.binary_cross_entropy_with_logits(logits, stands, reduction="none")
+    mean: Tensor = (losses * counts).sum() / counts.sum().clamp(min=1)
+    return mean

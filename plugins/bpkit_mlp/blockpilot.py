@@ -1,0 +1,87 @@
+"""BlockPilot (Zhang et al. 2026, 2606.31315): one block size for each prompt, chosen after prefill."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from bpkit.policy import State
+from bpkit.trained import TrainedConfig, TrainedPolicy
+from bpkit.types import Context, CostModel, DecoderSpec, Feature
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+DEPTH, DROPOUT = 2, 0.2
+"""Layers before the output, and dropout in training, as published."""
+
+
+class BlockPilotConfig(TrainedConfig):
+    """Options of `blockpilot`; all but `weights` are settled by training."""
+
+    input: Literal["logits", "hidden"] = Field(
+        default="logits", description="what is read after the last prompt token: raw logits, or the final hidden state"
+    )
+    normalise: Literal["none", "standard", "layer", "softmax"] = Field(
+        default="none",
+        description="of the input: none; by the training prompts' mean and deviation; by its own; softmax",
+    )
+    width: int = Field(default=2048, ge=1, description="neurons of each layer")
+    candidates: str | None = Field(
+        default=None, description="block sizes to choose from, as 1+8-16; by default those within 2 of the trained one"
+    )
+
+
+class BlockPilot(TrainedPolicy):
+    """An MLP on what the target makes of the prompt names the block size, once, in `begin`.
+
+    As the authors' program has it: vocabulary -> 2048, 2048 -> 2048 with a residual connection, output over the sizes;
+    ReLU, dropout 0.2 in training. The size with the largest output is kept for the whole prompt.
+    """
+
+    name = "blockpilot"
+    Config = BlockPilotConfig
+    trainer = "bpkit_mlp.blockpilot_training:BlockPilotModule"
+    config: BlockPilotConfig
+
+    @property
+    def wants(self) -> frozenset[Feature]:  # type: ignore[override]
+        """The one input that the options name."""
+        return frozenset({self.feature})
+
+    @property
+    def feature(self) -> Feature:
+        """What the network reads."""
+        config = getattr(self, "config", None)  # the base class asks for `wants` before the options are there
+        hidden = config is not None and config.input == "hidden"
+        return Feature.PREFILL_HIDDEN if hidden else Feature.PREFILL_LOGITS
+
+    def build(self, facts: dict[str, Any]) -> dict[str, nn.Module]:
+        """The networks for `facts`: `inputs` (how many) and `sizes` (block sizes, in the order of the outputs)."""
+        from bpkit_mlp.networks import ResidualMLP, normalisation
+
+        inputs = int(facts["inputs"])
+        outputs = len(facts["sizes"])
+        return {
+            "normalisation": normalisation(self.config.normalise, inputs),
+            "mlp": ResidualMLP(inputs, self.config.width, outputs, depth=DEPTH, dropout=DROPOUT),
+        }
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        super().bind(decoder, cost)
+        self.decoder = decoder
+        self.sizes = [min(int(size), decoder.max_block_size) for size in self.facts["sizes"]]
+
+    def begin(self, context: Context) -> State:
+        chosen = self.scores(context[self.feature].float()).argmax(dim=-1)
+        return {"block_size": context.position.new_tensor(self.sizes)[chosen]}
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        """Of each block size: float32 [batch, inputs] -> [batch, sizes]."""
+        scores: Tensor = self.networks["mlp"](self.networks["normalisation"](inputs))
+        return scores
+
+    def select(self, state: State, context: Context) -> Tensor:
+        block_size: Tensor = state["block_size"]
+        return block_size

@@ -1,0 +1,87 @@
+"""AdaEAGLE's LDLP (Zhang et al. 2024, 2412.18910): forecast what will be accepted, and draft that much."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from bpkit.policy import State
+from bpkit.trained import TrainedConfig, TrainedPolicy
+from bpkit.types import Context, CostModel, DecoderSpec, Feature
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+DEPTH = 3
+"""Layers before the output, as published."""
+
+
+class LdlpConfig(TrainedConfig):
+    """Options of `ldlp`; all but `weights` are settled by training."""
+
+    width: int | None = Field(default=None, ge=1, description="neurons of each layer; by default the hidden size")
+    normalise: Literal["none", "standard"] = Field(
+        default="none", description="of the input: none, or by the training positions' mean and deviation"
+    )
+
+
+class Ldlp(TrainedPolicy):
+    """A three-layer residual MLP on two vectors, all that is known where a draft begins, gives the draft length.
+
+    The vectors are the embedding of the anchor and the target's final hidden state that predicted it. The output is
+    rounded and kept within 0 (no draft) and the largest draft length that was traced.
+    """
+
+    name = "ldlp"
+    Config = LdlpConfig
+    trainer = "bpkit_mlp.ldlp_training:LdlpModule"
+    wants = frozenset({Feature.ANCHOR_EMBEDDING, Feature.LAST_HIDDEN})
+    config: LdlpConfig
+
+    def build(self, facts: dict[str, Any]) -> dict[str, nn.Module]:
+        """The networks for `facts`: `hidden_size` of the target, `sizes` (block sizes that were traced, ascending)."""
+        from bpkit_mlp.networks import ResidualMLP, Standard
+
+        hidden = int(facts["hidden_size"])
+        mlp = ResidualMLP(2 * hidden, self.config.width or hidden, 1, depth=DEPTH)
+        return {"standard": Standard(2 * hidden), "mlp": mlp} if self.config.normalise == "standard" else {"mlp": mlp}
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        super().bind(decoder, cost)
+        import torch
+
+        from bpkit_mlp.networks import ResidualMLP, Standard
+        from bpkit_mlp.regressor import Regressor
+
+        mlp, standard = self.networks["mlp"], self.networks.get("standard")
+        assert isinstance(mlp, ResidualMLP)
+        assert isinstance(standard, Standard | None)
+        self.regressor = Regressor(mlp, standard)
+        sizes = self.usable(decoder)
+        self.largest = sizes[-1] - 1  # as a draft length
+        # A trace may have gaps; the next size above drafts all that the forecast asks for.
+        enough = [next(size for size in sizes if size > length) for length in range(self.largest + 1)]
+        self.block_sizes = torch.tensor(enough)  # by draft length
+
+    def usable(self, decoder: DecoderSpec) -> list[int]:
+        """Block sizes to draft at, ascending: 1, and those that were traced and that the decoder can do."""
+        traced = [int(size) for size in self.facts["sizes"] if 1 < size <= decoder.max_block_size]
+        return [1, *traced]
+
+    def forecast(self, context: Context) -> Tensor:
+        """Draft length that the network names, rounded and clipped: int64 [batch]."""
+        import torch
+
+        embedding, hidden = context[Feature.ANCHOR_EMBEDDING], context[Feature.LAST_HIDDEN]
+        length = self.regressor(torch.cat([embedding, hidden], dim=-1).float())
+        return length.round().clamp(0, self.largest).long()
+
+    def block_size_for(self, draft_length: Tensor) -> Tensor:
+        """The smallest usable block size that drafts so many tokens: int64 [batch]."""
+        if self.block_sizes.device != draft_length.device:
+            self.block_sizes = self.block_sizes.to(draft_length.device)
+        return self.block_sizes[draft_length]
+
+    def select(self, state: State, context: Context) -> Tensor:
+        return self.block_size_for(self.forecast(context))

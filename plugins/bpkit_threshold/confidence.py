@@ -1,0 +1,93 @@
+"""Dynamic speculation as in transformers' assisted generation: stop at the first token the drafter is unsure of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from bpkit.policy import Policy, PolicyConfig, State
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
+from bpkit_threshold.stopping import trusted_length, trusted_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ConfidenceConfig(PolicyConfig):
+    """Options of `confidence`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "threshold": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8),
+        "keep_last": (True, False),
+        "block_size": tuple(range(2, 33)),
+    }
+
+    threshold: float = Field(
+        default=0.4, ge=0, le=1, description="least probability of a drafted token for the draft to go on"
+    )
+    keep_last: bool = Field(
+        default=True, description="verify also the token at which the draft stops, as transformers does"
+    )
+    schedule: Literal["constant", "heuristic_transient"] = Field(
+        default="constant", description="heuristic_transient: two tokens more after a whole draft, else one less"
+    )
+    block_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="positions to draft (first, with a schedule), anchor included; by default the trained block size",
+    )
+
+
+class Confidence(Policy):
+    """Drafts up to and including the first token k whose probability q(x_k) is below `threshold`.
+
+    This is `assistant_confidence_threshold` of transformers (0.4), "dynamic speculation lookahead" (Mamou et al. 2024,
+    2405.04304, train a classifier for the same decision): each token is judged alone, and the token that stops the
+    draft is verified. `threshold` judges the draft as a whole instead. With a block-diffusion drafter, which has
+    drafted its block by then, the rule trims what is verified.
+
+    Differences from transformers:
+
+    - It starts from the trained block size, not from 20 tokens.
+    - The threshold is constant. transformers moves it along a ROC curve of the request's drafted tokens where
+      scikit-learn is installed, so that the same call decides differently on two machines.
+    - `heuristic`, the schedule that outlives a request, is left out; see `schedule` for the one by itself.
+    """
+
+    Config = ConfidenceConfig
+    wants = frozenset({Feature.DRAFT_PROBABILITY})
+    config: ConfidenceConfig
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        self.block_size = self.config.block_size or decoder.trained_block_size
+        self.largest = decoder.max_block_size - 1  # in drafted tokens, as is the state
+
+    def begin(self, context: Context) -> State:
+        if self.config.schedule == "constant":
+            return {}
+        return {"draft_length": context.full(min(max(self.block_size - 1, 1), self.largest))}  # int64 [batch]
+
+    def select(self, state: State, context: Context) -> Tensor:
+        if not state:
+            return context.full(self.block_size)
+        block_size: Tensor = state["draft_length"] + 1
+        return block_size
+
+    def extend(self, state: State, draft: Draft) -> Tensor:
+        return trusted_whole(draft, self._trusted(draft))
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        length = trusted_length(draft, self._trusted(draft))
+        return (length + 1).minimum(draft.draft_length) if self.config.keep_last else length
+
+    def observe(self, state: State, step: Step) -> None:
+        if not state:
+            return
+        length: Tensor = state["draft_length"]
+        whole = step.num_accepted == step.verify_length
+        moved = (length + 2).where(whole, length - 1).clamp(min=1).clamp(max=self.largest)
+        state["draft_length"] = moved.where(step.verify_length > 0, length)
+
+    def _trusted(self, draft: Draft) -> Tensor:
+        return draft[Feature.DRAFT_PROBABILITY] >= self.config.threshold  # bool [batch, width]

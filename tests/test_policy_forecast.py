@@ -1,0 +1,168 @@
+"""`forecast`: decisions against brute force, labels by hand, and the whole policy on a tiny pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bpkit_forecast.config import ForecastConfig
+from bpkit_forecast.networks import After, Before
+from bpkit_forecast.plan import Plan
+from bpkit_forecast.policy import SCALARS, VECTORS, Forecast
+from bpkit_forecast.training import ForecastModule, ForecastOptions
+from torch import nn
+
+from bpkit.prompts import Prompt
+from bpkit.runtime.clock import CostClock
+from bpkit.runtime.decoder import SpeculativeDecoder
+from bpkit.testing import TinyPair
+from bpkit.traces.collect import TraceOptions, Tracer
+from bpkit.traces.cost import CostTable
+from bpkit.types import DecoderSpec
+
+SIZES = [2, 3, 4, 5, 6]
+COST = CostTable(
+    draft={size: 0.5 + 0.05 * size for size in SIZES},
+    verify={width: {64: 2 + 0.3 * width, 640: 3 + 0.5 * width} for width in range(1, 8)},
+    rest=0.1,
+)
+FACTS: dict[str, Any] = {
+    "block_sizes": SIZES,
+    "yields": [1.6, 2.0, 2.2, 2.3, 2.35],
+    "costs": [2.4, 3.3, 3.65, 4.0, 4.35, 4.7],
+    "verify_costs": [2.3, 2.6, 2.9, 3.2, 3.5, 3.8],
+    "inputs": 10,
+    "hidden": 8,
+    "dropout": 0.1,
+}
+SPEC = DecoderSpec("target", "drafter", "block-diffusion", 6, 6, 8, 100)
+
+
+def chances(seed: int, rows: int) -> torch.Tensor:
+    """Random survival, [rows, sizes, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, len(SIZES), SIZES[-1] - 1, generator=generator).pow(0.4).cumprod(dim=-1)
+
+
+@pytest.mark.parametrize("cost", [COST, None])
+@pytest.mark.parametrize("rate", [0.5, 1.0, 1.6])
+def test_the_size_is_the_one_that_gains_most_at_the_going_speed(cost: CostTable | None, rate: float) -> None:
+    plan = Plan(FACTS, SIZES, cost, rate=rate, margin=0.0)
+    stands, lengths = chances(1, 40), torch.randint(10, 600, (40,), generator=torch.Generator().manual_seed(0))
+    chosen = plan.best_sizes(stands, lengths)
+    for row in range(40):
+        at = -(-int(lengths[row]) // 64) * 64
+        values = {}
+        for column, size in enumerate([1, *SIZES]):
+            if cost is None:
+                seconds = FACTS["costs"][column]
+            else:
+                seconds = cost.seconds("verify", size, at) + cost.rest
+                seconds += cost.seconds("draft", size, at) if size > 1 else 0.0
+            tokens = 1 + (float(stands[row, column - 1, : size - 1].sum()) if size > 1 else 0.0)
+            values[size] = tokens - plan.rho * seconds
+        assert values[chosen[row]] == pytest.approx(max(values.values()), abs=1e-5)
+    assert len(set(chosen)) > 1
+
+
+def test_rho_is_the_speed_of_the_best_fixed_size() -> None:
+    plan = Plan(FACTS, SIZES, None, rate=0.8, margin=0.0)
+    speeds = [tokens / seconds for tokens, seconds in zip(FACTS["yields"], FACTS["costs"][1:], strict=True)]
+    assert plan.rho == pytest.approx(0.8 * max(speeds))
+    assert SIZES[plan.floor] == SIZES[speeds.index(max(speeds))] == 4
+
+
+def test_a_margin_keeps_the_best_fixed_size_unless_another_promises_more() -> None:
+    stands, lengths = chances(2, 60), torch.full((60,), 100)
+    free = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0)
+    bound = Plan(FACTS, SIZES, COST, rate=1.0, margin=100.0)
+    assert set(bound.best_sizes(stands, lengths)) <= {1, SIZES[bound.floor]}
+    assert set(free.best_sizes(stands, lengths)) - {1, SIZES[free.floor]}
+
+
+def test_nothing_is_drafted_where_nothing_would_stand() -> None:
+    plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0)
+    assert plan.best_sizes(torch.zeros(2, len(SIZES), 5), torch.tensor([50, 400])) == [1, 1]
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0)
+    stands, lengths = chances(3, 8), torch.tensor([20, 90, 150, 300, 400, 500, 600, 64])
+    alone = [plan.best_sizes(stands[i : i + 1], lengths[i : i + 1])[0] for i in range(8)]
+    assert plan.best_sizes(stands, lengths) == alone
+    assert [plan.best_lengths(stands[i : i + 1, -1], lengths[i : i + 1])[0] for i in range(8)] == plan.best_lengths(
+        stands[:, -1], lengths
+    )
+
+
+def test_verified_is_what_pays_for_itself() -> None:
+    plan = Plan(FACTS, SIZES, None, rate=1.0, margin=0.0)
+    dear = plan.rho * 0.3  # tokens that a further verified position costs
+    stands = torch.tensor([[0.9, 0.8, dear + 0.01, dear - 0.01, 0.0]])
+    assert plan.best_lengths(stands, torch.tensor([10])) == [3]
+    assert plan.best_lengths(torch.full((1, 5), dear / 2), torch.tensor([10])) == [0]
+
+
+def test_the_first_layer_takes_over_the_standardisation() -> None:
+    torch.manual_seed(0)
+    network = Before(10, 5, 5, 8, 0.3).eval()
+    x, mean, scale = torch.randn(6, 10) * 3 + 1, torch.randn(10), torch.rand(10) + 0.5
+    expected = network((x - mean) * scale)
+    network.take_raw_inputs(mean, scale)
+    torch.testing.assert_close(network(x), expected)
+
+
+def test_labels_stop_at_the_first_token_that_fell_and_at_the_end_of_the_output() -> None:
+    module = ForecastModule(Forecast.untrained(ForecastConfig()), SPEC, COST, ForecastOptions())
+    accepted = torch.tensor([[0, 1, 1, 3, 3]], dtype=torch.int16)  # of block sizes 2 .. 6
+    stands, counts = module._labels({"accepted": accepted, "left": torch.tensor([9], dtype=torch.int16)})
+    assert counts[0].tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]
+    assert (stands * counts)[0].tolist() == [
+        [0] * 5,
+        [1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+    ]
+    _, at_the_end = module._labels({"accepted": accepted, "left": torch.tensor([3], dtype=torch.int16)})
+    assert at_the_end[0, -1].tolist() == [1, 1, 1, 0, 0]  # the fourth was cut off, not refused
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_a_tiny_pair_decodes_the_same_text_and_training_learns(pair: TinyPair, truncate: bool) -> None:
+    decoder = SpeculativeDecoder(pair.target, pair.block_diffusion(), "fixed:4", max_block_size=6)
+    tracer = Tracer(
+        SpeculativeDecoder(pair.target, pair.block_diffusion(), "fixed:4", tokenizer=pair.tokenizer),
+        TraceOptions(tuple(SIZES), 24, features=frozenset({*VECTORS, *SCALARS})),
+    )
+    traces = [tracer.trace(i, Prompt(str(i), "tiny", text)) for i, text in enumerate(("abc abc ab", "x = y + 1"))]
+    config = ForecastConfig(truncate=truncate)
+    module = ForecastModule(Forecast.untrained(config), decoder.spec, COST, ForecastOptions(hidden=16))
+    examples = [module.examples(trace) for trace in traces]
+    data = {name: torch.cat([e[name] for e in examples]) for name in examples[0]}
+    module.prepare(data)
+    before = float(module.loss(data).detach())
+    optimizer = torch.optim.AdamW(module.networks.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        module.loss(data).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert float(module.eval().loss(data).detach()) < 0.6 * before
+    policy = module.finished()
+    live = SpeculativeDecoder(
+        pair.target, pair.block_diffusion(), policy, clock=CostClock(COST), max_block_size=6, strict=True
+    )
+    prompt = pair.ids("x = y + 1")
+    result = live.generate(prompt, max_new_tokens=24, temperature=0.0)
+    plain = decoder.generate(prompt, max_new_tokens=24, temperature=0.0, policy="fixed:1")
+    assert result.tokens.tolist() == plain.tokens.tolist()
+
+
+def test_both_networks_have_the_shapes_that_the_facts_say() -> None:
+    networks = Forecast.untrained(ForecastConfig()).build(FACTS)
+    assert isinstance(networks["before"], nn.Module)
+    assert networks["before"](torch.zeros(3, 10)).shape == (3, 5, 5)
+    after = networks["after"]
+    assert isinstance(after, After)
+    assert after(torch.full((2, 5), 0.5), torch.ones(2, 5), after.bias[[0, 4]]).shape == (2, 5)
