@@ -295,7 +295,7 @@ def run(*arguments: str) -> Result:
 
 def test_the_command_measures_writes_and_prints(on_tiny: list[str], tmp_path: Path) -> None:
     out, plot = tmp_path / "cost.json", tmp_path / "cost.png"
-    done = run(*on_tiny, "--out", str(out), "--plot", str(plot), "--rounds", "1")
+    done = run(*on_tiny, "--out", str(out), "--plot", str(plot), "--rounds", "1", "--spread", "0.01")
     assert done.exit_code == 0, done.output
     for word in ("break-even", "T(1)/T(v)", "spread", "the round was over"):
         assert word in done.stdout

@@ -553,7 +553,9 @@ def test_closing_the_traces_ends_the_processes_in_the_middle_of_a_prompt(tiny_fo
 
 def own_children() -> list[int]:
     """Worker processes of this one."""
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    found = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+    )
     return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
 
 
@@ -564,7 +566,9 @@ def test_workers_end_with_their_parent(
 ) -> None:
     given = arguments(tiny_folder, prompt_file, tmp_path / "t", "--num-workers", "2")
     given[given.index("--max-new-tokens") + 1] = "200"
-    process = subprocess.Popen([sys.executable, "-c", MAIN, *given], stderr=subprocess.PIPE, start_new_session=True)
+    # Who starts the tests in the background makes them, and all that they start, deaf to Ctrl-C.
+    hearing = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{MAIN}"
+    process = subprocess.Popen([sys.executable, "-c", hearing, *given], stderr=subprocess.PIPE, start_new_session=True)
     while process.poll() is None and not check_files(tmp_path / "t"):
         time.sleep(0.01)
     if how == signal.SIGINT:
@@ -589,7 +593,7 @@ def check_files(out: Path) -> list[Path]:
 
 def members(group: int) -> list[str]:
     """Processes of a group that still run."""
-    found = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(["ps", "-ww", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=2) for line in found.splitlines()]
     return [row[2] for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
 
@@ -851,6 +855,6 @@ def test_a_manifest_reads_what_it_wrote(uninterrupted: Trace) -> None:
     manifest = read_manifest(uninterrupted.path)
     assert manifest == uninterrupted.manifest
     assert manifest.complete
-    assert manifest.command.startswith("bpkit ")
+    assert manifest.command.startswith("bpkit")
     assert manifest.spec.max_block_size == max(SIZES)
     assert manifest.dtype == str(torch.float32).removeprefix("torch.")
