@@ -181,3 +181,10 @@ def test_hiccups_are_trimmed() -> None:
     values[:9] = 1.0
     assert trimmed_mean(values) == pytest.approx(1e-4)
     assert trimmed_mean(np.zeros(0)) == 0
+
+
+def test_a_policy_remembers_only_what_outlives_a_request() -> None:
+    assert Recipe("bandit").remembers
+    assert Recipe("goodput:across_requests=true").remembers
+    assert not Recipe("goodput:across_requests=false").remembers
+    assert not Recipe("threshold").remembers

@@ -10,8 +10,10 @@ from typing import Any
 from bpkit.policy import Policy, PolicyError, overrides, validated
 from bpkit.registry import PolicyLike, resolve_policy
 
-BLOCK_SIZE, BLOCK_SIZES, MEMORY = "block_size", "block_sizes", "memory"
-"""Options with a meaning of their own: a block size, several, and a file to learn from and to save to."""
+BLOCK_SIZE, BLOCK_SIZES, MEMORY, ACROSS_REQUESTS = "block_size", "block_sizes", "memory", "across_requests"
+"""Options with a meaning of their own: a block size, several, a file to learn from and to save to, and whether what was
+learned outlives a request.
+"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Recipe:
     @property
     def remembers(self) -> bool:
         """Whether the policy keeps a memory from prompt to prompt, so that their order matters."""
-        return overrides(self.make(), "state_dict")
+        policy = self.make()
+        return overrides(policy, "state_dict") and getattr(policy.config, ACROSS_REQUESTS, True)
 
     def describe(self) -> dict[str, Any]:
         """All options with their values, as plain JSON."""
