@@ -295,10 +295,12 @@ def test_training_without_lightning_says_how_to_get_it(
 def test_the_defaults_shown_are_those_of_the_recipes() -> None:
     pytest.importorskip("lightning")
     from bpkit.cli import train
+    from bpkit.training.assistant import train_assistant
     from bpkit.training.drafter import train_drafter
     from bpkit.training.target import train_target
 
-    for command, recipe in ((train.train_target, train_target), (train.train_drafter, train_drafter)):
+    pairs = ((train.train_target, train_target), (train.drafter, train_drafter), (train.drafter, train_assistant))
+    for command, recipe in pairs:
         shown = inspect.signature(command).parameters
         for name, parameter in inspect.signature(recipe).parameters.items():
             if name in shown and parameter.default is not parameter.empty:
@@ -313,3 +315,21 @@ def test_train_passes_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch, 
     assert result.exit_code == 0, result.stderr
     assert (seen["out"], seen["layers"], seen["maths"]) == (tmp_path, 3, None)
     assert (seen["options"].max_minutes, seen["options"].devices, seen["options"].resume) == (2.0, 2, True)
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("block-diffusion", "drafter"), ("autoregressive", "assistant")])
+def test_the_kind_of_drafter_chooses_the_recipe(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, recipe: str
+) -> None:
+    pytest.importorskip("lightning")
+    seen: list[str] = []
+    for name in ("drafter", "assistant"):
+        monkeypatch.setattr(
+            f"bpkit.training.{name}.train_{name}", lambda target, out, name=name, **more: seen.append(name)
+        )
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "x"}\n', encoding="utf-8")
+    arguments = ("--target", "t", "--out", str(tmp_path / "out"), "--prompts", str(prompts), "--kind", kind)
+    result = run("train", "drafter", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert seen == [recipe]

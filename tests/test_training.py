@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from bpkit import SpeculativeDecoder
 from bpkit.assets import prompts
 from bpkit.drafters.blocks import block_attention_mask
 from bpkit.training import structured
+from bpkit.training.assistant import DistillationLoss, first_layers, train_assistant
 from bpkit.training.budget import learning_rate_factor
 from bpkit.training.corpus import maths_documents, training_prompts
 from bpkit.training.drafter import position_weights, train_drafter
+from bpkit.training.provenance import write_provenance
 from bpkit.training.run import RunOptions
 from bpkit.training.target import train_target
+from bpkit.types import AUTOREGRESSIVE
 
 QUICK = RunOptions(max_steps=3, max_minutes=2.0, accelerator="cpu")
 
@@ -51,7 +56,60 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         new_tokens=12,
         batch_size=4,
     )
+    train_assistant(
+        str(folder / "target"),
+        folder / "assistant",
+        prompts=training_prompts(maths, per_domain=40, seed=0),
+        options=QUICK,
+        layers=1,
+        sequences=96,
+        new_tokens=12,
+        batch_size=4,
+    )
     return folder
+
+
+def test_an_autoregressive_drafter_is_cut_from_the_target_and_decodes_without_loss(trained: Path) -> None:
+    decoder = SpeculativeDecoder.from_pretrained(trained / "target", str(trained / "assistant"), strict=True)
+    assert decoder.drafter.kind == AUTOREGRESSIVE
+    assert decoder.drafter.model.config.num_hidden_layers == 1  # type: ignore[attr-defined]
+    texts = {decoder.with_policy(f"fixed:{b}").generate("1 + 1", max_new_tokens=20).text for b in (1, 3, 8)}
+    assert len(texts) == 1
+
+
+def test_distillation_begins_at_the_target_and_learns_its_distributions(trained: Path) -> None:
+    target = AutoModelForCausalLM.from_pretrained(trained / "target", dtype=torch.float32)
+    drafter = first_layers(target, 2)
+    kept = target.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in drafter.state_dict().items())
+    loss = DistillationLoss(drafter, target)
+    torch.manual_seed(0)
+    batch = torch.randint(3, 300, (4, 16)), torch.tensor([2, 2, 2, 2]), torch.tensor([16, 16, 9, 12])
+    before = float(loss(*batch).detach())
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss(*batch).backward()
+        optimizer.step()
+    assert 0 <= float(loss(*batch).detach()) < before
+    assert float(DistillationLoss(target, target)(*batch)) == pytest.approx(0, abs=1e-3)
+
+
+def test_padding_does_not_count_in_distillation(trained: Path) -> None:
+    target = AutoModelForCausalLM.from_pretrained(trained / "target", dtype=torch.float32)
+    loss = DistillationLoss(first_layers(target, 1), target)
+    ids = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(1))
+    other = ids.clone()
+    other[:, 9:] = 5
+    lengths = torch.tensor([2, 2]), torch.tensor([9, 9])
+    assert float(loss(ids, *lengths)) == pytest.approx(float(loss(other, *lengths)), rel=1e-5)
+
+
+@pytest.mark.parametrize("layers", [0, 4, 9])
+def test_a_drafter_has_fewer_layers_than_its_target(trained: Path, layers: int) -> None:
+    target = AutoModelForCausalLM.from_pretrained(trained / "target")
+    with pytest.raises(ValueError, match=f"its 4 layers .* with {layers} layers cannot be cut"):
+        first_layers(target, layers)
 
 
 def test_trained_pair_decodes_without_loss(trained: Path) -> None:
@@ -62,18 +120,35 @@ def test_trained_pair_decodes_without_loss(trained: Path) -> None:
 
 
 def test_checkpoints_are_written_in_bfloat16(trained: Path) -> None:
-    for name in ("target", "drafter"):
+    for name in ("target", "drafter", "assistant"):
         weights = load_file(trained / name / "model.safetensors")
         assert {w.dtype for w in weights.values()} == {torch.bfloat16}
 
 
 def test_provenance_says_what_made_an_artifact_and_keeps_no_path(trained: Path) -> None:
-    for name, key in (("target", "maths"), ("drafter", "prompts")):
+    for name, key in (("target", "maths"), ("drafter", "prompts"), ("assistant", "prompts")):
         text = (trained / name / "provenance.json").read_text(encoding="utf-8")
         facts = json.loads(text)
         assert len(facts["data"][key]) == 64
         assert facts["arguments"]["max_steps"] == 3
         assert str(trained) not in text
+
+
+def test_a_failed_write_leaves_the_old_provenance_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_provenance(tmp_path, "recipe", {"seed": 1, "file": tmp_path / "x"}, {"data": "d"})
+    before = (tmp_path / "provenance.json").read_bytes()
+    assert json.loads(before)["arguments"] == {"seed": 1, "file": "x"}
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_provenance(tmp_path, "recipe", {"seed": 2}, {})
+    assert (tmp_path / "provenance.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["provenance.json"]
 
 
 def test_outputs_are_reused_and_hold_prompt_and_answer(trained: Path) -> None:

@@ -21,7 +21,7 @@ class Prompt(TypedDict):
 
 
 def shipped(name: str) -> Path:
-    """Path of a shipped folder: `target`, `drafter` or `prompts`.
+    """Path of a shipped folder: `target`, `drafter`, `assistant` (an autoregressive drafter) or `prompts`.
 
     Raises:
         FileNotFoundError: this installation does not carry it.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ from typer.core import TyperGroup
 from bpkit.cli import train_policy
 from bpkit.cli.errors import require
 from bpkit.training.trainable import refuse_untrainable, trainable_entries
+from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION
 
 if TYPE_CHECKING:
     from bpkit.training.run import RunOptions
@@ -59,6 +62,14 @@ def policy_command(spec: str, *, beside: Sequence[str] = ()) -> Any:
 
 
 app = typer.Typer(help=HELP, cls=TrainGroup, no_args_is_help=True)
+
+
+class DrafterKind(StrEnum):
+    """What `bpkit train drafter` can make, by the name of its kind in `bpkit drafters`."""
+
+    BLOCK_DIFFUSION = BLOCK_DIFFUSION
+    AUTOREGRESSIVE = AUTOREGRESSIVE
+
 
 _BUDGET = "Budget and devices"
 _Out = Annotated[Path, typer.Option(help="Folder for the result, its checkpoints and logs.", metavar="FOLDER")]
@@ -140,7 +151,7 @@ def train_target(
 
 
 @app.command("drafter")
-def train_drafter(
+def drafter(
     target: Annotated[
         str, typer.Option(help="Folder or Hub name of the target; its tokenizer needs a mask token.", metavar="MODEL")
     ],
@@ -150,11 +161,19 @@ def train_drafter(
         Path | None,
         typer.Option(help="JSONL with `prompt`, instead of openings of the target's training text.", metavar="FILE"),
     ] = None,
+    kind: Annotated[
+        DrafterKind,
+        typer.Option(help="`block-diffusion` drafts a block in one pass, `autoregressive` token after token."),
+    ] = DrafterKind.BLOCK_DIFFUSION,
     layers: Annotated[int, typer.Option(help="Drafter layers.", min=1)] = 2,
-    block_size: Annotated[int, typer.Option(help="Trained block size, the anchor included.", min=2)] = 16,
+    block_size: Annotated[
+        int, typer.Option(help="Trained block size, the anchor included (block-diffusion).", min=2)
+    ] = 16,
     target_layer: Annotated[
         list[int] | None,
-        typer.Option(help="A target layer that gives features; repeat. By default three, spread out.", min=0),
+        typer.Option(
+            help="A target layer that gives features; repeat. By default three, spread out (block-diffusion).", min=0
+        ),
     ] = None,
     sequences: Annotated[int, typer.Option(help="Answers of the target to train on.", min=65)] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Tokens that the target generates for each.", min=2)] = 160,
@@ -169,7 +188,9 @@ def train_drafter(
     resume: _Resume = True,
     seed: _Seed = 0,
 ) -> None:
-    """Let a target answer prompts, and train a DFlash block-diffusion drafter on the answers.
+    """Let a target answer prompts, and train a drafter on the answers.
+
+    A block-diffusion drafter is DFlash's; an autoregressive one is cut from the target's first layers and distilled.
 
     `bpkit train drafter --target runs/target --out runs/drafter --maths gsm8k_train.jsonl --minutes 60 --devices 2`
 
@@ -177,18 +198,22 @@ def train_drafter(
     """
     require("lightning", extra="train", purpose="Training")
     from bpkit.prompts import read_prompts
-    from bpkit.training import drafter as recipe
+    from bpkit.training.assistant import train_assistant
     from bpkit.training.corpus import training_prompts
+    from bpkit.training.drafter import train_drafter
 
+    recipe = (
+        train_assistant
+        if kind is DrafterKind.AUTOREGRESSIVE
+        else partial(train_drafter, block_size=block_size, target_layer_ids=target_layer)
+    )
     texts = [p.text for p in read_prompts(prompts)] if prompts else None
-    recipe.train_drafter(
+    recipe(
         target,
         out,
         prompts=texts or training_prompts(maths, per_domain=per_domain, seed=seed),
         options=_run_options(minutes, steps, devices, accelerator, strategy, compile, resume, seed),
         layers=layers,
-        block_size=block_size,
-        target_layer_ids=target_layer,
         sequences=sequences,
         new_tokens=new_tokens,
         batch_size=batch_size,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from bpkit.assets import shipped
 from bpkit.drafters.base import GoOn, Proposal
 from bpkit.runtime.sampling import Draw
 from bpkit.types import AUTOREGRESSIVE, Feature
@@ -40,7 +41,8 @@ class AutoregressiveDrafter:
 
     @classmethod
     def load(cls, path: str, target: PreTrainedModel, *, block_size: int = DEFAULT_BLOCK_SIZE) -> AutoregressiveDrafter:
-        """Load a causal language model from a folder or the Hub."""
+        """Load a causal language model from a folder or the Hub; without a path, the one that ships with bpkit."""
+        path = path or str(shipped("assistant"))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=target.dtype).to(target.device)
         return cls(model, target, name=path, block_size=int(block_size))
 

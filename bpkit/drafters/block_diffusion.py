@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from bpkit.assets import shipped
 from bpkit.drafters.base import GoOn, Proposal
 from bpkit.drafters.dflash_model import DFlashModel
 from bpkit.runtime.sampling import Draw
@@ -47,11 +48,12 @@ class BlockDiffusionDrafter:
 
     @classmethod
     def load(cls, path: str, target: PreTrainedModel, **options: Any) -> BlockDiffusionDrafter:
-        """Load a checkpoint of the published DFlash layout, from a folder or the Hub.
+        """Load a checkpoint of the published DFlash layout, from a folder or the Hub; without a path, the shipped one.
 
         Raises:
             ValueError: its tensors are not those of a DFlash drafter; it would draft at random.
         """
+        path = path or str(shipped("drafter"))
         model, info = DFlashModel.from_pretrained(path, dtype=target.dtype, output_loading_info=True, **options)
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(what):
