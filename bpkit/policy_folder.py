@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from bpkit.files import write_at_once
 from bpkit.policy import PolicyError
 from bpkit.types import DecoderSpec
 
@@ -184,15 +184,4 @@ def write_policy_folder(
         raise PolicyError(f"policy {policy!r}: facts and options must be plain, finite JSON values ({error})") from None
     folder.mkdir(parents=True, exist_ok=True)
     write_at_once(folder / WEIGHTS, data)
-    write_at_once(folder / POLICY, text.encode())
-
-
-def write_at_once(path: Path, data: bytes) -> None:
-    """Replace a file: whoever reads it sees the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_at_once(folder / POLICY, text)

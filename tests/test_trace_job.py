@@ -34,6 +34,7 @@ from bpkit.traces import ray_workers, tables
 from bpkit.traces.collect import TraceOptions, Tracer
 from bpkit.traces.fingerprint import fingerprint_model
 from bpkit.traces.job import ThisProcess, Traces, describe, run_job
+from bpkit.traces.lock import LOCK, Holder, claimed
 from bpkit.traces.manifest import Manifest, TraceError, read_manifest
 from bpkit.traces.ray_workers import OnRay
 from bpkit.traces.records import PromptTrace
@@ -413,6 +414,93 @@ def test_other_weights_or_texts_are_another_trace(pair: TinyPair, tmp_path: Path
 
 
 # Folders that cannot be used
+
+
+def holds(folder: Path, **changed: Any) -> Path:
+    """A lock of this process, with other facts where they are given."""
+    folder.mkdir(exist_ok=True)
+    (folder / LOCK).write_text(Holder.here().model_copy(update=changed).model_dump_json(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dead() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_second_run_on_the_same_folder_is_refused(pair: TinyPair, tmp_path: Path) -> None:
+    decoder, options, out = decoder_of(pair), TraceOptions(SIZES, 4), tmp_path / "t"
+    with claimed(out), pytest.raises(TraceError, match=rf"process {os.getpid()} on .*delete .*{LOCK}"):
+        job(out, decoder, options)
+    assert list(out.iterdir()) == []
+    with claimed(out), pytest.raises(TraceError, match="being traced"), claimed(tmp_path / "." / "t"):
+        pass
+    job(out, decoder, options)
+    assert open_trace(out).manifest.complete
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from bpkit.traces.lock import claimed
+
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_in_another_process_keeps_others_out(tmp_path: Path) -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(TraceError, match=f"process {process.pid} on"), claimed(tmp_path):
+            pass
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with claimed(tmp_path):  # ended, though nobody has waited for it
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(pair: TinyPair, dead: int, tmp_path: Path) -> None:
+    decoder, options = decoder_of(pair), TraceOptions(SIZES, 4)
+    locks: dict[str, dict[str, Any]] = {
+        "dead": {"pid": dead, "born": 1},
+        "same id": {},
+        "reused id": {"pid": 1, "born": 2**60},
+    }
+    for name, changed in locks.items():
+        job(holds(tmp_path / name, **changed), decoder, options)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            "drafts.parquet",
+            "manifest.json",
+            "prompts.parquet",
+        }
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / LOCK).write_text("{", encoding="utf-8")
+    job(tmp_path / "damaged", decoder, options)
+
+
+def test_a_lock_of_another_host_stays(dead: int, tmp_path: Path) -> None:
+    holds(tmp_path, pid=dead, host="elsewhere")
+    with pytest.raises(TraceError, match=f"process {dead} on elsewhere"), claimed(tmp_path):
+        pass
+    assert (tmp_path / LOCK).exists()
+
+
+def test_a_file_system_without_links_has_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    with claimed(tmp_path), pytest.raises(TraceError, match="being traced"), claimed(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_with_something_else_in_it_is_refused(pair: TinyPair, tmp_path: Path) -> None:

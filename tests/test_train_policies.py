@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from bpkit.bench.evaluation import evaluate
 from bpkit.bench.splits import split_prompts
 from bpkit.cli.main import build_app
 from bpkit.policy import Policy, PolicyError, State
@@ -35,8 +37,9 @@ from bpkit.traces.records import PromptTrace
 from bpkit.traces.storage import TraceWriter
 from bpkit.trained import TrainedConfig, TrainedElsewhereWarning, TrainedPolicy
 from bpkit.training.example_data import EpochSampler
-from bpkit.training.policies import train_policy
+from bpkit.training.policies import PolicyRun, train_policy
 from bpkit.training.policy_module import PolicyModule, Replay, TrainingOptions
+from bpkit.training.prompts import prompt_record
 from bpkit.training.validation import Validation
 from bpkit.types import BLOCK_DIFFUSION, Context, CostModel, DecoderSpec, Feature
 
@@ -192,8 +195,9 @@ def test_the_folder_holds_weights_config_provenance_and_evaluation(folder: Path)
     assert facts["arguments"]["training_options"]["seed"] == 0
     assert facts["arguments"]["cost_model"].startswith("made up ")
     assert set(facts["data"]) == {"train", "validation"}
-    ids = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-    assert ids["validation"] == [prompt.id for prompt in VALIDATION]
+    seen = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    assert seen["validation"] == [prompt.id for prompt in VALIDATION]
+    assert [len(set(seen["fingerprints"][part])) for part in ("train", "validation")] == [len(TRAIN), len(VALIDATION)]
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -538,7 +542,8 @@ def test_train_and_evaluate_from_the_command_line(trace: Path, tmp_path: Path) -
     assert f"--policy {out}" in result.stderr
     ids = json.loads((out / "prompts.json").read_text(encoding="utf-8"))
     split = split_prompts([p.id for p in PROMPTS], [p.domain for p in PROMPTS])
-    assert ids == {part: [PROMPTS[i].id for i in getattr(split, part)] for part in ("train", "validation")}
+    kept = {part: [PROMPTS[i] for i in getattr(split, part)] for part in ("train", "validation")}
+    assert ids == prompt_record(kept)
     assert json.loads((out / POLICY).read_text(encoding="utf-8"))["options"] == {"margin": 0.1}
     provenance = (out / "provenance.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in provenance
@@ -546,6 +551,93 @@ def test_train_and_evaluate_from_the_command_line(trace: Path, tmp_path: Path) -
     assert command(*arguments).exit_code == 0  # finished: nothing is done again
     judged = command("evaluate", trace, *cost, "--policy", out, "--json", tmp_path / "e.json", "--permutations", 0)
     assert judged.exit_code == 0, judged.stderr
+
+
+def test_prompts_that_a_policy_has_seen_do_not_judge_it(trace: Path, tmp_path: Path) -> None:
+    cost, out = ("--cost", trace.parent / "cost.json"), tmp_path / "toy"
+    assert command("train", "toy", trace, "--out", out, *cost, "--epochs", 1).exit_code == 0
+    quick = ("--no-tune", "--permutations", 0, "--orders", 1, "--json", tmp_path / "e.json")
+    assert command("evaluate", trace, *cost, "--policy", out, *quick).exit_code == 0
+    report = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    assert report["leaks"] == {}
+
+    refused = command("evaluate", trace, *cost, "--policy", out, *quick, "--seed", 1)
+    assert refused.exit_code == 2
+    for part in (
+        "was trained on",
+        "of the test prompts (synthetic-",
+        "--split and --seed",
+        "other prompts",
+        "--allow-leak",
+    ):
+        assert part in refused.stderr, refused.stderr
+    result = command("evaluate", trace, *cost, "--policy", out, *quick, "--seed", 1, "--allow-leak")
+    assert result.exit_code == 0, result.stderr
+    assert f"LEAK: policy {out} was trained on" in " ".join(result.stdout.split())
+    report = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    leak, seen = report["leaks"][str(out)], json.loads((out / "prompts.json").read_text(encoding="utf-8"))
+    assert leak["compared_by"] == "tokens"
+    for part in ("validation", "test"):
+        assert set(leak["trained_on"][part]) == set(seen["train"]) & set(report["split"][part])
+    assert set(leak["chosen_on"]["test"]) == set(seen["validation"]) & set(report["split"]["test"])
+
+
+def test_seen_prompts_are_known_by_their_tokens_or_else_by_their_ids(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(prompts: list[PromptTrace], policy: Path, **options: Any) -> dict[str, Any]:
+        given = {"permutations": 0, "tune": False, "orders": 1, **options}
+        return evaluate(prompts, SPEC, {"toy": str(policy)}, [COST], **given)
+
+    renamed = [replace(p, id=f"other-{p.id}") for p in PROMPTS]
+    with pytest.raises(PolicyError, match=r"was trained on \d+ of the test prompts \(other-"):
+        judged(renamed, folder)
+    fresh = [replace(planted(i + 100), id=PROMPTS[i].id, index=i) for i in range(40)]
+    assert judged(fresh, folder)["leaks"] == {}
+
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    seen = json.loads((old / "prompts.json").read_text(encoding="utf-8"))
+    (old / "prompts.json").write_text(json.dumps({part: seen[part] for part in ("train", "validation")}))
+    assert judged(renamed, old)["leaks"] == {}
+    with pytest.raises(PolicyError, match="compared by id"):
+        judged(fresh, old)
+    assert "compared by id" in judged(fresh, old, leave_out=True)["left_out"]["toy"]
+    monkeypatch.setattr("bpkit.trained.SHIPPED", tmp_path)
+    old.rename(tmp_path / "toy")
+    with pytest.raises(PolicyError, match="compared by id"):  # what ships with bpkit has a record like any other
+        evaluate(fresh, SPEC, {"toy": "toy"}, [COST], permutations=0)
+    (tmp_path / "toy" / "prompts.json").write_text("{}")
+    with pytest.raises(PolicyError, match=r"prompts\.json cannot be read"):
+        judged(fresh, tmp_path / "toy")
+    (tmp_path / "toy" / "prompts.json").unlink()
+    assert "does not say which prompts" in judged(PROMPTS, tmp_path / "toy")["notes"][0]
+
+
+def test_tensorboard_gets_the_figures_or_the_extra_is_named(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("train", "toy", trace, "--cost", trace.parent / "cost.json", "--epochs", 2, "--logger", "tensorboard")
+    find_spec = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+        result = command(*arguments, "--out", tmp_path / "without")
+        assert result.exit_code == 1
+        assert "pip install 'bpkit[tensorboard]'" in result.stderr
+        assert not (tmp_path / "without").exists()
+        with pytest.raises(ValueError, match=r"bpkit\[tensorboard\]"):
+            train_policy(
+                "toy", TRAIN, SPEC, COST, tmp_path / "api", validation=VALIDATION, run=PolicyRun(logger="tensorboard")
+            )
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = command(*arguments, "--out", tmp_path / "with")
+    assert result.exit_code == 0, result.stderr
+    [events] = (tmp_path / "with" / "logs").rglob("events.out.tfevents.*")
+    figures = EventAccumulator(str(events))
+    figures.Reload()
+    assert {"train_loss", "val_loss", "val_tokens_per_second"} <= set(figures.Tags()["scalars"])
 
 
 def test_several_traces_train_together_and_a_trace_may_validate(trace: Path, tmp_path: Path) -> None:

@@ -25,27 +25,18 @@ Rates are ratios of sums. `*_interval` is [low, high]: 95%, paired bootstrap ove
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from bpkit.files import write_at_once
 
 PHASES = ("target", "drafter", "policy", "other")
 """Where time goes: target passes, drafting, the policy's decisions, everything else."""
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write the figures as JSON; see `write_text`."""
-    write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write the file at once: whoever reads it sees the old report or the whole new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    """Write the figures as JSON; at once."""
+    write_at_once(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def check_writable(path: Path, *, suffixes: tuple[str, ...] = ()) -> None:

@@ -75,7 +75,10 @@ def train_policy(
     devices: Annotated[int, typer.Option(help="Of Lightning.", min=1, rich_help_panel=_RUN)] = 1,
     strategy: Annotated[str, typer.Option(help="Of Lightning, such as `ddp`.", rich_help_panel=_RUN)] = "auto",
     accelerator: Annotated[str, typer.Option(help="`auto`, `cpu` or `gpu`.", rich_help_panel=_RUN)] = "auto",
-    logger: Annotated[str, typer.Option(help="`csv` or `tensorboard`.", rich_help_panel=_RUN)] = "csv",
+    logger: Annotated[
+        str,
+        typer.Option(help="Of the figures of each epoch, under `logs`: `csv` or `tensorboard`.", rich_help_panel=_RUN),
+    ] = "csv",
     resume: Annotated[
         bool, typer.Option(help="Go on where an earlier run in the folder stopped.", rich_help_panel=_RUN)
     ] = True,
@@ -104,6 +107,8 @@ def train_policy(
     require("pyarrow", extra="traces", purpose="A trace")
     if logger not in LOGGERS:
         raise ValueError(f"--logger {logger}: choose {' or '.join(LOGGERS)}")
+    if logger == "tensorboard":
+        require("tensorboard", extra="tensorboard", purpose="--logger tensorboard")
     if validation and split:
         raise ValueError("give --validation or --split, not both: with --validation nothing is split")
     given = parse_settings(settings or [])
@@ -270,4 +275,6 @@ def report(folder: Path, name: str) -> None:
         f"{len(found['epochs'])}, {ended}."
     )
     say(f"{found['note']}")
-    say(f"wrote {folder}; use it with --policy {folder}")
+    # A bare name that a plug-in registers would be taken for that policy.
+    shown = folder if "/" in str(folder) else f"./{folder}"
+    say(f"wrote {folder}; use it with --policy {shown}")

@@ -57,7 +57,7 @@ def synthetic_prompt(
         id=f"synthetic-{index}",
         domain=DOMAINS[index % 2],
         max_new_tokens=max_new_tokens,
-        prompt_tokens=np.zeros(prompt_length, np.int32),
+        prompt_tokens=np.full(prompt_length, index, np.int32),
         output_tokens=np.ones(output_length, np.int32),
         prefill_top_tokens=np.arange(64, dtype=np.int32),
         prefill_top_log_probabilities=-np.linspace(0.5, 9, 64, dtype=np.float32),

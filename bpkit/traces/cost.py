@@ -8,7 +8,6 @@ other unit that the whole table shares: every comparison of policies is a ratio.
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_left
 from collections.abc import Mapping
 from functools import cached_property
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
+from bpkit.files import write_at_once
 from bpkit.types import PHASES
 
 EXAMPLE = '{"verify": {"1": 1.0, "2": 1.1, "4": 1.3}}'
@@ -395,14 +395,7 @@ def read_cost(path_or_preset: str | Path) -> CostTable:
 
 def write_cost(cost: CostTable, path: str | Path) -> None:
     """Write a cost file at once: whoever reads it sees the old file or the whole new one."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(cost.model_dump(mode="json"), indent=1, allow_nan=False)
-    try:
-        draft.write_text(text + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_at_once(Path(path), json.dumps(cost.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
 
 
 _HOW_TO_MEND = {

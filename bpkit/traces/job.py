@@ -13,6 +13,7 @@ from bpkit.prompts import Prompt
 from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.traces.collect import TraceOptions, Tracer
 from bpkit.traces.fingerprint import fingerprint_model, fingerprint_texts
+from bpkit.traces.lock import claimed
 from bpkit.traces.manifest import Manifest, ModelFacts
 from bpkit.traces.records import PromptTrace
 from bpkit.traces.storage import TraceWriter
@@ -91,9 +92,13 @@ def run_job(
     """Trace the prompts that are missing in `folder`, then complete it. Run again, it goes on where it was stopped.
 
     Raises:
-        TraceError: the folder holds another trace.
+        TraceError: the folder holds another trace, or another run works on it.
     """
-    writer = TraceWriter(folder, manifest)
+    with claimed(folder):
+        return _completed(TraceWriter(folder, manifest), prompts, workers, progress)
+
+
+def _completed(writer: TraceWriter, prompts: Sequence[Prompt], workers: Workers, progress: Progress | None) -> Manifest:
     missing = writer.missing()
     if progress is not None:
         progress.start("tracing", len(prompts))

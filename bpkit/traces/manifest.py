@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bpkit.files import write_at_once
 from bpkit.types import DecoderSpec, Feature
 
 MANIFEST = "manifest.json"
@@ -106,6 +106,4 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it at once: a reader sees the old one or the new one."""
-    partial = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-    partial.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / MANIFEST)
+    write_at_once(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bpkit.traces.fingerprint import fingerprint_values
+from bpkit.traces.lock import LOCK
 from bpkit.traces.manifest import MANIFEST, Manifest, TraceError, read_manifest, write_manifest
 from bpkit.traces.records import PromptTrace
 from bpkit.traces.tables import from_tables, to_tables
@@ -25,7 +28,7 @@ class TraceWriter:
     """Writes a trace so that it can be killed at any moment: a prompt is there whole, or not at all.
 
     Each prompt goes into `parts/` first. When all are there, the parts become the two tables, a row group for each
-    prompt, in the order of the prompts whatever order they came in.
+    prompt, in the order of the prompts whatever order they came in. One writer at a time: see `bpkit.traces.lock`.
 
     Raises:
         TraceError: the folder holds another trace.
@@ -38,24 +41,25 @@ class TraceWriter:
     def _opened(self, manifest: Manifest) -> Manifest:
         if not (self.folder / MANIFEST).exists():
             # Whoever was killed before the manifest was there left at most a hidden file.
-            if self.folder.exists() and any(path.suffix != UNFINISHED for path in self.folder.iterdir()):
+            found = list(self.folder.iterdir()) if self.folder.exists() else []
+            if any(path.suffix != UNFINISHED and path.name != LOCK for path in found):
                 raise TraceError(f"{self.folder} is not empty and holds no trace; name a new folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_manifest(self.folder, manifest)
             self.parts.mkdir()
             return manifest
-        found = read_manifest(self.folder)
-        different = found.differences(manifest)
+        there = read_manifest(self.folder)
+        different = there.differences(manifest)
         if different:
             raise TraceError(
                 f"{self.folder} holds a trace of something else ({'; '.join(different)}); name a new folder, or give "
                 "the arguments of the trace that is there"
             )
-        if found.complete:
+        if there.complete:
             self._clear()
         else:
             self.parts.mkdir(exist_ok=True)
-        return found
+        return there
 
     @property
     def complete(self) -> bool:
@@ -153,6 +157,15 @@ class Trace(Sequence[PromptTrace]):
     def spec(self) -> DecoderSpec:
         """The decoder that this trace stands for."""
         return self.manifest.spec
+
+    @cached_property
+    def prompt_fingerprints(self) -> list[str]:
+        """Of the tokens of each prompt, from that column alone."""
+        try:
+            column = self._files[0].read(columns=["prompt_tokens"]).column("prompt_tokens")
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise TraceError(f"{self.path} cannot be read ({error}); trace again into a new folder") from None
+        return [fingerprint_values(tokens) for tokens in column.to_pylist()]
 
     def __len__(self) -> int:
         return len(self.ids)

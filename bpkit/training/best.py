@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import safetensors.torch
 
-from bpkit.policy_folder import write_at_once
+from bpkit.files import write_at_once
 from bpkit.training.examples import Progress
 from bpkit.training.policy_module import PolicyModule
 

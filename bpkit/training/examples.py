@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from bpkit.files import write_at_once
 from bpkit.policy import PolicyError
-from bpkit.policy_folder import write_at_once
 from bpkit.traces.records import PromptTrace
 from bpkit.training.policy_module import PolicyModule, TrainingOptions
 

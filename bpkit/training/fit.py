@@ -81,8 +81,10 @@ def _last_checkpoint(folder: Path) -> ModelCheckpoint:
 def _logger(how: PolicyRun, out: Path) -> Logger:
     if how.logger == "csv":
         return CSVLogger(out, name="logs")
-    if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        raise ValueError("logger 'tensorboard' needs the package tensorboard: pip install tensorboard")
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "logger 'tensorboard' needs tensorboard, which is not installed: pip install 'bpkit[tensorboard]'"
+        )
     return TensorBoardLogger(out, name="logs")
 
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from bpkit.files import write_at_once
 from bpkit.policy import PolicyError
-from bpkit.policy_folder import POLICY, TrainedFor, is_policy_folder, write_at_once
+from bpkit.policy_folder import POLICY, TrainedFor, is_policy_folder
 from bpkit.traces.fingerprint import fingerprint_values
 from bpkit.traces.records import PromptTrace
 from bpkit.traces.replay import offered
@@ -29,13 +30,13 @@ from bpkit.training.examples import (
 )
 from bpkit.training.fit import first_process, fit
 from bpkit.training.policy_module import PolicyModule
-from bpkit.training.prompts import joined, labels
+from bpkit.training.prompts import PROMPTS, joined, labels, prompt_record
 from bpkit.training.provenance import write_provenance
 from bpkit.training.trainable import make_module
 from bpkit.training.validation import Validation, judge, spread, trimmed
 from bpkit.types import CostModel, DecoderSpec, Feature
 
-RUN, EVALUATION, PROMPTS = "run.json", "evaluation.json", "prompts.json"
+RUN, EVALUATION = "run.json", "evaluation.json"
 NOTE = (
     "Epoch and options were chosen on these prompts, and the best fixed size as well: the figures are too good. "
     "`bpkit evaluate` judges on prompts that decided nothing."
@@ -122,7 +123,7 @@ def train_policy(
     progress.start("final validation", len(prompts.validation))
     judged = judge(policy, prompts.validation, spec, cost, progress.tick)
     write_json(out / EVALUATION, _evaluation(policy, module.replay, best, data, judged))
-    write_json(out / PROMPTS, prompts.ids())
+    write_json(out / PROMPTS, prompt_record({"train": prompts.train, "validation": prompts.validation}))
     _write_provenance(out, facts, policy, how)
     policy.save_pretrained(out)  # last: a folder with a policy is whole
     return out
@@ -218,7 +219,7 @@ def _begun(out: Path, facts: dict[str, Any], *, resume: bool) -> bool:
     elif out.exists() and any(entry.name not in ("examples", "logs") for entry in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run of `bpkit train`: name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_at_once(path, (json.dumps(facts, indent=1) + "\n").encode())
+    write_at_once(path, json.dumps(facts, indent=1) + "\n")
     return False
 
 
@@ -294,4 +295,4 @@ def _write_provenance(out: Path, facts: Mapping[str, Any], policy: TrainedPolicy
 
 def write_json(path: Path, values: Any) -> None:
     """Replace a file by plain JSON values. Raises ValueError for NaN and infinity."""
-    write_at_once(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+    write_at_once(path, json.dumps(values, indent=1, allow_nan=False) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from bpkit.traces.fingerprint import fingerprint_values
@@ -12,6 +12,8 @@ from bpkit.traces.replay import Fill, offered
 from bpkit.traces.storage import Trace
 from bpkit.types import Feature
 
+PROMPTS = "prompts.json"
+"""In the folder of a trained policy: which prompts it has seen. `bpkit evaluate` reads it."""
 _MUST_AGREE = ("drafter_kind", "trained_block_size", "hidden_size", "vocab_size", "block_sizes")
 
 
@@ -26,6 +28,11 @@ class _Lazy(Sequence[PromptTrace]):
     domains: list[str]
 
     def _read(self, place: int) -> PromptTrace:
+        raise NotImplementedError
+
+    @property
+    def prompt_fingerprints(self) -> list[str]:
+        """Of the tokens of all prompts."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -48,6 +55,7 @@ class Chain(_Lazy):
     """Sequences of prompts, one after the other."""
 
     def __init__(self, parts: Sequence[Sequence[PromptTrace]]) -> None:
+        self._parts = parts
         self._places = [(part, place) for part in parts for place in range(len(part))]
         self.ids = [label for part in parts for label in labels(part, "id")]
         self.domains = [label for part in parts for label in labels(part, "domain")]
@@ -55,6 +63,10 @@ class Chain(_Lazy):
     def _read(self, place: int) -> PromptTrace:
         part, at = self._places[place]
         return part[at]
+
+    @property
+    def prompt_fingerprints(self) -> list[str]:
+        return [found for part in self._parts for found in fingerprints(part)]
 
 
 class Part(_Lazy):
@@ -82,11 +94,27 @@ class Part(_Lazy):
         missing = self.features - offered(prompt)
         return self.fill(prompt, missing) if missing and self.fill is not None else prompt
 
+    @property
+    def prompt_fingerprints(self) -> list[str]:
+        return [self.trace.prompt_fingerprints[place] for place in self.places]
+
 
 def labels(prompts: Sequence[PromptTrace], name: str) -> list[str]:
     """`id` or `domain` of all prompts; read only where the sequence does not know them."""
     known = getattr(prompts, f"{name}s", None)
     return list(known) if known is not None else [str(getattr(prompt, name)) for prompt in prompts]
+
+
+def fingerprints(prompts: Sequence[PromptTrace]) -> list[str]:
+    """Of the tokens of each prompt, whatever its id; prompts are read only where the sequence does not know them."""
+    known = getattr(prompts, "prompt_fingerprints", None)
+    return list(known) if known is not None else [fingerprint_values(p.prompt_tokens.tolist()) for p in prompts]
+
+
+def prompt_record(parts: Mapping[str, Sequence[PromptTrace]]) -> dict[str, Any]:
+    """What `prompts.json` says: ids by part, and under `fingerprints` those of the tokens in the same order."""
+    ids = {part: labels(prompts, "id") for part, prompts in parts.items()}
+    return {**ids, "fingerprints": {part: fingerprints(prompts) for part, prompts in parts.items()}}
 
 
 def joined(traces: Sequence[Any]) -> Sequence[PromptTrace]:

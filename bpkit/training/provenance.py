@@ -7,9 +7,11 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from bpkit.files import write_at_once
 
 
 def fingerprint(texts: Iterable[str]) -> str:
@@ -21,8 +23,13 @@ def fingerprint(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def write_provenance(out: Path, recipe: str, arguments: Mapping[str, Any], data: Mapping[str, str]) -> None:
-    """Write `out/provenance.json`.
+PROVENANCE = "provenance.json"
+
+
+def write_provenance(
+    out: Path, recipe: str, arguments: Mapping[str, Any], data: Mapping[str, str], *, name: str = PROVENANCE
+) -> None:
+    """Write `out/provenance.json`, or `name` there, at once.
 
     Args:
         recipe: the function that ran. arguments: plain values; of paths only the name is kept.
@@ -34,11 +41,22 @@ def write_provenance(out: Path, recipe: str, arguments: Mapping[str, Any], data:
         "data": dict(data),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("bpkit", "torch", "transformers", "lightning")},
+            **{package: found for package in _PACKAGES if (found := _version(package)) is not None},
         },
         "git_revision": _revision(),
     }
-    (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_at_once(out / name, json.dumps(facts, indent=2) + "\n")
+
+
+_PACKAGES = ("bpkit", "torch", "transformers", "lightning")
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _revision() -> str | None:
