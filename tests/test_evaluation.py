@@ -28,7 +28,7 @@ from bpkit.traces.manifest import Manifest, ModelFacts, TraceError
 from bpkit.traces.oracle import fixed_path, oracle_step_truncate
 from bpkit.traces.records import DraftTable, PromptTrace
 from bpkit.traces.storage import TraceWriter
-from bpkit.types import BLOCK_DIFFUSION, DecoderSpec, Feature
+from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, DecoderSpec, Feature
 
 SPEC = DecoderSpec("target", "drafter", BLOCK_DIFFUSION, 4, 4, hidden_size=1, vocab_size=64)
 BY_HAND = CostTable(
@@ -67,6 +67,14 @@ class Slow(Policy):
     def select(self, state, context):
         time.sleep(0.001)
         return context.full(4)
+
+class Hasty(Policy):
+    """Ends every draft after two tokens."""
+    wants = frozenset()
+    def select(self, state, context):
+        return context.full(4)
+    def extend(self, state, draft):
+        return draft.draft_length < 2
 
 class Broken(Policy):
     wants = frozenset()
@@ -332,6 +340,69 @@ def test_the_best_fixed_size_does_not_differ_from_itself_where_the_limit_cuts_it
     assert size != 4 or path.verify_length.tolist() == [3, 3, 2]
 
 
+# Where the gap is
+
+
+def test_where_the_time_goes_of_crafted_prompts() -> None:
+    # Half of the prompts take 9, 12 or 9 at size 4, size 1 or best, the others 36, 12 or 12.
+    group = judged(half_and_half(40), {"fixed:4": "fixed:4"})["overall"]
+    nothing = dict.fromkeys(("verified_too_little", "features", "deciding"), 0.0)
+    assert group["policies"]["fixed:4"]["regret"] == pytest.approx(
+        {
+            **nothing,
+            "drafted_too_small": 0,
+            "drafted_too_large": 12 / 45,
+            "verified_too_much": 12 / 45,
+            "oracle": 21 / 45,
+        }
+    )
+    assert group["best_fixed"]["regret"] == pytest.approx(
+        {**nothing, "drafted_too_small": 3 / 24, "drafted_too_large": 0, "verified_too_much": 0, "oracle": 21 / 24}
+    )
+
+
+def test_where_the_time_goes_is_not_known_of_drafts_that_were_not_traced(
+    policy: Callable[[str], str], tmp_path: Path
+) -> None:
+    spec = dataclasses.replace(SPEC, drafter_kind=AUTOREGRESSIVE)
+    report = evaluate(
+        half_and_half(20), spec, {"hasty": policy("Hasty"), "fixed:2": "fixed:2"}, [BY_HAND], permutations=0
+    )
+    hasty, fixed = report["cost_models"]["by hand"]["overall"]["policies"].values()
+    assert list(hasty["regret"]) == ["reason"]
+    assert "block size 3 is not traced" in hasty["regret"]["reason"]
+    assert "oracle" in fixed["regret"]
+    console = Console(file=(tmp_path / "out").open("w", encoding="utf-8"), width=100)
+    print_evaluation(report, console)
+    console.file.close()
+    assert "Where hasty loses time is not known" in (tmp_path / "out").read_text(encoding="utf-8")
+    html_report(report)
+
+
+# The bound of confidences
+
+
+def test_what_confidences_could_win_is_bounded_for_greedy_traces() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    sampled = synthetic_prompts(30, output_length=24, max_new_tokens=24)
+    greedy = [dataclasses.replace(p, drafts=dataclasses.replace(p.drafts, match_probability=None)) for p in sampled]
+    one, two = (evaluate(greedy, SYNTHETIC, {}, [COST, flat(COST)], permutations=0) for _ in range(2))
+    assert one["cost_models"] == two["cost_models"]
+    for result in one["cost_models"].values():
+        assert 0 < result["confidences"]["tokens"] <= 12 * 2000
+        assert 0.7 <= result["confidences"]["factor"] <= 1.3
+        for group in (result["overall"], *result["domains"].values()):
+            rate = group["bounds"]["confidences"]["tokens_per_second"]
+            assert 0 < rate <= group["oracle"]["step_truncate"]["tokens_per_second"]
+    without = evaluate(
+        greedy, SYNTHETIC, {}, [COST], permutations=0, fractions=(0.0, 0.4, 0.6)
+    )  # nothing to learn from
+    for report in (evaluate(sampled, SYNTHETIC, {}, [COST], permutations=0), without):
+        result = report["cost_models"]["made up"]
+        assert (result["confidences"], result["overall"]["bounds"]) == (None, {})
+
+
 # Whom a trace cannot serve, and what else can go wrong
 
 
@@ -441,6 +512,12 @@ def test_the_json_has_its_paths(outcome: tuple[str, dict[str, Any], str]) -> Non
                 assert bound["acceptance_length"] >= 1
             assert "distributions" in group["oracle"]  # the trace was sampled
             assert list(group["policies"]) == ["fixed:4", "threshold:0.3", "bandit:discount=1"]
+            for entry in (group["best_fixed"], *group["policies"].values()):
+                assert sum(entry["regret"].values()) == pytest.approx(1)
+                assert min(entry["regret"].values()) >= 0
+                oracle = group["oracle"]["step_truncate"]["tokens_per_second"]
+                if not entry.get("memory"):  # several orders: a mean of rates is not the rate of sums
+                    assert entry["regret"]["oracle"] == pytest.approx(entry["tokens_per_second"] / oracle)
             for entry in group["policies"].values():
                 for figure in ("tokens_per_second_ratio", "acceptance_length", "gap_share"):
                     low, high = entry[figure]["interval"]
@@ -472,6 +549,7 @@ def test_the_table_says_the_same(outcome: tuple[str, dict[str, Any], str]) -> No
         "flat costs",
         "linear costs",
         "oracle.step_truncate (bound)",
+        "made up costs, time that the step oracle does not take",
         "easy",
     ):
         assert part in printed
@@ -484,7 +562,7 @@ def test_the_page_is_whole_by_itself(outcome: tuple[str, dict[str, Any], str]) -
     assert "<script" not in page
     assert "@import" not in page
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(sources) == 1 + 3 * 3  # acceptance length; ratios, costs and choices under each cost model
+    assert len(sources) == 1 + 3 * 4  # acceptance length; ratios, costs, regret and choices under each cost model
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     for part in ("gap_share", "oracle.distributions", "Made by: bpkit", "viewport", "fingerprint"):
         assert part in page

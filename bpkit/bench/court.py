@@ -24,6 +24,7 @@ class Settings:
         orders: of the test prompts, for policies with a memory.
         tune: whether options that the user left open are chosen on validation prompts.
         permutations: of the test whether per-prompt choice is learnable; 0 leaves it out.
+        second_test: judge on the prompts that were left for training, and leave the test prompts alone.
     """
 
     seed: int
@@ -31,6 +32,7 @@ class Settings:
     orders: int
     tune: bool
     permutations: int
+    second_test: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def assemble(
         raise ValueError(f"cost models need names of their own: {', '.join(c.name for c in cost_models) or 'none'}")
     survey = take_survey(prompts, stage.spec.drafter_kind, costs, progress)
     split = split_prompts(survey.ids, survey.domains, seed=settings.seed, fractions=settings.fractions)
+    if settings.second_test:
+        split = split.exchanged()
     for part in ("validation", "test"):
         if not getattr(split, part):
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ import numpy as np
 from bpkit.bench.bootstrap import Array, Bootstrap, Gap
 from bpkit.bench.play import Decision, Runs
 from bpkit.bench.recipe import Recipe
+from bpkit.bench.regrets import Regrets, Shares
 from bpkit.bench.resampling import central
 from bpkit.bench.survey import Indices
 from bpkit.bench.tune import Tuned
+from bpkit.traces.regret import Taken
 
 HEADLINE = "step_truncate"
 """The oracle that gaps are measured up to."""
@@ -31,6 +33,7 @@ class Performance:
         order_seeds: of those orders; empty without a memory.
         fallbacks: faults that were mended, all orders together, int64 [prompts].
         charged: whether `decision` is in the seconds of `runs`.
+        taken: the steps of each run, prompt by prompt.
     """
 
     runs: list[Runs]
@@ -39,6 +42,7 @@ class Performance:
     fallbacks: Indices
     tuned: Tuned
     charged: bool
+    taken: list[list[Taken]]
 
     @property
     def recipe(self) -> Recipe:
@@ -46,8 +50,12 @@ class Performance:
 
     def of(self, prompts: Indices) -> Performance:
         """With some of the prompts."""
-        runs = [run.of(prompts) for run in self.runs]
-        return Performance(runs, self.order_seeds, self.decision, self.fallbacks[prompts], self.tuned, self.charged)
+        return replace(
+            self,
+            runs=[run.of(prompts) for run in self.runs],
+            fallbacks=self.fallbacks[prompts],
+            taken=[[run[i] for i in prompts] for run in self.taken],
+        )
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,18 @@ class Field:
     Attributes:
         best_fixed: the block size chosen on all validation prompts.
         fixed: runs by block size.
-        oracles: runs by name.
+        oracles, bounds: runs by name.
         policies: by name.
+        regrets: of the policies by name. fixed_regrets: of the best fixed size.
     """
 
     best_fixed: int
     fixed: Mapping[int, Runs]
     oracles: Mapping[str, Runs]
+    bounds: Mapping[str, Runs]
     policies: Mapping[str, Performance]
+    regrets: Mapping[str, Regrets]
+    fixed_regrets: Regrets
 
     def of(self, prompts: Indices) -> Field:
         """With some of the prompts, by index among the test prompts."""
@@ -72,7 +84,10 @@ class Field:
             self.best_fixed,
             {size: runs.of(prompts) for size, runs in self.fixed.items()},
             {name: runs.of(prompts) for name, runs in self.oracles.items()},
+            {name: runs.of(prompts) for name, runs in self.bounds.items()},
             {name: performance.of(prompts) for name, performance in self.policies.items()},
+            {name: regrets.of(prompts) for name, regrets in self.regrets.items()},
+            self.fixed_regrets.of(prompts),
         )
 
 
@@ -88,11 +103,19 @@ def describe_group(field: Field, bootstrap: Bootstrap, *, own_best: int | None =
     described = {
         "prompts": len(base.tokens),
         "tokens": int(base.tokens.sum()),
-        "best_fixed": {"block_size": field.best_fixed, **_plain_figures(base, bootstrap)},
+        "best_fixed": {
+            "block_size": field.best_fixed,
+            **_plain_figures(base, bootstrap),
+            "regret": field.fixed_regrets.shares(float(base.seconds.sum()), 0.0),
+        },
         "fixed": {str(size): _bound(runs, base, bootstrap) for size, runs in field.fixed.items()},
         "oracle": {name: _bound(runs, base, bootstrap) for name, runs in field.oracles.items()},
+        "bounds": {name: _bound(runs, base, bootstrap) for name, runs in field.bounds.items()},
         "gap": {"tokens_per_second": gap.oracle - gap.fixed, "interval": gap.interval},
-        "policies": {name: _policy(one, base, gap, bootstrap) for name, one in field.policies.items()},
+        "policies": {
+            name: {**_policy(one, base, gap, bootstrap), "regret": _regret(one, field.regrets[name])}
+            for name, one in field.policies.items()
+        },
     }
     if own_best is not None:
         described["best_fixed_of_domain"] = {
@@ -162,17 +185,27 @@ def _gap_share(runs: Sequence[Runs], resampled: Sequence[Array], gap: Gap) -> di
 
 def _decisions(one: Performance) -> dict[str, Any]:
     """What deciding takes, and which share of all time that is if it is charged; all orders together."""
-    decision = one.decision
-    steps = sum(float(run.steps.sum()) for run in one.runs)
-    prompts = sum(len(run.steps) for run in one.runs)
-    spent = decision.per_step * steps + decision.per_begin * prompts
-    total = sum(float(run.seconds.sum()) for run in one.runs)
+    spent, total = _spent(one)
     return {
-        "decision_seconds_per_step": decision.per_step,
-        "decision_seconds_per_step_untrimmed": decision.mean_per_step,
-        "decision_seconds_per_prompt": decision.per_begin,
+        "decision_seconds_per_step": one.decision.per_step,
+        "decision_seconds_per_step_untrimmed": one.decision.mean_per_step,
+        "decision_seconds_per_prompt": one.decision.per_begin,
         "decision_share": spent / total if one.charged else None,
     }
+
+
+def _regret(one: Performance, regrets: Regrets) -> Shares:
+    """Shares of the policy's time that the oracle would not have taken; all orders together."""
+    spent, total = _spent(one)
+    return regrets.shares(total, spent if one.charged else 0.0)
+
+
+def _spent(one: Performance) -> tuple[float, float]:
+    """Seconds of decisions, and all seconds; all orders together."""
+    steps = sum(float(run.steps.sum()) for run in one.runs)
+    prompts = sum(len(run.steps) for run in one.runs)
+    spent = one.decision.per_step * steps + one.decision.per_begin * prompts
+    return spent, sum(float(run.seconds.sum()) for run in one.runs)
 
 
 def _estimate(values: Sequence[float], resampled: Sequence[Array]) -> dict[str, Any]:

@@ -3,23 +3,26 @@
     settings      models, block sizes, policies as given, seed, orders, prompts of each domain by part
     split         seed, fractions, and ids of train, validation and test
     left_out      POLICY -> why the trace cannot serve it
+    leaks         POLICY -> ids of test and validation prompts that it was trained or chosen on, where that was allowed
     notes         sentences that a reader of the figures should know
     definitions   TERM -> what it means here
     provenance    command, versions, machine and the trace's manifest, where the command line made the file
     cost_models   NAME -> unit, decision_time_charged, description, curves (what a step costs by block size),
-                  overall and domains.DOMAIN (groups), oracle_choices, learnable (the permutation test, or null)
+                  overall and domains.DOMAIN (groups), oracle_choices, confidences (drafted tokens that the bound
+                  learned from and its chosen factor, or null), learnable (the permutation test, or null)
 
 A group:
 
     prompts, tokens       of the test prompts in it
-    best_fixed            block_size, tokens_per_second, acceptance_length, with `*_interval`
+    best_fixed            block_size, tokens_per_second, acceptance_length, with `*_interval`, and regret
     best_fixed_of_domain  the same of the size that the domain's own validation prompts choose; not in `overall`
     fixed.SIZE            every block size on the test prompts
     oracle                prompt, step, step_truncate, and for sampled traces distributions: tokens_per_second,
                           acceptance_length and tokens_per_second_ratio {value, interval}
+    bounds                confidences, for greedy traces that hold them: as an oracle
     gap                   oracle.step_truncate less best_fixed in tokens_per_second, with interval
     policies.NAME         tokens_per_second_ratio, acceptance_length, acceptance_length_per_prompt and gap_share, each
-                          {value, interval}; decision time; fallbacks; options; tuning; memory and orders
+                          {value, interval}; decision time; fallbacks; options; tuning; memory and orders; regret
 """
 
 from __future__ import annotations
@@ -58,6 +61,22 @@ DEFINITIONS = {
     "oracle.distributions": (
         "A bound for sampled traces: the best expectation of a chooser that knows the distributions of target and "
         "drafter along the text, but not the noise."
+    ),
+    "bounds.confidences": (
+        "What the drafter's confidences could win if those of drafts of all sizes were known before drafting, which "
+        "they are not: for each step the block size and verify length of most expected tokens less the worth of their "
+        "time. Expectations are a logistic regression's from training prompts; what a second is worth is `factor` "
+        "times the best fixed size's tokens/s, chosen on validation prompts. Charged neither decisions nor features. "
+        "An estimate of a bound, for greedy traces."
+    ),
+    "regret": (
+        "Where the time goes that oracle.step_truncate does not take, as shares of the policy's own seconds, all "
+        "orders together. Of each step Q(b, v) - V, where V is the least time from there to the end and Q(b, v) that "
+        "after drafting at its block size and verifying its verify length; these sum to the policy's seconds less the "
+        "oracle's. `verified_too_much` and `verified_too_little`: Q(b, v) less the least Q at the same block size. "
+        "`drafted_too_small` (no draft included) and `drafted_too_large`: that least Q less V. `features` and "
+        "`deciding`: what the policy is charged for them. `oracle`: the rest, which the oracle takes too. Only "
+        "`reason` where drafts were ended at lengths that were not traced."
     ),
     "gap_share": (
         "(policy - best fixed) / (oracle.step_truncate - best fixed) in tokens/s. Null where the interval of the gap "

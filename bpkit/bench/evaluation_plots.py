@@ -7,7 +7,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bpkit.bench.evaluation_table import oracles
+from bpkit.bench.evaluation_table import LOST, bounds, contestants
+from bpkit.bench.regrets import DECIDING, FEATURES, REASON
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,11 +85,11 @@ def cost_curves(result: Mapping[str, Any]) -> Figure:
 def ratios(group: Mapping[str, Any]) -> Figure:
     """Tokens/s over the best fixed size: the policies close up, and below the bounds on their own scale."""
     policies = {name: entry["tokens_per_second_ratio"] for name, entry in group["policies"].items()}
-    bounds = {f"oracle.{name}": entry["tokens_per_second_ratio"] for name, entry in oracles(dict(group)).items()}
-    heights = [max(1, len(policies)), len(bounds)]
+    hindsight = {name: entry["tokens_per_second_ratio"] for name, entry in bounds(group).items()}
+    heights = [max(1, len(policies)), len(hindsight)]
     figure, (near, far) = _figure(2.0 + 0.34 * sum(heights), rows=2, height_ratios=heights)
     _forest(near, policies, POLICY)
-    _forest(far, bounds, ORACLE)
+    _forest(far, hindsight, ORACLE)
     spans = [x for entry in policies.values() for x in (entry["value"], *entry["interval"])]
     if spans:
         far.axvspan(min(spans), max(spans), color=POLICY, alpha=0.2, lw=0)
@@ -112,6 +113,28 @@ def _forest(axes: Any, entries: Mapping[str, Any], colour: str) -> None:
     axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="x", color="#e4e4e4", lw=0.8)
     axes.set_axisbelow(True)
+
+
+LOST_COLOURS = (*DOMAINS[:4], ORACLE)
+"""Of `LOST`, and of deciding."""
+
+
+def regrets(group: Mapping[str, Any]) -> Figure:
+    """Of each one's time, what the step oracle does not take: a bar for the best fixed size and for each policy."""
+    known = {who: e["regret"] for who, e in contestants(group).items() if REASON not in e["regret"]}
+    parts = {title: [100 * shares[kind] for shares in known.values()] for kind, title in LOST.items()}
+    parts["deciding"] = [100 * (shares[DECIDING] + shares[FEATURES]) for shares in known.values()]
+    figure, axes = _figure(1.8 + 0.36 * len(known))
+    left = [0.0] * len(known)
+    for (title, values), colour in zip(parts.items(), LOST_COLOURS, strict=True):
+        axes.barh(range(len(known)), values, left=left, height=0.7, color=colour, label=title)
+        left = [before + value for before, value in zip(left, values, strict=True)]
+    axes.set_yticks(range(len(known)), list(map(_short, known)))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("% of one's own time")
+    axes.legend(frameon=False, ncols=2, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
 
 
 def choices(result: Mapping[str, Any]) -> Figure:

@@ -11,7 +11,17 @@ from html import escape
 from typing import Any
 
 from bpkit.bench import evaluation_plots as plots
-from bpkit.bench.evaluation_table import about, bound, decision, figure, options, oracles, sentences, share
+from bpkit.bench.evaluation_table import (
+    LOST,
+    about,
+    bounds,
+    decision,
+    figure,
+    options,
+    regret_rows,
+    sentences,
+    share,
+)
 from bpkit.bench.html import PAGE, figure_element, paragraphs, table
 
 
@@ -92,6 +102,7 @@ def _model(name: str, result: Mapping[str, Any]) -> str:
         ),
         "</div>",
         _overall(group, result["unit"]),
+        _regrets(group),
         _domains(domains) if len(domains) > 1 else "",
         "<h3>Where the step oracle chooses otherwise</h3>",
         figure_element(
@@ -131,11 +142,22 @@ def _overall(group: Mapping[str, Any], unit: str) -> str:
                 options(entry),
             ]
         )
-    bounds = [
-        [bound(name), _rate(entry), figure(entry["tokens_per_second_ratio"]), _length(entry), "", "", ""]
-        for name, entry in oracles(dict(group)).items()
+    hindsight = [
+        [f"{title} (bound)", _rate(entry), figure(entry["tokens_per_second_ratio"]), _length(entry), "", "", ""]
+        for title, entry in bounds(group).items()
     ]
-    return table(head, rows, dim=bounds, last_is_text=True)
+    return table(head, rows, dim=hindsight, last_is_text=True)
+
+
+def _regrets(group: Mapping[str, Any]) -> str:
+    """Where the time goes that the step oracle does not take."""
+    picture = figure_element(
+        plots.data_uri(plots.regrets(group)),
+        "Of each one's own time, what oracle.step_truncate does not take, by the choice that took it. A draft that was "
+        "too large only because too much of it was verified counts as verified too much.",
+    )
+    head = ["% of one's own time", *LOST.values(), "deciding", "together"]
+    return f"<h3>Where the gap is</h3>{picture}{table(head, ([who, *cells] for who, cells in regret_rows(group)))}"
 
 
 def _domains(domains: Mapping[str, Any]) -> str:
@@ -157,8 +179,8 @@ def _domains(domains: Mapping[str, Any]) -> str:
         rows.append(
             line(name + (" *" if entry["memory"] else ""), (group["policies"][name] for group in domains.values()))
         )
-    bounds = [line(bound(name), (g["oracle"][name] for g in domains.values())) for name in oracles(dict(first))]
-    return f"<h3>By domain</h3>{table(head, rows, dim=bounds)}"
+    hindsight = [line(f"{title} (bound)", (bounds(g)[title] for g in domains.values())) for title in bounds(first)]
+    return f"<h3>By domain</h3>{table(head, rows, dim=hindsight)}"
 
 
 def _sizes(group: Mapping[str, Any]) -> str:

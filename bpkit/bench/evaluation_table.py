@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -9,14 +10,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-ORACLES = ("prompt", "distributions", "step", "step_truncate")
-"""In the order in which they are shown."""
+from bpkit.bench.regrets import DECIDING, FEATURES, REASON, Shares
+from bpkit.traces.regret import KINDS
+
+BOUNDS = (
+    ("oracle", "prompt"),
+    ("bounds", "confidences"),
+    ("oracle", "distributions"),
+    ("oracle", "step"),
+    ("oracle", "step_truncate"),
+)
+"""Where they stand in a group, in the order in which they are shown."""
+LOST = {kind: kind.replace("_", " ") for kind in KINDS}
 
 
 def print_evaluation(report: dict[str, Any], console: Console) -> None:
     """Print tables and notes."""
     for name, result in report["cost_models"].items():
         console.print(overall_table(name, result))
+        console.print(regret_table(name, result))
         if len(result["domains"]) > 1:
             console.print(domain_table(name, result["domains"]))
         for sentence in sentences(result):
@@ -58,9 +70,9 @@ def overall_table(name: str, result: dict[str, Any]) -> Table:
             style="green" if entry["tokens_per_second"] == fastest else None,
         )
     table.add_section()
-    for oracle, entry in oracles(group).items():
+    for title, entry in bounds(group).items():
         ratio = figure(entry["tokens_per_second_ratio"])
-        table.add_row(bound(oracle), _rate(entry), ratio, _length(entry), "", "-", "", style="dim")
+        table.add_row(f"{title} (bound)", _rate(entry), ratio, _length(entry), "", "-", "", style="dim")
     return table
 
 
@@ -80,10 +92,41 @@ def domain_table(name: str, domains: dict[str, Any]) -> Table:
         mark = " *" if entries[0]["memory"] else ""
         table.add_row(escape(policy) + mark, *(figure(entry["tokens_per_second_ratio"]) for entry in entries))
     table.add_section()
-    for oracle in oracles(next(iter(domains.values()))):
-        ratios = (figure(group["oracle"][oracle]["tokens_per_second_ratio"]) for group in domains.values())
-        table.add_row(bound(oracle), *ratios, style="dim")
+    for title in bounds(next(iter(domains.values()))):
+        ratios = (figure(bounds(group)[title]["tokens_per_second_ratio"]) for group in domains.values())
+        table.add_row(f"{title} (bound)", *ratios, style="dim")
     return table
+
+
+def regret_table(name: str, result: Mapping[str, Any]) -> Table:
+    """Where the time goes that oracle.step_truncate does not take, in percent of each one's own."""
+    title = f"{name} costs, time that the step oracle does not take, % of one's own"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("who", style="bold")
+    for column in (*LOST.values(), "deciding", "together"):
+        table.add_column(column.replace(" too", "\ntoo"), justify="right")
+    for who, cells in regret_rows(result["overall"]):
+        table.add_row(escape(who), *cells)
+    return table
+
+
+def regret_rows(group: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """The best fixed size and the policies, with percents: by `KINDS`, deciding, and together."""
+    return [(who, _percents(entry["regret"])) for who, entry in contestants(group).items()]
+
+
+def contestants(group: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The best fixed size and the policies, by what they are called."""
+    best = group["best_fixed"]
+    return {f"best fixed: {best['block_size']}": best, **group["policies"]}
+
+
+def _percents(shares: Shares) -> list[str]:
+    if REASON in shares:
+        return ["-"] * (len(KINDS) + 2)
+    lost = [float(shares[kind]) for kind in KINDS]
+    lost.append(float(shares[DECIDING]) + float(shares[FEATURES]))
+    return [f"{100 * value:.1f}" for value in (*lost, sum(lost))]
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
@@ -97,6 +140,11 @@ def sentences(result: dict[str, Any]) -> list[str]:
     reason = next((p["gap_share"].get("reason") for p in result["overall"]["policies"].values()), None)
     if reason:
         said.append(f"No shares: {reason}.")
+    said += [
+        f"Where {policy} loses time is not known: {entry['regret'][REASON]}."
+        for policy, entry in result["overall"]["policies"].items()
+        if REASON in entry["regret"]
+    ]
     if result["learnable"] is not None:
         said.append(result["learnable"]["note"])
     return said
@@ -110,17 +158,20 @@ def about(report: dict[str, Any]) -> str:
         "Test prompts only. In brackets: 95% paired bootstrap over prompts." + orders + " The share is of the gap from "
         "the best fixed size to oracle.step_truncate. Oracles choose with hindsight: a block size for each prompt, for "
         "each step, or block size and verify length for each step. They are bounds on such choices, and no policies."
+        + (f" {ABOUT_CONFIDENCES}" if any(r["overall"]["bounds"] for r in report["cost_models"].values()) else "")
     )
 
 
-def oracles(group: dict[str, Any]) -> dict[str, Any]:
-    """The oracles of a group in the order in which they are shown."""
-    return {name: group["oracle"][name] for name in ORACLES if name in group["oracle"]}
+ABOUT_CONFIDENCES = (
+    "bound.confidences chooses both by the drafter's calibrated confidences, those of drafts of all sizes known before "
+    "drafting: an estimate of what they could win."
+)
 
 
-def bound(oracle: str) -> str:
-    """What an oracle is called."""
-    return f"oracle.{oracle} (bound)"
+def bounds(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Oracles and other bounds of a group by what they are called, in the order in which they are shown."""
+    prefix = {"oracle": "oracle", "bounds": "bound"}
+    return {f"{prefix[kind]}.{name}": group[kind][name] for kind, name in BOUNDS if name in group[kind]}
 
 
 def figure(entry: dict[str, Any], *, digits: int = 3) -> str:

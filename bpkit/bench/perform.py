@@ -73,4 +73,5 @@ def _performance(court: Court, tallies: list[Tally], seeds: list[int], tuned: Tu
         fallbacks=np.sum([tally.fallbacks_by_prompt() for tally in tallies], axis=0),
         tuned=tuned,
         charged=court.charged[cost],
+        taken=[tally.taken_by_prompt() for tally in tallies],
     )

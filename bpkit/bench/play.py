@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bpkit.bench.recipe import Recipe
 from bpkit.policy import overrides
 from bpkit.traces.records import PromptTrace
+from bpkit.traces.regret import Taken
 from bpkit.traces.replay import Replayed, Replayer
 from bpkit.types import CostModel, DecoderSpec
 
@@ -78,6 +79,7 @@ class Tally:
     begins: list[float] = field(default_factory=list)
     decisions: list[Array] = field(default_factory=list)
     fallbacks: list[int] = field(default_factory=list)
+    taken: list[Taken] = field(default_factory=list)
 
     def add(self, replayed: Replayed, modelled: float) -> None:
         self.prompts.append(replayed.index)
@@ -87,6 +89,7 @@ class Tally:
         self.begins.append(replayed.begin_seconds)
         self.decisions.append(replayed.step_seconds)
         self.fallbacks.append(replayed.fallbacks)
+        self.taken.append(Taken.by_policy(replayed))
 
     def runs(self, decision: Decision) -> Runs:
         """Prompts in the order of their trace, decision time charged."""
@@ -98,6 +101,10 @@ class Tally:
     def fallbacks_by_prompt(self) -> NDArray[np.int64]:
         """Policy faults that were mended, prompts in the order of their trace: int64 [prompts]."""
         return np.array(self.fallbacks, np.int64)[self._order]
+
+    def taken_by_prompt(self) -> list[Taken]:
+        """The steps, prompts in the order of their trace."""
+        return [self.taken[i] for i in self._order]
 
     @property
     def _order(self) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PARTS = ("train", "validation", "test")
@@ -31,6 +31,11 @@ class Split:
     train: tuple[int, ...]
     validation: tuple[int, ...]
     test: tuple[int, ...]
+
+    def exchanged(self) -> Split:
+        """The same split with training and test prompts in each other's place."""
+        train, validation, test = self.fractions
+        return replace(self, fractions=(test, validation, train), train=self.test, test=self.train)
 
     def as_json(self, ids: Sequence[str]) -> dict[str, Any]:
         """Plain JSON values; prompts by id."""

@@ -13,6 +13,7 @@ import typer
 from bpkit.cli import options
 from bpkit.cli.errors import require
 from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
     from bpkit.traces.cost import CostTable
@@ -54,6 +55,23 @@ def evaluate(
         int,
         typer.Option(help="Of the test whether a size per prompt is learnable; 0: none.", min=0, rich_help_panel=_HOW),
     ] = 200,
+    second_test: Annotated[
+        bool,
+        typer.Option(
+            "--second-test",
+            help="Judge on the prompts left for training, and leave the test prompts alone: a second test set for "
+            "policies that were trained on other prompts, to be opened once.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
+    allow_leak: Annotated[
+        bool,
+        typer.Option(
+            "--allow-leak",
+            help="Judge a trained policy also on prompts that it was trained or chosen on; the result says so.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
     limit: Annotated[
         int | None,
         typer.Option(help="Prompts of each domain, the first ones; all by default.", min=1, rich_help_panel=_HOW),
@@ -109,7 +127,9 @@ def evaluate(
             orders=orders,
             tune=not no_tune,
             permutations=permutations,
+            second_test=second_test,
             leave_out=not policy,
+            allow_leaks=allow_leak,
             trace_seed=opened.manifest.seed,
             fill=fill,
             progress=bar,
@@ -161,8 +181,19 @@ def named_policies(given: list[str]) -> dict[str, str]:
         raise ValueError(f"--policy {', '.join(sorted(repeated))} is given more than once")
     for spec in given:
         resolve_policy(spec)
-    names = given or sorted(registry().policies)
+    names = given or [name for name in sorted(registry().policies) if can_be_made(name)]
     return dict(zip(names, names, strict=True))
+
+
+def can_be_made(name: str) -> bool:
+    """Whether a policy's name alone is enough."""
+    from bpkit.registry import resolve_policy
+
+    try:
+        resolve_policy(name)
+    except PolicyError:
+        return False
+    return True
 
 
 def cost_models(given: str | None, largest: int) -> list[CostTable]:
@@ -223,13 +254,14 @@ def deliver(result: dict[str, Any], json: Path | None, report: Path | None) -> N
     """Print the tables and write the files that were asked for."""
     from bpkit.bench.evaluation_report import html_report
     from bpkit.bench.evaluation_table import print_evaluation
-    from bpkit.bench.report import write_report, write_text
+    from bpkit.bench.report import write_report
+    from bpkit.files import write_at_once
 
     if json is not None:
         write_report(result, json)
     print_evaluation(result, console())
     if report is not None:
-        write_text(html_report(result), report)
+        write_at_once(report, html_report(result))
     for path in (json, report):
         if path is not None:
             say(f"wrote {path}")

@@ -65,6 +65,15 @@ class Path:
 
 
 @dataclass(frozen=True)
+class Hindsight:
+    """The best plan of one prompt for who knows which drafted tokens match, what it was made from, and its path."""
+
+    table: StepTable
+    plan: Plan
+    path: Path
+
+
+@dataclass(frozen=True)
 class Expectation:
     """What a plan takes on average over the noise.
 
@@ -91,7 +100,7 @@ def fixed_path(prompt: PromptTrace, kind: str, cost: CostModel, block_size: int)
         ValueError: the size was not traced.
     """
     if block_size == 1:
-        return _walk(prompt, kind, cost, lambda position, waiting: (1, 0))
+        return walk(prompt, kind, cost, lambda position, waiting: (1, 0))
     try:
         length = prompt.drafts.draft_length[:, prompt.drafts.column(block_size)].tolist()
     except KeyError:
@@ -101,7 +110,7 @@ def fixed_path(prompt: PromptTrace, kind: str, cost: CostModel, block_size: int)
     def choose(position: int, waiting: int) -> Choice:
         return block_size, min(length[position - 1], prompt.most_verified(position))
 
-    return _walk(prompt, kind, cost, choose)
+    return walk(prompt, kind, cost, choose)
 
 
 def best_fixed(prompts: Sequence[PromptTrace], kind: str, cost: CostModel) -> int:
@@ -132,7 +141,7 @@ def oracle_prompt(prompt: PromptTrace, kind: str, cost: CostModel) -> Path:
 
 def oracle_step(prompt: PromptTrace, kind: str, cost: CostModel) -> Path:
     """The best path with a block size for each step; of each draft is verified what the limit on new tokens allows."""
-    return _clairvoyant(prompt, kind, cost, truncate=False)
+    return hindsight(prompt, kind, cost, truncate=False).path
 
 
 def oracle_step_truncate(prompt: PromptTrace, kind: str, cost: CostModel) -> Path:
@@ -140,7 +149,15 @@ def oracle_step_truncate(prompt: PromptTrace, kind: str, cost: CostModel) -> Pat
 
     No policy can be faster on this output under this cost model.
     """
-    return _clairvoyant(prompt, kind, cost, truncate=True)
+    return hindsight(prompt, kind, cost).path
+
+
+def hindsight(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: bool = True) -> Hindsight:
+    """`oracle_step_truncate`, or without `truncate` `oracle_step`, with the plan that it follows."""
+    table = step_table(prompt, kind, cost, truncate=truncate)
+    stands = np.arange(table.draft.shape[2] - 1) < prompt.drafts.num_accepted[:, :, None]
+    plan = solve(table, stands.astype(np.float64))
+    return Hindsight(table, plan, walk(prompt, kind, cost, plan.choose))
 
 
 def oracle_distributions(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: bool = True) -> Expectation:
@@ -179,8 +196,8 @@ def _sizes(prompt: PromptTrace) -> list[int]:
     return [1, *map(int, prompt.drafts.block_sizes)]
 
 
-def _walk(prompt: PromptTrace, kind: str, cost: CostModel, choose: Callable[[int, int], Choice]) -> Path:
-    """The path of `choose`, which is asked with position and waiting."""
+def walk(prompt: PromptTrace, kind: str, cost: CostModel, choose: Callable[[int, int], Choice]) -> Path:
+    """The path of `choose`, which is asked with position and waiting, and answers what was traced or (1, 0)."""
     table, position = prompt.drafts, 1
     waiting = waiting_before_drafts(kind, prompt.prompt_length, position)
     columns = {size: column for column, size in enumerate(table.block_sizes.tolist())}
@@ -201,12 +218,6 @@ def _walk(prompt: PromptTrace, kind: str, cost: CostModel, choose: Callable[[int
     fields = np.ascontiguousarray(np.array(steps, np.int32).reshape(-1, 4).T)
     seconds = price_steps(prompt, cost, fields[0], sizes, waited, fields[2])
     return Path(math.fsum(seconds), prompt.decided_by_steps, *fields)
-
-
-def _clairvoyant(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: bool) -> Path:
-    table = step_table(prompt, kind, cost, truncate=truncate)
-    stands = np.arange(table.draft.shape[2] - 1) < prompt.drafts.num_accepted[:, :, None]
-    return _walk(prompt, kind, cost, solve(table, stands.astype(np.float64)).choose)
 
 
 def _match_probability(prompt: PromptTrace, kind: str, table: StepTable) -> Float64:
