@@ -43,7 +43,7 @@ _DOWNLOAD: dict[str, Any] = {
     "local_files_only": False,
     "token": None,
 }
-_FILES = [POLICY, WEIGHTS, "provenance.json", "evaluation.json", "README.md"]
+_FILES = [POLICY, WEIGHTS, "prompts.json", "provenance.json", "evaluation.json", "README.md"]
 
 
 class TrainedElsewhereWarning(UserWarning):
@@ -78,7 +78,8 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
 
     Subclasses say `name`, `Config`, `trainer` and `build`. Where they define `bind`, they call `super().bind(decoder,
     cost)` first; from then on `self.facts` and `self.networks` are there. Weights come from option `weights`, or from
-    the folder that ships with bpkit for this pair. Options that the user leaves open are those stored in the folder.
+    the folder that ships with bpkit for this pair, which `bind` chooses if there are several. Options that the user
+    leaves open are those stored in the folder.
 
     A network follows its input: called with a tensor on another device, it moves there first. It takes and gives
     float32, so hand it `context[...].float()`.
@@ -103,6 +104,7 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         self.facts: dict[str, Any] = {}
         self.networks: dict[str, nn.Module] = {}
         self._trained: Trained | None = None
+        self._shipped = None if self.config.weights is not None else next(iter(_shipped_folders(self.name)), None)
         folder = self.folder
         if folder is not None:
             self.config = self._with_stored_options(folder)
@@ -117,6 +119,8 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         Raises:
             PolicyError: there are no weights, they are damaged, or they were trained for another decoder.
         """
+        if self._shipped is not None:
+            self._choose(decoder)
         if self._trained is None:
             self._trained = self._load()
         self._check(self._trained.trained_for, decoder)
@@ -126,11 +130,8 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
 
     @property
     def folder(self) -> Path | None:
-        """Where the weights come from: option `weights`, else what ships under this name, else None."""
-        if self.config.weights is not None:
-            return Path(self.config.weights).expanduser()
-        shipped = SHIPPED / self.name
-        return shipped if is_policy_folder(shipped) else None
+        """Where the weights come from: option `weights`, else what ships for this policy, else None."""
+        return Path(self.config.weights).expanduser() if self.config.weights is not None else self._shipped
 
     # For training
 
@@ -149,6 +150,7 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         policy = cls.untrained(config)
         copies = {name: copy.deepcopy(network).cpu() for name, network in networks.items()}
         policy._trained = Trained(copy.deepcopy(facts), _ready(copies), TrainedFor.of(spec))
+        policy._shipped = None
         return policy
 
     # Folders and the Hub
@@ -233,6 +235,18 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         facts = self._trained.trained_for.model_dump() if self._trained is not None else {}
         return super().generate_model_card(*args, policy=self.name, **facts, **kwargs)
 
+    def _choose(self, decoder: DecoderSpec) -> None:
+        """Take the shipped folder that fits best: no differences, then no other names, then the first."""
+
+        def unfit(folder: Path) -> tuple[int, int]:
+            trained_for = self._file(folder).trained_for
+            return len(trained_for.differences(decoder)), len(trained_for.other_names(decoder))
+
+        best = min(_shipped_folders(self.name), key=unfit)
+        if best != self._shipped:
+            self._shipped, self._trained = best, None
+            self.config = self._with_stored_options(best)
+
     def _load(self) -> Trained:
         import torch
 
@@ -269,9 +283,8 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
     def _check(self, trained_for: TrainedFor, decoder: DecoderSpec) -> None:
         different = trained_for.differences(decoder)
         if different:
-            which = f"that of {self.folder}" if self.config.weights is not None else "the one that ships"
             raise PolicyError(
-                f"policy {self.name!r}: {which} was trained for another decoder ({'; '.join(different)}); "
+                f"policy {self.name!r}: {self._which()} was trained for another decoder ({'; '.join(different)}); "
                 f"{self._how_to_train()}"
             )
         names = trained_for.other_names(decoder)
@@ -283,8 +296,20 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
                 stacklevel=3,
             )
 
+    def _which(self) -> str:
+        if self._shipped is None:
+            return f"that of {self.folder}" if self.config.weights is not None else "this one"
+        others = [folder.name for folder in _shipped_folders(self.name) if folder != self._shipped]
+        return f"the one that ships{f' and fits best, {self._shipped.name},' if others else ''}"
+
     def _how_to_train(self) -> str:
         return f"train it with `bpkit train {self.name} TRACE --out FOLDER`, and use `--policy FOLDER`"
+
+
+def _shipped_folders(name: str) -> list[Path]:
+    """What ships for a policy: folder `NAME`, and any `NAME-...`, for other drafters."""
+    folders = [SHIPPED / name, *sorted(SHIPPED.glob(f"{name}-*"))]
+    return [folder for folder in folders if is_policy_folder(folder) and read_policy_file(folder).policy == name]
 
 
 def class_of_folder(folder: Path) -> type[TrainedPolicy]:

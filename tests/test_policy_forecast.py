@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from bpkit_forecast.config import ForecastConfig
-from bpkit_forecast.networks import After, Before
+from bpkit_forecast.networks import After, Before, Prepared
 from bpkit_forecast.plan import Plan
-from bpkit_forecast.policy import SCALARS, VECTORS, Forecast
+from bpkit_forecast.policy import VECTORS, Forecast
 from bpkit_forecast.training import ForecastModule, ForecastOptions
 from torch import nn
 
@@ -18,8 +18,8 @@ from bpkit.runtime.clock import CostClock
 from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing import TinyPair
 from bpkit.traces.collect import TraceOptions, Tracer
-from bpkit.traces.cost import CostTable
-from bpkit.types import DecoderSpec
+from bpkit.traces.cost import CostTable, flat
+from bpkit.types import Context, DecoderSpec
 
 SIZES = [2, 3, 4, 5, 6]
 COST = CostTable(
@@ -30,8 +30,8 @@ COST = CostTable(
 FACTS: dict[str, Any] = {
     "block_sizes": SIZES,
     "yields": [1.6, 2.0, 2.2, 2.3, 2.35],
-    "costs": [2.4, 3.3, 3.65, 4.0, 4.35, 4.7],
-    "verify_costs": [2.3, 2.6, 2.9, 3.2, 3.5, 3.8],
+    "curves": {"steps": [2.4, 3.3, 3.65, 4.0, 4.35, 4.7], "verify": [2.3, 2.6, 2.9, 3.2, 3.5, 3.8]},
+    "outlook": [[0.5, 0.9, 1.2, 1.3, 1.3], [0.1, 0.1, 0.1, 0.1, 0.1], [1.0, 2.0, 3.0, 4.0, 5.0]],
     "inputs": 10,
     "hidden": 8,
     "dropout": 0.1,
@@ -48,7 +48,7 @@ def chances(seed: int, rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("cost", [COST, None])
 @pytest.mark.parametrize("rate", [0.5, 1.0, 1.6])
 def test_the_size_is_the_one_that_gains_most_at_the_going_speed(cost: CostTable | None, rate: float) -> None:
-    plan = Plan(FACTS, SIZES, cost, rate=rate, margin=0.0)
+    plan = Plan(FACTS, SIZES, cost, rate=rate, margin=0.0, decision=0.0)
     stands, lengths = chances(1, 40), torch.randint(10, 600, (40,), generator=torch.Generator().manual_seed(0))
     chosen = plan.best_sizes(stands, lengths)
     for row in range(40):
@@ -56,7 +56,7 @@ def test_the_size_is_the_one_that_gains_most_at_the_going_speed(cost: CostTable 
         values = {}
         for column, size in enumerate([1, *SIZES]):
             if cost is None:
-                seconds = FACTS["costs"][column]
+                seconds = FACTS["curves"]["steps"][column]
             else:
                 seconds = cost.seconds("verify", size, at) + cost.rest
                 seconds += cost.seconds("draft", size, at) if size > 1 else 0.0
@@ -67,27 +67,27 @@ def test_the_size_is_the_one_that_gains_most_at_the_going_speed(cost: CostTable 
 
 
 def test_rho_is_the_speed_of_the_best_fixed_size() -> None:
-    plan = Plan(FACTS, SIZES, None, rate=0.8, margin=0.0)
-    speeds = [tokens / seconds for tokens, seconds in zip(FACTS["yields"], FACTS["costs"][1:], strict=True)]
+    plan = Plan(FACTS, SIZES, None, rate=0.8, margin=0.0, decision=0.0)
+    speeds = [tokens / seconds for tokens, seconds in zip(FACTS["yields"], FACTS["curves"]["steps"][1:], strict=True)]
     assert plan.rho == pytest.approx(0.8 * max(speeds))
     assert SIZES[plan.floor] == SIZES[speeds.index(max(speeds))] == 4
 
 
 def test_a_margin_keeps_the_best_fixed_size_unless_another_promises_more() -> None:
     stands, lengths = chances(2, 60), torch.full((60,), 100)
-    free = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0)
-    bound = Plan(FACTS, SIZES, COST, rate=1.0, margin=100.0)
+    free = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
+    bound = Plan(FACTS, SIZES, COST, rate=1.0, margin=100.0, decision=0.0)
     assert set(bound.best_sizes(stands, lengths)) <= {1, SIZES[bound.floor]}
     assert set(free.best_sizes(stands, lengths)) - {1, SIZES[free.floor]}
 
 
 def test_nothing_is_drafted_where_nothing_would_stand() -> None:
-    plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0)
+    plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
     assert plan.best_sizes(torch.zeros(2, len(SIZES), 5), torch.tensor([50, 400])) == [1, 1]
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0)
+    plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
     stands, lengths = chances(3, 8), torch.tensor([20, 90, 150, 300, 400, 500, 600, 64])
     alone = [plan.best_sizes(stands[i : i + 1], lengths[i : i + 1])[0] for i in range(8)]
     assert plan.best_sizes(stands, lengths) == alone
@@ -97,7 +97,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_verified_is_what_pays_for_itself() -> None:
-    plan = Plan(FACTS, SIZES, None, rate=1.0, margin=0.0)
+    plan = Plan(FACTS, SIZES, None, rate=1.0, margin=0.0, decision=0.0)
     dear = plan.rho * 0.3  # tokens that a further verified position costs
     stands = torch.tensor([[0.9, 0.8, dear + 0.01, dear - 0.01, 0.0]])
     assert plan.best_lengths(stands, torch.tensor([10])) == [3]
@@ -111,6 +111,39 @@ def test_the_first_layer_takes_over_the_standardisation() -> None:
     expected = network((x - mean) * scale)
     network.take_raw_inputs(mean, scale)
     torch.testing.assert_close(network(x), expected)
+
+
+def test_what_is_prepared_gives_the_same_chances() -> None:
+    torch.manual_seed(0)
+    network = Before(10, 5, 5, 8, 0.3).eval()
+    nn.init.normal_(network.of_size)
+    x = torch.randn(6, 10)
+    expected = network(x).sigmoid().cumprod(dim=-1)[:, [1, 4]]
+    torch.testing.assert_close(Prepared(network, [1, 4])([x[:, :3], x[:, 3:]]), expected)
+
+
+def test_choosing_pays_where_forecasts_differ_and_costs_do_too() -> None:
+    plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
+    by_hand = []
+    for row in FACTS["outlook"]:
+        seconds = [COST.seconds("verify", size, 256) + COST.seconds("draft", size, 256) for size in SIZES]
+        plain = COST.seconds("verify", 1, 256)
+        gains = [tokens - plan.rho * (s - plain) for tokens, s in zip(row, seconds, strict=True)]
+        by_hand.append(max(0.0, *gains) - gains[plan.floor])
+    worth = sum(by_hand) / 3 / plan.rho  # seconds a step
+    assert Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.99 * worth).asks
+    assert not Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=1.01 * worth).asks
+
+
+def test_nobody_is_asked_where_every_step_costs_the_same() -> None:
+    plan = Plan(FACTS, SIZES, flat(COST), rate=1.0, margin=0.0, decision=1e-6)
+    assert not plan.asks
+    assert SIZES[plan.floor] == 6
+    policy = Forecast.trained(ForecastConfig(), FACTS, Forecast.untrained(ForecastConfig()).build(FACTS), SPEC)
+    policy.bind(SPEC, flat(COST))
+    assert not policy.wants
+    context = Context(SPEC, *torch.tensor([[[5]], [[100]], [[40]]]).squeeze(-1), torch.Generator())
+    assert policy.select({}, context).tolist() == [6]
 
 
 def test_labels_stop_at_the_first_token_that_fell_and_at_the_end_of_the_output() -> None:
@@ -134,7 +167,7 @@ def test_a_tiny_pair_decodes_the_same_text_and_training_learns(pair: TinyPair, t
     decoder = SpeculativeDecoder(pair.target, pair.block_diffusion(), "fixed:4", max_block_size=6)
     tracer = Tracer(
         SpeculativeDecoder(pair.target, pair.block_diffusion(), "fixed:4", tokenizer=pair.tokenizer),
-        TraceOptions(tuple(SIZES), 24, features=frozenset({*VECTORS, *SCALARS})),
+        TraceOptions(tuple(SIZES), 24, features=frozenset(VECTORS)),
     )
     traces = [tracer.trace(i, Prompt(str(i), "tiny", text)) for i, text in enumerate(("abc abc ab", "x = y + 1"))]
     config = ForecastConfig(truncate=truncate)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -22,10 +22,11 @@ from bpkit_mlp.ldlp_threshold import LdlpThreshold, LdlpThresholdConfig
 from bpkit_mlp.ldlp_training import LdlpModule, LdlpOptions, labelled_rows
 from bpkit_mlp.losses import Target, asymmetric_l1, choice_loss, relative
 from bpkit_mlp.networks import ResidualMLP, Standard, normalisation
-from bpkit_mlp.regressor import Regressor
+from bpkit_mlp.regressor import Products, Regressor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bpkit.assets import prompts
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry import build, resolve_policy
 from bpkit.runtime.decoder import SpeculativeDecoder
@@ -38,6 +39,9 @@ from bpkit.trained import TrainedConfig
 from bpkit.training.policies import train_policy
 from bpkit.training.policy_module import PolicyModule
 from bpkit.types import Context, DecoderSpec, Draft, Feature
+
+if TYPE_CHECKING:
+    from tests.conftest import ShippedPair
 
 COST = CostTable(
     draft={size: 0.001 + 0.0005 * size for size in range(2, 17)},
@@ -200,6 +204,15 @@ def test_regressor_is_the_network(with_standard: bool) -> None:
     x = noise(5, 6)
     quick = Regressor(network, standard if with_standard else None)(x)
     torch.testing.assert_close(quick, network(standard(x) if with_standard else x)[:, 0])
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(9, 3), (1100, 2)])
+@pytest.mark.parametrize("depth", [2, 3])
+def test_products_are_the_network(width: int, outputs: int, depth: int) -> None:
+    network = ResidualMLP(6, width, outputs, depth=depth, dropout=0.2).eval()
+    nn.init.normal_(network.output.bias)
+    x = noise(5, 6)
+    torch.testing.assert_close(Products(network)(x), network(x))
 
 
 # labels ---------------------------------------------------------------------------------------------------------
@@ -642,6 +655,23 @@ def test_text_is_the_same_live_and_no_fault_is_mended(
         how = {"max_new_tokens": 24, "temperature": temperature, "seed": seed}
         expected, found = (d.generate(pair.ids("f(x) = 2"), **how) for d in (plain, decoding))
         assert torch.equal(expected.tokens, found.tokens)
+
+
+@pytest.mark.parametrize("name", ["blockpilot", "ldlp", "ldlp_threshold"])
+def test_the_shipped_weights_decide_for_the_shipped_pair(shipped: ShippedPair, name: str) -> None:
+    policy = resolve_policy(name)
+    made_for = SpeculativeDecoder(shipped.target, shipped.drafter, policy, strict=True)
+    plain = SpeculativeDecoder(shipped.target, shipped.drafter, "fixed:1")
+    sizes = set()
+    for prompt in prompts(limit=2):
+        ids = shipped.tokenizer(prompt["prompt"], return_tensors="pt")["input_ids"]
+        made, expected = (d.generate(ids, max_new_tokens=32, temperature=0) for d in (made_for, plain))
+        assert made.near_ties or torch.equal(made.tokens, expected.tokens)
+        sizes |= {int(step.block_size) for step in made.steps}
+    assert len(sizes) > 1, "weights that say nothing name one size for all"
+    weights = policy.folder / "weights.safetensors"  # type: ignore[attr-defined]
+    assert weights.parent.name == name
+    assert weights.stat().st_size < 2**20
 
 
 def test_normalisations_by_name() -> None:

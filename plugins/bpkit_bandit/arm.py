@@ -19,7 +19,7 @@ class Arm:
     """Sums over the steps of one block size; T is a step's tokens (its acceptance length), S its seconds.
 
     The rate is a ratio of sums, sum T / sum S. The mean of T/S would be the mean speed of steps and not the speed of
-    the text: it rewards sizes for steps that are short, and can rank them wrongly (BanditSpec, 2505.15141).
+    the text: it rewards sizes for steps that are short, and can rank them wrongly.
 
     Attributes:
         pulls: steps ever counted. `count` is the same after forgetting.

@@ -54,8 +54,9 @@ class Eesd(Policy):
     """Before each further token: theta ~ Beta(alpha, beta), and with probability theta the token is drafted.
 
     After a step with n verified and m accepted tokens, alpha <- alpha + m and beta <- beta + n - m. This is the
-    Beta-Bernoulli variant (Beta-TS) of the Thompson sampling control of EESD (Liu et al. 2024, 2406.03853). Its other
-    variant, Calibration-TS, begins from the predictions of EESD's own early-exit head, which no drafter here has.
+    Beta-Bernoulli variant (Beta-TS) of the Thompson sampling control of EESD (Liu et al. 2024, 2406.03853); there was
+    no program of the authors to compare details with, such as the prior. Its other variant, Calibration-TS, begins
+    from the predictions of EESD's own early-exit head, which no drafter here has.
 
     - The draws look at no token, so the whole length is drawn before the draft, by `select`: the same distribution, and
       it also serves block-diffusion drafters.

@@ -30,9 +30,9 @@ class Exp3Config(PolicyConfig):
         description="arms: a list, or text such as 1+4+8; 1 (no draft) is always among them",
     )
     reward: Literal["time", "tokens"] = Field(
-        default="time", description="time: tokens per second; tokens: a step's tokens, as published"
+        default="time", description="time: tokens per second; tokens: a step's tokens, as BanditSpec counts"
     )
-    learning_rate: float = Field(default=1.0, gt=0, description="factor of the published learning rate")
+    learning_rate: float = Field(default=1.0, gt=0, description="factor of the textbook learning rate")
     discount: float = Field(
         default=1.0, gt=0, le=1, description="weight of the past after each step; 1 forgets nothing"
     )
@@ -66,9 +66,10 @@ class Exp3(Policy):
         eta = learning_rate * sqrt(ln K / (K t))          K arms, t steps so far, at least 1
         L_b <- L_b + loss / p_b                           only for the b that was drawn
 
-    As EXP3Spec of BanditSpec (2505.15141), which assumes nothing of how acceptance comes about, with the learning rate
-    that needs no horizon (Bubeck & Cesa-Bianchi 2012). With `reward=tokens` as there: loss = 1 - T / B, for T tokens of
-    a step and B the largest size; it cannot see that a large block takes longer.
+    EXP3 with the learning rate that needs no horizon (Bubeck & Cesa-Bianchi 2012), after EXP3Spec of BanditSpec
+    (2505.15141), which assumes nothing of how acceptance comes about. With `reward=tokens` the loss is 1 - T / B, for T
+    tokens of a step and B the largest size: the paper counts steps until a text is finished, and so does this; it
+    cannot see that a large block takes longer. The program of BanditSpec holds no EXP3 to compare details with.
 
     With `reward=time`, the default, loss = 1/2 - (T - R S) / B, kept within [0, 1], where S is the step's seconds and R
     the tokens per second of all steps so far. The size with the least loss is then the one with the most tokens per

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bpkit.files import write_at_once
 from bpkit.policy import PolicyError
 from bpkit_bandit.arm import Arm
 
@@ -47,7 +47,4 @@ def read(path: Path) -> Any:
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Replace the file at once: whoever reads it sees the old memory or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_at_once(path, json.dumps(state, indent=1) + "\n")

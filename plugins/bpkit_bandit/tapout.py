@@ -85,7 +85,8 @@ class TapOut(Policy):
     Differences from the paper: the logit margin is not among the rules, because drafters do not offer the second-best
     token; `adaedl` has a constant threshold here, so that an arm's worth does not drift with it; fixed blocks and no
     draft are arms too; thresholds are those the rules are commonly run with, and the token at which a rule stops is not
-    verified. With a block-diffusion drafter, which drafts its whole block first, rules trim what is verified.
+    verified. With a block-diffusion drafter, which drafts its whole block first, rules trim what is verified. There was
+    no program of the authors to compare details with.
 
     One pick serves all rows of a batch: they share what is known, and the time of a step.
     """

@@ -28,9 +28,13 @@ class UCB(Learner):
     """Picks the arm with the highest rate + `exploration` * spread * sqrt(2 ln n / n_arm); nothing is random.
 
     n is the steps counted for all arms. UCB1 (Auer et al. 2002) is for rewards in [0, 1]; tokens per second have
-    no such scale, so the arm's own spread gives it, as in UCB-V and UCB1-tuned. BanditSpec (2505.15141) brought UCB
-    to speculative decoding. All rows of a batch get the same block size: they share what is known. Arms with fewer
-    than `min_pulls` steps come first, smallest first.
+    no such scale, so the arm's own spread gives it, as in UCB-V and UCB1-tuned. All rows of a batch get the same block
+    size: they share what is known. Arms with fewer than `min_pulls` steps come first, smallest first.
+
+    BanditSpec (2505.15141) brought UCB to speculative decoding. Its program (`ucb_length_spec_generate` of
+    sail-sg/BanditSpec) has draft lengths 1 to 4 as arms, and tries each once or twice first. Then it differs: an
+    arm's value there is the mean of its steps' tokens per second, not a ratio of sums, and the bonus, sqrt(6 ln t / n)
+    with the pulls n of *all* arms, is the same for each of them, so that it never decides.
     """
 
     Config = UCBConfig

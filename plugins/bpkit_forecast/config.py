@@ -18,6 +18,12 @@ class ForecastConfig(TrainedConfig):
     margin: float = Field(
         default=0.0, ge=0, description="tokens that a size must promise above the best fixed size to be preferred"
     )
+    decision: float = Field(
+        default=5e-5,
+        ge=0,
+        description="seconds that a decision takes; where choosing is expected to gain less, the best fixed size is "
+        "taken without asking",
+    )
     truncate: bool = Field(
         default=False,
         description="also read the draft's confidences and verify only what pays; worth it where verifying is dear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -38,6 +39,38 @@ class Before(nn.Module):
         """Go on with raw inputs in the place of `(x - mean) * scale`, which becomes part of the first layer."""
         self.first.weight.mul_(scale)
         self.first.bias.sub_(self.first.weight @ mean)
+
+
+class Prepared:
+    """A trained `Before` as bare matrix products, for some of its block sizes: the same chances, sooner.
+
+    For a single row most of a module's time is not arithmetic, and the weights are stored the other way round here,
+    which the matrix product reads faster.
+
+    Args:
+        columns: places of the block sizes among those of training.
+    """
+
+    def __init__(self, before: Before, columns: Sequence[int]) -> None:
+        layers = (before.first, before.second, before.hazards)
+        self.weights = [layer.weight.detach().t().contiguous() for layer in layers]
+        self.biases = [layer.bias.detach() for layer in layers]
+        self.of_size = before.of_size.detach()[list(columns)].contiguous()
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        """Inputs in pieces, float [batch, ...]. Returns chances that tokens 1 .. k stand, [batch, columns, width]."""
+        if parts[0].device != self.of_size.device:
+            self._move(parts[0].device)
+        first, second, last = self.weights
+        x = F.silu(torch.addmm(self.biases[0], torch.cat([part.float() for part in parts], dim=1), first), inplace=True)
+        x = F.silu(torch.addmm(self.biases[1], x, second), inplace=True).add_(x)
+        hazards = torch.addmm(self.biases[2], x, last)[:, None] + self.of_size
+        return hazards.sigmoid_().cumprod(dim=-1)
+
+    def _move(self, device: torch.device) -> None:
+        self.weights = [weight.to(device) for weight in self.weights]
+        self.biases = [bias.to(device) for bias in self.biases]
+        self.of_size = self.of_size.to(device)
 
 
 class After(nn.Module):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
+from bpkit.export.core import Export
 from bpkit.policy import PolicyConfig, PolicyError, State
 from bpkit.trained import TrainedPolicy
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
 from bpkit_forecast.config import ForecastConfig
-from bpkit_forecast.networks import After, Before
+from bpkit_forecast.networks import After, Before, Prepared
 from bpkit_forecast.plan import Plan
 
 VECTORS = (Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING, Feature.LAST_HIDDEN)
-SCALARS = (Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY)
 
 
 class Forecast(TrainedPolicy):
@@ -32,8 +31,9 @@ class Forecast(TrainedPolicy):
     serves any device.
 
     - `select` forecasts S before the draft, from the target's hidden states at the position that decided the anchor
-      (the layers that the drafter reads, and the last), and the anchor's embedding, log-probability and entropy, by a
-      network that learned from every position and block size of a trace. Block size 1 is one of the choices.
+      (the layers that the drafter reads, and the last) and the anchor's embedding, by a network that learned from every
+      position and block size of a trace. Block size 1 is one of the choices. Where the forecasts kept from training say
+      that asking gains less than the time it takes (`decision`), the best fixed size is drafted without asking.
     - `truncate`, if the option is set, reads the drafter's calibrated confidences, which know more, and verifies up to
       where a token's chance to stand is no longer worth its cost: the same rule, with the draft already paid for.
 
@@ -43,7 +43,7 @@ class Forecast(TrainedPolicy):
     Config: ClassVar[type[PolicyConfig]] = ForecastConfig
     name = "forecast"
     trainer = "bpkit_forecast.training:ForecastModule"
-    wants = frozenset({*VECTORS, *SCALARS})
+    wants = frozenset(VECTORS)
     config: ForecastConfig
 
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
@@ -59,20 +59,24 @@ class Forecast(TrainedPolicy):
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
+        self.decoder = decoder
         trained = self.facts["block_sizes"]
         usable = [size for size in trained if size <= decoder.max_block_size]
         if not usable:
             raise PolicyError(
                 f"policy 'forecast' was trained for block sizes {trained}; this decoder drafts none of them"
             )
-        self.plan = Plan(self.facts, usable, cost, rate=self.config.rate, margin=self.config.margin)
+        config = self.config
+        self.plan = Plan(self.facts, usable, cost, rate=config.rate, margin=config.margin, decision=config.decision)
         self.columns = {size: column for column, size in enumerate(trained)}
+        self.before = Prepared(cast("Before", self.networks["before"]), self.plan.columns)
+        if not self.plan.asks:
+            self.wants -= frozenset(VECTORS)  # type: ignore[misc]
 
     def select(self, state: State, context: Context) -> Tensor:
-        vectors = [context[name].float() for name in VECTORS]
-        scalars = [context[name][:, None] for name in SCALARS]
-        x = torch.cat(vectors + scalars, dim=1)  # float32 [batch, inputs]
-        stands = self.networks["before"](x).sigmoid().cumprod(dim=-1)  # [batch, sizes, width]
+        if not self.plan.asks:
+            return context.full(self.plan.sizes[self.plan.floor])
+        stands = self.before([context[name] for name in VECTORS])  # [batch, usable sizes, width]
         return context.position.new_tensor(self.plan.best_sizes(stands, context.context_length))
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
@@ -85,3 +89,16 @@ class Forecast(TrainedPolicy):
         stands = after(probability, draft[Feature.DRAFT_ENTROPY], bias).sigmoid().cumprod(dim=-1)  # [batch, width]
         lengths = self.plan.best_lengths(stands, draft.context.context_length)
         return draft.draft_length.new_tensor(lengths).minimum(draft.draft_length)
+
+    def export(self) -> Export:
+        """`select`, and `truncate` if the option is set."""
+        from bpkit_forecast.cores import SelectCore, TruncateCore, select_core, truncate_core
+
+        hidden, sizes = self.decoder.hidden_size, self.plan.sizes
+        layers = (self.facts["inputs"] - 2 * hidden) // hidden
+        before, after = cast("Before", self.networks["before"]), cast("After", self.networks["after"])
+        made = {"select": select_core(SelectCore(before, self.facts, self.plan.columns, self.config), hidden, layers)}
+        if self.config.truncate:
+            core = TruncateCore(after, self.facts, self.plan.columns, self.config)
+            made["truncate"] = truncate_core(core, 1 + len(sizes), max(sizes))
+        return Export(made, [1, *sizes], self.plan.curves)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bpkit.curves import CostCurves
 from bpkit.traces.records import PromptTrace
 from bpkit.trained import TrainedPolicy
-from bpkit.training.policy_module import PolicyModule, TrainingOptions
+from bpkit.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.types import Feature
 from bpkit_forecast.networks import Before
-from bpkit_forecast.policy import SCALARS, VECTORS
+from bpkit_forecast.policy import VECTORS
 
-TYPICAL_CONTEXT = 256
+OUTLOOK = 256
+"""Held-out positions whose forecasts are kept."""
 
 
 class ForecastOptions(TrainingOptions):
@@ -34,7 +38,7 @@ class ForecastModule(PolicyModule):
     """Cross-entropy of the hazards: a token counts if all before it stood."""
 
     Options = ForecastOptions
-    features = frozenset({*VECTORS, *SCALARS})
+    features = frozenset(VECTORS)
     options: ForecastOptions
     mean: Tensor
     scale: Tensor
@@ -43,12 +47,12 @@ class ForecastModule(PolicyModule):
         """A row for each position at which a draft may begin; half precision, because there are many."""
         drafts, rows = prompt.drafts, prompt.drafts.rows
         at_anchor = [prompt.features[name][:rows] for name in VECTORS]
-        scalars = [prompt.features[name][:rows, None] for name in SCALARS]
         probability = drafts.features[Feature.DRAFT_PROBABILITY]
         entropy = drafts.features[Feature.DRAFT_ENTROPY]
         return {
-            "x": torch.from_numpy(np.concatenate([*at_anchor, *scalars], axis=1)).half(),
+            "x": torch.from_numpy(np.concatenate(at_anchor, axis=1)).half(),
             "accepted": torch.from_numpy(drafts.num_accepted.astype(np.int16)),
+            "visited": torch.from_numpy(visited(drafts.num_accepted)),
             "left": torch.arange(rows - 1, -1, -1, dtype=torch.int16),  # most that can be accepted
             "probability": torch.from_numpy(np.nan_to_num(probability, nan=1.0)).half(),
             "entropy": torch.from_numpy(np.nan_to_num(entropy)).half(),
@@ -62,12 +66,23 @@ class ForecastModule(PolicyModule):
             "inputs": x.shape[1],
             "hidden": self.options.hidden,
             "dropout": self.options.dropout,
-            "yields": (1 + data["accepted"].double().mean(dim=0)).tolist(),
-            **self._costs(sizes),
+            "yields": _yields(data["accepted"].double(), data["visited"].double()),
+            "outlook": [],  # known at the end
+            "curves": dataclasses.asdict(CostCurves(self.cost, sizes).typical),
         }
         self.networks = nn.ModuleDict(self.policy.build(self.facts))
         self.register_buffer("mean", x.mean(dim=0))
         self.register_buffer("scale", 1 / (x.std(dim=0) + 1e-3))
+
+    def calibrate(self, data: dict[str, Tensor]) -> None:
+        """Facts: `outlook`, forecasts of some held-out positions, by which a policy sees whether choosing pays."""
+        x = data["x"]
+        chosen = x[torch.linspace(0, len(x) - 1, min(len(x), OUTLOOK)).long()].to(self.mean.device)
+        with torch.no_grad():
+            hazards = self.networks["before"].eval()((chosen.float() - self.mean) * self.scale)
+        stands = hazards.sigmoid().cumprod(dim=-1).cpu()  # [rows, sizes, width]
+        inside = torch.arange(stands.shape[2]) < torch.tensor(self.facts["block_sizes"])[:, None] - 1
+        self.facts["outlook"] = [[round(v, 3) for v in row] for row in (stands * inside).sum(dim=-1).tolist()]
 
     def finished(self, **options: Any) -> TrainedPolicy:
         """As everybody's; the standardisation of inputs becomes part of the first layer."""
@@ -75,18 +90,17 @@ class ForecastModule(PolicyModule):
         cast("Before", policy.networks["before"]).take_raw_inputs(self.mean.cpu(), self.scale.cpu())
         return policy
 
+    def choose(self, replay: Replay) -> None:
+        """The rate with the most tokens per second on validation prompts, unless it was given."""
+        config = self.policy.config
+        if "rate" not in config.model_fields_set:
+            rates = {rate: replay(self.finished(rate=rate)) for rate in config.grid["rate"]}
+            self.set_options(rate=max(rates, key=rates.__getitem__))
+
     @property
     def sizes(self) -> range:
         """Block sizes of the traces: every one up to the largest."""
         return range(2, self.spec.max_block_size + 1)
-
-    def _costs(self, sizes: list[int]) -> dict[str, Any]:
-        """Costs of the device of training, for decoders that have no cost model."""
-        cost, at = self.cost, TYPICAL_CONTEXT
-        verify = [cost.seconds("verify", width, at) for width in range(1, max(sizes) + 1)]
-        rest = cost.seconds("rest", 1, at)
-        steps = [verify[size - 1] + cost.seconds("draft", size, at) + rest for size in sizes]
-        return {"costs": [verify[0] + rest, *steps], "verify_costs": verify}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         stands, counts = self._labels(batch)
@@ -103,6 +117,32 @@ class ForecastModule(PolicyModule):
         stands = place < accepted
         first_that_fell = (place == accepted) & (accepted < left)
         return stands.float(), ((stands | first_that_fell) & (place < length)).float()
+
+
+def visited(accepted: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Where steps of each block size begin if that size is kept throughout.
+
+    Args:
+        accepted: of each position and block size, [rows, sizes].
+
+    Returns:
+        bool [rows, sizes].
+
+    >>> visited(np.array([[1], [9], [0], [0]]))[:, 0].tolist()
+    [True, False, True, True]
+    """
+    found = np.zeros(accepted.shape, np.bool_)
+    for column in range(accepted.shape[1]):
+        row, steps = 0, (accepted[:, column] + 1).tolist()
+        while row < len(steps):
+            found[row, column] = True
+            row += steps[row]
+    return found
+
+
+def _yields(accepted: Tensor, visits: Tensor) -> list[float]:
+    """Tokens per step of each block size, over the steps that it would take: a mean over positions is too long."""
+    return (((1 + accepted) * visits).sum(dim=0) / visits.sum(dim=0)).tolist()
 
 
 def _mean_loss(logits: Tensor, stands: Tensor, counts: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from bpkit.export.core import Export
 from bpkit.policy import State
 from bpkit.trained import TrainedConfig, TrainedPolicy
 from bpkit.types import Context, CostModel, DecoderSpec, Feature
@@ -70,8 +71,14 @@ class BlockPilot(TrainedPolicy):
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
+        from bpkit_mlp.networks import ResidualMLP
+        from bpkit_mlp.regressor import Products
+
         self.decoder = decoder
         self.sizes = [min(int(size), decoder.max_block_size) for size in self.facts["sizes"]]
+        mlp = self.networks["mlp"]
+        assert isinstance(mlp, ResidualMLP)
+        self.products = Products(mlp)
 
     def begin(self, context: Context) -> State:
         chosen = self.scores(context[self.feature].float()).argmax(dim=-1)
@@ -79,9 +86,18 @@ class BlockPilot(TrainedPolicy):
 
     def scores(self, inputs: Tensor) -> Tensor:
         """Of each block size: float32 [batch, inputs] -> [batch, sizes]."""
-        scores: Tensor = self.networks["mlp"](self.networks["normalisation"](inputs))
-        return scores
+        if self.config.normalise != "none":
+            inputs = self.networks["normalisation"](inputs)
+        return self.products(inputs)
 
     def select(self, state: State, context: Context) -> Tensor:
         block_size: Tensor = state["block_size"]
         return block_size
+
+    def export(self) -> Export:
+        """The choice after prefill."""
+        from bpkit_mlp.cores import ChoiceCore, choice_core
+
+        core = ChoiceCore(self.networks["normalisation"], self.networks["mlp"], self.sizes)
+        made = choice_core(core, str(self.feature), int(self.facts["inputs"]))
+        return Export({"policy": made}, sorted({1, *self.sizes}))

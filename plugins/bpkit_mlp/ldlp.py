@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
+from bpkit.export.core import Export
 from bpkit.policy import State
 from bpkit.trained import TrainedConfig, TrainedPolicy
 from bpkit.types import Context, CostModel, DecoderSpec, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from bpkit_mlp.networks import ResidualMLP
 
 DEPTH = 3
 """Layers before the output, as published."""
@@ -58,7 +61,7 @@ class Ldlp(TrainedPolicy):
         assert isinstance(mlp, ResidualMLP)
         assert isinstance(standard, Standard | None)
         self.regressor = Regressor(mlp, standard)
-        sizes = self.usable(decoder)
+        self.sizes = sizes = self.usable(decoder)
         self.largest = sizes[-1] - 1  # as a draft length
         # A trace may have gaps; the next size above drafts all that the forecast asks for.
         enough = [next(size for size in sizes if size > length) for length in range(self.largest + 1)]
@@ -85,3 +88,10 @@ class Ldlp(TrainedPolicy):
 
     def select(self, state: State, context: Context) -> Tensor:
         return self.block_size_for(self.forecast(context))
+
+    def export(self) -> Export:
+        """The forecast before each draft."""
+        from bpkit_mlp.cores import LengthCore, length_core, standard_of
+
+        core = LengthCore(standard_of(self.networks), cast("ResidualMLP", self.networks["mlp"]), self.block_sizes)
+        return Export({"policy": length_core(core, int(self.facts["hidden_size"]))}, self.sizes)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from bpkit_threshold.stopping import trusted_length, trusted_whole
 from pydantic import Field
 
+from bpkit.export.core import Export
 from bpkit.policy import State
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
 from bpkit_mlp.ldlp import Ldlp, LdlpConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bpkit_mlp.networks import ResidualMLP
 
 
 class LdlpThresholdConfig(LdlpConfig):
@@ -75,6 +78,19 @@ class LdlpThreshold(Ldlp):
         if self.config.keep == "longer":
             return trusted.maximum(forecast).minimum(draft.draft_length)
         return trusted.minimum(forecast)
+
+    def export(self) -> Export:
+        """The forecast before each draft, and what is verified after it."""
+        from bpkit_mlp.cores import LengthCore, TrustCore, WholeCore, length_core, standard_of, trust_core
+
+        longer = self.config.keep == "longer"
+        given = standard_of(self.networks), cast("ResidualMLP", self.networks["mlp"]), self.block_sizes
+        core = WholeCore(*given, self.whole) if longer else LengthCore(*given)
+        cores = {
+            "select": length_core(core, int(self.facts["hidden_size"])),
+            "truncate": trust_core(TrustCore(self.config.threshold, longer=longer)),
+        }
+        return Export(cores, self.sizes)
 
     def _trusted(self, draft: Draft) -> Tensor:
         return draft[Feature.DRAFT_PROBABILITY].cumprod(dim=1) >= self.config.threshold  # bool [batch, width]

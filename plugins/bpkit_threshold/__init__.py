@@ -1,4 +1,4 @@
-"""Policies without training: `threshold`, `confidence`, `svip` and `adaedl` stop at doubt, `schedule` follows steps."""
+"""`threshold`, `confidence`, `svip`, `adaedl` and, trained, `specdecpp` stop at doubt; `schedule` follows steps."""
 
 from __future__ import annotations
 
@@ -36,4 +36,10 @@ def bpkit_register_policies(register: Register) -> None:
         "bpkit_threshold.adaedl:AdaEdl",
         summary="Verifies a draft while an entropy bound on acceptance stays above a threshold that adapts.",
         config="bpkit_threshold.adaedl:AdaEdlConfig",
+    )
+    register(
+        "specdecpp",
+        "bpkit_threshold.specdecpp:SpecDecPP",
+        summary="Stops a draft once a trained head thinks that one of its tokens will be refused (SpecDec++).",
+        config="bpkit_threshold.specdecpp:SpecDecPPConfig",
     )

@@ -57,12 +57,13 @@ class AdaEdl(Policy):
                                                 lambda - epsilon   otherwise)
 
     so that too few accepted tokens make the drafter stop sooner. The update is that of Draft & Verify (2309.08168),
-    with its constants, as in the paper.
+    with its constants; r begins at 0, as in its program (`decoding.py` of dilab-zju/self-speculative-decoding). The
+    first lambda is open (here 0.7; 0.8 for greedy and 0.5 for sampled texts there).
 
-    What the paper leaves open: the first lambda (here 0.7) and the first r (here alpha). A step that verified nothing
-    has no m / n, and changes nothing. Differences: lambda stays within [0, 1]; with a block-diffusion drafter the
-    rule trims what is verified, and the token at which it stops is not verified. In one step lambda moves by at
-    most (1 - beta_2) epsilon = 0.001, which says little within one short request: with `across_requests` it lives on.
+    Differences from that program: a step that verified nothing has no m / n, and changes nothing; lambda stays within
+    [0, 1], and falls also after a draft of the full length; the token at which the rule stops is not verified. With a
+    block-diffusion drafter the rule trims what is verified. In one step lambda moves by at most (1 - beta_2) epsilon =
+    0.001, which says little within one short request: with `across_requests` it lives on.
     """
 
     Config = AdaEdlConfig
@@ -71,7 +72,7 @@ class AdaEdl(Policy):
 
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
-        self.memory = Memory(threshold=self.config.threshold, acceptance=self.config.target)
+        self.memory = Memory(threshold=self.config.threshold, acceptance=0.0)
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         self.block_size = self.config.block_size or decoder.trained_block_size

@@ -1,0 +1,25 @@
+"""Pieces of decisions that every runtime computes alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of each row's largest score, the first of equals, and how far it is ahead of the next.
+
+    Args:
+        scores: float32 [batch, choices], two choices at least.
+
+    Returns:
+        int64 [batch] and float32 [batch].
+    """
+    place = scores.argmax(dim=1)
+    others = torch.where(torch.arange(scores.shape[1]) == place[:, None], -torch.inf, scores)
+    return place, scores.amax(dim=1) - others.amax(dim=1)
+
+
+def largest(scores: Tensor) -> Tensor:
+    """Along the last axis."""
+    return scores.amax(dim=-1)
