@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bpkit import __version__
-from bpkit.cli import bench, calibrate, demo, evaluate, generate, plugins, sweep, trace, train
+from bpkit.cli import bench, calibrate, demo, doctor, evaluate, export, generate, plugins, prompts, sweep, trace, train
 from bpkit.cli.errors import EXIT_CODES, ExplainingGroup, exit_code, explain
 from bpkit.cli.terminal import say
 from bpkit.policy import PolicyError
@@ -56,10 +56,13 @@ def build_app() -> typer.Typer:
         plugins.policies,
         plugins.drafters,
         demo.demo,
+        prompts.prompts,
         trace.trace,
         calibrate.calibrate,
         evaluate.evaluate,
         sweep.sweep,
+        export.export,
+        doctor.doctor,
     ):
         app.command()(command)
     app.add_typer(bench.app, name="bench")

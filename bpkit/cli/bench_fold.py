@@ -1,0 +1,109 @@
+"""`bpkit bench fold`: what folding a policy on raw logits into the target's head saves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bpkit.cli.terminal import console, progress_bar, say
+
+_SIZES = "Sizes"
+
+
+def bench_fold(
+    vocab_size: Annotated[int, typer.Option(help="Of the head.", min=2, rich_help_panel=_SIZES)] = 151_936,
+    hidden_size: Annotated[int, typer.Option(help="Of the head.", min=1, rich_help_panel=_SIZES)] = 2560,
+    width: Annotated[
+        int, typer.Option(help="Neurons of each layer of the policy.", min=1, rich_help_panel=_SIZES)
+    ] = 2048,
+    states: Annotated[int, typer.Option(help="Random hidden states on which decisions are compared.", min=1)] = 256,
+    rounds: Annotated[
+        int, typer.Option(help="Calls of the raw form; each is followed by several of the folded one.", min=2)
+    ] = 50,
+    threads: Annotated[int, typer.Option(help="Of torch while calls are timed.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of weights and hidden states.")] = 0,
+    device: Annotated[str, typer.Option(help="Such as `cpu` or `cuda`.")] = "cpu",
+    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
+) -> None:
+    """BlockPilot's published form, vocabulary -> 2048 -> 2048 -> sizes, against its exact fold into the target's head.
+
+    The raw form reads the logits of the whole vocabulary; folded, it reads the hidden state that they come from and
+    decides the same (`bpkit export --fold`). Weights are random, sizes those of Qwen3-4B by default: about 5 GB of
+    memory, and a minute or two for the fold. Try `--vocab-size 4096 --hidden-size 256` first.
+
+    `bpkit bench fold --json fold.json`
+    """
+    from bpkit.bench.report import check_writable, write_report
+
+    if json is not None:
+        check_writable(json)
+    from bpkit.bench.latency_fold import FoldSettings
+    from bpkit.bench.latency_fold import bench_fold as measure
+    from bpkit.cli.train_policy import portable
+
+    settings = FoldSettings(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        width=width,
+        states=states,
+        rounds=rounds,
+        threads=threads,
+        seed=seed,
+        device=device,
+    )
+    with progress_bar() as bar:
+        report = {"command": portable(sys.argv[1:]), **measure(settings, bar)}
+    if json is not None:
+        write_report(report, json)
+    print_fold_report(report, console())
+    if json is not None:
+        say(f"wrote {json}")
+
+
+def print_fold_report(report: dict[str, Any], out: Console) -> None:
+    """Latencies, and the sentences that say what they are."""
+    settings = report["settings"]
+    title = f"a decision: {settings['vocab_size']:,} logits, or {settings['hidden_size']:,} hidden numbers"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("form", style="bold")
+    for name in ("p50 ms", "p99 ms", "faster than raw (95%)"):
+        table.add_column(name, justify="right")
+    for name, shown, ratio in (
+        ("raw", "raw", None),
+        ("folded", "folded", "raw_over_folded"),
+        ("folded_cold", "folded, caches cold", "raw_over_folded_cold"),
+    ):
+        entry = report[name]
+        faster = _ratio(report[ratio]) if ratio else ""
+        table.add_row(shown, f"{entry['p50_ms']:.3f}", f"{entry['p99_ms']:.3f}", faster)
+    out.print(table)
+    for sentence in sentences(report):
+        out.print(escape(sentence), soft_wrap=True)
+
+
+def sentences(report: dict[str, Any]) -> list[str]:
+    """What the figures are."""
+    settings, machine, decisions, weights = (report[name] for name in ("settings", "machine", "decisions", "weights"))
+    return [
+        f"Same decision on {decisions['clear_agree']:,} of {decisions['clear']:,} hidden states whose best score leads "
+        f"by more than {decisions['tolerance']:g}, and on {decisions['within_tolerance_agree']:,} of "
+        f"{decisions['within_tolerance']:,} others; scores differ by at most {decisions['largest_difference']:.2g}.",
+        f"A decision reads {weights['raw']:,} weights raw and {weights['folded']:,} folded, {weights['ratio']:.1f} "
+        "times fewer; what it is faster beyond that, caches explain. Cold: the first call after one of the raw form, "
+        "as after a prefill.",
+        f"Random weights; folding took {settings['seconds_of_folding']:.0f} s, once. Machine: "
+        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"{settings['threads']} thread(s).",
+    ]
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['value']:.1f}x ({low:.1f}..{high:.1f})"

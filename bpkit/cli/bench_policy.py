@@ -1,0 +1,187 @@
+"""`bpkit bench policy`: how long a decision takes, in torch and in onnxruntime."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bpkit.cli import options
+from bpkit.cli.errors import require
+from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.policy import PolicyError
+
+if TYPE_CHECKING:
+    from bpkit.bench.latency import LatencySettings
+    from bpkit.bench.latency_backends import Contestant
+    from bpkit.config import Config
+    from bpkit.prompts import Prompt
+    from bpkit.runtime.decoder import SpeculativeDecoder
+
+DEFAULT_BATCHES, DEFAULT_LIMIT, DEFAULT_CALLS, DEFAULT_NEW_TOKENS = "1+8+64", 8, 1000, 64
+_TIMING = "Timing"
+
+
+def bench_policy(
+    context: typer.Context,
+    policies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Policies to time: names, `name:key=value`, folders of trained policies, or `onnx:FOLDER`, files of "
+            "`bpkit export`. By default every trained policy that ships.",
+            metavar="[POLICY]...",
+        ),
+    ] = None,
+    batch: Annotated[
+        str, typer.Option(help="Batch sizes.", metavar="SIZES", rich_help_panel=_TIMING)
+    ] = DEFAULT_BATCHES,
+    calls: Annotated[
+        int, typer.Option(help="Timed calls of each method, backend and batch size.", min=20, rich_help_panel=_TIMING)
+    ] = DEFAULT_CALLS,
+    warm_up: Annotated[int, typer.Option(help="Calls before them.", min=1, rich_help_panel=_TIMING)] = 100,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the steps that decisions are compared with; by default the fastest fixed one, found first.",
+            min=2,
+            rich_help_panel=_TIMING,
+        ),
+    ] = None,
+    provider: Annotated[str, typer.Option(help="Of onnxruntime: `cpu` or `cuda`.", rich_help_panel=_TIMING)] = "cpu",
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Trained folder that `onnx:FOLDER` was exported from; by default the weights that ship.",
+            metavar="FOLDER",
+            rich_help_panel=_TIMING,
+        ),
+    ] = None,
+    domain: options.Domains = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Prompts of each domain; by default {DEFAULT_LIMIT} of the shipped ones, and all of a file.",
+            min=1,
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
+    prompts: options.Prompts = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture here (.png, .svg or .pdf).", metavar="FILE")] = None,
+    # `options.settled` reads these from the context: flags win over the config file.
+    target: options.Target = None,
+    drafter: options.Drafter = None,
+    config: options.ConfigFile = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    threads: Annotated[
+        str | None,
+        typer.Option(help="Of torch while the models run, by default 1; decisions always take one.", metavar="N"),
+    ] = None,
+) -> None:
+    """How long a decision takes: p50 and p99 by batch size, in torch and in onnxruntime, on what live decoding asks.
+
+    A policy is exported on the fly; both backends are asked in turn, a few calls each, in one process. Beside the
+    latencies: how many decisions are the same, and what share of a prefill and of a step of the pair a decision takes.
+
+    `bpkit bench policy --json latency.json --plot latency.png`
+
+    `bpkit bench policy forecast:truncate=true onnx:exported/forecast --calls 4000`
+    """
+    from bpkit.cli.bench import check_outputs
+
+    check_outputs(json, plot)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, extra="export", purpose="A comparison with onnxruntime")
+    sizes = batch_sizes(batch)
+    settled = options.settled(context)
+    from bpkit.bench.latency import LatencySettings
+    from bpkit.prompts import choose_prompts
+
+    settings = LatencySettings(
+        batch_sizes=sizes,
+        calls=calls,
+        warm_up=warm_up,
+        max_new_tokens=settled.sampling.max_new_tokens or DEFAULT_NEW_TOKENS,
+        threads=settled.runtime.threads if isinstance(settled.runtime.threads, int) else 1,
+        block_size=block_size,
+        provider=provider,
+    )
+    texts = choose_prompts(prompts, domain or [], limit, shipped_limit=DEFAULT_LIMIT)
+    report = measure(settled, policies or [], texts, settings, weights)
+    deliver(report, json, plot)
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Batch sizes, ascending and each once. Raises ValueError for anything else.
+
+    >>> batch_sizes("64+1+8")
+    (1, 8, 64)
+    """
+    parts = [part.strip() for part in text.split("+")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--batch {text!r}: write batch sizes with + between them, such as {DEFAULT_BATCHES}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def measure(
+    config: Config, specs: list[str], prompts: list[Prompt], settings: LatencySettings, weights: Path | None
+) -> dict[str, Any]:
+    """Load the models, measure, and return the report."""
+    from bpkit.bench.latency import bench_latency
+    from bpkit.cli.models import load_decoder
+    from bpkit.cli.train_policy import portable
+    from bpkit.registry import resolve_policy
+
+    for spec in specs:
+        resolve_policy(spec)  # a mistyped policy is told before any weights are read
+    decoder = load_decoder(config, "fixed")
+    contestants = chosen(specs, decoder, settings.provider, weights)
+    with progress_bar() as bar:
+        report = bench_latency(decoder, contestants, prompts, settings, bar)
+    return {"command": portable(sys.argv[1:]), **report}
+
+
+def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights: Path | None) -> list[Contestant]:
+    """The policies that were named; else every trained one that ships and serves this pair."""
+    from bpkit.bench.latency_backends import make_contestant
+
+    if specs:
+        return [make_contestant(s, decoder, provider=provider, weights=weights) for s in dict.fromkeys(specs)]
+    found = []
+    for spec in those_that_ship():
+        try:
+            found.append(make_contestant(spec, decoder, provider=provider))
+        except PolicyError as error:
+            say(f"Left out: {error}")
+    if not found:
+        raise PolicyError("no trained policy that ships serves this pair: name one, such as a folder of `bpkit train`")
+    return found
+
+
+def those_that_ship() -> list[str]:
+    """Names of policies whose trained weights come with bpkit."""
+    from bpkit.policy_folder import is_policy_folder, read_policy_file
+    from bpkit.trained import SHIPPED
+
+    folders = sorted(folder for folder in SHIPPED.glob("*") if is_policy_folder(folder))
+    return list(dict.fromkeys(read_policy_file(folder).policy for folder in folders))
+
+
+def deliver(report: dict[str, Any], json: Path | None, plot: Path | None) -> None:
+    """Print the tables and write the files that were asked for."""
+    from bpkit.bench.latency_plot import plot_latency
+    from bpkit.bench.latency_table import print_latency_report
+    from bpkit.bench.report import write_report
+
+    if json is not None:
+        write_report(report, json)
+    print_latency_report(report, console())
+    if plot is not None:
+        plot_latency(report, plot)
+    for path in (json, plot):
+        if path is not None:
+            say(f"wrote {path}")

@@ -1,0 +1,135 @@
+"""What `policy.json` beside an exported policy says. `docs/policy.schema.json` is made from these classes."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from bpkit.export.core import DType, Method
+from bpkit.policy_folder import TrainedFor
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+FileName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*\.onnx$", max_length=64)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tensor(_Model):
+    """One input or output: a name, its axes, and what it means."""
+
+    name: Name
+    dtype: DType
+    shape: list[Annotated[int, Field(ge=1, le=1 << 24)] | Name] = Field(
+        max_length=4, description="numbers, or the names of axes that vary"
+    )
+    meaning: str = Field(max_length=500)
+
+
+class Golden(_Model):
+    """Rows to try a file with: each input and output by name, values nested as the axes are."""
+
+    inputs: dict[Name, list[Any]]
+    outputs: dict[Name, list[Any]]
+
+
+class Network(_Model):
+    """One ONNX file."""
+
+    method: Method = Field(description="when it is asked: after prefill, before a draft, while drafting, before verify")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=1)
+    opset: int
+    inputs: list[Tensor] = Field(max_length=32)
+    outputs: list[Tensor] = Field(max_length=32)
+    margin: Name = Field(description="the output that says how clear each row's decision was")
+    tolerance: float = Field(gt=0, le=0.01, description="margins below it may be decided otherwise by another runtime")
+    golden: Golden
+
+
+class Agreement(_Model):
+    """How a file did against torch on the rows of a validation trace."""
+
+    rows: int
+    agree: int
+    within_tolerance: int = Field(description="rows that differ, with a margin below the tolerance")
+    largest_difference: float = Field(description="of any float output, over all rows")
+    batch_sizes: list[int] = Field(description="that the rows were run at")
+
+
+class Default(_Model):
+    """Cost curves of the device of training, where the runtime has none of its own: seconds."""
+
+    steps: list[float] = Field(description="of a step without a draft, then of each block size")
+    verify: list[float] = Field(description="of target passes over 1, 2, ... positions")
+
+
+class ExportedPolicy(_Model):
+    """An exported policy.
+
+    Attributes:
+        block_sizes: that it chooses among, ascending; 1 means no draft.
+        features: that the target or the drafter must provide.
+        state: per-request values, and the output that each is taken from.
+    """
+
+    schema_version: Literal[1] = 1
+    name: Name
+    policy: Name = Field(description="that bpkit knows it by")
+    summary: str = Field(max_length=500)
+    block_sizes: list[int]
+    drafts: int | None = Field(default=None, ge=1, description="block size of every draft, where no file chooses it")
+    default_block_size: int = Field(ge=1, description="to use where a score is not finite")
+    decoder: TrainedFor
+    fingerprints: dict[str, str] = Field(default={}, description="of the weights of target and drafter, where known")
+    networks: dict[FileName, Network] = Field(min_length=1, max_length=4)
+    features: list[Name]
+    state: list[Name] = []
+    curves: Default | None = None
+    options: dict[str, JsonValue]
+    validation: dict[FileName, Agreement]
+    evaluation: dict[str, JsonValue] = {}
+    provenance: dict[str, JsonValue] = {}
+
+    @model_validator(mode="after")
+    def _one_owner(self) -> ExportedPolicy:
+        methods = [network.method for network in self.networks.values()]
+        if len(set(methods)) < len(methods):
+            raise ValueError("two files are for the same method")
+        if not {"begin", "select"} & set(methods) and self.drafts is None:
+            raise ValueError("nothing says how much to draft: no file for begin or select, and no `drafts`")
+        return self
+
+    @property
+    def by_method(self) -> dict[str, tuple[str, Network]]:
+        """File name and description of each method's network."""
+        return {network.method: (name, network) for name, network in self.networks.items()}
+
+
+def finite(values: Any) -> bool:
+    """Whether all numbers in nested lists are finite."""
+    if isinstance(values, list):
+        return all(finite(value) for value in values)
+    return not isinstance(values, float) or math.isfinite(values)
+
+
+def json_schema() -> str:
+    """The JSON Schema of `policy.json`, as in `docs/policy.schema.json`."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **ExportedPolicy.model_json_schema()}
+    return json.dumps(_closed(schema), indent=1)
+
+
+def _closed(schema: Any) -> Any:
+    """With no other keys where keys have a pattern; pydantic leaves that open."""
+    if isinstance(schema, dict):
+        schema = {key: _closed(value) for key, value in schema.items()}
+        return schema | {"additionalProperties": False} if "patternProperties" in schema else schema
+    return [_closed(value) for value in schema] if isinstance(schema, list) else schema
+
+
+if __name__ == "__main__":
+    print(json_schema())

@@ -1,0 +1,165 @@
+"""`bpkit export`: a trained policy becomes a folder of ONNX files that decide without bpkit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpkit.curves import TYPICAL_CONTEXT, Curves
+from bpkit.export import schema
+from bpkit.export.convert import OPSETS, to_onnx
+from bpkit.export.core import FEATURES, Core, Export, Exportable, Port
+from bpkit.export.inputs import Given, Inputs
+from bpkit.export.readme import readme
+from bpkit.export.session import open_session
+from bpkit.export.validate import Comparison, compare
+from bpkit.files import write_at_once
+from bpkit.policy import PolicyError
+from bpkit.policy_folder import TrainedFor
+from bpkit.traces.records import PromptTrace
+from bpkit.trained import TrainedPolicy
+from bpkit.types import CostModel, DecoderSpec
+
+DESCRIPTION = "policy.json"
+
+
+def export_policy(
+    policy: TrainedPolicy,
+    prompts: Sequence[PromptTrace],
+    spec: DecoderSpec,
+    out: Path,
+    *,
+    name: str,
+    summary: str,
+    cost: CostModel | None = None,
+    opset: int = OPSETS[0],
+    fingerprints: Mapping[str, str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> schema.ExportedPolicy:
+    """Write `policy.json`, its ONNX files and a README to the folder `out`; nothing, unless every row agrees.
+
+    Args:
+        policy: with weights, not yet bound. prompts: of a validation trace, with the features that it wants.
+        cost: of steps, for policies that weigh them; without it, what steps cost where the policy was trained.
+        fingerprints: of the weights of `target` and `drafter`.
+
+    Raises:
+        PolicyError: the policy is not exportable, or onnxruntime does not decide as it does.
+    """
+    what = prepared(policy, spec, cost)
+    cores, curves = what.cores, what.curves or _no_curves
+    data = {f"{stem}.onnx": to_onnx(core, opset=opset) for stem, core in cores.items()}
+    runs = {stem: open_session(data[f"{stem}.onnx"]).run for stem in cores}
+    found = compare(
+        policy, cores, runs, prompts, spec, lambda core: Inputs((p.name for p in core.inputs), curves), progress
+    )
+    described = schema.ExportedPolicy(
+        name=name,
+        policy=policy.name,
+        summary=summary,
+        block_sizes=what.block_sizes,
+        drafts=what.drafts,
+        default_block_size=spec.trained_block_size,
+        decoder=TrainedFor.of(spec),
+        fingerprints=dict(fingerprints or {}),
+        networks={
+            f"{stem}.onnx": describe(core, data[f"{stem}.onnx"], opset, golden(core, found[stem], runs[stem]))
+            for stem, core in cores.items()
+        },
+        features=sorted({port.name for core in cores.values() for port in core.inputs if port.name in FEATURES}),
+        state=sorted(set().union(*(core.state for core in cores.values()))),
+        curves=_default_curves(what),
+        options=policy.config.model_dump(mode="json", exclude={"weights"}),
+        validation={f"{stem}.onnx": agreement(comparison) for stem, comparison in found.items()},
+        evaluation=dict(evaluation or {}),
+        provenance=dict(provenance or {}),
+    )
+    # The description last: a folder that has one is whole.
+    for file, content in data.items():
+        write_at_once(out / file, content)
+    write_at_once(out / "README.md", readme(described))
+    write_at_once(out / DESCRIPTION, json.dumps(described.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+    return described
+
+
+def prepared(policy: TrainedPolicy, spec: DecoderSpec, cost: CostModel | None) -> Export:
+    """Bind the policy and see what of it is written. Raises PolicyError if it is not exportable."""
+    if not isinstance(policy, Exportable):
+        raise PolicyError(
+            f"policy {policy.name!r} cannot be exported: its class defines no `export(self)`, which says what its "
+            "networks take and give (bpkit.export.core)"
+        )
+    policy.bind(spec, cost)
+    return policy.export()
+
+
+def _no_curves(context_length: int) -> Curves:
+    return Curves([], [])
+
+
+def _default_curves(what: Export) -> schema.Default | None:
+    if what.curves is None:
+        return None
+    typical = what.curves(TYPICAL_CONTEXT)
+    return schema.Default(steps=typical.steps, verify=typical.verify)
+
+
+def describe(core: Core, data: bytes, opset: int, rows: schema.Golden) -> schema.Network:
+    """What `policy.json` says of a file."""
+    return schema.Network(
+        method=core.method,
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        opset=opset,
+        inputs=[_tensor(port) for port in core.inputs],
+        outputs=[_tensor(port) for port in core.outputs],
+        margin=core.margin,
+        tolerance=core.tolerance,
+        golden=rows,
+    )
+
+
+def _tensor(port: Port) -> schema.Tensor:
+    return schema.Tensor(name=port.name, dtype=port.dtype, shape=list(port.shape), meaning=port.meaning)
+
+
+def golden(core: Core, comparison: Comparison, run: Callable[[Any], dict[str, NDArray[Any]]]) -> schema.Golden:
+    """A few clear rows with what they give. Raises PolicyError if no row was clear."""
+    if comparison.golden is None:
+        raise PolicyError(f"every {core.method} decision of the trace is a near tie: there is no row to try files by")
+    # Through their decimal form, so that whoever reads the file computes from the very same numbers.
+    given: Given = comparison.golden
+    inputs = {name: plain(value.numpy()) for name, value in given.items()}
+    outputs = run({port.name: as_array(inputs[port.name], port.dtype) for port in core.inputs})
+    return schema.Golden(inputs=inputs, outputs={name: plain(value) for name, value in outputs.items()})
+
+
+def plain(value: NDArray[Any]) -> list[Any]:
+    """Nested lists; floats in the shortest decimal form that is the same float32."""
+    if value.dtype == np.float32:
+        return cast("list[Any]", np.vectorize(lambda x: float(str(x)), otypes=[object])(value).tolist())
+    return cast("list[Any]", value.tolist())
+
+
+def as_array(values: list[Any], dtype: str) -> NDArray[Any]:
+    """The array that nested lists stand for."""
+    return np.array(values, dtype=dtype)
+
+
+def agreement(comparison: Comparison) -> schema.Agreement:
+    """What `policy.json` says of the validation."""
+    return schema.Agreement(
+        rows=comparison.rows,
+        agree=comparison.agree,
+        within_tolerance=comparison.within_tolerance,
+        largest_difference=comparison.largest_difference,
+        batch_sizes=sorted(comparison.batch_sizes),
+    )

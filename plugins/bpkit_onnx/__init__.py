@@ -1,0 +1,15 @@
+"""`onnx`: any exported policy, run by onnxruntime."""
+
+from __future__ import annotations
+
+from bpkit.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def bpkit_register_policies(register: Register) -> None:
+    register(
+        "onnx",
+        "bpkit_onnx.policy:Onnx",
+        summary="A policy from a file: onnx:exported/NAME runs what `bpkit export` wrote (needs bpkit[onnx]).",
+        config="bpkit_onnx.config:OnnxConfig",
+    )

@@ -1,0 +1,21 @@
+"""Options of `onnx`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from bpkit.policy import PolicyConfig
+
+
+class OnnxConfig(PolicyConfig):
+    """Options of `onnx`."""
+
+    path: str | None = Field(default=None, description="folder that `bpkit export` wrote, as in onnx:exported/NAME")
+    provider: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="where it runs; cuda needs bpkit[gpu], and is never exchanged for the CPU silently"
+    )
+    allow_other_models: bool = Field(
+        default=False, description="run it for models of other names than those that it was trained for"
+    )

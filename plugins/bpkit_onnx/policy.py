@@ -1,0 +1,96 @@
+"""The policy `onnx`: the decisions of an exported policy, made by onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bpkit.curves import CostCurves, Curves
+from bpkit.export.core import DECIDES, Method
+from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
+from bpkit_onnx.config import OnnxConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NEXT = "next_"
+
+
+class Onnx(Policy):
+    """Asks the networks of an exported policy, each for its own decision, and keeps what they keep of a request.
+
+    The files are checked before they are run, and rows that came with them are tried once in a process; see
+    `bpkit.export.load`. A score that is not finite is a fault of the policy: the runtime drafts at the trained size.
+    """
+
+    Config: ClassVar[type[PolicyConfig]] = OnnxConfig
+    wants = frozenset()
+    config: OnnxConfig
+
+    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        if self.config.path is None:
+            raise PolicyError("policy 'onnx' needs the folder of an exported policy, as in onnx:exported/forecast")
+        try:
+            from bpkit.export.load import load_exported
+        except ModuleNotFoundError as error:
+            raise PolicyError(f"policy 'onnx' needs {error.name}: pip install 'bpkit[onnx]'") from None
+        self.loaded = load_exported(Path(self.config.path).expanduser(), provider=self.config.provider)
+        self.wants = frozenset(Feature(name) for name in self.loaded.description.features)  # type: ignore[misc]
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        from bpkit.export.check import check_decoder
+        from bpkit.export.inputs import Inputs
+
+        description = self.loaded.description
+        check_decoder(description, decoder, allow_other_models=self.config.allow_other_models)
+        curves = self._curves(cost)
+        self.inputs = {
+            network.method: Inputs([tensor.name for tensor in network.inputs], curves)
+            for network in description.networks.values()
+        }
+
+    def begin(self, context: Context) -> State:
+        return self._ask("begin", context, {}) if "begin" in self.inputs else {}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        drafts = self.loaded.description.drafts
+        if drafts is not None:
+            return context.full(drafts)
+        if "select" in self.inputs:
+            state.update(self._ask("select", context, state))
+        block_size: Tensor = state["block_size"]
+        return block_size
+
+    def extend(self, state: State, draft: Draft) -> Tensor:
+        if "extend" not in self.inputs:
+            return super().extend(state, draft)
+        go_on: Tensor = self._ask("extend", draft, state)["go_on"]
+        return go_on
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        if "truncate" not in self.inputs:
+            return draft.draft_length
+        verify_length: Tensor = self._ask("truncate", draft, state)["verify_length"]
+        return verify_length
+
+    def _ask(self, method: Method, source: Context | Draft, state: State) -> State:
+        """The decision, and what is kept of the request."""
+        outputs = self.loaded.sessions[method].run_torch(self.inputs[method](source, state))
+        wrong = [name for name, value in outputs.items() if value.is_floating_point() and not value.isfinite().all()]
+        if wrong:
+            raise PolicyError(f"{self.config.path} gave values that are not finite ({', '.join(wrong)})")
+        kept = {name.removeprefix(NEXT): value for name, value in outputs.items()}
+        wanted = {DECIDES[method], *self.loaded.description.state}
+        return {name: value for name, value in kept.items() if name in wanted}
+
+    def _curves(self, cost: CostModel | None) -> Any:
+        description = self.loaded.description
+        default = description.curves
+        if default is None:
+            return lambda context_length: Curves([], [])
+        if cost is None:
+            curves = Curves(default.steps, default.verify)
+            return lambda context_length: curves
+        return CostCurves(cost, [size for size in description.block_sizes if size > 1])
