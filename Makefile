@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast runtimes exported lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,17 @@ test: $(VENV)/.ready  ## every test, the slow ones on the shipped pair included
 
 test-fast: $(VENV)/.ready  ## only the tests that need no trained models
 	$(BIN)/python -m pytest -m 'not slow'
+
+runtimes: $(VENV)/.ready build/runtimes/.ready  ## try the exported policies in other runtimes (needs npm and g++)
+	BPKIT_RUNTIMES=all $(BIN)/python -m pytest tests/test_export_runtimes.py
+
+build/runtimes/.ready: $(addprefix tests/runtimes/,install.sh package.json requirements.txt) docs/examples/runtimes/network.cpp
+	PYTHON=$(BIN)/python tests/runtimes/install.sh
+	touch $@
+
+exported: $(VENV)/.ready  ## export the shipped policies again: make exported TRACE=folder COST=costs.json
+	$(BIN)/bpkit export forecast blockpilot ldlp ldlp_threshold specdecpp --trace $(TRACE) --cost $(COST) --recompute
+	$(BIN)/bpkit export forecast:truncate=true --name forecast_truncate --trace $(TRACE) --cost $(COST) --recompute
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(BIN)/ruff check .

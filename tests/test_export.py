@@ -280,6 +280,16 @@ def test_the_policy_needs_a_folder() -> None:
         Onnx()
 
 
+def test_a_bare_name_is_a_shipped_policy_unless_a_folder_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Onnx(path="forecast").loaded.description.name == "forecast"
+    (tmp_path / "forecast").mkdir()
+    with pytest.raises(PolicyError, match="forecast"):
+        Onnx(path="forecast")
+
+
 def test_stripping_takes_inner_shapes_and_traces(decoder: SpeculativeDecoder, exported: dict[str, Path]) -> None:
     import onnx
 

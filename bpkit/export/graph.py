@@ -20,6 +20,11 @@ def best(scores: Tensor) -> tuple[Tensor, Tensor]:
     return place, scores.amax(dim=1) - others.amax(dim=1)
 
 
+def count(mask: Tensor) -> Tensor:
+    """How many are true along the last axis, int64. Not by a cast: tract takes integers made so for axis lengths."""
+    return torch.where(mask, 1, 0).sum(dim=-1)
+
+
 def largest(scores: Tensor) -> Tensor:
     """Along the last axis."""
     return scores.amax(dim=-1)

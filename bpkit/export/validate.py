@@ -24,6 +24,7 @@ Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 BATCHES = (1, 2, 7, 64)
 """Batch sizes that rows are run at in turn, none of them that of the example the graph was traced with."""
 SHOWN = 3
+AT_ONCE = 256
 
 
 @dataclass
@@ -99,11 +100,12 @@ def compare(
     """
     found = {name: Comparison() for name in cores}
     inputs = {name: make_inputs(core) for name, core in cores.items()}
-    for prompt in prompts:
-        for name, source, state, decided in _questions(policy, cores, prompt, spec):
+    for group in _groups(prompts, cores):
+        for name, source, state, decided in _questions(policy, cores, group, spec):
             if len(decided):
                 found[name].add(cores[name], inputs[name](source, state), decided, runs[name])
-        progress()
+        for _ in group:
+            progress()
     for name, result in found.items():
         if not result.rows:
             raise PolicyError(f"the trace has no row to try {name}.onnx on: name one with longer outputs")
@@ -116,17 +118,25 @@ def compare(
     return found
 
 
+def _groups(prompts: Sequence[PromptTrace], cores: dict[str, Core]) -> Iterator[Sequence[PromptTrace]]:
+    """Prompts that make one batch: many where each is one row, else one, whose positions are rows."""
+    size = AT_ONCE if any(core.method == "begin" for core in cores.values()) else 1
+    for start in range(0, len(prompts), size):
+        yield [prompts[place] for place in range(start, min(start + size, len(prompts)))]
+
+
 def _questions(
-    policy: Policy, cores: dict[str, Core], prompt: PromptTrace, spec: DecoderSpec
+    policy: Policy, cores: dict[str, Core], prompts: Sequence[PromptTrace], spec: DecoderSpec
 ) -> Iterator[tuple[str, Context | Draft, State, Tensor]]:
-    """Each core with what it is asked about one prompt, and what the policy's own method answers."""
+    """Each core with what it is asked about a group of prompts, and what the policy's own method answers."""
     names = {core.method: name for name, core in cores.items()}
     wants, state = policy.wants, State()
     if "begin" in names:
-        context = at_begin([prompt], spec, wants)
+        context = at_begin(prompts, spec, wants)
         state = policy.begin(context)
         yield names["begin"], context, {}, policy.select(state, context)
         return
+    (prompt,) = prompts
     rows = at_select(prompt, spec, wants)
     state = policy.begin(rows)
     sizes = policy.select(state, rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bpkit.export.core import Core, Port
-from bpkit.export.graph import best
+from bpkit.export.graph import best, count
 from bpkit_mlp.networks import ResidualMLP, Standard
 
 MARGIN = Port("margin", ("batch",), "float32", "how far the decision is from the next, in units of the scores")
@@ -48,7 +48,7 @@ class LengthCore(nn.Module):
         if self.standard is not None:
             inputs = self.standard(inputs)
         length = self.mlp(inputs)[:, 0]
-        forecast = length.round().clamp(0, self.largest).long()
+        forecast = count(length.round()[:, None] > torch.arange(self.largest))  # rounded, and kept within 0 .. largest
         return cast("Tensor", self.block_sizes)[forecast], forecast, length, _to_the_next_half(length, self.largest)
 
 
@@ -76,7 +76,7 @@ class TrustCore(nn.Module):
         trust = running_product(draft_probability)
         place = torch.arange(1, trust.shape[1] + 1)
         # Probabilities only fall along a draft, so that what is trusted is its beginning.
-        trusted = torch.minimum(((trust >= self.threshold).long()).sum(dim=1), draft_length)
+        trusted = torch.minimum(count(trust >= self.threshold), draft_length)
         chosen = torch.minimum(torch.maximum(trusted, forecast), draft_length) if self.longer else None
         length = chosen if chosen is not None else torch.minimum(trusted, forecast)
         inside = place <= draft_length[:, None]

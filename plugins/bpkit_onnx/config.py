@@ -12,7 +12,9 @@ from bpkit.policy import PolicyConfig
 class OnnxConfig(PolicyConfig):
     """Options of `onnx`."""
 
-    path: str | None = Field(default=None, description="folder that `bpkit export` wrote, as in onnx:exported/NAME")
+    path: str | None = Field(
+        default=None, description="folder that `bpkit export` wrote, or the name of one that ships, as in onnx:forecast"
+    )
     provider: Literal["cpu", "cuda"] = Field(
         default="cpu", description="where it runs; cuda needs bpkit[gpu], and is never exchanged for the CPU silently"
     )

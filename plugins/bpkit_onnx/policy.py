@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import bpkit
 from bpkit.curves import CostCurves, Curves
 from bpkit.export.core import DECIDES, Method
 from bpkit.policy import Policy, PolicyConfig, PolicyError, State
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEXT = "next_"
+SHIPPED = tuple(Path(bpkit.__file__).parents[above] / "exported" for above in (0, 1))
+"""Where exported policies of the shipped pair lie: in an installed distribution, and in a checkout."""
+
+
+def folder_of(path: str) -> Path:
+    """The folder that a path names, or the shipped one of that name if there is no such folder here."""
+    folder = Path(path).expanduser()
+    if not folder.exists() and folder.name == path:
+        return next((root / path for root in SHIPPED if (root / path).is_dir()), folder)
+    return folder
 
 
 class Onnx(Policy):
@@ -36,7 +47,7 @@ class Onnx(Policy):
             from bpkit.export.load import load_exported
         except ModuleNotFoundError as error:
             raise PolicyError(f"policy 'onnx' needs {error.name}: pip install 'bpkit[onnx]'") from None
-        self.loaded = load_exported(Path(self.config.path).expanduser(), provider=self.config.provider)
+        self.loaded = load_exported(folder_of(self.config.path), provider=self.config.provider)
         self.wants = frozenset(Feature(name) for name in self.loaded.description.features)  # type: ignore[misc]
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bpkit.export.core import Core, Port
+from bpkit.export.graph import count
 from bpkit_threshold.specdecpp_networks import AcceptanceHead
 
 
@@ -22,7 +23,7 @@ class RiskCore(nn.Module):
         logits = self.output(self.blocks(draft_hidden))[..., 0]
         risk = 1 - F.logsigmoid(logits).cumsum(dim=1).exp()
         # The risk only grows along a draft, so that what is trusted is its beginning.
-        trusted = torch.minimum((risk <= self.threshold).long().sum(dim=1), draft_length)
+        trusted = torch.minimum(count(risk <= self.threshold), draft_length)
         inside = torch.arange(1, risk.shape[1] + 1) <= draft_length[:, None]
         return trusted, risk, torch.where(inside, (risk - self.threshold).abs(), 1.0).amin(dim=1)
 
