@@ -63,6 +63,8 @@ class Runtime(_Section):
     """None: a GPU if there is one."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Of torch. `auto`: torch's own choice, and in the bench the best count that it finds."""
+    cost: str | None = None
+    """What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset."""
 
 
 _SECTIONS: dict[str, type[_Section]] = {"sampling": Sampling, "runtime": Runtime}

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bpkit.runtime.clock import price
+from bpkit import Policy, SpeculativeDecoder
+from bpkit.policy import State
+from bpkit.runtime.clock import CostClock, price
+from bpkit.testing import TinyPair
 from bpkit.traces.cost import CostError, CostTable, flat, linear, read_cost, write_cost
 from bpkit.traces.presets import PRESETS
-from bpkit.types import PHASES, Work
+from bpkit.types import PHASES, Context, CostModel, DecoderSpec, Work
 
 
 def table(**more: Any) -> CostTable:
@@ -239,3 +242,46 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         write_cost(table(rest=9.0), file)
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]
+
+
+# What a decoder hands to policies
+
+
+class Asks(Policy):
+    """Keeps the cost model that it is bound with."""
+
+    wants = frozenset()
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        self.cost = cost
+
+    def select(self, state: State, context: Context) -> Any:
+        return context.full(2)
+
+
+def test_a_decoder_hands_its_costs_to_its_policies(pair: TinyPair) -> None:
+    cost, policies = table(), [Asks() for _ in range(4)]
+    decoder = SpeculativeDecoder(pair.target, pair.block_diffusion(), policies[0], cost=cost)
+    decoder.with_policy(policies[1])
+    decoder.with_policy(policies[2], drafter="ngram")  # whose drafts cost something else
+    SpeculativeDecoder(pair.target, pair.block_diffusion(), policies[3], clock=CostClock(cost))
+    assert [policy.cost for policy in policies] == [cost, cost, None, cost]
+
+
+def test_the_command_line_reads_costs_from_the_config_or_a_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bpkit.cli import models
+    from bpkit.config import settle
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(SpeculativeDecoder, "from_pretrained", lambda *args, **more: seen.update(more))
+    write_cost(table(), tmp_path / "cost.json")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"runtime: {{cost: {tmp_path / 'cost.json'}}}\n", encoding="utf-8")
+    models.load_decoder(settle(config, {}))
+    assert seen["cost"].rest == table().rest
+    models.load_decoder(settle(None, {"runtime": {"cost": next(iter(PRESETS))}}))
+    assert seen["cost"].name == next(iter(PRESETS))
+    with pytest.raises((CostError, OSError)):
+        models.load_decoder(settle(None, {"runtime": {"cost": str(tmp_path / "none.json")}}))

@@ -60,6 +60,7 @@ def bench(
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    cost: options.Cost = None,
 ) -> None:
     """Compare policies by wall clock: tokens/s, speed-up over plain decoding, acceptance length, where time goes.
 

@@ -46,6 +46,7 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    cost: options.Cost = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Afterwards, on stderr: speed, steps, where time went.")
     ] = False,

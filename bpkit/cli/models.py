@@ -28,11 +28,13 @@ def load_decoder(config: Config, policy: PolicyLike | None = None) -> Speculativ
 
     from bpkit.registry import resolve_policy
     from bpkit.runtime.decoder import SpeculativeDecoder
+    from bpkit.traces.cost import read_cost
 
     if isinstance(config.runtime.threads, int):
         torch.set_num_threads(config.runtime.threads)
     chosen = policy or config.policy or DEFAULT_POLICY
     resolve_policy(chosen)  # a mistyped policy is told before any weights are read
+    cost = read_cost(config.runtime.cost) if config.runtime.cost is not None else None
     for name in (config.target, config.drafter):
         _check_folder(name)
     try:
@@ -43,6 +45,7 @@ def load_decoder(config: Config, policy: PolicyLike | None = None) -> Speculativ
             dtype=config.runtime.dtype,
             device=config.runtime.device,
             rule=config.runtime.rule,
+            cost=cost,
         )
     except FileNotFoundError:
         raise

@@ -118,6 +118,14 @@ Threads = Annotated[
         rich_help_panel=_RUNTIME,
     ),
 ]
+Cost = Annotated[
+    str | None,
+    typer.Option(
+        help="What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset.",
+        metavar="FILE|PRESET",
+        rich_help_panel=_RUNTIME,
+    ),
+]
 Against = Annotated[
     list[str] | None,
     typer.Option(help="Also run this decoder: `transformers-dflash`.", metavar="NAME", rich_help_panel=_COMPARISON),

@@ -39,7 +39,7 @@ from bpkit.runtime.stopping import Stopping
 from bpkit.runtime.streaming import TextPieces
 from bpkit.runtime.target import TargetSession
 from bpkit.runtime.verify import RULES, make_rule
-from bpkit.types import OF_THE_DRAFTED_TOKEN, OF_THE_TARGET, DecoderSpec, Feature
+from bpkit.types import OF_THE_DRAFTED_TOKEN, OF_THE_TARGET, CostModel, DecoderSpec, Feature
 
 
 class SpeculativeDecoder:
@@ -55,6 +55,8 @@ class SpeculativeDecoder:
         clock: what a step costs, for the records and for policies that learn from time; the wall by default.
         strict: raise on policy faults instead of mending them.
         max_block_size: the largest block that policies may ask for, by default the drafter's own limit.
+        cost: what steps cost on this device, for policies that weigh it (`bpkit calibrate`); by default the clock's, if
+            it goes by a cost model.
 
     Raises:
         PolicyError: unknown policy or option, or a policy that wants what this drafter cannot provide.
@@ -72,6 +74,7 @@ class SpeculativeDecoder:
         clock: Clock | None = None,
         strict: bool = False,
         max_block_size: int | None = None,
+        cost: CostModel | None = None,
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"there is no verify rule {rule!r}; the rules are: {', '.join(RULES)}")
@@ -79,6 +82,7 @@ class SpeculativeDecoder:
         self.drafter = resolve_drafter(drafter, target) if isinstance(drafter, (str, dict)) else drafter
         self.tokenizer, self.rule, self.streamer, self.strict = tokenizer, rule, streamer, strict
         self.clock = clock or WallClock(target.device)
+        self.cost: CostModel | None = cost or getattr(self.clock, "cost", None)
         config = target.config.get_text_config()
         largest = self._largest(max_block_size)
         self.spec = DecoderSpec(
@@ -138,6 +142,7 @@ class SpeculativeDecoder:
             clock=self.clock,
             strict=self.strict,
             max_block_size=self.spec.max_block_size if drafter is None else None,
+            cost=self.cost if drafter is None else None,
         )
 
     def generate(self, prompt: str | Tensor, **options: Any) -> Generation:
@@ -279,7 +284,7 @@ class SpeculativeDecoder:
                 f"policy {type(made).__name__} wants {', '.join(sorted(missing))}, which drafter {self.drafter.name!r} "
                 f"({self.drafter.kind}) does not provide; it provides: {', '.join(sorted(self.drafter.provides))}"
             )
-        made.bind(self.spec, getattr(self.clock, "cost", None))
+        made.bind(self.spec, self.cost)
         return made
 
     def _offered(self) -> frozenset[Feature]:
