@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bpkit_forecast.config import ForecastConfig
-from bpkit_forecast.networks import After, Before, Prepared
+from bpkit_forecast.networks import After, Before, Calibrated, Prepared
 from bpkit_forecast.plan import Plan
 from bpkit_forecast.policy import VECTORS, Forecast
 from bpkit_forecast.training import ForecastModule, ForecastOptions
@@ -91,17 +91,46 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     stands, lengths = chances(3, 8), torch.tensor([20, 90, 150, 300, 400, 500, 600, 64])
     alone = [plan.best_sizes(stands[i : i + 1], lengths[i : i + 1])[0] for i in range(8)]
     assert plan.best_sizes(stands, lengths) == alone
-    assert [plan.best_lengths(stands[i : i + 1, -1], lengths[i : i + 1])[0] for i in range(8)] == plan.best_lengths(
-        stands[:, -1], lengths
-    )
+    cut = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0, truncates=True)
+    alone = [cut.best_sizes(stands[i : i + 1], lengths[i : i + 1])[0] for i in range(8)]
+    assert cut.best_sizes(stands, lengths) == alone
 
 
 def test_verified_is_what_pays_for_itself() -> None:
     plan = Plan(FACTS, SIZES, None, rate=1.0, margin=0.0, decision=0.0)
     dear = plan.rho * 0.3  # tokens that a further verified position costs
-    stands = torch.tensor([[0.9, 0.8, dear + 0.01, dear - 0.01, 0.0]])
-    assert plan.best_lengths(stands, torch.tensor([10])) == [3]
-    assert plan.best_lengths(torch.full((1, 5), dear / 2), torch.tensor([10])) == [0]
+    assert plan.best_length([0.9, 0.8, dear + 0.01, dear - 0.01, 0.0], 10) == 3
+    assert plan.best_length([dear / 2] * 5, 10) == 0
+
+
+def test_drafts_that_will_be_cut_short_are_judged_by_what_pays_for_itself() -> None:
+    plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0, truncates=True)
+    stands, lengths = chances(4, 40), torch.randint(10, 600, (40,), generator=torch.Generator().manual_seed(1))
+    chosen = plan.best_sizes(stands, lengths)
+    for row in range(40):
+        at = -(-int(lengths[row]) // 64) * 64
+        first, values = COST.seconds("verify", 1, at), {1: 0.0}
+        for column, size in enumerate(SIZES):
+            kept = [
+                float(stands[row, column, :v].sum()) - plan.rho * (COST.seconds("verify", v + 1, at) - first)
+                for v in range(size)
+            ]
+            values[size] = max(kept) - plan.rho * COST.seconds("draft", size, at)
+        assert values[chosen[row]] == pytest.approx(max(values.values()), abs=1e-5)
+    assert len(set(chosen)) > 1
+
+
+def test_what_is_calibrated_in_python_is_what_the_network_gives() -> None:
+    torch.manual_seed(1)
+    after = After(5, 5)
+    nn.init.normal_(after.bias)
+    after.weight.data = torch.tensor([0.7, -0.3, 0.2])
+    probability, entropy = torch.rand(3, 5), torch.rand(3, 5)
+    probability[0, 0], probability[1, 1] = 0.0, 1.0
+    expected = after(probability, entropy, after.bias[[0, 3, 4]]).sigmoid().cumprod(dim=-1)
+    rows = zip((0, 3, 4), probability.tolist(), entropy.tolist(), strict=True)
+    got = [Calibrated(after)(*row) for row in rows]
+    torch.testing.assert_close(torch.tensor(got), expected)
 
 
 def test_the_first_layer_takes_over_the_standardisation() -> None:
@@ -119,7 +148,11 @@ def test_what_is_prepared_gives_the_same_chances() -> None:
     nn.init.normal_(network.of_size)
     x = torch.randn(6, 10)
     expected = network(x).sigmoid().cumprod(dim=-1)[:, [1, 4]]
-    torch.testing.assert_close(Prepared(network, [1, 4])([x[:, :3], x[:, 3:]]), expected)
+    prepared = Prepared(network, [1, 4])
+    torch.testing.assert_close(prepared([x[:, :3], x[:, 3:]]), expected)
+    for row in range(6):
+        one = x[row : row + 1]
+        torch.testing.assert_close(prepared([one[:, :3], one[:, 3:]]), expected[row : row + 1])
 
 
 def test_choosing_pays_where_forecasts_differ_and_costs_do_too() -> None:
@@ -142,7 +175,8 @@ def test_nobody_is_asked_where_every_step_costs_the_same() -> None:
     policy = Forecast.trained(ForecastConfig(), FACTS, Forecast.untrained(ForecastConfig()).build(FACTS), SPEC)
     policy.bind(SPEC, flat(COST))
     assert not policy.wants
-    context = Context(SPEC, *torch.tensor([[[5]], [[100]], [[40]]]).squeeze(-1), torch.Generator())
+    position, remaining, length = torch.tensor([[5], [100], [40]])
+    context = Context(SPEC, position, remaining, length, torch.Generator())
     assert policy.select({}, context).tolist() == [6]
 
 

@@ -14,6 +14,7 @@ from bpkit_forecast.networks import After, Before
 CURVE = "seconds of a step without a draft, then of each block size, at this row's context length"
 NEVER = -1e9
 """Score of what must not be chosen; finite, because a score that is not would be taken for a fault."""
+VERIFY = "seconds of a target pass over 1, 2, ... positions, at this row's context length"
 TYPICAL = "the same at a typical context length; it sets what a second is worth"
 
 
@@ -55,14 +56,19 @@ class SelectCore(nn.Module):
         typical_step_seconds: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns block_size int64 [batch], gains float32 [batch, 1 + sizes] in tokens, margin float32 [batch]."""
-        x = torch.cat([target_features, anchor_embedding, last_hidden], dim=1)
-        x = nn.functional.silu(self.first(x))
-        x = x + nn.functional.silu(self.second(x))
-        stands = survival(self.hazards(x)[:, None] + cast("Tensor", self.of_size))  # [batch, sizes, width]
-        tokens = (stands * cast("Tensor", self.inside)).sum(dim=-1)
         rho, floor = self.going(typical_step_seconds)
-        gains = over_plain(tokens, step_seconds, rho)
-        asks = self._gain_of_choosing(typical_step_seconds, rho, floor) > rho * self.decision
+        stands = self._stands(target_features, anchor_embedding, last_hidden)
+        tokens = (stands * cast("Tensor", self.inside)).sum(dim=-1)
+        return self._decide(over_plain(tokens, step_seconds, rho), typical_step_seconds, rho, floor)
+
+    def _stands(self, *inputs: Tensor) -> Tensor:
+        """Chances that tokens 1 .. k stand, [batch, sizes, width]."""
+        x = nn.functional.silu(self.first(torch.cat(inputs, dim=1)))
+        x = x + nn.functional.silu(self.second(x))
+        return survival(self.hazards(x)[:, None] + cast("Tensor", self.of_size))
+
+    def _decide(self, gains: Tensor, typical: Tensor, rho: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        asks = self._gain_of_choosing(typical, rho, floor) > rho * self.decision
         place = torch.arange(gains.shape[1])
         ahead = gains > gains.index_select(1, floor) + self.margin
         scores = torch.where(ahead | (place == floor) | (place == 0), gains, NEVER)
@@ -73,6 +79,28 @@ class SelectCore(nn.Module):
     def _gain_of_choosing(self, typical: Tensor, rho: Tensor, floor: Tensor) -> Tensor:
         gains = over_plain(cast("Tensor", self.outlook), typical[None], rho)
         return (largest(gains) - gains.index_select(1, floor)[:, 0]).mean(dim=0, keepdim=True)
+
+
+class SelectToTruncateCore(SelectCore):
+    """The same where only what pays for its verification will be verified, as far as can be told before the draft."""
+
+    def forward(  # type: ignore[override]
+        self,
+        target_features: Tensor,
+        anchor_embedding: Tensor,
+        last_hidden: Tensor,
+        step_seconds: Tensor,
+        verify_seconds: Tensor,
+        typical_step_seconds: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rho, floor = self.going(typical_step_seconds)
+        stands = self._stands(target_features, anchor_embedding, last_hidden)
+        width, first = stands.shape[2], verify_seconds[:, :1]
+        verified = rho * (verify_seconds[:, 1 : width + 1] - first)  # tokens that verifying is worth, [batch, width]
+        kept = ((stands.cumsum(dim=-1) - verified[:, None]) * cast("Tensor", self.inside)).amax(dim=-1).clamp(min=0)
+        whole = verify_seconds.index_select(1, cast("Tensor", self.sizes)[1:] - 1) - first
+        seconds = torch.cat([step_seconds[:, :1], step_seconds[:, 1:] - whole], dim=1)  # without what is verified
+        return self._decide(over_plain(kept, seconds, rho), typical_step_seconds, rho, floor)
 
 
 class TruncateCore(nn.Module):
@@ -124,9 +152,14 @@ def over_plain(tokens: Tensor, seconds: Tensor, rho: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(gains[:, :1]), gains], dim=1)
 
 
-def select_core(module: SelectCore, hidden: int, layers: int) -> Core:
-    """With its ports, for a target of that hidden size and a drafter that reads so many of its layers."""
+def select_core(module: SelectCore, hidden: int, layers: int, largest_size: int | None) -> Core:
+    """With its ports, for a target of that hidden size and a drafter that reads so many of its layers.
+
+    Args:
+        largest_size: if drafts will be cut short.
+    """
     sizes = len(cast("Tensor", module.sizes))
+    verify = () if largest_size is None else (Port("verify_seconds", ("batch", largest_size), "float32", VERIFY),)
     return Core(
         "select",
         module,
@@ -135,6 +168,7 @@ def select_core(module: SelectCore, hidden: int, layers: int) -> Core:
             Port("anchor_embedding", ("batch", hidden), "float32", "the target's embedding of the anchor"),
             Port("last_hidden", ("batch", hidden), "float32", "final-norm hidden state that predicted the anchor"),
             Port("step_seconds", ("batch", sizes), "float32", CURVE),
+            *verify,
             Port("typical_step_seconds", (sizes,), "float32", TYPICAL),
         ),
         outputs=(
@@ -155,12 +189,7 @@ def truncate_core(module: TruncateCore, sizes: int, largest_size: int) -> Core:
             Port("draft_entropy", ("batch", "width"), "float32", "entropy of its distribution at each, in nats"),
             Port("block_size", ("batch",), "int64", "of the draft"),
             Port("draft_length", ("batch",), "int64", "drafted tokens"),
-            Port(
-                "verify_seconds",
-                ("batch", largest_size),
-                "float32",
-                "seconds of a target pass over 1, 2, ... positions at this row's context length",
-            ),
+            Port("verify_seconds", ("batch", largest_size), "float32", VERIFY),
             Port("typical_step_seconds", (sizes,), "float32", TYPICAL),
         ),
         outputs=(

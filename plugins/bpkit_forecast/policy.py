@@ -11,7 +11,7 @@ from bpkit.policy import PolicyConfig, PolicyError, State
 from bpkit.trained import TrainedPolicy
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
 from bpkit_forecast.config import ForecastConfig
-from bpkit_forecast.networks import After, Before, Prepared
+from bpkit_forecast.networks import After, Before, Calibrated, Prepared
 from bpkit_forecast.plan import Plan
 
 VECTORS = (Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING, Feature.LAST_HIDDEN)
@@ -67,9 +67,18 @@ class Forecast(TrainedPolicy):
                 f"policy 'forecast' was trained for block sizes {trained}; this decoder drafts none of them"
             )
         config = self.config
-        self.plan = Plan(self.facts, usable, cost, rate=config.rate, margin=config.margin, decision=config.decision)
+        self.plan = Plan(
+            self.facts,
+            usable,
+            cost,
+            rate=config.rate,
+            margin=config.margin,
+            decision=config.decision,
+            truncates=config.truncate,
+        )
         self.columns = {size: column for column, size in enumerate(trained)}
         self.before = Prepared(cast("Before", self.networks["before"]), self.plan.columns)
+        self.after = Calibrated(cast("After", self.networks["after"]))
         if not self.plan.asks:
             self.wants -= frozenset(VECTORS)  # type: ignore[misc]
 
@@ -82,22 +91,34 @@ class Forecast(TrainedPolicy):
     def truncate(self, state: State, draft: Draft) -> Tensor:
         if not self.config.truncate:
             return draft.draft_length
-        probability = draft[Feature.DRAFT_PROBABILITY]
-        after = cast("After", self.networks["after"])
-        rows = [self.columns.get(size, -1) for size in draft.block_size.tolist()]
-        bias = after.bias.to(probability.device)[rows, : probability.shape[1]]
-        stands = after(probability, draft[Feature.DRAFT_ENTROPY], bias).sigmoid().cumprod(dim=-1)  # [batch, width]
-        lengths = self.plan.best_lengths(stands, draft.context.context_length)
-        return draft.draft_length.new_tensor(lengths).minimum(draft.draft_length)
+        rows = zip(
+            draft.block_size.tolist(),
+            draft.draft_length.tolist(),
+            draft[Feature.DRAFT_PROBABILITY].tolist(),
+            draft[Feature.DRAFT_ENTROPY].tolist(),
+            draft.context.context_length.tolist(),
+            strict=True,
+        )
+        return draft.draft_length.new_tensor([self._length(*row) for row in rows])
+
+    def _length(
+        self, block_size: int, draft_length: int, probability: list[float], entropy: list[float], context_length: int
+    ) -> int:
+        """Drafted tokens to verify, of one row."""
+        place = self.columns.get(block_size, -1)
+        stands = self.after(place, probability[:draft_length], entropy[:draft_length])
+        return self.plan.best_length(stands, context_length)
 
     def export(self) -> Export:
         """`select`, and `truncate` if the option is set."""
-        from bpkit_forecast.cores import SelectCore, TruncateCore, select_core, truncate_core
+        from bpkit_forecast.cores import SelectCore, SelectToTruncateCore, TruncateCore, select_core, truncate_core
 
         hidden, sizes = self.decoder.hidden_size, self.plan.sizes
         layers = (self.facts["inputs"] - 2 * hidden) // hidden
         before, after = cast("Before", self.networks["before"]), cast("After", self.networks["after"])
-        made = {"select": select_core(SelectCore(before, self.facts, self.plan.columns, self.config), hidden, layers)}
+        kind = SelectToTruncateCore if self.config.truncate else SelectCore
+        select = kind(before, self.facts, self.plan.columns, self.config)
+        made = {"select": select_core(select, hidden, layers, max(sizes) if self.config.truncate else None)}
         if self.config.truncate:
             core = TruncateCore(after, self.facts, self.plan.columns, self.config)
             made["truncate"] = truncate_core(core, 1 + len(sizes), max(sizes))
