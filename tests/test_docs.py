@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -56,3 +57,16 @@ def test_every_policy_method_and_feature_is_documented() -> None:
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_table_of_policies_says_what_the_figures_say() -> None:
+    text = (ROOT / "docs" / "policies" / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((ROOT / "docs" / "benchmarks" / "policies.json").read_text(encoding="utf-8"))["cost_models"]
+    number = r"(\d\.\d{3}) \([^)]*\)"
+    rows = re.findall(rf"^\| `(\w+)` \| {number} \| (-?\d+)% \([^)]*\) \| {number} \| {number} \|", text, re.MULTILINE)
+    assert {row[0] for row in rows} == set(figures["measured"]["overall"]["policies"])
+    for name, measured, share, linear, flat in rows:
+        found = {cost: figures[cost]["overall"]["policies"][name] for cost in ("measured", "linear", "flat")}
+        ratios = [f"{found[cost]['tokens_per_second_ratio']['value']:.3f}" for cost in found]
+        assert ratios == [measured, linear, flat], name
+        assert round(100 * found["measured"]["gap_share"]["value"]) == int(share), name

@@ -91,9 +91,6 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     stands, lengths = chances(3, 8), torch.tensor([20, 90, 150, 300, 400, 500, 600, 64])
     alone = [plan.best_sizes(stands[i : i + 1], lengths[i : i + 1])[0] for i in range(8)]
     assert plan.best_sizes(stands, lengths) == alone
-    cut = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0, truncates=True)
-    alone = [cut.best_sizes(stands[i : i + 1], lengths[i : i + 1])[0] for i in range(8)]
-    assert cut.best_sizes(stands, lengths) == alone
 
 
 def test_verified_is_what_pays_for_itself() -> None:
@@ -101,23 +98,6 @@ def test_verified_is_what_pays_for_itself() -> None:
     dear = plan.rho * 0.3  # tokens that a further verified position costs
     assert plan.best_length([0.9, 0.8, dear + 0.01, dear - 0.01, 0.0], 10) == 3
     assert plan.best_length([dear / 2] * 5, 10) == 0
-
-
-def test_drafts_that_will_be_cut_short_are_judged_by_what_pays_for_itself() -> None:
-    plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0, truncates=True)
-    stands, lengths = chances(4, 40), torch.randint(10, 600, (40,), generator=torch.Generator().manual_seed(1))
-    chosen = plan.best_sizes(stands, lengths)
-    for row in range(40):
-        at = -(-int(lengths[row]) // 64) * 64
-        first, values = COST.seconds("verify", 1, at), {1: 0.0}
-        for column, size in enumerate(SIZES):
-            kept = [
-                float(stands[row, column, :v].sum()) - plan.rho * (COST.seconds("verify", v + 1, at) - first)
-                for v in range(size)
-            ]
-            values[size] = max(kept) - plan.rho * COST.seconds("draft", size, at)
-        assert values[chosen[row]] == pytest.approx(max(values.values()), abs=1e-5)
-    assert len(set(chosen)) > 1
 
 
 def test_what_is_calibrated_in_python_is_what_the_network_gives() -> None:

@@ -81,28 +81,6 @@ class SelectCore(nn.Module):
         return (largest(gains) - gains.index_select(1, floor)[:, 0]).mean(dim=0, keepdim=True)
 
 
-class SelectToTruncateCore(SelectCore):
-    """The same where only what pays for its verification will be verified, as far as can be told before the draft."""
-
-    def forward(  # type: ignore[override]
-        self,
-        target_features: Tensor,
-        anchor_embedding: Tensor,
-        last_hidden: Tensor,
-        step_seconds: Tensor,
-        verify_seconds: Tensor,
-        typical_step_seconds: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rho, floor = self.going(typical_step_seconds)
-        stands = self._stands(target_features, anchor_embedding, last_hidden)
-        width, first = stands.shape[2], verify_seconds[:, :1]
-        verified = rho * (verify_seconds[:, 1 : width + 1] - first)  # tokens that verifying is worth, [batch, width]
-        kept = ((stands.cumsum(dim=-1) - verified[:, None]) * cast("Tensor", self.inside)).amax(dim=-1).clamp(min=0)
-        whole = verify_seconds.index_select(1, cast("Tensor", self.sizes)[1:] - 1) - first
-        seconds = torch.cat([step_seconds[:, :1], step_seconds[:, 1:] - whole], dim=1)  # without what is verified
-        return self._decide(over_plain(kept, seconds, rho), typical_step_seconds, rho, floor)
-
-
 class TruncateCore(nn.Module):
     """As much of the draft as pays for its verification."""
 
@@ -152,14 +130,9 @@ def over_plain(tokens: Tensor, seconds: Tensor, rho: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(gains[:, :1]), gains], dim=1)
 
 
-def select_core(module: SelectCore, hidden: int, layers: int, largest_size: int | None) -> Core:
-    """With its ports, for a target of that hidden size and a drafter that reads so many of its layers.
-
-    Args:
-        largest_size: if drafts will be cut short.
-    """
+def select_core(module: SelectCore, hidden: int, layers: int) -> Core:
+    """With its ports, for a target of that hidden size and a drafter that reads so many of its layers."""
     sizes = len(cast("Tensor", module.sizes))
-    verify = () if largest_size is None else (Port("verify_seconds", ("batch", largest_size), "float32", VERIFY),)
     return Core(
         "select",
         module,
@@ -168,7 +141,6 @@ def select_core(module: SelectCore, hidden: int, layers: int, largest_size: int 
             Port("anchor_embedding", ("batch", hidden), "float32", "the target's embedding of the anchor"),
             Port("last_hidden", ("batch", hidden), "float32", "final-norm hidden state that predicted the anchor"),
             Port("step_seconds", ("batch", sizes), "float32", CURVE),
-            *verify,
             Port("typical_step_seconds", (sizes,), "float32", TYPICAL),
         ),
         outputs=(

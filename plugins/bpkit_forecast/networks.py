@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,7 +49,8 @@ class Prepared:
     """A trained `Before` as bare matrix products, for some of its block sizes: the same chances, sooner.
 
     For a single row most of a module's time is not arithmetic, and the weights are stored the other way round here,
-    which the matrix product reads faster.
+    which the matrix product reads faster. (numpy's calls are cheaper still, but in the loop its threads and those of torch
+    get in each other's way.)
 
     Args:
         columns: places of the block sizes among those of training.
@@ -62,12 +61,9 @@ class Prepared:
         self.weights = [layer.weight.detach().t().contiguous() for layer in layers]
         self.biases = [layer.bias.detach() for layer in layers]
         self.of_size = before.of_size.detach()[list(columns)].contiguous()
-        self.arrays = [w.numpy() for w in self.weights], [b.numpy() for b in self.biases], self.of_size.numpy()
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         """Inputs in pieces, float [batch, ...]. Returns chances that tokens 1 .. k stand, [batch, columns, width]."""
-        if parts[0].is_cpu and len(parts[0]) == 1:
-            return torch.from_numpy(self._one_row(parts))
         if parts[0].device != self.of_size.device:
             self._move(parts[0].device)
         first, second, last = self.weights
@@ -75,21 +71,6 @@ class Prepared:
         x = F.silu(torch.addmm(self.biases[1], x, second), inplace=True).add_(x)
         hazards = torch.addmm(self.biases[2], x, last)[:, None] + self.of_size
         return hazards.sigmoid_().cumprod(dim=-1)
-
-    def _one_row(self, parts: Sequence[Tensor]) -> NDArray[np.float32]:
-        """The same in numpy, whose calls cost a third of torch's."""
-        (w1, w2, w3), (b1, b2, b3), of_size = self.arrays
-        x = np.concatenate([part[0].float().numpy() for part in parts]) @ w1
-        x += b1
-        x /= 1 + np.exp(-x)  # SiLU
-        y = x @ w2
-        y += b2
-        y /= 1 + np.exp(-y)
-        y += x
-        hazards = y @ w3
-        hazards += b3
-        chances: NDArray[np.float32] = 1 / (1 + np.exp(-(hazards + of_size)))
-        return chances.cumprod(axis=-1)[None]
 
     def _move(self, device: torch.device) -> None:
         self.weights = [weight.to(device) for weight in self.weights]

@@ -22,7 +22,7 @@ class Plan:
             device of training, taken where `cost` is None; `outlook`, some forecasts of training: tokens expected to
             stand, by size.
         usable: block sizes that the decoder can draft.
-        rate, margin, decision, truncates: as in `ForecastConfig`.
+        rate, margin, decision: as in `ForecastConfig`.
 
     Attributes:
         floor: place of the best fixed size among `usable`.
@@ -39,10 +39,9 @@ class Plan:
         rate: float,
         margin: float,
         decision: float,
-        truncates: bool = False,
     ) -> None:
         trained = facts["block_sizes"]
-        self.sizes, self.margin, self.truncates = list(usable), margin, truncates
+        self.sizes, self.margin = list(usable), margin
         self.columns = [trained.index(size) for size in usable]
         drafted = torch.arange(1, max(trained))  # counts the tokens of a draft, int64 [width]
         self.inside = (drafted < torch.tensor(self.sizes)[:, None]).float()  # [usable, width]
@@ -51,7 +50,6 @@ class Plan:
         speeds = [facts["yields"][c] / seconds for c, seconds in zip(self.columns, steps, strict=True)]
         self.floor = speeds.index(max(speeds))
         self.rho = rate * max(*speeds, 1 / plain)
-        self._verifying: dict[int, tuple[Tensor, Curves]] = {}
         self.asks = self._gain_of_choosing(facts["outlook"]) > self.rho * decision
 
     def best_sizes(self, stands: Tensor, context_length: Tensor) -> list[int]:
@@ -61,57 +59,29 @@ class Plan:
             stands: chance that each token and all before it stand, [batch, usable, width].
             context_length: int64 [batch].
         """
-        lengths: list[int] = context_length.tolist()
-        inside = self.inside.to(stands.device)
-        if self.truncates:
-            # Only what pays for its verification will be verified, as far as can be told now; or nothing.
-            tokens = ((stands.cumsum(dim=-1) - self._verified(lengths).to(stands.device)) * inside).amax(dim=-1)
-            tokens = tokens.clamp(min=0)
-        else:
-            tokens = (stands * inside).sum(dim=-1)
-        return [self._best_size(row, length) for row, length in zip(tokens.tolist(), lengths, strict=True)]
+        tokens: list[list[float]] = (stands * self.inside.to(stands.device)).sum(dim=-1).tolist()
+        return [self._best_size(row, length) for row, length in zip(tokens, context_length.tolist(), strict=True)]
 
     def _best_size(self, tokens: Sequence[float], context_length: int) -> int:
-        """`tokens`: expected to stand, less what verifying them is worth if they may be cut short, by usable size."""
-        gains = self._gains(tokens, self._prices(context_length))
+        """`tokens`: expected to stand, by usable size."""
+        gains = self._gains(tokens, context_length)
         place = gains.index(max(gains))
         if gains[place] <= gains[self.floor] + self.margin:
             place = self.floor
         return self.sizes[place] if gains[place] > 0 else 1
 
-    def _gains(self, tokens: Sequence[float], seconds: Sequence[float]) -> list[float]:
-        """What each size gains over a step without a draft, which yields one token as well and takes no `seconds`."""
-        return [expected - self.rho * more for expected, more in zip(tokens, seconds, strict=True)]
-
-    def _prices(self, context_length: int, *, whole: bool = False) -> list[float]:
-        """What each size takes longer than no draft: for drafting, and for verifying if it is verified `whole`."""
-        curves = self.curves(context_length)
-        plain, *steps = curves.steps
-        if whole or not self.truncates:
-            return [seconds - plain for seconds in steps]
-        first = curves.verify[0]
-        return [
-            seconds - plain - (curves.verify[size - 1] - first) for seconds, size in zip(steps, self.sizes, strict=True)
-        ]
-
-    def _verified(self, lengths: Sequence[int]) -> Tensor:
-        """What verifying 1, 2, ... drafted tokens is worth, in tokens: [batch, 1, width]."""
-        return torch.stack([self._row(length) for length in lengths])
-
-    def _row(self, context_length: int) -> Tensor:
-        curves = self.curves(context_length)  # the same object for lengths that are rounded to one
-        if id(curves) not in self._verifying:
-            verify = torch.tensor(curves.verify[: self.inside.shape[1] + 1])
-            self._verifying[id(curves)] = (self.rho * (verify[1:] - verify[0])[None], curves)
-        return self._verifying[id(curves)][0]
+    def _gains(self, tokens: Sequence[float], context_length: int) -> list[float]:
+        """What each size gains over a step without a draft, which yields one token as well."""
+        plain, *drafted = self.curves(context_length).steps
+        return [expected - self.rho * (seconds - plain) for expected, seconds in zip(tokens, drafted, strict=True)]
 
     def _gain_of_choosing(self, outlook: Sequence[Sequence[float]]) -> float:
         """Mean gain over the best fixed size, in tokens a step, if each forecast of the outlook is acted upon."""
         if not outlook:  # while training runs
             return math.inf
-        gain, prices = 0.0, self._prices(TYPICAL_CONTEXT, whole=True)
+        gain = 0.0
         for row in outlook:
-            gains = self._gains([row[column] for column in self.columns], prices)
+            gains = self._gains([row[column] for column in self.columns], TYPICAL_CONTEXT)
             gain += max(0.0, *gains) - gains[self.floor]
         return gain / len(outlook)
 

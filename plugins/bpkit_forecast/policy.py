@@ -67,15 +67,7 @@ class Forecast(TrainedPolicy):
                 f"policy 'forecast' was trained for block sizes {trained}; this decoder drafts none of them"
             )
         config = self.config
-        self.plan = Plan(
-            self.facts,
-            usable,
-            cost,
-            rate=config.rate,
-            margin=config.margin,
-            decision=config.decision,
-            truncates=config.truncate,
-        )
+        self.plan = Plan(self.facts, usable, cost, rate=config.rate, margin=config.margin, decision=config.decision)
         self.columns = {size: column for column, size in enumerate(trained)}
         self.before = Prepared(cast("Before", self.networks["before"]), self.plan.columns)
         self.after = Calibrated(cast("After", self.networks["after"]))
@@ -111,14 +103,12 @@ class Forecast(TrainedPolicy):
 
     def export(self) -> Export:
         """`select`, and `truncate` if the option is set."""
-        from bpkit_forecast.cores import SelectCore, SelectToTruncateCore, TruncateCore, select_core, truncate_core
+        from bpkit_forecast.cores import SelectCore, TruncateCore, select_core, truncate_core
 
         hidden, sizes = self.decoder.hidden_size, self.plan.sizes
         layers = (self.facts["inputs"] - 2 * hidden) // hidden
         before, after = cast("Before", self.networks["before"]), cast("After", self.networks["after"])
-        kind = SelectToTruncateCore if self.config.truncate else SelectCore
-        select = kind(before, self.facts, self.plan.columns, self.config)
-        made = {"select": select_core(select, hidden, layers, max(sizes) if self.config.truncate else None)}
+        made = {"select": select_core(SelectCore(before, self.facts, self.plan.columns, self.config), hidden, layers)}
         if self.config.truncate:
             core = TruncateCore(after, self.facts, self.plan.columns, self.config)
             made["truncate"] = truncate_core(core, 1 + len(sizes), max(sizes))
