@@ -49,8 +49,8 @@ class Prepared:
     """A trained `Before` as bare matrix products, for some of its block sizes: the same chances, sooner.
 
     For a single row most of a module's time is not arithmetic, and the weights are stored the other way round here,
-    which the matrix product reads faster. (numpy's calls are cheaper still, but in the loop its threads and those of torch
-    get in each other's way.)
+    which the matrix product reads faster. (numpy's calls are cheaper still, but in the loop its threads and torch's get
+    in each other's way.)
 
     Args:
         columns: places of the block sizes among those of training.
