@@ -239,7 +239,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "sizes that descend": (changed(lambda said: said.update(block_sizes=[4, 2, 1])), "block_sizes"),
     "no sizes": (changed(lambda said: said.update(block_sizes=[])), "block_sizes"),
     "a huge size": (changed(lambda said: said.update(block_sizes=[1, 10**9])), "block_sizes"),
-    "nothing decides": (changed(lambda said: network(said).update(method="truncate")), "no output 'verify_length'"),
+    "nothing decides": (
+        changed(lambda said: (network(said).update(method="truncate"), said.update(drafts=4))),
+        "no output 'verify_length'",
+    ),
+    "nothing to draft by": (changed(lambda said: network(said).update(method="truncate")), "how much to draft"),
     "no margin": (changed(lambda said: network(said).update(margin="gap")), "no output 'gap'"),
     "an unknown feature": (changed(lambda said: said.update(features=["last_hidden", "passwords"])), "'passwords'"),
     "a feature that is not declared": (changed(lambda said: said.update(features=[])), "not among its features"),

@@ -266,7 +266,11 @@ def check_parts(out: Path) -> set[str]:
     """Every part can be read, at any time, and a prompt has its drafts; returns the names of prompts that are there."""
     parts = out / "parts"
     found = set()
-    for path in sorted(parts.glob("*.prompts.parquet")) if parts.is_dir() else []:
+    try:
+        names = sorted(name for name in os.listdir(parts) if name.endswith(".prompts.parquet"))
+    except FileNotFoundError:  # not there yet, or cleared away
+        names = []
+    for path in (parts / name for name in names):
         try:
             row, drafts = pq.read_table(path), pq.read_table(path.with_name(path.name.replace("prompts", "drafts")))
         except FileNotFoundError:  # joined, and cleared away
