@@ -285,6 +285,8 @@ def test_a_bare_name_is_a_shipped_policy_unless_a_folder_has_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert Onnx(path="forecast").loaded.description.name == "forecast"
+    with pytest.raises(PolicyError, match=r"no exported policy of that name ships \(.*blockpilot, forecast"):
+        Onnx(path="nothing")
     (tmp_path / "forecast").mkdir()
     with pytest.raises(PolicyError, match="forecast"):
         Onnx(path="forecast")

@@ -21,11 +21,21 @@ SHIPPED = tuple(Path(bpkit.__file__).parents[above] / "exported" for above in (0
 
 
 def folder_of(path: str) -> Path:
-    """The folder that a path names, or the shipped one of that name if there is no such folder here."""
+    """The folder that a path names, or the shipped one of that name if there is no such folder here.
+
+    Raises:
+        PolicyError: a bare name is neither; the message lists those that ship.
+    """
     folder = Path(path).expanduser()
-    if not folder.exists() and folder.name == path:
-        return next((root / path for root in SHIPPED if (root / path).is_dir()), folder)
-    return folder
+    if folder.exists() or folder.name != path:
+        return folder
+    shipped = {found.parent.name: found.parent for root in SHIPPED for found in sorted(root.glob("*/policy.json"))}
+    if path not in shipped:
+        raise PolicyError(
+            f"there is no folder {path!r}, and no exported policy of that name ships ({', '.join(shipped) or 'none'}): "
+            "name a folder that `bpkit export` wrote"
+        )
+    return shipped[path]
 
 
 class Onnx(Policy):
