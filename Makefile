@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that share the tests. Each takes up to 3 GB.
+WORKERS ?= 2
 
 .PHONY: help demo test test-fast runtimes exported lint format clean
 
@@ -19,10 +21,10 @@ demo: $(VENV)/.ready  ## decode real prompts under several policies and compare 
 	$(BIN)/bpkit demo
 
 test: $(VENV)/.ready  ## every test, the slow ones on the shipped pair included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: $(VENV)/.ready  ## only the tests that need no trained models
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
 
 runtimes: $(VENV)/.ready build/runtimes/.ready  ## try the exported policies in other runtimes (needs npm and g++)
 	BPKIT_RUNTIMES=all $(BIN)/python -m pytest tests/test_export_runtimes.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from bpkit.runtime.noise import GumbelNoise
 from bpkit.testing import TinyPair, tiny_pair
 
 torch.set_num_threads(1)
+# Tables are as wide as for a file, wherever the tests run: several processes inherit the terminal's width.
+os.environ.pop("COLUMNS", None)
 
 NEAR_TIE = 1e-4
 
