@@ -11,12 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bpkit.bench.contestants import LOOP, TRANSFORMERS, Outcome
-from bpkit.bench.measure import Measurement, Task, measure
-from bpkit.bench.run import BenchSettings, run_bench
-from bpkit.bench.statistics import RESAMPLES, Roles, resample, summarise
-from bpkit.bench.texts import differences, ends_in_loop
-from bpkit.bench.threads import best_counts, candidate_counts, try_thread_counts
+from bpkit.bench.wall_clock.contestants import LOOP, TRANSFORMERS, Outcome
+from bpkit.bench.wall_clock.measure import Measurement, Task, measure
+from bpkit.bench.wall_clock.run import BenchSettings, run_bench
+from bpkit.bench.wall_clock.statistics import RESAMPLES, Roles, resample, summarise
+from bpkit.bench.wall_clock.texts import differences, ends_in_loop
+from bpkit.bench.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
 from bpkit.cli.bench import DEFAULT_POLICIES, named_policies, policy_name
 from bpkit.cli.main import build_app
 from bpkit.config import Config
@@ -329,7 +329,7 @@ def test_sampling_compares_with_plain_sampling_of_the_same_seed(pair: Path, prom
 def test_threads_are_found_by_trial_when_left_to_the_bench(
     pair: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bpkit.bench.run.available_cores", lambda: 2)
+    monkeypatch.setattr("bpkit.bench.wall_clock.run.available_cores", lambda: 2)
     decoder = SpeculativeDecoder.from_pretrained(str(pair / "target"), "ngram", device="cpu")
     settings = BenchSettings({"fixed:4": "fixed:4"}, {"max_new_tokens": 4, "temperature": 0.0})
     machine = run_bench(decoder, read_prompts(prompt_file)[:1], settings)["machine"]

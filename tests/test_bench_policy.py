@@ -16,14 +16,15 @@ from bpkit_mlp.fold import fold
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from bpkit.bench import latency_fold, latency_timing
 from bpkit.bench.latency import agreement
-from bpkit.bench.latency_backends import ONNXRUNTIME, TORCH, Contestant, decide, make_contestant
-from bpkit.bench.latency_fold import FoldSettings, bench_fold, weights
-from bpkit.bench.latency_pair import measure_pair
-from bpkit.bench.latency_rows import Recorder, batches
-from bpkit.bench.latency_table import sentences
-from bpkit.bench.latency_timing import BLOCK, interleave, percentile, ratio
+from bpkit.bench.latency import fold as latency_fold
+from bpkit.bench.latency import timing as latency_timing
+from bpkit.bench.latency.backends import ONNXRUNTIME, TORCH, Contestant, decide, make_contestant
+from bpkit.bench.latency.fold import FoldSettings, bench_fold, weights
+from bpkit.bench.latency.pair import measure_pair
+from bpkit.bench.latency.rows import Recorder, batches
+from bpkit.bench.latency.table import sentences
+from bpkit.bench.latency.timing import BLOCK, interleave, percentile, ratio
 from bpkit.cli.bench_policy import batch_sizes, those_that_ship
 from bpkit.cli.main import build_app
 from bpkit.policy import State
@@ -326,7 +327,7 @@ def test_another_fold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(raw: Any, head: nn.Linear) -> Any:
         return fold(raw, nn.Linear(16, 300, bias=False))
 
-    monkeypatch.setattr("bpkit.bench.latency_fold.fold", wrong)
+    monkeypatch.setattr("bpkit.bench.latency.fold.fold", wrong)
     decisions = bench_fold(settings)["decisions"]
     assert decisions["clear_agree"] < decisions["clear"]
     assert decisions["largest_difference"] > latency_fold.TOLERANCE

@@ -20,9 +20,9 @@ from bpkit.prompts import Prompt
 from bpkit.runtime.clock import price
 from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing import TinyPair
-from bpkit.traces.calibrate import CalibrationSettings, RandomSizes, calibrate
 from bpkit.traces.cost import CostError, CostTable, read_cost
-from bpkit.traces.estimate import Steps, estimate, merged_ranges, trimmed, waiting_range
+from bpkit.traces.cost.calibrate import CalibrationSettings, RandomSizes, calibrate
+from bpkit.traces.cost.estimate import Steps, estimate, merged_ranges, trimmed, waiting_range
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Seconds, Work
 
 LARGEST = 6

@@ -16,7 +16,7 @@ from bpkit.policy import State
 from bpkit.runtime.clock import CostClock, price
 from bpkit.testing import TinyPair
 from bpkit.traces.cost import CostError, CostTable, flat, linear, read_cost, write_cost
-from bpkit.traces.presets import PRESETS
+from bpkit.traces.cost.presets import PRESETS
 from bpkit.types import PHASES, Context, CostModel, DecoderSpec, Work
 
 

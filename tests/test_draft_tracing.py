@@ -34,11 +34,11 @@ from bpkit.runtime.features import draft_features
 from bpkit.runtime.noise import GumbelNoise
 from bpkit.runtime.sampling import Draw, Processors
 from bpkit.testing import TinyPair
-from bpkit.traces import draft_autoregressive
-from bpkit.traces.draft_autoregressive import Rollouts, trace_rollouts
-from bpkit.traces.draft_stepwise import GivenNoise, refuse_memory, trace_step_by_step
-from bpkit.traces.drafting import Drafts, Finished
-from bpkit.traces.reader import DraftReader, match_probability
+from bpkit.traces.collect import autoregressive as draft_autoregressive
+from bpkit.traces.collect.autoregressive import Rollouts, trace_rollouts
+from bpkit.traces.collect.drafting import Drafts, Finished
+from bpkit.traces.collect.reader import DraftReader, match_probability
+from bpkit.traces.collect.stepwise import GivenNoise, refuse_memory, trace_step_by_step
 from bpkit.types import Feature, Step
 
 PROMPT = "def f(a, b):"

@@ -24,8 +24,8 @@ from bpkit.traces.oracle import (
     oracle_step,
     oracle_step_truncate,
 )
+from bpkit.traces.oracle.steps import CachedCost
 from bpkit.traces.records import DraftTable, PromptTrace
-from bpkit.traces.steps import CachedCost
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, PHASES, CostModel, Work
 
 KINDS = (BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM)

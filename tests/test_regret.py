@@ -20,8 +20,8 @@ from bpkit.testing.traces import synthetic_prompt
 from bpkit.traces.collect import TraceOptions, Tracer
 from bpkit.traces.cost import CostTable
 from bpkit.traces.oracle import fixed_path, hindsight, oracle_step_truncate
+from bpkit.traces.oracle.regret import KINDS, NotTraced, Taken, features_seconds, step_regret
 from bpkit.traces.records import DraftTable, PromptTrace
-from bpkit.traces.regret import KINDS, NotTraced, Taken, features_seconds, step_regret
 from bpkit.traces.replay import Replayed, Replayer
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Feature
 

@@ -22,14 +22,14 @@ from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.traces.collect import TraceOptions, Tracer, generation_options
+from bpkit.traces.collect.job import ThisProcess, describe, run_job
+from bpkit.traces.collect.recompute import Recompute
 from bpkit.traces.cost import CostTable
-from bpkit.traces.job import ThisProcess, describe, run_job
-from bpkit.traces.manifest import TraceError
 from bpkit.traces.oracle import fixed_path
-from bpkit.traces.recompute import Recompute
 from bpkit.traces.records import PromptTrace
 from bpkit.traces.replay import Replayer
-from bpkit.traces.storage import open_trace
+from bpkit.traces.tables.manifest import TraceError
+from bpkit.traces.tables.storage import open_trace
 from bpkit.types import OF_THE_TARGET, Context, Draft, Feature, Step
 
 if TYPE_CHECKING:

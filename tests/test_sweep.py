@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 from bpkit.bench.sweep import Sweep, read_sweep
-from bpkit.bench.sweep_chance import (
+from bpkit.bench.sweep.chance import (
     chance_tables,
     choose_by_neighbours,
     leave_one_out,
     one_sided,
     residuals,
 )
-from bpkit.bench.sweep_figures import summarise_sweep
+from bpkit.bench.sweep.figures import summarise_sweep
 from bpkit.cli import main
 
 Floats = NDArray[np.float64]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from bpkit.bench.evaluation import evaluate
-from bpkit.bench.splits import split_prompts
+from bpkit.bench.evaluation.splits import split_prompts
 from bpkit.cli.main import build_app
 from bpkit.policy import Policy, PolicyError, State
 from bpkit.policy_folder import POLICY, WEIGHTS
@@ -29,12 +29,12 @@ from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.traces.collect import TraceOptions, Tracer
+from bpkit.traces.collect.job import ThisProcess, describe, run_job
 from bpkit.traces.cost import CostTable, write_cost
-from bpkit.traces.job import ThisProcess, describe, run_job
-from bpkit.traces.manifest import Manifest, ModelFacts
 from bpkit.traces.oracle import best_fixed, fixed_path
 from bpkit.traces.records import PromptTrace
-from bpkit.traces.storage import TraceWriter
+from bpkit.traces.tables.manifest import Manifest, ModelFacts
+from bpkit.traces.tables.storage import TraceWriter
 from bpkit.trained import TrainedConfig, TrainedElsewhereWarning, TrainedPolicy
 from bpkit.training.example_data import EpochSampler
 from bpkit.training.policies import PolicyRun, train_policy

@@ -8,7 +8,6 @@ target's distribution after every token of the target's own answers: forward KL 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from bpkit.training.budget import BudgetedModule
 from bpkit.training.outputs import write_outputs
-from bpkit.training.provenance import fingerprint, write_provenance
-from bpkit.training.run import RunOptions, autocast, fit
+from bpkit.training.provenance import fingerprint
+from bpkit.training.run import RunOptions, autocast, run_recipe
 
 
 class DistillationLoss(nn.Module):
@@ -97,21 +95,14 @@ def train_assistant(
     outputs = write_outputs(target, tokenizer, prompts, out, count=sequences, new_tokens=new_tokens, seed=options.seed)
     data = load_file(outputs)
     columns = (data["ids"].long(), data["prompt_length"], data["length"])
-    module = BudgetedModule(
+    run_recipe(
+        "train_assistant",
+        drafter,
         DistillationLoss(drafter, target),
-        max_steps=options.max_steps,
-        max_minutes=options.max_minutes,
-        muon_lr=6e-3,
-        adamw_lr=2e-3,
+        columns,
+        out,
+        batch_size=batch_size,
+        options=options,
+        arguments={"layers": layers, "sequences": sequences, "new_tokens": new_tokens},
+        fingerprints={"prompts": fingerprint(prompts)},
     )
-    held_out, training = tuple(c[:64] for c in columns), tuple(c[64:] for c in columns)
-    if fit(module, training, held_out, out=out, batch_size=batch_size, options=options):
-        drafter.to(torch.bfloat16).save_pretrained(out)
-        arguments = {
-            **dataclasses.asdict(options),
-            "layers": layers,
-            "sequences": sequences,
-            "new_tokens": new_tokens,
-            "batch_size": batch_size,
-        }
-        write_provenance(out, "train_assistant", arguments, {"prompts": fingerprint(prompts)})

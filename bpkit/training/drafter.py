@@ -7,7 +7,6 @@ exp(-(k-1)/gamma). Block sizes are mixed, because a policy will ask for many.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bpkit.drafters.blocks import block_attention_mask
 from bpkit.drafters.dflash_model import DFlashConfig, DFlashModel
-from bpkit.training.budget import BudgetedModule
 from bpkit.training.outputs import write_outputs
-from bpkit.training.provenance import fingerprint, write_provenance
-from bpkit.training.run import RunOptions, autocast, fit
+from bpkit.training.provenance import fingerprint
+from bpkit.training.run import RunOptions, autocast, run_recipe
 
 BLOCK_SIZES = (4, 8, 16, 16, 16, 32)
 """Drawn at random, relative to a trained block size of 16: mostly the trained one."""
@@ -158,23 +156,20 @@ def train_drafter(
     )
     drafter = DFlashModel(config)
     drafter.norm.load_state_dict(target.model.norm.state_dict())
-    module = BudgetedModule(
+    run_recipe(
+        "train_drafter",
+        drafter,
         BlockDraftLoss(drafter, target),
-        max_steps=options.max_steps,
-        max_minutes=options.max_minutes,
-        muon_lr=6e-3,
-        adamw_lr=2e-3,
-    )
-    held_out, training = tuple(c[:64] for c in columns), tuple(c[64:] for c in columns)
-    if fit(module, training, held_out, out=out, batch_size=batch_size, options=options):
-        drafter.to(torch.bfloat16).save_pretrained(out)
-        arguments = {
-            **dataclasses.asdict(options),
+        columns,
+        out,
+        batch_size=batch_size,
+        options=options,
+        arguments={
             "layers": layers,
             "block_size": block_size,
             "target_layer_ids": config.target_layer_ids,
             "sequences": sequences,
             "new_tokens": new_tokens,
-            "batch_size": batch_size,
-        }
-        write_provenance(out, "train_drafter", arguments, {"prompts": fingerprint(prompts)})
+        },
+        fingerprints={"prompts": fingerprint(prompts)},
+    )

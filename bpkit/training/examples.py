@@ -88,6 +88,7 @@ def examples_key(module: PolicyModule, data: str) -> str:
         "data": data,
         "class": f"{type(module).__module__}:{type(module).__qualname__}",
         "policy": module.policy.config.model_dump(mode="json"),
+        "features": sorted(module.features | module.policy.wants),
         "options": module.options.model_dump(mode="json", exclude=usual),
         "cost": describe_cost(module.cost),
         "spec": repr(module.spec),

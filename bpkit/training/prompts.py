@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from bpkit.traces.fingerprint import fingerprint_values
-from bpkit.traces.manifest import TraceError
 from bpkit.traces.records import PromptTrace
 from bpkit.traces.replay import Fill, offered
-from bpkit.traces.storage import Trace
+from bpkit.traces.tables.manifest import TraceError
+from bpkit.traces.tables.storage import Trace
 from bpkit.types import Feature
 
 PROMPTS = "prompts.json"

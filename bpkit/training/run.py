@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import PreTrainedModel
 
 from bpkit.training.budget import BudgetedModule
+from bpkit.training.provenance import write_provenance
+
+HELD_OUT = 64
+"""Examples that are validated on: the first ones."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,34 @@ class RunOptions:
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 autocast, which both GPUs and recent CPUs run faster than float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def run_recipe(
+    recipe: str,
+    model: PreTrainedModel,
+    loss: nn.Module,
+    columns: tuple[Tensor, ...],
+    out: Path,
+    *,
+    batch_size: int,
+    options: RunOptions,
+    arguments: Mapping[str, Any],
+    fingerprints: dict[str, str],
+) -> None:
+    """Train `model` by `loss`, and write it to the folder `out` in bfloat16, with what made it.
+
+    Args:
+        recipe: name of the function that was called, for the record. arguments: what it was called with beside
+            `options` and `batch_size`. fingerprints: of its texts.
+        columns: the loss's arguments, examples first in each.
+    """
+    module = BudgetedModule(
+        loss, max_steps=options.max_steps, max_minutes=options.max_minutes, muon_lr=6e-3, adamw_lr=2e-3
+    )
+    held_out, training = tuple(c[:HELD_OUT] for c in columns), tuple(c[HELD_OUT:] for c in columns)
+    if fit(module, training, held_out, out=out, batch_size=batch_size, options=options):
+        model.to(torch.bfloat16).save_pretrained(out)
+        write_provenance(out, recipe, {**asdict(options), **arguments, "batch_size": batch_size}, fingerprints)
 
 
 def fit(

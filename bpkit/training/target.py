@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -10,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bpkit.training.budget import BudgetedModule
 from bpkit.training.corpus import pack, training_documents
-from bpkit.training.provenance import fingerprint, write_provenance
-from bpkit.training.run import RunOptions, autocast, fit
+from bpkit.training.provenance import fingerprint
+from bpkit.training.run import RunOptions, autocast, run_recipe
 from bpkit.training.tokenizer import train_tokenizer
 
 
@@ -80,27 +78,24 @@ def train_target(
         tokenizer = train_tokenizer((t for domain in texts.values() for t in domain[:6000]), vocab_size=vocab_size)
     tokenizer.save_pretrained(out)
     windows = pack(every, tokenizer, length=length, seed=options.seed)
-    held_out, training = windows[:64], windows[64:]
     if start_from is None:
         model = Qwen3ForCausalLM(target_config(tokenizer, layers=layers, hidden_size=hidden_size))
     else:
         model = Qwen3ForCausalLM.from_pretrained(start_from, dtype=torch.float32)
-    module = BudgetedModule(
+    run_recipe(
+        "train_target",
+        model,
         NextTokenLoss(model),
-        max_steps=options.max_steps,
-        max_minutes=options.max_minutes,
-        muon_lr=6e-3,
-        adamw_lr=2e-3,
-    )
-    if fit(module, (training,), (held_out,), out=out, batch_size=batch_size, options=options):
-        model.to(torch.bfloat16).save_pretrained(out)
-        arguments = {
-            **dataclasses.asdict(options),
+        (windows,),
+        out,
+        batch_size=batch_size,
+        options=options,
+        arguments={
             "layers": layers,
             "hidden_size": hidden_size,
             "vocab_size": vocab_size,
             "length": length,
-            "batch_size": batch_size,
             "start_from": start_from,
-        }
-        write_provenance(out, "train_target", arguments, {name: fingerprint(domain) for name, domain in texts.items()})
+        },
+        fingerprints={name: fingerprint(domain) for name, domain in texts.items()},
+    )

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from bpkit.traces.oracle import fixed_path
+from bpkit.traces.oracle.steps import array_cost
 from bpkit.traces.records import PromptTrace
 from bpkit.traces.replay import Replayer
-from bpkit.traces.steps import array_cost
 from bpkit.trained import TrainedPolicy
 from bpkit.types import CostModel, DecoderSpec, Feature
 

@@ -1,0 +1,1 @@
+"""Policies by wall clock: interleaved runs of everybody on every prompt."""

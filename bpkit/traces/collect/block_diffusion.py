@@ -1,0 +1,87 @@
+"""All blocks of a block-diffusion drafter, many at once.
+
+Blocks that begin at different positions go through one forward side by side: each sees the target's features before
+its own anchor, and itself, which is the mask of drafter training. The context's keys and values are computed once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
+from bpkit.drafters.blocks import block_attention_mask
+from bpkit.traces.collect.drafting import Drafts, Finished
+from bpkit.traces.collect.reader import Drafted
+
+NOISE_POSITIONS = 256
+"""Block positions in one forward. Blocks see each other's places as masked keys, so that more is not cheaper."""
+
+
+def trace_blocks(drafter: BlockDiffusionDrafter, finished: Finished) -> Drafts:
+    """Draft from every position with every block size; equal to the live drafter's blocks up to rounding."""
+    drafts = Drafts(finished)
+    if finished.rows == 0:
+        return drafts
+    cache = DynamicCache()
+    _read_context(drafter, finished, cache)
+    head = drafter.target.get_output_embeddings()
+    for column, block_size in enumerate(finished.block_sizes):
+        count = max(1, NOISE_POSITIONS // block_size)
+        for first in range(0, finished.rows, count):
+            rows = torch.arange(first, min(first + count, finished.rows), device=finished.ids.device)
+            hidden = _denoised(drafter, finished, cache, rows, block_size)
+            drafted = _read(finished, head(hidden), rows)
+            drafts.put(rows.cpu(), column, drafted, hidden.flatten(0, 1) if finished.keep_hidden else None)
+    return drafts
+
+
+def _read_context(drafter: BlockDiffusionDrafter, finished: Finished, cache: DynamicCache) -> None:
+    """Put keys and values of all features into the cache."""
+    assert finished.features is not None
+    embed = drafter.target.get_input_embeddings()
+    nothing = embed(finished.ids[:, :1])
+    drafter.model(noise_embeds=nothing, context_hidden_states=finished.features, past_key_values=cache)
+    cache.crop(-1)  # the block of one that the model insists on
+
+
+def _denoised(
+    drafter: BlockDiffusionDrafter, finished: Finished, cache: DynamicCache, rows: Tensor, block_size: int
+) -> Tensor:
+    """Hidden states of the masks of each row's block: [rows, block_size - 1, hidden]."""
+    context = finished.ids.shape[1] - 1
+    anchors = finished.prompt_length + rows  # absolute positions
+    places = (anchors[:, None] + torch.arange(block_size, device=rows.device)).flatten()[None]
+    tokens = torch.full((len(rows), block_size), drafter.model.config.mask_token_id, device=rows.device)
+    tokens[:, 0] = finished.ids[0, anchors]
+    assert finished.features is not None
+    hidden: Tensor = drafter.model(
+        noise_embeds=drafter.target.get_input_embeddings()(tokens.flatten()[None]),
+        context_hidden_states=finished.features[:, :0],
+        position_ids=places,
+        attention_mask=block_attention_mask(anchors[None], block_size, context),
+        past_key_values=cache,
+    ).last_hidden_state
+    cache.crop(-len(rows) * block_size)
+    return hidden.view(len(rows), block_size, -1)[:, 1:]
+
+
+def _read(finished: Finished, logits: Tensor, rows: Tensor) -> Drafted:
+    """Draw the tokens of blocks: logits are [rows, length, vocab]; returns [rows * length], draft after draft."""
+    length = logits.shape[1]
+    index = rows[:, None] + torch.arange(1, length + 1, device=rows.device)  # int64 [rows, length]
+    if finished.reader.processors.prefix_free:
+        return finished.reader.read(logits.flatten(0, 1), index.flatten(), lambda i: finished.ids)
+    # A processor may look at the tokens drafted before in the same block: draw place after place.
+    drawn = torch.empty((len(rows), 0), dtype=torch.long, device=rows.device)
+    places: list[Drafted] = []
+    for k in range(length):
+        tokens = drawn
+
+        def prefix(i: int, tokens: Tensor = tokens) -> Tensor:
+            return torch.cat([finished.before(int(rows[i])), tokens[i : i + 1]], dim=1)
+
+        places.append(finished.reader.read(logits[:, k], index[:, k], prefix))
+        drawn = torch.cat([drawn, places[-1].tokens[:, None]], dim=1)
+    return Drafted.joined(places).rearranged(length)

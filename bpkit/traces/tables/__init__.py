@@ -1,0 +1,1 @@
+"""A trace on disk: its manifest, its parquet tables, and the lock of the run that writes them."""
