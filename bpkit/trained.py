@@ -27,6 +27,7 @@ from bpkit.policy_folder import (
     read_weights,
     write_policy_folder,
 )
+from bpkit.spec import registered_by_another, spec_of, with_weights
 from bpkit.trained_config import TrainedConfig
 from bpkit.types import CostModel, DecoderSpec
 
@@ -98,13 +99,20 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
     trainer: ClassVar[str]
     config: TrainedConfig
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not issubclass(cls.Config, TrainedConfig):
+            raise PolicyError(
+                f"{cls.__name__}.Config must derive from bpkit.trained.TrainedConfig, which has the option 'weights'"
+            )
+
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
         self._hub_mixin_config = None  # the mixin would write a config.json of its own
         self.facts: dict[str, Any] = {}
         self.networks: dict[str, nn.Module] = {}
         self._trained: Trained | None = None
-        self._shipped = None if self.config.weights is not None else next(iter(_shipped_folders(self.name)), None)
+        self._shipped = None if self.config.weights is not None else next(iter(self._shipped_folders()), None)
         folder = self.folder
         if folder is not None:
             self.config = self._with_stored_options(folder)
@@ -242,7 +250,7 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
             trained_for = self._file(folder).trained_for
             return len(trained_for.differences(decoder)), len(trained_for.other_names(decoder))
 
-        best = min(_shipped_folders(self.name), key=unfit)
+        best = min(self._shipped_folders(), key=unfit)
         if best != self._shipped:
             self._shipped, self._trained = best, None
             self.config = self._with_stored_options(best)
@@ -299,17 +307,23 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
     def _which(self) -> str:
         if self._shipped is None:
             return f"that of {self.folder}" if self.config.weights is not None else "this one"
-        others = [folder.name for folder in _shipped_folders(self.name) if folder != self._shipped]
+        others = [folder.name for folder in self._shipped_folders() if folder != self._shipped]
         return f"the one that ships{f' and fits best, {self._shipped.name},' if others else ''}"
 
     def _how_to_train(self) -> str:
-        return f"train it with `bpkit train {self.name} TRACE --out FOLDER`, and use `--policy FOLDER`"
+        spec = spec_of(type(self))
+        use = "FOLDER" if spec == self.name else with_weights(spec, "FOLDER")
+        return f"train it with `bpkit train {spec} TRACE --out FOLDER --cost COST`, and use `--policy {use}`"
 
+    def _shipped_folders(self) -> list[Path]:
+        """What ships for the policy: folder `NAME`, and any `NAME-...`, for other drafters.
 
-def _shipped_folders(name: str) -> list[Path]:
-    """What ships for a policy: folder `NAME`, and any `NAME-...`, for other drafters."""
-    folders = [SHIPPED / name, *sorted(SHIPPED.glob(f"{name}-*"))]
-    return [folder for folder in folders if is_policy_folder(folder) and read_policy_file(folder).policy == name]
+        Nothing does for a stranger's class that merely has the name of one that is registered.
+        """
+        name = self.name
+        folders = [SHIPPED / name, *sorted(SHIPPED.glob(f"{name}-*"))]
+        found = [folder for folder in folders if is_policy_folder(folder) and read_policy_file(folder).policy == name]
+        return found if not found or registered_by_another(type(self)) is None else []
 
 
 def class_of_folder(folder: Path) -> type[TrainedPolicy]:
@@ -321,7 +335,7 @@ def class_of_folder(folder: Path) -> type[TrainedPolicy]:
     if entry is None:
         raise PolicyError(
             f"{folder} holds a policy {name!r}, which no installed plug-in registers: install the distribution that "
-            f"has it, or name the class with `./file.py:ClassName:weights={folder}`"
+            f"has it, or name the class with `./file.py:ClassName:{folder}`"
         )
     made = entry.load()
     if not (isinstance(made, type) and issubclass(made, TrainedPolicy)):

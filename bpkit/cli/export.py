@@ -10,38 +10,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bpkit.class_file import names_file
 from bpkit.cli import options
 from bpkit.cli.errors import require
 from bpkit.cli.evaluate import DEFAULT_SPLIT, filler, parse_fractions
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.cli.train_policy import portable
-from bpkit.policy import PolicyError
+from bpkit.policy import Policy, PolicyError
+from bpkit.spec import name_of
 
 if TYPE_CHECKING:
-    from bpkit.bench.measure import Progress
+    from bpkit.bench.wall_clock.measure import Progress
+    from bpkit.config import Config
     from bpkit.export.schema import ExportedPolicy
     from bpkit.traces.cost import CostTable
     from bpkit.traces.records import PromptTrace
     from bpkit.traces.replay import Fill
-    from bpkit.traces.storage import Trace
-    from bpkit.trained import TrainedPolicy
+    from bpkit.traces.tables.storage import Trace
 
 _RECOMPUTE = "Features that the trace lacks"
 
 
 def export(
     context: typer.Context,
-    policies: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders of trained policies, or names whose weights ship, with options if you like "
-            "(`forecast:truncate=true`).",
-            metavar="POLICY...",
-        ),
-    ],
     trace: Annotated[
         Path, typer.Option(help="Trace whose validation prompts the files are tried on.", metavar="TRACE")
     ],
+    policies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Folders of trained policies, names whose weights ship, with options if you like "
+            "(`forecast:truncate=true`), or `./file.py:ClassName:FOLDER`. By default the policy of `--config`.",
+            metavar="[POLICY]...",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Each policy gets a folder of its name in it.", metavar="FOLDER")] = Path(
         "exported"
     ),
@@ -84,26 +86,29 @@ def export(
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Write trained policies as ONNX files, which decide without bpkit, in any runtime.
+    """Write trained policies as ONNX files, for any runtime.
 
-    Everything that decides is in the files: networks, calibration, table of sizes. onnxruntime must decide as the
-    policy does on every position of the validation prompts, or nothing is written.
+    The files decide without bpkit. Everything that decides is in the files: networks, calibration, table of sizes.
+    onnxruntime must decide as the policy does on every position of the validation prompts, or nothing is written.
 
     `bpkit export runs/forecast --trace TRACE`
+
+    `bpkit export ./my_policy.py:MyPolicy:runs/mine --trace TRACE`
 
     `bpkit export forecast blockpilot ldlp --trace TRACE --recompute --out exported`
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="export", purpose="Exporting")
     require("pyarrow", extra="traces", purpose="A trace")
-    from bpkit.bench.splits import split_prompts
+    from bpkit.bench.evaluation.splits import split_prompts
     from bpkit.cli.models import load_decoder, quiet_libraries
     from bpkit.traces.cost import read_cost
-    from bpkit.traces.storage import open_trace
+    from bpkit.traces.tables.storage import open_trace
 
     quiet_libraries()
-    chosen = {spec: trained(spec) for spec in policies}
-    names = {spec: name_of(spec, policy, name if len(policies) == 1 else None) for spec, policy in chosen.items()}
+    specs = named_policies(policies or [], options.settled(context))
+    chosen = {shown: exportable(spec) for shown, spec in specs.items()}
+    names = {shown: export_name(shown, policy, name if len(chosen) == 1 else None) for shown, policy in chosen.items()}
     opened = open_trace(trace)
     held = split_prompts(opened.ids, opened.domains, seed=seed, fractions=parse_fractions(split)).validation[:limit]
     work = _Work(opened, list(held), read_cost(cost) if cost else None, opset)
@@ -117,23 +122,37 @@ def export(
         report(found, out / names[spec])
 
 
-def trained(spec: str) -> TrainedPolicy:
-    """The policy that a spec names. Raises PolicyError if it has no weights to export."""
-    from bpkit.registry import resolve_policy
+def named_policies(given: list[str], config: Config) -> dict[str, str | dict[str, Any]]:
+    """What to export, as it would be typed: the arguments, else the config's policy. Raises ValueError for none."""
+    from bpkit.registry import written
+
+    if given:
+        return dict(zip(given, given, strict=True))
+    if config.policy is None:
+        raise ValueError("name a policy to export, such as runs/forecast, or one in a file for --config")
+    return {written(config.policy): config.policy}
+
+
+def exportable(spec: str | dict[str, Any]) -> Policy:
+    """The policy that a spec names. Raises PolicyError if it has nothing to export."""
+    from bpkit.export.core import Exportable
+    from bpkit.registry import resolve_policy, written
     from bpkit.trained import TrainedPolicy
 
     policy = resolve_policy(spec)
-    if not isinstance(policy, TrainedPolicy):
+    if not isinstance(policy, (TrainedPolicy, Exportable)):
         raise PolicyError(
-            f"policy {spec!r} has no trained weights: name a folder that `bpkit train` made, or a policy whose weights "
-            "ship"
+            f"policy {written(spec)!r} has no trained weights and no `export(self)`, so there is nothing to export: "
+            "name a folder that `bpkit train` made or a policy whose weights ship, derive yours from "
+            "bpkit.learned.LearnedPolicy, or define `export` (bpkit.export.core)"
         )
     return policy
 
 
-def name_of(spec: str, policy: TrainedPolicy, given: str | None) -> str:
+def export_name(spec: str, policy: Policy, given: str | None) -> str:
     """The name of the exported policy. Raises ValueError if it cannot be one."""
-    name = given or (policy.name if spec.partition(":")[0] == policy.name else Path(spec.partition(":")[0]).name)
+    head, own = spec.partition(":")[0], name_of(type(policy))
+    name = given or (own if head == own or names_file(spec) else Path(head).name)
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
         raise ValueError(f"{name!r} cannot be the name of an exported policy: use small letters, digits and _ (--name)")
     return name
@@ -147,7 +166,7 @@ class _Work:
         self.fill: Fill | None = None
         self.model: Any = None
 
-    def export(self, policy: TrainedPolicy, out: Path, name: str, progress: Progress) -> ExportedPolicy:
+    def export(self, policy: Policy, out: Path, name: str, progress: Progress) -> ExportedPolicy:
         from bpkit.export.write import export_policy
 
         spec = self.trace.spec
@@ -178,7 +197,7 @@ class _Work:
             progress=progress.tick,
         )
 
-    def _prompt(self, place: int, policy: TrainedPolicy) -> PromptTrace:
+    def _prompt(self, place: int, policy: Policy) -> PromptTrace:
         from bpkit.traces.replay import offered
 
         prompt = self.trace[place]
@@ -188,35 +207,39 @@ class _Work:
         if self.fill is None:
             flags = " ".join(f"--features {feature}" for feature in sorted(missing))
             raise PolicyError(
-                f"policy {policy.name!r} reads {', '.join(sorted(missing))}, which the trace does not hold: trace into "
-                f"a new folder with `{flags}`, or let them be computed again with `--recompute`"
+                f"policy {name_of(type(policy))!r} reads {', '.join(sorted(missing))}, which the trace does not hold: "
+                f"trace into a new folder with `{flags}`, or let them be computed again with `--recompute`"
             )
         return self.fill(prompt, missing)
 
-    def _folded(self, policy: TrainedPolicy) -> TrainedPolicy:
+    def _folded(self, policy: Policy) -> Policy:
         from bpkit_mlp.blockpilot import BlockPilot
         from bpkit_mlp.fold import fold
 
         if not isinstance(policy, BlockPilot):
-            raise PolicyError(f"--fold is for policies on raw logits, such as blockpilot; {policy.name!r} is none")
+            name = name_of(type(policy))
+            raise PolicyError(f"--fold is for policies on raw logits, such as blockpilot; {name!r} is none")
         policy.bind(self.trace.spec, self.cost)
         return fold(policy, self.model.get_output_embeddings(), config=self.model.config)
 
 
-def summary_of(policy: TrainedPolicy) -> str:
+def summary_of(policy: Policy) -> str:
     """What the plug-in says of the policy."""
     from bpkit.registry import registry
 
-    entry = registry().policies.get(policy.name)
-    return entry.summary if entry else (type(policy).__doc__ or policy.name).strip().splitlines()[0]
+    name = name_of(type(policy))
+    entry = registry().policies.get(name)
+    return entry.summary if entry else (type(policy).__doc__ or name).strip().splitlines()[0]
 
 
-def beside(policy: TrainedPolicy, file: str) -> dict[str, Any]:
+def beside(policy: Policy, file: str) -> dict[str, Any]:
     """What lies beside the weights under that name; empty if nothing does."""
-    path = policy.folder / file if policy.folder is not None else None
-    if path is None or not path.is_file():
+    from bpkit.trained import TrainedPolicy
+
+    folder = policy.folder if isinstance(policy, TrainedPolicy) else None
+    if folder is None or not (folder / file).is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_bytes())
+    found: dict[str, Any] = json.loads((folder / file).read_bytes())
     return found
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from bpkit.class_file import names_file, split_file
 from bpkit.cli import train_policy
 from bpkit.cli.errors import require
 from bpkit.training.trainable import refuse_untrainable, trainable_entries
@@ -23,11 +24,11 @@ from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION
 if TYPE_CHECKING:
     from bpkit.training.run import RunOptions
 
-HELP = """Train a policy, a target or a drafter (needs `pip install 'bpkit[train]'`).
+HELP = """Train a policy, a target or a drafter.
 
-A policy is trained on traces, `bpkit train POLICY TRACE --out FOLDER --cost COST`, and used as `--policy FOLDER`.
-POLICY is one of those below, with options if you like (`name:key=value`), or `./file.py:ClassName`.
-`bpkit train POLICY --help` lists the options.
+Needs `pip install 'bpkit[train]'`. A policy is trained on traces, `bpkit train POLICY TRACE --out FOLDER --cost COST`,
+and used as `--policy FOLDER`. POLICY is one of those below, with options if you like (`name:key=value`), or a class of
+yours, `./file.py:ClassName`. `bpkit train POLICY --help` lists the options.
 """
 
 
@@ -50,7 +51,7 @@ def policy_command(spec: str, *, beside: Sequence[str] = ()) -> Any:
     Raises:
         PolicyError: the policy cannot be trained.
     """
-    name = spec if ".py:" in spec else spec.partition(":")[0]
+    name = split_file(spec)[0] if names_file(spec) else spec.partition(":")[0]
     refuse_untrainable(name, beside=beside)
     entry = trainable_entries().get(name)
     alone = typer.Typer(rich_markup_mode="markdown", add_completion=False)

@@ -15,10 +15,12 @@ from bpkit.cli import options
 from bpkit.cli.errors import require
 from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
 from bpkit.cli.terminal import progress_bar, say
+from bpkit.spec import with_weights
 
 if TYPE_CHECKING:
+    from bpkit.config import Config
     from bpkit.traces.cost import CostTable
-    from bpkit.traces.storage import Trace
+    from bpkit.traces.tables.storage import Trace
     from bpkit.training.prompts import Part
 
 _PROMPTS, _TRAINING, _RUN, _RECOMPUTE = "Prompts", "Training", "How to run", "Features that the trace lacks"
@@ -118,11 +120,12 @@ def train_policy(
 
     quiet_libraries()
     from bpkit.traces.cost import read_cost
-    from bpkit.traces.storage import open_trace
+    from bpkit.traces.tables.storage import open_trace
     from bpkit.training.fit import first_process
 
     opened, held = [open_trace(path) for path in traces], [open_trace(path) for path in validation or []]
-    work = _Work(context, name, opened, held, read_cost(cost), given)
+    policy = with_config(name, options.settled(context))
+    work = _Work(context, policy, opened, held, read_cost(cost), given)
     parts = work.parts(parse_fractions(split or DEFAULT_SPLIT), seed, limit, recompute=recompute)
     how = {"devices": devices, "strategy": strategy, "accelerator": accelerator, "resume": resume, "logger": logger}
     folder = work.train(parts, out, how)
@@ -136,7 +139,7 @@ class _Work:
     def __init__(
         self,
         context: typer.Context,
-        policy: str,
+        policy: str | dict[str, Any],
         traces: list[Trace],
         validation: list[Trace],
         cost: CostTable,
@@ -203,10 +206,24 @@ class _Work:
     def _fills(self) -> dict[Path, Any]:
         """What computes missing features, by trace; the models are loaded once."""
         from bpkit.cli.models import load_decoder
-        from bpkit.traces.recompute import Recompute
+        from bpkit.traces.collect.recompute import Recompute
 
         decoder = load_decoder(options.settled(self.context), "fixed")
         return {trace.path: Recompute(decoder, trace.manifest) for trace in (*self.traces, *self.validation)}
+
+
+def with_config(spec: str, config: Config) -> str | dict[str, Any]:
+    """The policy to train, with the options that a config file gives for the same name; those of the spec win.
+
+    Weights that the file names are what training makes, and are left out.
+    """
+    from bpkit.registry import parse_spec
+
+    given, stated = parse_spec(spec), config.policy
+    stated = parse_spec(stated) if isinstance(stated, str) else stated
+    if stated is None or stated.get("name") != given["name"]:
+        return spec
+    return {**{key: value for key, value in stated.items() if key not in ("", "weights")}, **given}
 
 
 def split_places(
@@ -217,7 +234,7 @@ def split_places(
     Each trace is split by itself, as `bpkit evaluate` does. A prompt id that several traces have belongs to the most
     protected part that it is in anywhere, so that no trace's test prompt is seen through another trace.
     """
-    from bpkit.bench.splits import split_prompts
+    from bpkit.bench.evaluation.splits import split_prompts
 
     guard: dict[str, int] = {}
     ranks: list[dict[int, int]] = []
@@ -275,6 +292,4 @@ def report(folder: Path, name: str) -> None:
         f"{len(found['epochs'])}, {ended}."
     )
     say(f"{found['note']}")
-    # A bare name that a plug-in registers would be taken for that policy.
-    shown = folder if "/" in str(folder) else f"./{folder}"
-    say(f"wrote {folder}; use it with --policy {shown}")
+    say(f"wrote {folder}; use it with --policy {with_weights(name, folder)}")

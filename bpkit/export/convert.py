@@ -6,6 +6,7 @@ inner values are taken out, since they differ from machine to machine and inferr
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import warnings
@@ -38,7 +39,9 @@ def to_onnx(core: Core, *, opset: int = OPSETS[0]) -> bytes:
     import onnx
 
     axes = {name: torch.export.Dim(name) for name in TRACED_AT}
-    shapes = [{i: axes[a] for i, a in enumerate(p.shape) if isinstance(a, str)} or None for p in core.inputs]
+    shapes: Any = tuple({i: axes[a] for i, a in enumerate(p.shape) if isinstance(a, str)} or None for p in core.inputs)
+    if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(core.module.forward).parameters.values()):
+        shapes = (shapes,)  # all inputs are one argument then
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
@@ -50,15 +53,12 @@ def to_onnx(core: Core, *, opset: int = OPSETS[0]) -> bytes:
                 opset_version=opset,
                 input_names=[port.name for port in core.inputs],
                 output_names=[port.name for port in core.outputs],
-                dynamic_shapes=tuple(shapes),
+                dynamic_shapes=shapes,
                 optimize=True,
                 verbose=False,
             )
     except Exception as error:  # torch.onnx raises classes of its own, of several modules
-        said = str(error).strip().splitlines()
-        raise PolicyError(
-            f"the {core.method} network cannot be written as ONNX: {said[0] if said else type(error).__name__}"
-        ) from error
+        raise PolicyError(f"the {core.method} network cannot be written as ONNX: {_said(error)}") from error
     assert program is not None
     proto = stripped(program.model_proto)
     _name_axes(proto, core)
@@ -68,6 +68,14 @@ def to_onnx(core: Core, *, opset: int = OPSETS[0]) -> bytes:
         raise PolicyError(f"the {core.method} network became no valid ONNX model: {error}") from error
     data: bytes = proto.SerializeToString(deterministic=True)
     return data
+
+
+def _said(error: BaseException) -> str:
+    """The first line of what was wrong in the first place; what torch.onnx makes of it is advice on reports."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 def example(port: Port, lengths: dict[str, int], seed: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def best(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,3 +28,9 @@ def count(mask: Tensor) -> Tensor:
 def largest(scores: Tensor) -> Tensor:
     """Along the last axis."""
     return scores.amax(dim=-1)
+
+
+def survival(logits: Tensor) -> Tensor:
+    """Chance that a token and all before it stand, from logits of hazards [..., width]."""
+    # A sum of logarithms: ONNX has no running product.
+    return nn.functional.logsigmoid(logits).cumsum(dim=-1).exp()

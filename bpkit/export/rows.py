@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bpkit.traces.records import PromptTrace
-from bpkit.traces.table_models import IN_DRAFTS
+from bpkit.traces.replay.models import IN_DRAFTS
 from bpkit.types import Context, DecoderSpec, Draft, Feature
 
 PREFILL = (Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS)

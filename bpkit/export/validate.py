@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bpkit.export.core import DECIDES, Core
+from bpkit.export.core import DECIDES, FEATURES, Core
 from bpkit.export.inputs import Given, Inputs
 from bpkit.export.rows import at_begin, at_select, at_truncate
 from bpkit.policy import Policy, PolicyError, State
 from bpkit.traces.records import PromptTrace
-from bpkit.types import Context, DecoderSpec, Draft
+from bpkit.types import Context, DecoderSpec, Draft, Feature
 
 Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 """Runs an ONNX file: outputs by name from inputs by name."""
@@ -130,7 +130,9 @@ def _questions(
 ) -> Iterator[tuple[str, Context | Draft, State, Tensor]]:
     """Each core with what it is asked about a group of prompts, and what the policy's own method answers."""
     names = {core.method: name for name, core in cores.items()}
-    wants, state = policy.wants, State()
+    # A policy that sees no use in asking reads nothing, but its file does.
+    read = {Feature(port.name) for core in cores.values() for port in core.inputs if port.name in FEATURES}
+    wants, state = policy.wants | read, State()
     if "begin" in names:
         context = at_begin(prompts, spec, wants)
         state = policy.begin(context)

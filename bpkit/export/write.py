@@ -20,17 +20,17 @@ from bpkit.export.readme import readme
 from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison, compare
 from bpkit.files import write_at_once
-from bpkit.policy import PolicyError
+from bpkit.policy import Policy, PolicyError
 from bpkit.policy_folder import TrainedFor
+from bpkit.spec import name_of
 from bpkit.traces.records import PromptTrace
-from bpkit.trained import TrainedPolicy
 from bpkit.types import CostModel, DecoderSpec
 
 DESCRIPTION = "policy.json"
 
 
 def export_policy(
-    policy: TrainedPolicy,
+    policy: Policy,
     prompts: Sequence[PromptTrace],
     spec: DecoderSpec,
     out: Path,
@@ -47,7 +47,7 @@ def export_policy(
     """Write `policy.json`, its ONNX files and a README to the folder `out`; nothing, unless every row agrees.
 
     Args:
-        policy: with weights, not yet bound. prompts: of a validation trace, with the features that it wants.
+        policy: not yet bound. prompts: of a validation trace, with the features that it wants.
         cost: of steps, for policies that weigh them; without it, what steps cost where the policy was trained.
         fingerprints: of the weights of `target` and `drafter`.
 
@@ -63,7 +63,7 @@ def export_policy(
     )
     described = schema.ExportedPolicy(
         name=name,
-        policy=policy.name,
+        policy=name_of(type(policy)),
         summary=summary,
         block_sizes=what.block_sizes,
         drafts=what.drafts,
@@ -90,12 +90,12 @@ def export_policy(
     return described
 
 
-def prepared(policy: TrainedPolicy, spec: DecoderSpec, cost: CostModel | None) -> Export:
+def prepared(policy: Policy, spec: DecoderSpec, cost: CostModel | None) -> Export:
     """Bind the policy and see what of it is written. Raises PolicyError if it is not exportable."""
     if not isinstance(policy, Exportable):
         raise PolicyError(
-            f"policy {policy.name!r} cannot be exported: its class defines no `export(self)`, which says what its "
-            "networks take and give (bpkit.export.core)"
+            f"policy {name_of(type(policy))!r} cannot be exported: its class defines no `export(self)`, which says "
+            "what its networks take and give (bpkit.export.core)"
         )
     policy.bind(spec, cost)
     return policy.export()

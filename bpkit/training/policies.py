@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from bpkit.class_file import file_of
 from bpkit.files import write_at_once
 from bpkit.policy import PolicyError
 from bpkit.policy_folder import POLICY, TrainedFor, is_policy_folder
@@ -181,8 +183,11 @@ def check_prepared(module: PolicyModule) -> None:
 
 
 def _describe(module: PolicyModule, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """What makes a run this run."""
+    """What makes a run this run. A class in a file is being worked on: with another text it is another policy."""
+    file = file_of(type(module.policy))
+    code = {"policy file": hashlib.sha256(file.read_bytes()).hexdigest()[:16]} if file is not None else {}
     return {
+        **code,
         "policy": module.policy.name,
         "policy options": module.policy.config.model_dump(mode="json", exclude={"weights"}),
         "training options": module.options.model_dump(mode="json"),

@@ -126,8 +126,7 @@ class PolicyModule(L.LightningModule):
         if not options:
             return config
         given = {name: getattr(config, name) for name in config.model_fields_set}
-        made = validated(type(config), {**given, **options}, owner=self.policy.name)
-        return cast("TrainedConfig", made)
+        return validated(type(config), {**given, **options}, owner=self.policy.name)
 
     # What Lightning calls
 

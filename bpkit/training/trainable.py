@@ -7,13 +7,15 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from bpkit.class_file import names_file
 from bpkit.policy import PolicyError, validated
 from bpkit.registry import Entry, policy_class, registry
+from bpkit.spec import name_of, registered_by_another
 from bpkit.trained_config import TrainedConfig
 
 if TYPE_CHECKING:
     from bpkit.trained import TrainedPolicy
-    from bpkit.training.policy_module import PolicyModule, TrainingOptions
+    from bpkit.training.policy_module import PolicyModule
     from bpkit.types import CostModel, DecoderSpec
 
 
@@ -37,7 +39,7 @@ def refuse_untrainable(name: str, *, beside: Sequence[str] = ()) -> None:
         beside: what else can be trained, such as `target`.
     """
     trainable = trainable_entries()
-    if ".py:" in name or name in trainable:
+    if names_file(name) or name in trainable:
         return
     near = difflib.get_close_matches(name, [*beside, *trainable], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -70,7 +72,7 @@ def make_module(
     if "weights" in options:
         raise PolicyError(f"policy {name!r}: training begins with new weights; leave out option 'weights'")
     config = cast("TrainedConfig", validated(kind.Config, options, owner=name))
-    chosen = cast("TrainingOptions", validated(module.Options, training, owner=f"{name} (training)"))
+    chosen = validated(module.Options, training, owner=f"{name} (training)")
     return module(kind.untrained(config), spec, cost, chosen)
 
 
@@ -96,9 +98,19 @@ def _checked(made: Any, name: str) -> type[TrainedPolicy]:
 
     if not (isinstance(made, type) and issubclass(made, TrainedPolicy)):
         refuse_untrainable(name)
-        raise PolicyError(f"policy {name!r} is not a bpkit.trained.TrainedPolicy, so there is nothing to train")
+        raise PolicyError(
+            f"policy {name!r} has no weights, so there is nothing to train: derive it from "
+            "bpkit.learned.LearnedPolicy, which needs a network only, or from bpkit.trained.TrainedPolicy with "
+            "a trainer of its own"
+        )
     if not getattr(made, "trainer", ""):
         raise PolicyError(f"policy {name!r} does not say what trains it: add a class attribute `trainer`")
+    other = registered_by_another(made)
+    if other is not None:
+        raise PolicyError(
+            f"policy {name!r} is called {name_of(made)!r}, as one that distribution {other!r} registers, and its "
+            "folder would be taken for that one's: give it a class attribute `name` of its own"
+        )
     return made
 
 

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from bpkit.trained_config import TrainedConfig
+from bpkit.learned_config import LearnedConfig
 
 
-class ForecastConfig(TrainedConfig):
+class ForecastConfig(LearnedConfig):
     """Options of `forecast`."""
 
-    rate: float = Field(
-        default=0.85,
-        gt=0,
-        description="what a second is worth, as a share of the tokens/s of the best fixed size; below 1: larger blocks",
-    )
-    margin: float = Field(
-        default=0.0, ge=0, description="tokens that a size must promise above the best fixed size to be preferred"
-    )
-    decision: float = Field(
-        default=5e-5,
-        ge=0,
-        description="seconds that a decision takes; where choosing is expected to gain less, the best fixed size is "
-        "taken without asking",
-    )
     truncate: bool = Field(
         default=False,
         description="also read the draft's confidences and verify only what pays; worth it where verifying is dear",

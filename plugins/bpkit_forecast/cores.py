@@ -8,31 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from bpkit.export.core import Core, Port
-from bpkit.export.graph import best, largest
+from bpkit.export.gains import NEVER, TYPICAL, GainsCore, Going, cost_ports, gain_ports, over_plain
+from bpkit.export.graph import best, survival
 from bpkit_forecast.networks import After, Before
 
-CURVE = "seconds of a step without a draft, then of each block size, at this row's context length"
-NEVER = -1e9
-"""Score of what must not be chosen; finite, because a score that is not would be taken for a fault."""
 VERIFY = "seconds of a target pass over 1, 2, ... positions, at this row's context length"
-TYPICAL = "the same at a typical context length; it sets what a second is worth"
 
 
-class Going(nn.Module):
-    """What a second is worth: a share of the speed of the best fixed size, and where that size stands."""
-
-    def __init__(self, facts: dict[str, Any], columns: list[int], rate: float) -> None:
-        super().__init__()
-        self.register_buffer("yields", torch.tensor([1.0, *(facts["yields"][column] for column in columns)]))
-        self.rate = rate
-
-    def forward(self, typical: Tensor) -> tuple[Tensor, Tensor]:
-        """typical: float32 [1 + sizes]. Returns rho in tokens per second, and the place of the best fixed size."""
-        speeds = cast("Tensor", self.yields) / typical
-        return self.rate * largest(speeds), speeds[1:].argmax(dim=0, keepdim=True) + 1
-
-
-class SelectCore(nn.Module):
+class SelectCore(GainsCore):
     """The size that gains most at the going speed; the best fixed size where choosing does not pay."""
 
     def __init__(self, before: Before, facts: dict[str, Any], columns: list[int], config: Any) -> None:
@@ -40,12 +23,9 @@ class SelectCore(nn.Module):
         trained = facts["block_sizes"]
         sizes = torch.tensor([trained[column] for column in columns])
         self.first, self.second, self.hazards = before.first, before.second, before.hazards
-        self.going = Going(facts, columns, config.rate)
-        self.margin, self.decision = config.margin, config.decision
         self.register_buffer("of_size", before.of_size.detach()[columns])
         self.register_buffer("inside", (torch.arange(1, max(trained)) < sizes[:, None]).float())
-        self.register_buffer("outlook", torch.tensor(facts["outlook"])[:, columns])
-        self.register_buffer("sizes", torch.cat([torch.ones(1, dtype=torch.int64), sizes]))
+        self.weigh(facts, columns, config)
 
     def forward(
         self,
@@ -59,26 +39,13 @@ class SelectCore(nn.Module):
         rho, floor = self.going(typical_step_seconds)
         stands = self._stands(target_features, anchor_embedding, last_hidden)
         tokens = (stands * cast("Tensor", self.inside)).sum(dim=-1)
-        return self._decide(over_plain(tokens, step_seconds, rho), typical_step_seconds, rho, floor)
+        return self.decide(over_plain(tokens, step_seconds, rho), typical_step_seconds, rho, floor)
 
     def _stands(self, *inputs: Tensor) -> Tensor:
         """Chances that tokens 1 .. k stand, [batch, sizes, width]."""
         x = nn.functional.silu(self.first(torch.cat(inputs, dim=1)))
         x = x + nn.functional.silu(self.second(x))
         return survival(self.hazards(x)[:, None] + cast("Tensor", self.of_size))
-
-    def _decide(self, gains: Tensor, typical: Tensor, rho: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        asks = self._gain_of_choosing(typical, rho, floor) > rho * self.decision
-        place = torch.arange(gains.shape[1])
-        ahead = gains > gains.index_select(1, floor) + self.margin
-        scores = torch.where(ahead | (place == floor) | (place == 0), gains, NEVER)
-        scores = torch.where(asks, scores, torch.where(place == floor, 1.0, NEVER).expand_as(scores))
-        chosen, margin = best(scores)
-        return cast("Tensor", self.sizes)[chosen], scores, margin
-
-    def _gain_of_choosing(self, typical: Tensor, rho: Tensor, floor: Tensor) -> Tensor:
-        gains = over_plain(cast("Tensor", self.outlook), typical[None], rho)
-        return (largest(gains) - gains.index_select(1, floor)[:, 0]).mean(dim=0, keepdim=True)
 
 
 class TruncateCore(nn.Module):
@@ -118,18 +85,6 @@ class TruncateCore(nn.Module):
         return place, scores, margin
 
 
-def survival(logits: Tensor) -> Tensor:
-    """Chance that a token and all before it stand, from logits of hazards [..., width]."""
-    # A sum of logarithms: ONNX has no running product.
-    return nn.functional.logsigmoid(logits).cumsum(dim=-1).exp()
-
-
-def over_plain(tokens: Tensor, seconds: Tensor, rho: Tensor) -> Tensor:
-    """Gain over a step without a draft: tokens [rows, sizes] expected to stand, seconds [rows, 1 + sizes]."""
-    gains = tokens - rho * (seconds[:, 1:] - seconds[:, :1])
-    return torch.cat([torch.zeros_like(gains[:, :1]), gains], dim=1)
-
-
 def select_core(module: SelectCore, hidden: int, layers: int) -> Core:
     """With its ports, for a target of that hidden size and a drafter that reads so many of its layers."""
     sizes = len(cast("Tensor", module.sizes))
@@ -140,14 +95,9 @@ def select_core(module: SelectCore, hidden: int, layers: int) -> Core:
             Port("target_features", ("batch", layers * hidden), "float32", "the layers that the drafter reads"),
             Port("anchor_embedding", ("batch", hidden), "float32", "the target's embedding of the anchor"),
             Port("last_hidden", ("batch", hidden), "float32", "final-norm hidden state that predicted the anchor"),
-            Port("step_seconds", ("batch", sizes), "float32", CURVE),
-            Port("typical_step_seconds", (sizes,), "float32", TYPICAL),
+            *cost_ports(sizes),
         ),
-        outputs=(
-            Port("block_size", ("batch",), "int64", "positions to draft, anchor included; 1 means no draft"),
-            Port("gains", ("batch", sizes), "float32", "tokens that each block size gains over no draft; 1 first"),
-            Port("margin", ("batch",), "float32", "how far the choice is ahead of the next, in tokens"),
-        ),
+        outputs=gain_ports(sizes),
     )
 
 

@@ -7,14 +7,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bpkit.curves import CostCurves
 from bpkit.traces.records import PromptTrace
 from bpkit.trained import TrainedPolicy
+from bpkit.training.hazards import hazard_labels, hazard_loss, mean_yields, visited
 from bpkit.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.types import Feature
 from bpkit_forecast.networks import Before
@@ -66,7 +65,7 @@ class ForecastModule(PolicyModule):
             "inputs": x.shape[1],
             "hidden": self.options.hidden,
             "dropout": self.options.dropout,
-            "yields": _yields(data["accepted"].double(), data["visited"].double()),
+            "yields": mean_yields(data["accepted"], data["visited"]),
             "outlook": [],  # known at the end
             "curves": dataclasses.asdict(CostCurves(self.cost, sizes).typical),
         }
@@ -107,45 +106,8 @@ class ForecastModule(PolicyModule):
         before = self.networks["before"]((batch["x"].float() - self.mean) * self.scale)
         calibration = self.networks["after"]
         after = calibration(batch["probability"].float(), batch["entropy"].float(), calibration.bias)
-        return _mean_loss(before, stands, counts) + _mean_loss(after, stands, counts)
+        return hazard_loss(before, stands, counts) + hazard_loss(after, stands, counts)
 
     def _labels(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Whether each token stands, and whether that is known and all before it stood: [batch, sizes, width]."""
-        accepted, left = batch["accepted"].long()[..., None], batch["left"].long()[:, None, None]
-        place = torch.arange(max(self.sizes) - 1, device=accepted.device)
-        length = torch.tensor(list(self.sizes), device=accepted.device)[:, None] - 1
-        stands = place < accepted
-        first_that_fell = (place == accepted) & (accepted < left)
-        return stands.float(), ((stands | first_that_fell) & (place < length)).float()
-
-
-def visited(accepted: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Where steps of each block size begin if that size is kept throughout.
-
-    Args:
-        accepted: of each position and block size, [rows, sizes].
-
-    Returns:
-        bool [rows, sizes].
-
-    >>> visited(np.array([[1], [9], [0], [0]]))[:, 0].tolist()
-    [True, False, True, True]
-    """
-    found = np.zeros(accepted.shape, np.bool_)
-    for column in range(accepted.shape[1]):
-        row, steps = 0, (accepted[:, column] + 1).tolist()
-        while row < len(steps):
-            found[row, column] = True
-            row += steps[row]
-    return found
-
-
-def _yields(accepted: Tensor, visits: Tensor) -> list[float]:
-    """Tokens per step of each block size, over the steps that it would take: a mean over positions is too long."""
-    return (((1 + accepted) * visits).sum(dim=0) / visits.sum(dim=0)).tolist()
-
-
-def _mean_loss(logits: Tensor, stands: Tensor, counts: Tensor) -> Tensor:
-    losses = F.binary_cross_entropy_with_logits(logits, stands, reduction="none")
-    mean: Tensor = (losses * counts).sum() / counts.sum().clamp(min=1)
-    return mean
+        return hazard_labels(batch["accepted"], batch["left"], self.sizes)

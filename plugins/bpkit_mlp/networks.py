@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bpkit.standard import Standard
+
+__all__ = ["Normalisation", "ResidualMLP", "Standard", "normalisation"]
 
 Normalisation = Literal["none", "standard", "layer", "softmax"]
 
@@ -40,28 +43,6 @@ class ResidualMLP(nn.Module):
             x = passed + x if place > 0 else passed
         scores: Tensor = self.output(x)
         return scores
-
-
-class Standard(nn.Module):
-    """(x - mean) / scale with the figures of the training prompts, which are saved with the weights."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("scale", torch.ones(size))
-
-    def fit(self, x: Tensor) -> None:
-        """Take mean and standard deviation of each column of x, [rows, size]."""
-        self.mean.copy_(x.mean(dim=0))
-        # A column that never moves says nothing, and dividing by its rounding error would make it shout.
-        deviation = x.std(dim=0, correction=0)
-        self.scale.copy_(torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.scale
 
 
 def normalisation(kind: Normalisation, size: int) -> nn.Module:
