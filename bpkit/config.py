@@ -3,6 +3,7 @@
     target: Qwen/Qwen3-4B
     drafter: z-lab/Qwen3-4B-DFlash-b16
     policy: {name: threshold, threshold: 0.6}
+    observers: [{name: jsonl, path: steps.jsonl}]
     sampling: {max_new_tokens: 200, temperature: 0.7, top_p: 0.9, seed: 1}
     runtime: {dtype: bfloat16, device: cuda}
 
@@ -79,6 +80,8 @@ class Config(_Section):
     """As `target`, or a registered name with options."""
     policy: str | dict[str, Any] | None = None
     """`name`, `name:value`, `name:key=value,...`, or a mapping with `name` and options."""
+    observers: list[str | dict[str, Any]] | None = None
+    """What `generate` and `bench` tell of every step, each as a policy is written. Flags replace the list."""
     sampling: Sampling = Sampling()
     runtime: Runtime = Runtime()
 

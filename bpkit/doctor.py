@@ -93,10 +93,17 @@ def _bpkit() -> Iterator[Finding]:
     except FileNotFoundError as error:
         yield Finding("bpkit", "shipped pair", str(error), "warning", "name models with --target and --drafter")
     known = registry()
-    names = sorted(name for name, _ in known.manager.list_name_plugin())
+    names = sorted(set(known.plugins) - set(known.failures) - set(known.disabled))
     yield Finding("bpkit", "plug-ins", ", ".join(names) or "none")
+    for name, how in sorted(known.disabled.items()):
+        yield Finding("bpkit", f"plug-in {name}", f"disabled by {how}", "missing")
+    for (kind, name), claimed in sorted(known.conflicts.items()):
+        advice = " or ".join(f"bpkit --plugin no:{entry.plugin} ..." for entry in claimed)
+        who = " and ".join(entry.whose for entry in claimed)
+        yield Finding("bpkit", f"{kind} {name}", f"registered by {who}; nobody has it", "broken", advice)
     for name, reason in sorted(known.failures.items()):
-        yield Finding("bpkit", f"plug-in {name}", reason, "broken", "reinstall or uninstall its distribution")
+        advice = f"reinstall or uninstall its distribution, or bpkit --plugin no:{name} ..."
+        yield Finding("bpkit", f"plug-in {name}", reason, "broken", advice)
 
 
 def _packages() -> Iterator[Finding]:

@@ -26,10 +26,13 @@ class Register(Protocol):
         """Register `name`.
 
         Args:
-            name: what users write in a config file; unique over all installed plug-ins.
+            name: what users write in a config file; unique over all installed plug-ins. Letters, digits, `. _ + -`.
             target: `"module:Class"`, imported only when used, or a callable that takes the options.
             summary: one line: what it does and, for a policy, what it decides and when.
             config: `"module:Config"` of the options, importable without torch; shown by `bpkit policies`.
+
+        Raises:
+            PolicyError: one of these will not do. A plug-in that lets it pass registers nothing.
         """
         ...
 
@@ -42,6 +45,11 @@ def bpkit_register_policies(register: Register) -> None:
 @hookspec
 def bpkit_register_drafters(register: Register) -> None:
     """Call `register` for each drafter kind. The target is called with `(path, target_model, **options)`."""
+
+
+@hookspec
+def bpkit_register_observers(register: Register) -> None:
+    """Call `register` for each observer of steps. The target is a `bpkit.observers.Observer` subclass."""
 
 
 @hookspec

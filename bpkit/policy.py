@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -111,16 +111,25 @@ def overrides(policy: Policy, method: str) -> bool:
     return getattr(type(policy), method) is not getattr(Policy, method)
 
 
-def validated(config: type[PolicyConfig], options: dict[str, Any], *, owner: str) -> PolicyConfig:
-    """Build `config` from options. Raises PolicyError that names each bad option and lists the accepted ones."""
+Options = TypeVar("Options", bound=BaseModel)
+
+
+def validated(config: type[Options], options: dict[str, Any], *, owner: str, what: str = "policy") -> Options:
+    """Build `config` from options of a policy, or of `what`.
+
+    Raises:
+        PolicyError: names each bad option and lists the accepted ones.
+    """
     try:
         return config(**options)
     except ValidationError as error:
         fields = config.model_fields
-        accepted = ", ".join(f"{n}={f.default!r}" for n, f in fields.items()) or "none"
+        accepted = ", ".join(n if f.is_required() else f"{n}={f.default!r}" for n, f in fields.items()) or "none"
         faults = []
         for fault in error.errors():
             name = ".".join(map(str, fault["loc"]))
             unknown = fault["type"] == "extra_forbidden"
-            faults.append(f"unknown option {name!r}" if unknown else f"option {name!r}: {fault['msg']}")
-        raise PolicyError(f"policy {owner!r}: {'; '.join(faults)}. Accepted options: {accepted}") from None
+            place = f"option {name!r}: " if name else ""  # the options together have none
+            said = fault["msg"].removeprefix("Value error, ")
+            faults.append(f"unknown option {name!r}" if unknown else f"{place}{said}")
+        raise PolicyError(f"{what} {owner!r}: {'; '.join(faults)}. Accepted options: {accepted}") from None

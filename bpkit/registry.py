@@ -1,149 +1,74 @@
-"""Finds plug-ins, resolves names to policies and drafters, and explains what went wrong."""
+"""Resolves names to policies, drafters and observers, and explains what went wrong."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import pluggy
+from pydantic import BaseModel
 
-from bpkit import hookspecs
-from bpkit.policy import Policy, PolicyConfig, PolicyError, validated
+from bpkit.class_file import class_of_file, names_file, split_file
+from bpkit.discovery import Entry, Registry, build, explain_conflict
+from bpkit.plugin_choice import choice_of
+from bpkit.policy import Policy, PolicyError, validated
 from bpkit.policy_folder import is_policy_folder
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One registered name."""
-
-    name: str
-    target: str | Callable[..., Any]
-    summary: str
-    config: str
-    plugin: str
-    distribution: str
-
-    def load(self) -> Callable[..., Any]:
-        """Import what the entry points at. Raises PolicyError if that fails."""
-        return cast("Callable[..., Any]", _imported(self.target, self)) if isinstance(self.target, str) else self.target
-
-    def load_config(self) -> type[PolicyConfig] | None:
-        """Import the class of the options, without torch, or None if the plug-in names none."""
-        return cast("type[PolicyConfig]", _imported(self.config, self)) if self.config else None
+__all__ = [
+    "Entry",
+    "PolicyLike",
+    "Registry",
+    "build",
+    "choose_plugins",
+    "find",
+    "first_option",
+    "parse_spec",
+    "plugins_that_are_not_there",
+    "policy_class",
+    "registry",
+    "resolve_policy",
+    "written",
+]
 
 
-@dataclass
-class Registry:
-    """Everything that the installed plug-ins registered.
-
-    Attributes:
-        policies, drafters: by name.
-        failures: plug-in name -> why it could not be loaded.
-    """
-
-    manager: pluggy.PluginManager
-    policies: dict[str, Entry] = field(default_factory=dict)
-    drafters: dict[str, Entry] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-
-def build(points: list[EntryPoint] | None = None) -> Registry:
-    """Load the plug-ins of entry-point group `bpkit`, or those given. One that fails is noted, not raised.
-
-    Raises:
-        PolicyError: two plug-ins claim one name.
-    """
-    registry = Registry(pluggy.PluginManager(hookspecs.PROJECT))
-    registry.manager.add_hookspecs(hookspecs)
-    for point in sorted(points if points is not None else entry_points(group="bpkit"), key=lambda p: p.name):
-        name = point.name if not registry.manager.has_plugin(point.name) else f"{_distribution(point)}:{point.name}"
-        found: dict[str, list[Entry]] = {}
-        try:
-            plugin = point.load()
-            registry.manager.register(plugin, name)
-            registry.manager.check_pending()
-            found = _collect(plugin, point)
-        except (Exception, SystemExit) as error:  # a stranger's plug-in may fail in any way, and take nobody along
-            registry.failures[name] = f"{type(error).__name__}: {error}"
-            if registry.manager.has_plugin(name):
-                registry.manager.unregister(name=name)
-        _add(registry.policies, found.get("bpkit_register_policies", []))
-        _add(registry.drafters, found.get("bpkit_register_drafters", []))
-    return registry
+_flags: list[str] = []
+"""Values of `--plugin` of this process."""
 
 
 @cache
 def registry() -> Registry:
     """The registry of this process."""
-    return build()
+    return build(choice=choice_of(_flags))
 
 
-def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else "?"
-
-
-def _collect(plugin: object, point: EntryPoint) -> dict[str, list[Entry]]:
-    """What the plug-in's hooks register, by hook. Nothing counts if one of them fails half-way."""
-    found: dict[str, list[Entry]] = {}
-    for hook in ("bpkit_register_policies", "bpkit_register_drafters"):
-        entries = found.setdefault(hook, [])
-
-        def register(
-            name: str,
-            target: str | Callable[..., Any],
-            *,
-            summary: str,
-            config: str = "",
-            entries: list[Entry] = entries,
-        ) -> None:
-            entries.append(Entry(name, target, summary, config, point.name, _distribution(point)))
-
-        if hasattr(plugin, hook):
-            getattr(plugin, hook)(register=register)
-    return found
-
-
-def _add(known: dict[str, Entry], entries: list[Entry]) -> None:
-    for entry in entries:
-        if entry.name in known:
-            other = known[entry.name]
-            raise PolicyError(
-                f"{entry.name!r} is registered twice: by plug-in {other.plugin!r} of distribution "
-                f"{other.distribution!r} and by {entry.plugin!r} of {entry.distribution!r}; uninstall one of them"
-            )
-        known[entry.name] = entry
-
-
-def _imported(target: str, entry: Entry) -> Any:
-    module, _, attribute = target.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-        return found
-    except Exception as error:
-        raise PolicyError(
-            f"{entry.name!r} of distribution {entry.distribution!r} points at {target!r}, which cannot be "
-            f"imported: {type(error).__name__}: {error}"
-        ) from error
+def choose_plugins(flags: Sequence[str]) -> None:
+    """Take the values of `--plugin` that a command was given, on top of the environment's."""
+    if list(flags) != _flags:
+        _flags[:] = flags
+        registry.cache_clear()
 
 
 def find(known: Mapping[str, Entry], name: str, *, what: str) -> Entry:
     """The entry of that name. Raises PolicyError that lists the known names and the nearest."""
     if name in known:
         return known[name]
+    claimed = registry().conflicts.get((what, name))
+    if claimed is not None:
+        raise PolicyError(explain_conflict(what, claimed))
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    failed = "".join(f" Plug-in {n!r} could not be loaded ({why})." for n, why in registry().failures.items())
-    raise PolicyError(f"there is no {what} {name!r}.{hint} Known: {', '.join(sorted(known))}.{failed}")
+    listed = ", ".join(sorted(known)) or "none"
+    raise PolicyError(f"there is no {what} {name!r}.{hint} Known: {listed}.{plugins_that_are_not_there()}")
+
+
+def plugins_that_are_not_there() -> str:
+    """Sentences on plug-ins that failed or are disabled, one of which may have what was not found."""
+    known = registry()
+    said = [f" Plug-in {name!r} could not be loaded ({why})." for name, why in known.failures.items()]
+    said += [f" Plug-in {name!r}, which may have it, is disabled by {how}." for name, how in known.disabled.items()]
+    return "".join(said)
 
 
 PolicyLike = Policy | str | Mapping[str, Any]
@@ -185,15 +110,15 @@ def policy_class(policy: str | Mapping[str, Any]) -> tuple[Callable[..., Any], d
             raise PolicyError(f"policy {name!r} is a folder with weights; leave out option 'weights'")
         spec = {"weights": in_folder, **spec}
     if value is not None and isinstance(made, type) and issubclass(made, Policy):
-        spec = {_first_option(made.Config, name, skip="weights" if in_folder is not None else ""): value, **spec}
+        spec = {first_option(made.Config, name, skip="weights" if in_folder is not None else ""): value, **spec}
     return made, spec, name
 
 
 def _named(name: str) -> tuple[Callable[..., Any], str | None]:
     """What a name stands for, and the folder of its weights if it is the path of one."""
     policies = registry().policies
-    if ".py:" in name:
-        return _class_of_file(name), None
+    if names_file(name):
+        return class_of_file(name, Policy), None
     if name in policies or not _is_path(name):
         return find(policies, name, what="policy").load(), None
     from bpkit.trained import class_of_folder
@@ -206,6 +131,20 @@ def _is_path(name: str) -> bool:
     return "/" in name or name.startswith((".", "~")) or is_policy_folder(name)
 
 
+def written(policy: PolicyLike) -> str:
+    """A policy as it would be typed; of an instance, the name of its class.
+
+    >>> written({"name": "threshold", "threshold": 0.6, "block_size": 8})
+    'threshold:threshold=0.6,block_size=8'
+    """
+    if isinstance(policy, Policy):
+        return type(policy).__name__
+    if isinstance(policy, str):
+        return policy
+    name, rest = str(policy.get("name", "")), {k: v for k, v in policy.items() if k != "name"}
+    return name + (":" + ",".join(f"{k}={v}" for k, v in rest.items()) if rest else "")
+
+
 def parse_spec(text: str) -> dict[str, Any]:
     """Split the command-line form of a policy or drafter into name and options.
 
@@ -214,44 +153,17 @@ def parse_spec(text: str) -> dict[str, Any]:
     >>> parse_spec("threshold:0.6,block_size=8")
     {'name': 'threshold', '': '0.6', 'block_size': '8'}
     """
-    if ".py:" in text:
-        path, _, rest = text.partition(".py:")
-        head, _, tail = rest.partition(":")
-        spec: dict[str, Any] = {"name": f"{path}.py:{head}"}
-    else:
-        head, _, tail = text.partition(":")
-        spec = {"name": head}
+    head, tail = split_file(text) if names_file(text) else text.partition(":")[::2]
+    spec: dict[str, Any] = {"name": head}
     for part in filter(None, tail.split(",")):
         key, equals, value = part.partition("=")
         spec.update({key.strip(): value.strip()} if equals else {"": part.strip()})
     return spec
 
 
-def _first_option(config: type[PolicyConfig], name: str, *, skip: str) -> str:
-    """The option that a bare value sets: the first but `skip`."""
+def first_option(config: type[BaseModel], name: str, *, skip: str = "", what: str = "policy") -> str:
+    """The option that a bare value sets: the first but `skip`. Raises PolicyError if there is none."""
     for option in config.model_fields:
         if option != skip:
             return option
-    raise PolicyError(f"policy {name!r} takes no options")
-
-
-def _class_of_file(spec: str) -> type[Policy]:
-    path_text, _, class_name = spec.rpartition(":")
-    path = Path(path_text).expanduser()
-    if not path.is_file():
-        raise PolicyError(f"there is no file {path_text!r} (policy {spec!r})")
-    module_name = f"bpkit_file_{path.stem}"
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise PolicyError(f"{path_text} cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, class_name, None)
-    if isinstance(found, type) and issubclass(found, Policy):
-        return found
-    classes = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Policy) and v is not Policy]
-    raise PolicyError(f"{path_text} has no policy class {class_name!r}; it has: {', '.join(classes) or 'none'}")
+    raise PolicyError(f"{what} {name!r} takes no options")

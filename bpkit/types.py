@@ -95,11 +95,13 @@ class DecoderSpec:
     """What a policy learns about the decoder in `bind`.
 
     Attributes:
-        target, drafter: names or paths, for messages and compatibility checks.
+        target: name or path, for messages and compatibility checks.
+        drafter: the same of the drafter.
         drafter_kind: `block-diffusion`, `autoregressive` or `n-gram`.
         trained_block_size: the block size the drafter was trained with, or its default where it has none.
         max_block_size: the largest block size that the runtime will use.
-        hidden_size, vocab_size: of the target.
+        hidden_size: of the target.
+        vocab_size: of the target.
         verify_rule: `coupled` or `rejection`.
     """
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from typer.testing import CliRunner
 
+from bpkit import hookspecs
 from bpkit import registry as registry_module
+from bpkit.cli import hooks as hooks_command
+from bpkit.cli import main
+from bpkit.discovery import HOOK_OF, hook_arguments
+from bpkit.doctor import examine
+from bpkit.drafters.resolve import resolve_drafter
+from bpkit.plugin_choice import NO_AUTOLOAD, PLUGINS, choice_of, plugin_flags
 from bpkit.policy import Policy, PolicyConfig, PolicyError
 from bpkit.policy_folder import read_policy_file
 from bpkit.registry import build, find, parse_spec, registry, resolve_policy
+from bpkit.testing import TinyPair
 from bpkit.trained import TrainedPolicy
 
 if TYPE_CHECKING:
@@ -100,8 +113,9 @@ def test_the_built_in_policies_and_drafters_come_through_entry_points_of_this_di
     known = build()
     assert set(known.policies) == BUILT_IN
     assert set(known.drafters) == {"block-diffusion", "autoregressive", "ngram"}
+    assert set(known.observers) == {"jsonl", "prometheus"}
     assert known.failures == {}
-    for entry in (*known.policies.values(), *known.drafters.values()):
+    for entry in (*known.policies.values(), *known.drafters.values(), *known.observers.values()):
         assert entry.distribution == "bpkit"
         assert entry.summary.endswith(".")
 
@@ -183,12 +197,6 @@ def test_a_plug_in_whose_hook_raises_registers_nothing(plug_in: Callable[..., En
     assert set(known.policies) == {"mine"}
 
 
-def test_a_hook_that_does_not_exist_is_reported_by_name(plug_in: Callable[..., EntryPoint]) -> None:
-    text = "from bpkit.hookspecs import hookimpl\n\n@hookimpl\ndef bpkit_register_polices(register):\n    pass\n"
-    known = build([plug_in("typo", text)])
-    assert "bpkit_register_polices" in known.failures["typo"]
-
-
 def test_a_broken_plug_in_is_named_when_its_policy_is_asked_for(
     plug_in: Callable[..., EntryPoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,15 +206,38 @@ def test_a_broken_plug_in_is_named_when_its_policy_is_asked_for(
         resolve_policy("clever")
 
 
-def test_two_plug_ins_that_claim_one_name_are_an_error_naming_both_distributions(
-    plug_in: Callable[..., EntryPoint],
+def test_a_name_that_two_plug_ins_claim_is_nobodys_and_the_error_says_how_to_settle_it(
+    plug_in: Callable[..., EntryPoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = [
         plug_in("one", POLICY + registers("mine", "one:Mine"), distribution="first-dist"),
         plug_in("two", POLICY + registers("mine", "two:Mine"), distribution="second-dist"),
+        plug_in("other", POLICY + registers("other", "other:Mine")),
     ]
-    with pytest.raises(PolicyError, match=r"'mine' is registered twice.*'first-dist'.*'second-dist'.*uninstall one"):
-        build(points)
+    known = build(points)
+    assert set(known.policies) == {"other"}
+    monkeypatch.setattr(registry_module, "registry", lambda: known)
+    with pytest.raises(PolicyError, match=r"'mine' is registered twice: .*'second-dist'.*'first-dist'") as caught:
+        resolve_policy("mine")
+    assert "disable one with `--plugin no:two` or `--plugin no:one`, or uninstall one" in str(caught.value)
+    for name, left in (("one", "two"), ("two", "one")):
+        settled = build(points, choice_of([f"no:{name}"], {}))
+        assert settled.policies["mine"].plugin == left
+        assert settled.conflicts == {}
+
+
+def test_three_that_claim_one_name_are_all_named(plug_in: Callable[..., EntryPoint]) -> None:
+    known = build([plug_in(name, POLICY + registers("mine", f"{name}:Mine")) for name in ("a_one", "b_two", "c_three")])
+    ((key, claimed),) = known.conflicts.items()
+    assert key == ("policy", "mine")
+    assert [entry.plugin for entry in claimed] == ["c_three", "b_two", "a_one"]
+    assert "mine" not in known.policies
+
+
+def test_a_policy_and_a_drafter_may_share_a_name(plug_in: Callable[..., EntryPoint]) -> None:
+    text = registers("both", "builtins:dict") + registers("both", "builtins:dict").replace("policies", "drafters")
+    known = build([plug_in("shares", text)])
+    assert (set(known.policies), set(known.drafters), known.failures) == ({"both"}, {"both"}, {})
 
 
 def test_two_distributions_may_use_one_name_for_their_entry_point(plug_in: Callable[..., EntryPoint]) -> None:
@@ -226,6 +257,387 @@ def test_a_target_that_cannot_be_imported_fails_only_when_used_and_says_whose_it
     assert set(known.policies) == {"late"}
     with pytest.raises(PolicyError, match=r"'late' of distribution 'late-dist' points at 'surely_not_there:Late', whi"):
         known.policies["late"].load()
+
+
+# Hooks, as pluggy calls them.
+
+
+def marked(function: str, *, mark: str = "@hookimpl") -> str:
+    return f"from bpkit.hookspecs import hookimpl\n\n{mark}\n{function}\n"
+
+
+def command_of(name: str) -> str:
+    return f"    app.command({name!r})(lambda: print({name!r}))"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "def bpkit_register_policies(register):\n    register('x', 'm:X', summary='X.')",
+            [r"bpkit_register_policies is not marked as a hook: put @bpkit.hookimpl before it"],
+        ),
+        (
+            marked("def bpkit_register_polices(register): pass"),
+            [
+                r"no hook 'bpkit_register_polices'",
+                r"did you mean 'bpkit_register_policies'\?",
+                "bpkit_register_commands",
+            ],
+        ),
+        (
+            marked("def bpkit_register_policies(registry): pass"),
+            [r"bpkit_register_policies takes argument 'registry', which does not exist; it is given: register"],
+        ),
+        (
+            marked("def policies(app): pass", mark="@hookimpl(specname='bpkit_register_policies')"),
+            [r"policies, an implementation of bpkit_register_policies, takes argument 'app'"],
+        ),
+        (
+            marked("def bpkit_register_policies(register):\n    yield", mark="@hookimpl(wrapper=True)"),
+            [r"bpkit_register_policies is a wrapper"],
+        ),
+        (
+            marked("def bpkit_register_policies(register):\n    yield", mark="@hookimpl(hookwrapper=True)"),
+            [r"bpkit_register_policies is a wrapper"],
+        ),
+        (
+            marked("def bpkit_register_policies(register): register('a b', 'm:X', summary='X.')"),
+            [r"'a b' is no name of a policy"],
+        ),
+        (
+            marked("def bpkit_register_policies(register): register('ab', 'm', summary='X.')"),
+            [r"target 'm' of policy 'ab' is neither 'module:Class' nor callable"],
+        ),
+        (
+            marked(
+                "def bpkit_register_observers(register):\n"
+                "    register('ab', 'm:X', summary='X.')\n    register('ab', 'm:Y', summary='Y.')"
+            ),
+            [r"registers observer 'ab' twice"],
+        ),
+    ],
+    ids=["unmarked", "unknown", "argument", "specname", "wrapper", "hookwrapper", "name", "target", "twice"],
+)
+def test_a_plug_in_whose_hooks_will_not_do_fails_and_takes_nobody_along(
+    plug_in: Callable[..., EntryPoint], text: str, says: list[str]
+) -> None:
+    known = build([plug_in("wrong", text), plug_in("fine", POLICY + registers("mine", "fine:Mine"))])
+    assert set(known.policies) == {"mine"}
+    assert set(known.failures) == {"wrong"}
+    for pattern in says:
+        assert re.search(pattern, known.failures["wrong"]), known.failures["wrong"]
+    assert known.observers == {}
+    assert not known.manager.has_plugin("wrong")
+
+
+def test_a_helper_and_an_imported_specification_need_no_mark(plug_in: Callable[..., EntryPoint]) -> None:
+    text = "from bpkit.hookspecs import bpkit_register_drafters\n\ndef bpkit_size():\n    return 4\n"
+    assert build([plug_in("helpful", text + registers("mine", "m:Mine"))]).failures == {}
+
+
+def test_specname_optional_hooks_and_optional_arguments_are_honoured(plug_in: Callable[..., EntryPoint]) -> None:
+    text = (
+        marked("def mine(register): register('by_name', 'm:X', summary='X.')",
+               mark="@hookimpl(specname='bpkit_register_policies')")
+        + marked("def bpkit_register_later(anything): raise LookupError", mark="@hookimpl(optionalhook=True)")
+        + marked("def bpkit_register_drafters(register, quick=True): register(f'd{quick}', 'm:X', summary='X.')")
+        + marked("def bpkit_register_observers(): pass")
+    )  # fmt: skip
+    known = build([plug_in("modern", text)])
+    assert known.failures == {}
+    assert (set(known.policies), set(known.drafters)) == ({"by_name"}, {"dTrue"})
+
+
+def test_hooks_are_called_in_the_order_of_pluggy(plug_in: Callable[..., EntryPoint]) -> None:
+    """`tryfirst`, then those registered last, then `trylast`: as a manager of pluggy's own calls them."""
+    marks = {"a": "@hookimpl", "b": "@hookimpl(tryfirst=True)", "c": "@hookimpl", "d": "@hookimpl(trylast=True)"}
+    marks["e"] = "@hookimpl(tryfirst=True)"
+    points = []
+    for name, mark in marks.items():
+        hook = f"def bpkit_register_policies(register):\n    register({name!r}, 'm:X', summary='')"
+        points.append(plug_in(f"{name}_order", marked(hook, mark=mark)))
+    known = build(points)
+    called: list[str] = []
+    known.manager.hook.bpkit_register_policies(register=lambda name, target, *, summary: called.append(name))
+    assert list(known.policies) == called == ["e", "b", "c", "a", "d"]
+
+
+def test_plug_ins_of_bpkit_itself_are_registered_first_and_called_last(plug_in: Callable[..., EntryPoint]) -> None:
+    plug_in("aardvark", POLICY + registers("mine", "aardvark:Mine"))
+    assert build().calls("bpkit_register_policies")[0].plugin_name == "aardvark"
+
+
+def test_of_a_plug_in_that_fails_in_one_hook_nothing_counts(plug_in: Callable[..., EntryPoint]) -> None:
+    text = registers("half", "m:X") + marked("def bpkit_register_observers(register): raise SystemExit('no licence')")
+    known = build([plug_in("halves", text)])
+    assert (known.policies, known.failures) == ({}, {"halves": "SystemExit: no licence"})
+
+
+def test_commands_come_in_the_order_of_calls_and_a_name_is_given_once(
+    plug_in: Callable[..., EntryPoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [
+        plug_in("a_command", marked(f"def bpkit_register_commands(app):\n{command_of('one')}")),
+        plug_in("b_command", marked(f"def bpkit_register_commands(app):\n{command_of('half')}\n{command_of('bench')}")),
+        plug_in("c_command", marked(f"def bpkit_register_commands(app):\n{command_of('three')}")),
+        plug_in("d_command", marked("def bpkit_register_commands(app):\n    app.callback()(lambda: None)")),
+    ]
+    known = build(points)
+    monkeypatch.setattr(main, "registry", lambda: known)
+    app = main.build_app()
+    names = [command.name for command in app.registered_commands if command.name]
+    assert names[-2:] == ["three", "one"]
+    assert "half" not in names
+    assert known.failures["b_command"] == "its commands: ValueError: command 'bench' is there already, of bpkit itself"
+    assert "replaced the options before the command" in known.failures["d_command"]
+
+
+# Which plug-ins are wanted.
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "disabled", "named"),
+    [
+        ([], "", {}, {}),
+        (["no:a"], "", {"a": "--plugin no:a"}, {}),
+        ([], "no:a, b,", {"a": f"{PLUGINS}=no:a"}, {"b": f"{PLUGINS}=b"}),
+        (["a"], "no:a", {}, {"a": "--plugin a"}),
+        (["no:b"], "b", {"b": "--plugin no:b"}, {}),
+        (["no:a", "a"], "", {}, {"a": "--plugin a"}),
+        (["no:"], "", {}, {}),
+    ],
+)
+def test_the_last_word_on_a_plug_in_counts(
+    flags: list[str], variable: str, disabled: dict[str, str], named: dict[str, str]
+) -> None:
+    choice = choice_of(flags, {PLUGINS: variable})
+    assert (choice.disabled, choice.named) == (disabled, named)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--plugin", "no:a", "policies"], ["no:a"]),
+        (["--debug", "--plugin=no:a", "--plugin", "b", "generate", "--plugin", "c"], ["no:a", "b"]),
+        (["policies", "--plugin", "a"], []),
+        (["--plugin"], []),
+        (["--", "--plugin", "a"], []),
+        ([], []),
+    ],
+)
+def test_plugin_is_read_before_the_command_and_not_after(arguments: list[str], found: list[str]) -> None:
+    assert plugin_flags(arguments) == found
+
+
+def test_a_disabled_plug_in_is_not_even_imported_and_its_policy_says_who_disabled_it(
+    plug_in: Callable[..., EntryPoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = plug_in("unwanted", "raise RuntimeError('imported')\n" + registers("mine", "unwanted:Mine"))
+    known = build([point], choice_of(["no:unwanted"], {}))
+    assert (known.failures, known.disabled) == ({}, {"unwanted": "--plugin no:unwanted"})
+    assert known.manager.is_blocked("unwanted")
+    monkeypatch.setattr(registry_module, "registry", lambda: known)
+    with pytest.raises(
+        PolicyError, match=r"no policy 'mine'.*'unwanted', which may have it, is disabled by --plugin no:"
+    ):
+        resolve_policy("mine")
+
+
+def test_of_two_plug_ins_of_one_name_each_can_be_disabled(plug_in: Callable[..., EntryPoint]) -> None:
+    points = [
+        plug_in("same_one", registers("one", "m:X"), name="same", distribution="first-dist"),
+        plug_in("same_two", registers("two", "m:X"), name="same", distribution="second-dist"),
+    ]
+    assert set(build(points, choice_of(["no:first-dist:same"], {})).policies) == {"two"}
+    assert set(build(points, choice_of(["no:second-dist:same"], {})).policies) == {"one"}
+    assert set(build(points, choice_of(["no:same"], {})).policies) == set()
+
+
+def test_without_autoload_bpkits_own_and_named_ones_are_there(plug_in: Callable[..., EntryPoint]) -> None:
+    for name in ("stranger_a", "stranger_b"):
+        plug_in(name, registers(name, "m:X"))
+    known = build(choice=choice_of(["stranger_b"], {NO_AUTOLOAD: "1"}))
+    assert set(known.policies) == {*BUILT_IN, "stranger_b"}
+    assert known.disabled == {"stranger_a": NO_AUTOLOAD}
+    assert set(build(choice=choice_of([], {NO_AUTOLOAD: "0"})).policies) == {*BUILT_IN, "stranger_a", "stranger_b"}
+
+
+def test_a_module_that_is_not_installed_is_a_plug_in_if_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "uninstalled_one.py").write_text(POLICY + registers("mine", "uninstalled_one:Mine"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    by_variable = build([], choice_of([], {PLUGINS: "uninstalled_one"}))
+    assert "ModuleNotFoundError" in by_variable.failures["uninstalled_one"], "the current folder is for flags"
+    known = build([], choice_of(["uninstalled_one"], {}))
+    entry = known.policies["mine"]
+    assert (entry.plugin, entry.distribution) == ("uninstalled_one", "")
+    assert repr(entry.load()()) == "Mine(size=3, label='a')"
+    sys.modules.pop("uninstalled_one")
+
+
+def test_a_name_to_disable_that_no_plug_in_has_is_kept(plug_in: Callable[..., EntryPoint]) -> None:
+    known = build([plug_in("there", registers("mine", "m:X"))], choice_of(["no:their", "no:there"], {}))
+    assert known.unheard == {"their": "--plugin no:their"}
+
+
+def bpkit(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from bpkit.cli.main import main; main()", *arguments]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=variables)
+
+
+def test_the_command_line_leaves_plug_ins_out_and_loads_modules(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(
+        POLICY + registers("mine", "theirs:Mine") + marked(f"def bpkit_register_commands(app):\n{command_of('greet')}")
+    )
+    listed = json.loads(bpkit("--plugin", "no:bandit", "--plugin=theirs", "policies", "--json", cwd=tmp_path).stdout)
+    names = {policy["name"] for policy in listed["policies"]}
+    assert "mine" in names
+    assert not names & {"bandit", "ucb"}
+    assert listed["disabled"] == {"bandit": "--plugin no:bandit"}
+    (mine,) = (policy for policy in listed["policies"] if policy["name"] == "mine")
+    assert (mine["plugin"], mine["distribution"], mine["version"]) == ("theirs", None, None)
+    assert bpkit("--plugin", "theirs", "greet", cwd=tmp_path).stdout == "greet\n"
+    asked = bpkit("policies", "bandit", cwd=tmp_path, BPKIT_PLUGINS="no:bandit")
+    assert asked.returncode == 2
+    assert "Plug-in 'bandit', which may have it, is disabled by BPKIT_PLUGINS=no:bandit." in asked.stderr
+    missing = bpkit("--plugin", "surely_not_there", "policies", cwd=tmp_path)
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr.startswith(
+        "Error: --plugin surely_not_there: plug-in 'surely_not_there' could not be loaded ("
+    )
+    warned = bpkit("--plugin", "no:bandid", "drafters", cwd=tmp_path)
+    assert warned.returncode == 0
+    assert warned.stderr == "Warning: --plugin no:bandid: there is no plug-in 'bandid'; did you mean 'bandit'?\n"
+
+
+def test_processes_of_a_command_choose_the_same_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PLUGINS, "one")
+    main.pass_on(["no:bandit"])
+    assert choice_of([]).disabled == {"bandit": f"{PLUGINS}=no:bandit"}
+    assert set(choice_of([]).named) == {"one"}
+
+
+def test_commands_work_while_two_plug_ins_claim_the_default_policy(tmp_path: Path) -> None:
+    (tmp_path / "rude.py").write_text(POLICY + registers("fixed", "rude:Mine"))
+    listed = bpkit("--plugin", "rude", "policies", cwd=tmp_path)
+    assert listed.returncode == 0
+    assert "policy 'fixed' is registered twice" in " ".join(listed.stdout.split())
+    asked = bpkit("--plugin", "rude", "generate", "x", cwd=tmp_path)
+    assert asked.returncode == 2
+    assert "disable one with `--plugin no:rude` or `--plugin no:fixed`" in asked.stderr
+
+
+def test_the_doctor_names_what_is_claimed_twice_failed_or_left_out(
+    plug_in: Callable[..., EntryPoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [plug_in(name, registers("mine", "m:X")) for name in ("claims_one", "claims_two")]
+    points += [plug_in("crashes", "1 / 0"), plug_in("unwanted_one", "1 / 0"), plug_in("works", registers("b", "m:X"))]
+    known = build(points, choice_of(["no:unwanted_one"], {}))
+    monkeypatch.setattr(registry_module, "registry", lambda: known)
+    found = {finding.name: finding for finding in examine() if finding.section == "bpkit"}
+    assert found["plug-ins"].value == "claims_one, claims_two, works"
+    states = {name: finding.state for name, finding in found.items() if name not in ("version", "shipped pair")}
+    assert states == {
+        "plug-ins": "ok", "policy mine": "broken", "plug-in crashes": "broken", "plug-in unwanted_one": "missing"
+    }  # fmt: skip
+    assert "no:claims_one" in found["policy mine"].advice
+    assert "no:crashes" in found["plug-in crashes"].advice
+
+
+# The lists.
+
+
+def test_every_hook_is_listed_with_its_arguments_and_plug_ins_in_the_order_of_calls(
+    plug_in: Callable[..., EntryPoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = marked("def bpkit_register_policies(register): pass", mark="@hookimpl(tryfirst=True)")
+    known = build([plug_in("first", early), plug_in("second", registers("b", "m:X")), plug_in("third", "1 / 0")])
+    monkeypatch.setattr(hooks_command, "registry", lambda: known)
+    listed = json.loads(CliRunner().invoke(main.build_app(), ["hooks", "--json"]).stdout)
+    assert listed["schema_version"] == 1
+    specified = {name: list(arguments) for name, arguments in hook_arguments().items()}
+    assert {hook["name"]: hook["arguments"] for hook in listed["hooks"]} == specified
+    assert set(HOOK_OF.values()) < set(specified)
+    policies = next(hook for hook in listed["hooks"] if hook["name"] == "bpkit_register_policies")
+    assert [(one["plugin"], one["tryfirst"]) for one in policies["implementations"]] == [
+        ("first", True),
+        ("second", False),
+    ]
+    assert policies["implementations"][1] == {
+        "plugin": "second",
+        "module": "second",
+        "distribution": "second-dist",
+        "version": "1.0",
+        "function": "second:bpkit_register_policies",
+        "tryfirst": False,
+        "trylast": False,
+    }
+    assert listed["failures"] == {"third": "ZeroDivisionError: division by zero"}
+    assert [plugin["plugin"] for plugin in listed["plugins"]] == ["first", "second", "third"]
+    shown = CliRunner().invoke(main.build_app(), ["hooks", "bpkit_register_policies"]).stdout
+    assert "bpkit_register_drafters" not in shown
+    assert "not loaded third" in shown
+
+
+def test_a_hook_that_is_not_there_is_told_the_nearest() -> None:
+    result = CliRunner().invoke(main.build_app(), ["hooks", "bpkit_register_policy"])
+    assert result.exit_code == 2
+    assert "did you mean 'bpkit_register_policies'?" in result.stderr
+
+
+def test_every_hook_says_what_it_is_for() -> None:
+    for name in hook_arguments():
+        assert inspect.getdoc(getattr(hookspecs, name)), name
+
+
+def test_policies_as_json_say_what_is_trained_and_ships() -> None:
+    listed = json.loads(CliRunner().invoke(main.build_app(), ["policies", "--json"]).stdout)
+    assert listed["schema_version"] == 1
+    found = {policy["name"]: policy for policy in listed["policies"]}
+    assert {name for name, policy in found.items() if policy["trainable"]} == {
+        "blockpilot", "forecast", "ldlp", "ldlp_threshold", "specdecpp"
+    }  # fmt: skip
+    assert found["specdecpp"]["weights"] == ["specdecpp", "specdecpp-autoregressive"]
+    assert found["fixed"]["weights"] == []
+    assert (found["fixed"]["distribution"], found["fixed"]["version"]) == ("bpkit", version("bpkit"))
+
+
+def test_drafters_list_their_options(pair: TinyPair) -> None:
+    listed = json.loads(CliRunner().invoke(main.build_app(), ["drafters", "--json"]).stdout)
+    options = {drafter["name"]: drafter["options"] for drafter in listed["drafters"]}
+    assert {name: option["default"] for name, option in options["ngram"].items()} == {
+        "max_ngram": 3, "min_ngram": 1, "block_size": 8
+    }  # fmt: skip
+    assert all(option["description"] for drafter in options.values() for option in drafter.values())
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("ngram:max_gram=4", r"drafter 'ngram': unknown option 'max_gram'. Accepted options: max_ngram=3, min_ngram=1"),
+        ("ngram:max_ngram=many", r"drafter 'ngram': option 'max_ngram': .*integer"),
+        ("ngram:max_ngram=1,min_ngram=2", r"drafter 'ngram': min_ngram 2 is above max_ngram 1"),
+        ("block-diffusion:depth=3", r"unknown option 'depth'. Accepted options: path='', revision=None"),
+        ("autoregressive:block_size=0", r"option 'block_size': .*greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_option_of_a_drafter_is_named(pair: TinyPair, spec: str, says: str) -> None:
+    with pytest.raises(PolicyError, match=says):
+        resolve_drafter(spec, pair.target)
+
+
+def test_options_of_a_drafter_arrive_as_they_are_meant(pair: TinyPair, tiny_folder: Path) -> None:
+    ngram: Any = resolve_drafter("ngram:max_ngram=4,block_size=6", pair.target)
+    assert (list(ngram.sizes), ngram.trained_block_size) == ([4, 3, 2, 1], 6)
+    assert list(resolve_drafter("ngram:2", pair.target).sizes) == [2, 1]  # type: ignore[attr-defined]
+    folder = str(tiny_folder / "assistant")
+    for spec in (f"autoregressive:{folder},block_size=5", {"name": "autoregressive", "path": folder, "block_size": 5}):
+        assistant = resolve_drafter(spec, pair.target)
+        assert (assistant.name, assistant.trained_block_size) == (folder, 5)
 
 
 # Names and options.

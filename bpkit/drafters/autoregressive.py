@@ -8,10 +8,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from bpkit.assets import shipped
 from bpkit.drafters.base import GoOn, Proposal
+from bpkit.drafters.config import ASSISTANT_BLOCK_SIZE
 from bpkit.runtime.sampling import Draw
 from bpkit.types import AUTOREGRESSIVE, Feature
-
-DEFAULT_BLOCK_SIZE = 6
 
 
 class AutoregressiveDrafter:
@@ -27,7 +26,7 @@ class AutoregressiveDrafter:
         target: PreTrainedModel,
         *,
         name: str = "assistant",
-        block_size: int = DEFAULT_BLOCK_SIZE,
+        block_size: int = ASSISTANT_BLOCK_SIZE,
     ) -> None:
         ours, theirs = model.config.get_text_config().vocab_size, target.config.get_text_config().vocab_size
         if ours != theirs:
@@ -40,11 +39,13 @@ class AutoregressiveDrafter:
         self.last_index = model.config.get_text_config().num_hidden_layers
 
     @classmethod
-    def load(cls, path: str, target: PreTrainedModel, *, block_size: int = DEFAULT_BLOCK_SIZE) -> AutoregressiveDrafter:
+    def load(
+        cls, path: str, target: PreTrainedModel, *, block_size: int = ASSISTANT_BLOCK_SIZE
+    ) -> AutoregressiveDrafter:
         """Load a causal language model from a folder or the Hub; without a path, the one that ships with bpkit."""
         path = path or str(shipped("assistant"))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=target.dtype).to(target.device)
-        return cls(model, target, name=path, block_size=int(block_size))
+        return cls(model, target, name=path, block_size=block_size)
 
     def begin(self) -> AutoregressiveSession:
         return AutoregressiveSession(self)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from bpkit.drafters.base import GoOn, Proposal
+from bpkit.drafters.config import NGRAM_BLOCK_SIZE
 from bpkit.runtime.sampling import Draw
 from bpkit.types import NGRAM, Feature
-
-DEFAULT_BLOCK_SIZE = 8
 
 
 class NgramDrafter:
@@ -29,16 +28,16 @@ class NgramDrafter:
     feature_layers: tuple[int, ...] = ()
     provides = frozenset({Feature.DRAFT_TOKENS})
 
-    def __init__(self, *, max_ngram: int = 3, min_ngram: int = 1, block_size: int = DEFAULT_BLOCK_SIZE) -> None:
+    def __init__(self, *, max_ngram: int = 3, min_ngram: int = 1, block_size: int = NGRAM_BLOCK_SIZE) -> None:
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"n-gram sizes need 1 <= min_ngram <= max_ngram; got {min_ngram} and {max_ngram}")
         self.sizes = range(max_ngram, min_ngram - 1, -1)
         self.trained_block_size, self.max_block_size = block_size, max(32, 2 * block_size)
 
     @classmethod
-    def load(cls, path: str, target: Any, **options: Any) -> NgramDrafter:
+    def load(cls, path: str, target: Any, **options: int) -> NgramDrafter:
         """Make one; `path` and `target` are not needed."""
-        return cls(**{name: int(value) for name, value in options.items()})
+        return cls(**options)
 
     def begin(self) -> NgramSession:
         return NgramSession(self.sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +24,15 @@ from transformers.generation.streamers import BaseStreamer
 from bpkit.assets import model_name, shipped
 from bpkit.drafters.base import Drafter
 from bpkit.drafters.resolve import resolve_drafter
+from bpkit.observers import ObservedRequest, ObserverLike
 from bpkit.policy import Policy, PolicyError
-from bpkit.registry import PolicyLike, resolve_policy
+from bpkit.registry import PolicyLike, resolve_policy, written
 from bpkit.runtime.attention import use_grouped_attention
 from bpkit.runtime.clock import Clock, WallClock
 from bpkit.runtime.guard import GuardedPolicy
 from bpkit.runtime.loop import decode
 from bpkit.runtime.noise import POLICY_SALT, TARGET_SALT, GumbelNoise, hashed
+from bpkit.runtime.observing import Observers, Watching, next_number
 from bpkit.runtime.refuse import refuse_what_generate_dropped, refuse_what_we_cannot_do
 from bpkit.runtime.request import Request
 from bpkit.runtime.result import Generation, Run
@@ -57,6 +59,8 @@ class SpeculativeDecoder:
         max_block_size: the largest block that policies may ask for, by default the drafter's own limit.
         cost: what steps cost on this device, for policies that weigh it (`bpkit calibrate`); by default the clock's, if
             it goes by a cost model.
+        observers: told of every step (`bpkit observers` lists them): instances, or what
+            `bpkit.observers.resolve_observer` takes.
 
     Raises:
         PolicyError: unknown policy or option, or a policy that wants what this drafter cannot provide.
@@ -75,6 +79,7 @@ class SpeculativeDecoder:
         strict: bool = False,
         max_block_size: int | None = None,
         cost: CostModel | None = None,
+        observers: Sequence[ObserverLike] | Observers = (),
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"there is no verify rule {rule!r}; the rules are: {', '.join(RULES)}")
@@ -95,8 +100,9 @@ class SpeculativeDecoder:
             vocab_size=config.vocab_size,
             verify_rule=rule,
         )
-        self.policy = self._bound(policy)
+        self.policy, self.policy_name = self._bound(policy), written(policy)
         self.requests = 0
+        self.observers = observers if isinstance(observers, Observers) else Observers(observers)
 
     @classmethod
     def from_pretrained(
@@ -131,8 +137,11 @@ class SpeculativeDecoder:
         return cls(model, str(drafter) if isinstance(drafter, Path) else drafter, policy, **options)
 
     def with_policy(self, policy: PolicyLike | None, drafter: Drafter | str | None = None) -> SpeculativeDecoder:
-        """The same target under another policy or with another drafter; None keeps what there is."""
-        return SpeculativeDecoder(
+        """The same target under another policy or with another drafter; None keeps what there is.
+
+        Observers are kept: they are told of the generations of both decoders, and closed with either.
+        """
+        made = SpeculativeDecoder(
             self.target,
             drafter if drafter is not None else self.drafter,
             policy if policy is not None else self.policy,
@@ -143,7 +152,15 @@ class SpeculativeDecoder:
             strict=self.strict,
             max_block_size=self.spec.max_block_size if drafter is None else None,
             cost=self.cost if drafter is None else None,
+            observers=self.observers,
         )
+        if policy is None:
+            made.policy_name = self.policy_name
+        return made
+
+    def close(self) -> None:
+        """Close the observers. The decoder goes on decoding, unobserved."""
+        self.observers.close()
 
     def generate(self, prompt: str | Tensor, **options: Any) -> Generation:
         """Generate to the end.
@@ -167,8 +184,9 @@ class SpeculativeDecoder:
         if self.tokenizer is None:
             raise ValueError("streaming text needs a tokenizer: SpeculativeDecoder(..., tokenizer=tokenizer)")
         pieces = TextPieces(self.tokenizer)
-        for record in self.run(prompt, **options):
-            yield from pieces.put(record.tokens)
+        with self.run(prompt, **options) as run:
+            for record in run:
+                yield from pieces.put(record.tokens)
         yield from pieces.end()
 
     def run(self, prompt: str | Tensor, **options: Any) -> Run:
@@ -214,7 +232,8 @@ class SpeculativeDecoder:
             seed = int(torch.randint(2**62, ()))
         seed = seed if generation_config.do_sample else None
         request = decoder._request(input_ids, logits_processor, stopping_criteria, seed, stream_id)
-        run = Run(decode(request), request, seed)
+        observed = decoder._observed(request, generation_config, seed, stream_id) if decoder.observers.active else None
+        run = Run(decode(request), request, seed, Watching(decoder.observers, observed))
         if return_run:
             return run
         result = self._to_the_end(run)
@@ -226,12 +245,36 @@ class SpeculativeDecoder:
 
     def _to_the_end(self, run: Run) -> Generation:
         """Finish a run, handing prompt and tokens to the streamer as transformers would."""
-        if self.streamer is not None:
-            self.streamer.put(run.prompt.cpu())
-            for record in run:
-                self.streamer.put(record.tokens.cpu())
-            self.streamer.end()
-        return run.finish()
+        with run:
+            if self.streamer is not None:
+                self.streamer.put(run.prompt.cpu())
+                for record in run:
+                    self.streamer.put(record.tokens.cpu())
+                self.streamer.end()
+            return run.finish()
+
+    def _observed(
+        self, request: Request, config: GenerationConfig, seed: int | None, stream_id: int
+    ) -> ObservedRequest:
+        """What observers learn about a request."""
+        length = request.prompt.shape[1]
+        return ObservedRequest(
+            number=next_number(),
+            policy=self.policy_name,
+            policy_repr=repr(self.policy),
+            target=self.spec.target,
+            drafter=self.spec.drafter,
+            drafter_kind=self.spec.drafter_kind,
+            trained_block_size=self.spec.trained_block_size,
+            max_block_size=self.spec.max_block_size,
+            rule=self.rule,
+            clock=type(self.clock).__name__,
+            prompt_length=length,
+            max_new_tokens=request.stopping.max_length - length,
+            temperature=0.0 if seed is None else float(config.temperature or 1.0),
+            seed=seed,
+            stream_id=stream_id,
+        )
 
     def _request(
         self,

@@ -5,7 +5,7 @@ It yields a record for each turn. Streaming, traces, timing tables and progress 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -15,7 +15,7 @@ from bpkit.types import Prefill, Record
 
 
 @torch.inference_mode()
-def decode(request: Request) -> Iterator[Record]:
+def decode(request: Request) -> Generator[Record]:
     """Generate; the tokens of the records, joined, are the output. Shapes carry the batch axis, 1 for now."""
     target, drafter, policy, rule = request.target, request.drafter, request.policy, request.rule
 

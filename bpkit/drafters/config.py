@@ -1,0 +1,52 @@
+"""Options of drafters. Imports no torch, so that they can be listed."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NGRAM_BLOCK_SIZE, ASSISTANT_BLOCK_SIZE = 8, 6
+"""Block sizes of drafters that were trained with none."""
+
+
+class DrafterConfig(BaseModel):
+    """Base of the options of drafters: frozen, and unknown options are errors.
+
+    Those that were given, and no others, are passed on to the drafter's target, `path` as its first argument.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BlockDiffusionConfig(DrafterConfig):
+    """Options of `block-diffusion`."""
+
+    path: str = Field(default="", description="folder or Hub name of a DFlash checkpoint; by default the shipped one")
+    revision: str | None = Field(default=None, description="branch, tag or commit on the Hub")
+    subfolder: str = Field(default="", description="where the checkpoint lies in its folder or repository")
+    attn_implementation: str | None = Field(
+        default=None, description="attention of transformers, such as sdpa or eager"
+    )
+    local_files_only: bool = Field(default=False, description="never ask the Hub")
+
+
+class AutoregressiveConfig(DrafterConfig):
+    """Options of `autoregressive`."""
+
+    path: str = Field(
+        default="", description="folder or Hub name of a causal language model; by default the shipped one"
+    )
+    block_size: int = Field(default=ASSISTANT_BLOCK_SIZE, ge=1, description="stands for a trained block size")
+
+
+class NgramConfig(DrafterConfig):
+    """Options of `ngram`."""
+
+    max_ngram: int = Field(default=3, ge=1, description="longest n-gram that is looked up, first")
+    min_ngram: int = Field(default=1, ge=1, description="shortest, if no longer one is found")
+    block_size: int = Field(default=NGRAM_BLOCK_SIZE, ge=1, description="stands for a trained block size")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> NgramConfig:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
+        return self
