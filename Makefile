@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that share the tests. Each takes up to 3 GB.
 WORKERS ?= 2
 
-.PHONY: help demo test test-fast runtimes exported lint format clean
+.PHONY: help demo test test-fast runtimes packages exported docs lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,9 +33,21 @@ build/runtimes/.ready: $(addprefix tests/runtimes/,install.sh package.json requi
 	PYTHON=$(BIN)/python tests/runtimes/install.sh
 	touch $@
 
+packages: build/packages/.ready  ## try what `bpkit new` makes, in an environment of its own with bpkit as a wheel
+	PYTHON=build/packages/venv/bin/python sh tests/packages/wheel.sh
+	build/packages/venv/bin/pip install --quiet --force-reinstall --no-deps build/packages/wheels/bpkit-*.whl
+	build/packages/venv/bin/python tests/packages/try_packages.py
+
+build/packages/.ready: pyproject.toml constraints.txt tests/packages/install.sh
+	PYTHON=$(PYTHON) sh tests/packages/install.sh
+	touch $@
+
 exported: $(VENV)/.ready  ## export the shipped policies again: make exported TRACE=folder COST=costs.json
 	$(BIN)/bpkit export forecast blockpilot ldlp ldlp_threshold specdecpp --trace $(TRACE) --cost $(COST) --recompute
 	$(BIN)/bpkit export forecast:truncate=true --name forecast_truncate --trace $(TRACE) --cost $(COST) --recompute
+
+docs: $(VENV)/.ready  ## the documentation as a site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(BIN)/ruff check .
