@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from bpkit import __version__
 from bpkit.cli import generate as generate_command
 from bpkit.cli import main, models
+from bpkit.hookspecs import hookimpl
 from bpkit.policy import PolicyError
 from bpkit.registry import Registry, build
 
@@ -117,6 +118,7 @@ def test_plugins_that_failed_are_shown_by_name_with_the_reason(run: Run, monkeyp
 
 class _Hello:
     @staticmethod
+    @hookimpl
     def bpkit_register_commands(app: typer.Typer) -> None:
         @app.command()
         def hello() -> None:
@@ -125,7 +127,9 @@ class _Hello:
 
 class _Broken:
     @staticmethod
+    @hookimpl
     def bpkit_register_commands(app: typer.Typer) -> None:
+        app.command("half")(lambda: None)
         raise RuntimeError("not today")
 
 
@@ -142,19 +146,20 @@ def test_plugins_add_commands_and_a_broken_one_takes_no_other_down(run: Run, mon
     result = run("hello")
     assert (result.exit_code, paragraph(result)) == (2, "Error: hello is no command for you\n")
     assert "not today" in made.failures["broken"]
+    assert run("half").exit_code == 2
 
 
-def test_two_plugins_with_one_name_are_an_error_before_any_command(
+def test_plugins_that_cannot_be_looked_for_are_an_error_before_any_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def claimed_twice() -> Registry:
-        raise PolicyError("'fixed' is registered twice")
+    def unreadable() -> Registry:
+        raise PolicyError("no metadata can be read")
 
-    monkeypatch.setattr(main, "registry", claimed_twice)
+    monkeypatch.setattr(main, "registry", unreadable)
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 2
-    assert capsys.readouterr().err == "Error: 'fixed' is registered twice\n"
+    assert capsys.readouterr().err == "Error: no metadata can be read\n"
 
 
 # generate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,11 @@ from bpkit.cli.bench_fold import bench_fold
 from bpkit.cli.bench_model import bench_model
 from bpkit.cli.bench_policy import bench_policy
 from bpkit.cli.bench_trace import bench_trace
-from bpkit.cli.errors import require
+from bpkit.cli.errors import nothing_written, require, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.config import Config
 from bpkit.policy import PolicyError
+from bpkit.registry import written
 
 if TYPE_CHECKING:
     from bpkit.registry import PolicyLike
@@ -61,15 +63,19 @@ def bench(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     cost: options.Cost = None,
+    observe: options.Observe = None,
 ) -> None:
-    """Compare policies by wall clock: tokens/s, speed-up over plain decoding, acceptance length, where time goes.
+    """Compare policies by wall clock, against plain decoding.
 
-    Runs are interleaved, so that drift of the machine meets all alike, and every text is compared with plain
-    decoding's. Greedy unless a temperature is given.
+    Tokens/s, speed-up over plain decoding, acceptance length, and where time goes. Reads prompts, the shipped ones by
+    default, and writes what `--json` and `--plot` name. Runs are interleaved, so that drift of the machine meets all
+    alike, and every text is compared with plain decoding's. Greedy unless a temperature is given.
 
     `bpkit bench --policy fixed:4 --policy fixed:16 --policy threshold --policy bandit --json bench.json`
 
     `bpkit bench --policy fixed:16 --against transformers-dflash --domain structured --plot bench.png`
+
+    Next: `bpkit trace` and `bpkit evaluate` say how much of the possible gain a policy takes.
     """
     if context.invoked_subcommand is not None:
         return refuse_options_before(context)
@@ -79,7 +85,8 @@ def bench(
     from bpkit.prompts import choose_prompts
 
     texts = choose_prompts(prompts, domain or [], limit)
-    report = compare(settled, chosen, texts, against=tuple(against or ()), repeats=repeats)
+    with when_interrupted(nothing_written(json, plot)):
+        report = compare(settled, chosen, texts, against=tuple(against or ()), repeats=repeats)
     deliver(report, json, plot)
 
 
@@ -110,16 +117,13 @@ def policy_name(policy: str | Mapping[str, Any]) -> str:
     >>> policy_name({"name": "threshold", "threshold": 0.6, "block_size": 8})
     'threshold:threshold=0.6,block_size=8'
     """
-    if isinstance(policy, str):
-        return policy
-    name, rest = str(policy.get("name", "")), {k: v for k, v in policy.items() if k != "name"}
-    return name + (":" + ",".join(f"{k}={v}" for k, v in rest.items()) if rest else "")
+    return written(policy)
 
 
 def check_outputs(json: Path | None, plot: Path | None) -> None:
     """Fail now rather than after minutes of measuring."""
-    from bpkit.bench.plot import SUFFIXES
-    from bpkit.bench.report import check_writable
+    from bpkit.bench.wall_clock.plot import SUFFIXES
+    from bpkit.bench.wall_clock.report import check_writable
 
     if json is not None:
         check_writable(json)
@@ -132,15 +136,15 @@ def compare(
     config: Config, policies: dict[str, PolicyLike], prompts: list[Any], *, against: tuple[str, ...], repeats: int
 ) -> dict[str, Any]:
     """Load the models, measure, and return the report."""
-    from bpkit.bench.contestants import check_peers
-    from bpkit.bench.run import BenchSettings, run_bench
+    from bpkit.bench.wall_clock.contestants import check_peers
+    from bpkit.bench.wall_clock.run import BenchSettings, run_bench
     from bpkit.cli.models import load_decoder
     from bpkit.registry import resolve_policy
 
     check_peers(against)
     for spec in policies.values():
         resolve_policy(spec)
-    decoder = load_decoder(config, next(iter(policies.values())))
+    decoder = load_decoder(config, next(iter(policies.values())), observers=config.observers or ())
     if tuple(policies) == DEFAULT_POLICIES:
         policies = those_that_fit(decoder, policies)
     settings = BenchSettings(
@@ -151,7 +155,7 @@ def compare(
         threads=config.runtime.threads,
         seed=DEFAULT_SEED if config.sampling.seed is None else config.sampling.seed,
     )
-    with progress_bar() as bar:
+    with closing(decoder), progress_bar() as bar:
         return run_bench(decoder, prompts, settings, bar)
 
 
@@ -170,9 +174,9 @@ def those_that_fit(decoder: SpeculativeDecoder, policies: dict[str, PolicyLike])
 
 def deliver(report: dict[str, Any], json: Path | None, plot: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
-    from bpkit.bench.plot import plot_report
-    from bpkit.bench.report import write_report
-    from bpkit.bench.table import print_report
+    from bpkit.bench.wall_clock.plot import plot_report
+    from bpkit.bench.wall_clock.report import write_report
+    from bpkit.bench.wall_clock.table import print_report
 
     if json is not None:
         write_report(report, json)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bpkit.cli.errors import nothing_written, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 
 _SIZES = "Sizes"
@@ -32,20 +33,21 @@ def bench_fold(
     device: Annotated[str, typer.Option(help="Such as `cpu` or `cuda`.")] = "cpu",
     json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
 ) -> None:
-    """BlockPilot's published form, vocabulary -> 2048 -> 2048 -> sizes, against its exact fold into the target's head.
+    """Time BlockPilot's published form against its fold.
 
-    The raw form reads the logits of the whole vocabulary; folded, it reads the hidden state that they come from and
-    decides the same (`bpkit export --fold`). Weights are random, sizes those of Qwen3-4B by default: about 5 GB of
-    memory, and a minute or two for the fold. Try `--vocab-size 4096 --hidden-size 256` first.
+    The published form is vocabulary -> 2048 -> 2048 -> sizes; the fold into the target's head is exact. The raw form
+    reads the logits of the whole vocabulary; folded, it reads the hidden state that they come from and decides the same
+    (`bpkit export --fold`). Weights are random, sizes those of Qwen3-4B by default: about 5 GB of memory, and a minute
+    or two for the fold. Try `--vocab-size 4096 --hidden-size 256` first.
 
     `bpkit bench fold --json fold.json`
     """
-    from bpkit.bench.report import check_writable, write_report
+    from bpkit.bench.wall_clock.report import check_writable, write_report
 
     if json is not None:
         check_writable(json)
-    from bpkit.bench.latency_fold import FoldSettings
-    from bpkit.bench.latency_fold import bench_fold as measure
+    from bpkit.bench.latency.fold import FoldSettings
+    from bpkit.bench.latency.fold import bench_fold as measure
     from bpkit.cli.train_policy import portable
 
     settings = FoldSettings(
@@ -58,7 +60,7 @@ def bench_fold(
         seed=seed,
         device=device,
     )
-    with progress_bar() as bar:
+    with when_interrupted(nothing_written(json)), progress_bar() as bar:
         report = {"command": portable(sys.argv[1:]), **measure(settings, bar)}
     if json is not None:
         write_report(report, json)

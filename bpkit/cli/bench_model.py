@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpkit.cli import options
-from bpkit.cli.errors import require
+from bpkit.cli import completion, options
+from bpkit.cli.errors import nothing_written, require, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 
 DEFAULT_POLICIES = (
@@ -31,7 +31,14 @@ DEFAULT_LIMIT = 10
 def bench_model(
     context: typer.Context,
     trace: Annotated[Path, typer.Argument(help="Folder that `bpkit trace` made.", metavar="TRACE")],
-    cost: Annotated[str, typer.Option(help="What `bpkit calibrate` measured on this machine.", metavar="FILE")],
+    cost: Annotated[
+        str,
+        typer.Option(
+            help="What `bpkit calibrate` measured on this machine.",
+            metavar="FILE|PRESET",
+            autocompletion=completion.presets,
+        ),
+    ],
     policy: options.PolicySpecs = None,
     limit: Annotated[int, typer.Option(help="Prompts of each domain, the first ones.", min=1)] = DEFAULT_LIMIT,
     json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
@@ -44,21 +51,22 @@ def bench_model(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
 ) -> None:
-    """How far replay's speed can be trusted: prompts of a trace, decoded by wall clock and replayed, in turn.
+    """Compare replay's speed with the wall clock's.
 
-    Time of steps only, prefill left out, as in `bpkit evaluate`. Use the number of threads of the calibration.
+    Prompts of a trace are decoded by wall clock and replayed, in turn: how far modelled speed can be trusted. Time of
+    steps only, prefill left out, as in `bpkit evaluate`. Use the number of threads of the calibration.
 
     `bpkit bench model TRACE --cost cost.json --threads 2 --json model_bench.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
     settled = options.settled(context)
-    from bpkit.bench.modelled import bench_model as measure
-    from bpkit.bench.report import check_writable, write_report
+    from bpkit.bench.evaluation.modelled import bench_model as measure
+    from bpkit.bench.wall_clock.report import check_writable, write_report
     from bpkit.cli.evaluate import first_of_each
     from bpkit.cli.models import load_decoder
+    from bpkit.traces.collect.recompute import check_models
     from bpkit.traces.cost import read_cost
-    from bpkit.traces.recompute import check_models
-    from bpkit.traces.storage import open_trace
+    from bpkit.traces.tables.storage import open_trace
 
     if json is not None:
         check_writable(json)
@@ -66,7 +74,7 @@ def bench_model(
     decoder = load_decoder(settled, "fixed")
     check_models(decoder, opened.manifest)
     names = policy or DEFAULT_POLICIES
-    with progress_bar() as bar:
+    with when_interrupted(nothing_written(json)), progress_bar() as bar:
         report = measure(
             decoder,
             opened.manifest,

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpkit.cli import options
-from bpkit.cli.errors import require
+from bpkit.cli import completion, options
+from bpkit.cli.errors import nothing_written, require, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
     from bpkit.bench.latency import LatencySettings
-    from bpkit.bench.latency_backends import Contestant
+    from bpkit.bench.latency.backends import Contestant
     from bpkit.config import Config
     from bpkit.prompts import Prompt
     from bpkit.runtime.decoder import SpeculativeDecoder
@@ -31,7 +31,8 @@ def bench_policy(
         typer.Argument(
             help="Policies to time: names, `name:key=value`, folders of trained policies, or `onnx:FOLDER`, files of "
             "`bpkit export`. By default every trained policy that ships.",
-            metavar="[POLICY]...",
+            metavar="POLICY",
+            autocompletion=completion.policies,
         ),
     ] = None,
     batch: Annotated[
@@ -64,7 +65,8 @@ def bench_policy(
         typer.Option(
             help=f"Prompts of each domain; by default {DEFAULT_LIMIT} of the shipped ones, and all of a file.",
             min=1,
-            rich_help_panel="Comparison",
+            metavar="N",
+            rich_help_panel=options.PROMPTS,
         ),
     ] = None,
     prompts: options.Prompts = None,
@@ -79,13 +81,18 @@ def bench_policy(
     dtype: options.Dtype = None,
     threads: Annotated[
         str | None,
-        typer.Option(help="Of torch while the models run, by default 1; decisions always take one.", metavar="N"),
+        typer.Option(
+            help="Threads of torch while the models run, by default 1; decisions always take one.",
+            metavar="N",
+            rich_help_panel="Runtime",
+        ),
     ] = None,
 ) -> None:
-    """How long a decision takes: p50 and p99 by batch size, in torch and in onnxruntime, on what live decoding asks.
+    """Time a policy's decisions, in torch and in onnxruntime.
 
-    A policy is exported on the fly; both backends are asked in turn, a few calls each, in one process. Beside the
-    latencies: how many decisions are the same, and what share of a prefill and of a step of the pair a decision takes.
+    p50 and p99 by batch size, on what live decoding asks. A policy is exported on the fly; both backends are asked in
+    turn, a few calls each, in one process. Beside the latencies: how many decisions are the same, and what share of a
+    prefill and of a step of the pair a decision takes.
 
     `bpkit bench policy --json latency.json --plot latency.png`
 
@@ -111,7 +118,8 @@ def bench_policy(
         provider=provider,
     )
     texts = choose_prompts(prompts, domain or [], limit, shipped_limit=DEFAULT_LIMIT)
-    report = measure(settled, policies or [], texts, settings, weights)
+    with when_interrupted(nothing_written(json, plot)):
+        report = measure(settled, policies or [], texts, settings, weights)
     deliver(report, json, plot)
 
 
@@ -147,7 +155,7 @@ def measure(
 
 def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights: Path | None) -> list[Contestant]:
     """The policies that were named; else every trained one that ships and serves this pair."""
-    from bpkit.bench.latency_backends import make_contestant
+    from bpkit.bench.latency.backends import make_contestant
 
     if specs:
         return [make_contestant(s, decoder, provider=provider, weights=weights) for s in dict.fromkeys(specs)]
@@ -173,9 +181,9 @@ def those_that_ship() -> list[str]:
 
 def deliver(report: dict[str, Any], json: Path | None, plot: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
-    from bpkit.bench.latency_plot import plot_latency
-    from bpkit.bench.latency_table import print_latency_report
-    from bpkit.bench.report import write_report
+    from bpkit.bench.latency.plot import plot_latency
+    from bpkit.bench.latency.table import print_latency_report
+    from bpkit.bench.wall_clock.report import write_report
 
     if json is not None:
         write_report(report, json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bpkit.cli import options
-from bpkit.cli.errors import require
+from bpkit.cli.errors import nothing_written, require, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.sizes import parse_sizes
 
@@ -40,7 +40,8 @@ def bench_trace(
         typer.Option(
             help=f"Prompts of each domain; by default {DEFAULT_LIMIT} of the shipped ones, and all of a file.",
             min=1,
-            rich_help_panel=_COMPARISON,
+            metavar="N",
+            rich_help_panel=options.PROMPTS,
         ),
     ] = None,
     prompts: options.Prompts = None,
@@ -61,19 +62,20 @@ def bench_trace(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
 ) -> None:
-    """Traced prompts per minute, against brute force over the same block sizes, interleaved in one process.
+    """Time tracing, against brute force over the same block sizes.
 
-    Two brute forces: one generation for each block size, and the live decoder from every position with every block
-    size, which is what a trace holds and so slow that it is scaled from a sample. Threads are torch's own choice.
+    Traced prompts per minute, interleaved in one process. Two brute forces: one generation for each block size, and the
+    live decoder from every position with every block size, which is what a trace holds and so slow that it is scaled
+    from a sample. Threads are torch's own choice.
 
     `bpkit bench trace --threads 1 --json trace_bench.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
     settled = options.settled(context)
     sizes = parse_sizes(block_sizes, smallest=2)
-    from bpkit.bench.report import check_writable, write_report
     from bpkit.bench.tracing import bench_tracing
-    from bpkit.bench.tracing_table import print_trace_report
+    from bpkit.bench.tracing.table import print_trace_report
+    from bpkit.bench.wall_clock.report import check_writable, write_report
     from bpkit.cli.models import load_decoder
     from bpkit.cli.trace import trace_options
     from bpkit.prompts import choose_prompts
@@ -83,7 +85,7 @@ def bench_trace(
         check_writable(json)
     texts: list[Prompt] = choose_prompts(prompts, domain or [], limit, shipped_limit=DEFAULT_LIMIT)
     decoder: SpeculativeDecoder = load_decoder(settled, f"fixed:{GENERATE_WITH}")
-    with progress_bar() as bar:
+    with when_interrupted(nothing_written(json)), progress_bar() as bar:
         report = bench_tracing(
             decoder,
             texts,

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpkit.cli import options
-from bpkit.cli.errors import require
-from bpkit.cli.terminal import console, say
+from bpkit.cli import completion, options
+from bpkit.cli.errors import nothing_written, require, when_interrupted
+from bpkit.cli.terminal import console, say, shows_bars
 from bpkit.config import Config
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bpkit.traces.calibrate import Progress
     from bpkit.traces.cost import CostTable
+    from bpkit.traces.cost.calibrate import Progress
 
 DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
 DEFAULT_SPREAD, DEFAULT_MINUTES = 2.0, 10.0
@@ -31,7 +31,12 @@ def calibrate(
     context: typer.Context,
     out: Annotated[Path | None, typer.Option(help="Write the cost model here, as JSON.", metavar="FILE")] = None,
     show: Annotated[
-        str | None, typer.Option(help="Measure nothing: print this cost file or preset.", metavar="FILE|PRESET")
+        str | None,
+        typer.Option(
+            help="Measure nothing: print this cost file or preset.",
+            metavar="FILE|PRESET",
+            autocompletion=completion.presets,
+        ),
     ] = None,
     list_presets: Annotated[
         bool, typer.Option("--list-presets", help="Measure nothing: list cost models made from published figures.")
@@ -81,15 +86,18 @@ def calibrate(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
 ) -> None:
-    """Measure what drafts and target passes cost on this device, for replay, oracles and policies that plan by time.
+    """Measure what drafts and target passes cost on this device.
 
-    Requests run in the ordinary loop under a policy that draws block sizes and verify widths at random. Measure with
-    the number of threads, the sampling and the context lengths that you will decode with, on a machine that does
-    nothing else. Greedy unless a temperature is given; `--threads auto` is torch's own choice here.
+    Writes a JSON file for replay, oracles and policies that plan by time (`--cost`). Requests run in the ordinary loop
+    under a policy that draws block sizes and verify widths at random. Measure with the number of threads, the sampling
+    and the context lengths that you will decode with, on a machine that does nothing else. Greedy unless a temperature
+    is given; `--threads auto` is torch's own choice here.
 
     `bpkit calibrate --out cost.json --plot cost.png`
 
     `bpkit calibrate --show cost.json`
+
+    Next: `bpkit evaluate TRACE --cost cost.json`
     """
     if list_presets:
         return print_presets()
@@ -108,18 +116,15 @@ def calibrate(
 
     texts = choose_prompts(prompts, domain or [], limit)
     wanted = {"max_block_size": max_block_size, "spread": spread / 100, "max_minutes": max_minutes, "rounds": rounds}
-    try:
+    with when_interrupted(nothing_written(out, plot)):
         cost = measure(settled, texts, wanted)
-    except KeyboardInterrupt:
-        say(f"Nothing was written: {out} is {'as it was' if out.exists() else 'not there'}.")
-        raise
     deliver(cost, out, plot)
 
 
 def check_outputs(out: Path | None, plot: Path | None) -> None:
     """Fail now rather than after minutes of measuring."""
-    from bpkit.bench.plot import SUFFIXES
-    from bpkit.bench.report import check_writable
+    from bpkit.bench.wall_clock.plot import SUFFIXES
+    from bpkit.bench.wall_clock.report import check_writable
 
     if out is not None:
         check_writable(out)
@@ -131,7 +136,7 @@ def check_outputs(out: Path | None, plot: Path | None) -> None:
 def measure(config: Config, prompts: list[Any], wanted: dict[str, Any]) -> CostTable:
     """Load the models and measure."""
     from bpkit.cli.models import load_decoder
-    from bpkit.traces.calibrate import CalibrationSettings, calibrate
+    from bpkit.traces.cost.calibrate import CalibrationSettings, calibrate
 
     decoder = load_decoder(config, "fixed")
     settings = CalibrationSettings(
@@ -150,9 +155,8 @@ def progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    err = console(stderr=True)
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Bar(*columns, console=console(stderr=True), transient=True, disable=not shows_bars()) as bar:
         task = bar.add_task("warming up", total=None)
 
         def tell(said: str, done: int, total: int) -> None:
@@ -164,7 +168,7 @@ def progress() -> Iterator[Progress]:
 def deliver(cost: CostTable, out: Path | None, plot: Path | None) -> None:
     """Write the files that were asked for, and print the table."""
     from bpkit.traces.cost import write_cost
-    from bpkit.traces.cost_plot import plot_cost
+    from bpkit.traces.cost.plot import plot_cost
 
     if out is not None:
         write_cost(cost, out)
@@ -190,7 +194,7 @@ def print_presets() -> None:
     """Names of the presets, with what they say and where it comes from."""
     from rich.markup import escape
 
-    from bpkit.traces.presets import PRESETS
+    from bpkit.traces.cost.presets import PRESETS
 
     shown = console()
     for name, cost in PRESETS.items():

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.rule import Rule
 
 from bpkit.cli import options
+from bpkit.cli.errors import when_interrupted
 from bpkit.cli.terminal import console, progress_bar
 
 POLICIES = ("fixed:4", "fixed:16", "threshold", "bandit")
@@ -30,37 +31,47 @@ def demo(
     limit: Annotated[int, typer.Option(help="Prompts of each domain in the comparison.", min=1)] = 3,
     threads: options.Threads = None,
 ) -> None:
-    """Decode real prompts under several policies: the same text every time, at different speeds.
+    """Decode under several policies: one text, different speeds.
 
-    It needs no network and no GPU, and takes about a minute on two cores. Then go on with `bpkit bench`.
+    Reads prompts that ship with bpkit and writes nothing. It needs no network and no GPU, and takes about a minute on
+    two cores.
 
     `bpkit demo`
+
+    Next: `bpkit bench` measures, and `bpkit generate` takes prompts of your own.
     """
     settled = options.settled(context)
     out = console()
     from bpkit import assets
-    from bpkit.bench.run import BenchSettings, run_bench
-    from bpkit.bench.table import print_report
+    from bpkit.bench.wall_clock.table import print_report
     from bpkit.cli.models import load_decoder
-    from bpkit.prompts import choose_prompts
 
     out.print(
         "A drafter proposes a block of tokens, the target checks them in one pass, and what it would have said itself "
         "stands.\nA policy decides how many to propose and to check; it changes the speed, never the text.\n"
     )
-    decoder = load_decoder(settled, STREAMED_POLICY)
-    for domain in assets.DOMAINS:
-        _stream_one(out, decoder, domain)
+    with when_interrupted("The demo writes nothing; `bpkit demo --limit 1` is shorter."):
+        decoder = load_decoder(settled, STREAMED_POLICY)
+        for domain in assets.DOMAINS:
+            _stream_one(out, decoder, domain)
+        report = _compare(out, decoder, limit, settled.runtime.threads)
+    print_report(report, out)
+    out.print(escape(conclusion(report)), soft_wrap=True)
+
+
+def _compare(out: Any, decoder: Any, limit: int, threads: int | str) -> dict[str, Any]:
+    """The same prompts under several policies, and without any."""
+    from bpkit.bench.wall_clock.run import BenchSettings, run_bench
+    from bpkit.prompts import choose_prompts
+
     out.print(Rule("the same prompts under several policies, and without any", align="left"))
     settings = BenchSettings(
         policies=dict(zip(POLICIES, POLICIES, strict=True)),
         options={"max_new_tokens": MEASURED_TOKENS, "temperature": 0.0},
-        threads=settled.runtime.threads,
+        threads=threads,
     )
     with progress_bar() as bar:
-        report = run_bench(decoder, choose_prompts(None, (), limit), settings, bar)
-    print_report(report, out)
-    out.print(escape(conclusion(report)), soft_wrap=True)
+        return run_bench(decoder, choose_prompts(None, (), limit), settings, bar)
 
 
 def _stream_one(out: Any, decoder: Any, domain: str) -> None:

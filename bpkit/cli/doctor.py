@@ -19,23 +19,39 @@ if TYPE_CHECKING:
 _STYLES = {"ok": "green", "missing": "dim", "warning": "yellow", "broken": "bold red"}
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
-    """See what is installed and whether it works together: plug-ins, torch, CUDA, onnxruntime, optional parts.
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Print Markdown to paste into a bug report, without the name of your home folder."
+        ),
+    ] = False,
+) -> None:
+    """See what is installed, and whether it works together.
 
-    Each fault comes with the command that mends it. Exit code 1 if something is broken; what is merely missing or odd
-    is not. Put the output of `bpkit doctor --json` into a bug report.
+    Plug-ins, torch, CUDA, onnxruntime and optional parts. Each fault comes with the command that mends it. Exit code 1
+    if something is broken; what is merely missing or odd is not.
+
+    `bpkit doctor`
+
+    `bpkit doctor --report`
     """
     from bpkit.doctor import as_json as plain
-    from bpkit.doctor import broken, examine
+    from bpkit.doctor import as_markdown, broken, examine
 
+    if as_json and report:
+        raise ValueError("--json and --report exclude each other: give one of them")
     findings = examine()
-    if as_json:
+    if report:
+        typer.echo(as_markdown(findings))
+    elif as_json:
         typer.echo(json.dumps(plain(findings), indent=2))
     else:
         out = console()
         out.print(table(findings))
         for finding in findings:
-            if finding.advice and finding.state in ("warning", "broken"):
+            if finding.advice:
                 out.print(f"[{_STYLES[finding.state]}]{finding.state}[/] {escape(_sentence(finding))}", soft_wrap=True)
     if broken(findings):
         raise typer.Exit(FAILED)
@@ -44,17 +60,19 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
 def table(findings: list[Finding]) -> Table:
     """A row for each finding."""
     made = Table(box=box.SIMPLE_HEAD)
-    made.add_column("", style="bold")
-    for name in ("what", "state", "found", "what to do"):
-        made.add_column(name, overflow="fold")
+    made.add_column("", style="bold", no_wrap=True)
+    made.add_column("what", no_wrap=True)
+    made.add_column("state", no_wrap=True)
+    made.add_column("found", overflow="fold")
     before = ""
     for finding in findings:
         state = f"[{_STYLES[finding.state]}]{finding.state}[/]"
         section = finding.section if finding.section != before else ""
-        made.add_row(section, escape(finding.name), state, escape(finding.value), escape(finding.advice))
+        made.add_row(section, escape(finding.name), state, escape(finding.value))
         before = finding.section
     return made
 
 
 def _sentence(finding: Finding) -> str:
-    return f"{finding.section}, {finding.name}: {finding.value}. To mend it: {finding.advice}"
+    mends = "To mend it" if finding.state in ("warning", "broken") else "If you want it otherwise"
+    return f"{finding.section}, {finding.name}: {finding.value}. {mends}: {finding.advice}"

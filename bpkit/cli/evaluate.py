@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpkit.cli import options
-from bpkit.cli.errors import require
+from bpkit.cli import completion, options
+from bpkit.cli.errors import nothing_written, require, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
+    from bpkit.config import Config
+    from bpkit.registry import PolicyLike
     from bpkit.traces.cost import CostTable
     from bpkit.traces.replay import Fill
-    from bpkit.traces.storage import Trace
+    from bpkit.traces.tables.storage import Trace
 
 DEFAULT_SPLIT = "0.4,0.2,0.4"
 _HOW, _RECOMPUTE = "How to judge", "Features that the trace lacks"
@@ -33,6 +35,7 @@ def evaluate(
             help="What steps cost: a file of `bpkit calibrate` or your own, or a preset. Flat and linear costs are "
             "judged by as well; without this option only flat ones, which know no time.",
             metavar="FILE|PRESET",
+            autocompletion=completion.presets,
         ),
     ] = None,
     policy: options.PolicySpecs = None,
@@ -91,36 +94,39 @@ def evaluate(
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Judge policies on a trace: tokens/s against the best fixed size, and their share of what could be gained.
+    """Judge policies on a trace, by prompts that nothing was chosen on.
 
-    Prompts are split. Options that you leave open are tuned on validation prompts, where the best fixed size is chosen
-    too; all figures are of test prompts. Nothing is decoded: policies are replayed, and a cost model says what each
-    step takes. Without `--policy`, all policies are judged that the trace can serve.
+    Tokens/s against the best fixed size, and the share of what could be gained. Prompts are split. Options that you
+    leave open are tuned on validation prompts, where the best fixed size is chosen too; all figures are of test
+    prompts. Nothing is decoded: policies are replayed, and a cost model says what each step takes. Without `--policy`,
+    or one in `--config`, all are judged that the trace can serve.
 
     `bpkit evaluate TRACE --cost cost.json --report report.html`
 
     `bpkit evaluate TRACE --cost cost.json --policy threshold --policy bandit:discount=0.99 --json eval.json`
+
+    Next: `bpkit bench` tries the best of them by wall clock.
     """
     require("pyarrow", extra="traces", purpose="A trace")
     if permutations:
         require("sklearn", extra="traces", purpose="The permutation test")
     check_outputs(json, report)
     fractions = parse_fractions(split)
-    chosen = named_policies(policy or [])
+    named = named_policies(policy or [], options.settled(context))
     from bpkit.bench.evaluation import evaluate as judge
     from bpkit.cli.models import quiet_libraries
-    from bpkit.traces.storage import open_trace
+    from bpkit.traces.tables.storage import open_trace
 
     quiet_libraries()
     opened = open_trace(trace)
     costs = cost_models(cost, max(opened.manifest.block_sizes))
     started = time.time()
     fill = filler(context, opened) if recompute else None
-    with progress_bar() as bar:
+    with when_interrupted(nothing_written(json, report)), progress_bar() as bar:
         result = judge(
             first_of_each(opened, limit),
             opened.spec,
-            chosen,
+            named or everybody(),
             costs,
             seed=seed,
             fractions=fractions,
@@ -128,7 +134,7 @@ def evaluate(
             tune=not no_tune,
             permutations=permutations,
             second_test=second_test,
-            leave_out=not policy,
+            leave_out=not named,
             allow_leaks=allow_leak,
             trace_seed=opened.manifest.seed,
             fill=fill,
@@ -148,7 +154,7 @@ NO_COST = (
 
 def check_outputs(json: Path | None, report: Path | None) -> None:
     """Fail now rather than after minutes of replay."""
-    from bpkit.bench.report import check_writable
+    from bpkit.bench.wall_clock.report import check_writable
 
     if json is not None:
         check_writable(json)
@@ -163,7 +169,7 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
     >>> parse_fractions("0.5, 0.25, 0.25")
     (0.5, 0.25, 0.25)
     """
-    from bpkit.bench.splits import checked_fractions
+    from bpkit.bench.evaluation.splits import checked_fractions
 
     try:
         parts = [float(part) for part in text.split(",")]
@@ -172,17 +178,26 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
     return checked_fractions(parts)
 
 
-def named_policies(given: list[str]) -> dict[str, str]:
-    """The contestants by name; by default all that are registered. Raises PolicyError for one that nobody knows."""
-    from bpkit.registry import registry, resolve_policy
+def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
+    """The contestants of the flags by name, else the config's one. Raises PolicyError for one that nobody knows."""
+    from bpkit.registry import resolve_policy, written
 
     repeated = {name for name in given if given.count(name) > 1}
     if repeated:
         raise ValueError(f"--policy {', '.join(sorted(repeated))} is given more than once")
-    for spec in given:
-        resolve_policy(spec)
-    names = given or [name for name in sorted(registry().policies) if can_be_made(name)]
-    return dict(zip(names, names, strict=True))
+    named: dict[str, PolicyLike] = dict(zip(given, given, strict=True))
+    if not given and config.policy is not None:
+        named = {written(config.policy): config.policy}
+    for policy in named.values():
+        resolve_policy(policy)
+    return named
+
+
+def everybody() -> dict[str, PolicyLike]:
+    """All registered policies whose names alone are enough."""
+    from bpkit.registry import registry
+
+    return {name: name for name in sorted(registry().policies) if can_be_made(name)}
 
 
 def can_be_made(name: str) -> bool:
@@ -215,7 +230,7 @@ def first_of_each(trace: Trace, limit: int | None) -> Any:
     """The first prompts of each domain, read when they are asked for."""
     if limit is None:
         return trace
-    from bpkit.bench.subset import Subset
+    from bpkit.bench.evaluation.subset import Subset
 
     seen: dict[str, int] = {}
     places = []
@@ -229,7 +244,7 @@ def first_of_each(trace: Trace, limit: int | None) -> Any:
 def filler(context: typer.Context, trace: Trace) -> Fill:
     """Computes missing features with the models of the trace."""
     from bpkit.cli.models import load_decoder
-    from bpkit.traces.recompute import Recompute
+    from bpkit.traces.collect.recompute import Recompute
 
     return Recompute(load_decoder(options.settled(context), "fixed"), trace.manifest)
 
@@ -252,9 +267,9 @@ def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str
 
 def deliver(result: dict[str, Any], json: Path | None, report: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
-    from bpkit.bench.evaluation_report import html_report
-    from bpkit.bench.evaluation_table import print_evaluation
-    from bpkit.bench.report import write_report
+    from bpkit.bench.evaluation.report import html_report
+    from bpkit.bench.evaluation.table import print_evaluation
+    from bpkit.bench.wall_clock.report import write_report
     from bpkit.files import write_at_once
 
     if json is not None:

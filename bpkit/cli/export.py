@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bpkit.class_file import names_file
-from bpkit.cli import options
-from bpkit.cli.errors import require
+from bpkit.cli import completion, options
+from bpkit.cli.errors import require, when_interrupted
 from bpkit.cli.evaluate import DEFAULT_SPLIT, filler, parse_fractions
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.cli.train_policy import portable
@@ -41,7 +41,8 @@ def export(
         typer.Argument(
             help="Folders of trained policies, names whose weights ship, with options if you like "
             "(`forecast:truncate=true`), or `./file.py:ClassName:FOLDER`. By default the policy of `--config`.",
-            metavar="[POLICY]...",
+            metavar="POLICY",
+            autocompletion=completion.policies,
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Each policy gets a folder of its name in it.", metavar="FOLDER")] = Path(
@@ -117,7 +118,7 @@ def export(
     if fold:
         work.model = load_decoder(options.settled(context), "fixed").target
     for spec, policy in chosen.items():
-        with progress_bar() as bar:
+        with when_interrupted("Policies that were said to be written are; the others are not."), progress_bar() as bar:
             found = work.export(policy, out / names[spec], names[spec], bar)
         report(found, out / names[spec])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +48,7 @@ def generate(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     cost: options.Cost = None,
+    observe: options.Observe = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Afterwards, on stderr: speed, steps, where time went.")
     ] = False,
@@ -57,17 +59,18 @@ def generate(
 
     `bpkit generate "def fibonacci(n):" --policy threshold:0.6 --stats`
 
-    `echo "Question: What is 7 times 8?" | bpkit generate --temperature 0.7 --seed 1`
+    `echo "Question: What is 7 times 8?" | bpkit generate --temperature 0.7 --seed 1 --observe jsonl:path=steps.jsonl`
     """
     settled = options.settled(context)
     text = read_prompt(prompt, file)
     from bpkit.cli.models import load_decoder
 
-    decoder = load_decoder(settled)
+    decoder = load_decoder(settled, observers=settled.observers or ())
     wanted = settled.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS)
     if stop:
         wanted["stop_strings"] = stop
-    result, seconds = stream(decoder, text, seed=settled.sampling.seed, **wanted)
+    with closing(decoder):
+        result, seconds = stream(decoder, text, seed=settled.sampling.seed, **wanted)
     if stats:
         say("")
         for line in describe(result, seconds):
@@ -100,17 +103,17 @@ def stream(decoder: SpeculativeDecoder, prompt: str, **wanted: Any) -> tuple[Gen
     assert decoder.tokenizer is not None
     pieces = TextPieces(decoder.tokenizer)
     started = time.perf_counter()
-    run = decoder.run(prompt, **wanted)
-    for record in run:
-        for piece in pieces.put(record.tokens):
+    with decoder.run(prompt, **wanted) as run:
+        for record in run:
+            for piece in pieces.put(record.tokens):
+                sys.stdout.write(piece)
+            sys.stdout.flush()
+        seconds = time.perf_counter() - started
+        for piece in pieces.end():
             sys.stdout.write(piece)
+        sys.stdout.write("\n")
         sys.stdout.flush()
-    seconds = time.perf_counter() - started
-    for piece in pieces.end():
-        sys.stdout.write(piece)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    return run.finish(), seconds
+        return run.finish(), seconds
 
 
 def describe(result: Generation, seconds: float) -> list[str]:

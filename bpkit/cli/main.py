@@ -2,92 +2,168 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import platform
 import sys
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from bpkit import __version__
-from bpkit.cli import bench, calibrate, demo, doctor, evaluate, export, generate, plugins, prompts, sweep, trace, train
-from bpkit.cli.errors import EXIT_CODES, ExplainingGroup, exit_code, explain
-from bpkit.cli.terminal import say
+from bpkit.cli import (
+    bench,
+    calibrate,
+    check,
+    completion,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    hooks,
+    new,
+    plugins,
+    prompts,
+    sweep,
+    trace,
+    train,
+)
+from bpkit.cli.errors import DEBUG, EXIT_CODES, ExplainingGroup, end_when_terminated, exit_code, explain
+from bpkit.cli.plugin_commands import add_plugin_commands
+from bpkit.cli.terminal import be_plain_where_asked, say
+from bpkit.doctor import installed
+from bpkit.plugin_choice import PLUGINS, choice_of, plugin_flags
 from bpkit.policy import PolicyError
-from bpkit.registry import Registry, registry
+from bpkit.registry import Registry, choose_plugins, registry
 
 _HELP = """Speculative decoding with block-size policies as plug-ins.
 
-Start with `bpkit demo`, list what there is with `bpkit policies`, and compare with `bpkit bench`.
+Start with `bpkit demo`, list what there is with `bpkit policies`, and compare with `bpkit bench`. Every command has a
+`--help` with examples.
 """
+
+_DECODE, _WRITE, _MEASURE = "Decode", "Write a policy", "Measure"
+_TRAIN, _INSTALLATION = "Train and export", "Installation"
+_COMMANDS: dict[str, tuple[Callable[..., Any] | typer.Typer, str]] = {
+    "demo": (demo.demo, _DECODE),
+    "generate": (generate.generate, _DECODE),
+    "policies": (plugins.policies, _WRITE),
+    "drafters": (plugins.drafters, _WRITE),
+    "observers": (plugins.observers, _WRITE),
+    "hooks": (hooks.hooks, _WRITE),
+    "new": (new.new, _WRITE),
+    "check": (check.check, _WRITE),
+    "bench": (bench.app, _MEASURE),
+    "trace": (trace.trace, _MEASURE),
+    "calibrate": (calibrate.calibrate, _MEASURE),
+    "evaluate": (evaluate.evaluate, _MEASURE),
+    "sweep": (sweep.sweep, _MEASURE),
+    "prompts": (prompts.prompts, _TRAIN),
+    "train": (train.app, _TRAIN),
+    "export": (export.export, _TRAIN),
+    "doctor": (doctor.doctor, _INSTALLATION),
+}
+"""By name, in the order of the help: what runs, and the panel that it stands in."""
+
+
+class _Bpkit(ExplainingGroup):
+    own = tuple(_COMMANDS)
 
 
 def _show_version(wanted: bool) -> None:
+    """The first line is bpkit's alone, for programs that read it."""
     if wanted:
         typer.echo(f"bpkit {__version__}")
+        typer.echo(f"Python {platform.python_version()}")
+        for name in ("torch", "transformers"):
+            typer.echo(f"{name} {installed(name) or 'not installed'}")
         raise typer.Exit
 
 
 def _global_options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the versions of bpkit, Python, torch and transformers, and exit.",
+            callback=_show_version,
+            is_eager=True,
+        ),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when a command fails.")] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show a traceback when a command fails; may also stand after the command.")
+    ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin",
+            metavar="NAME",
+            help="`no:NAME` leaves a plug-in out; `NAME` loads one, or a module that is not installed as one; repeat.",
+            autocompletion=completion.plugin_choices,
+        ),
+    ] = None,
 ) -> None:
-    """Options before the command; `ExplainingGroup` reads `debug`."""
+    """Options before the command; `ExplainingGroup` reads `debug`, and `plugin_flags` has read `plugin` by now."""
 
 
-def build_app() -> typer.Typer:
+def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     """The command line with the commands of all plug-ins.
 
-    Raises:
-        PolicyError: two plug-ins claim one name.
+    Args:
+        arguments: of the command line, of which only `--plugin` before the command is read.
     """
+    choose_plugins(plugin_flags(arguments))
     app = typer.Typer(
         name="bpkit",
         help=_HELP,
         epilog=EXIT_CODES,
-        cls=ExplainingGroup,
+        cls=_Bpkit,
         no_args_is_help=True,
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
     )
     app.callback()(_global_options)
-    for command in (
-        generate.generate,
-        plugins.policies,
-        plugins.drafters,
-        demo.demo,
-        prompts.prompts,
-        trace.trace,
-        calibrate.calibrate,
-        evaluate.evaluate,
-        sweep.sweep,
-        export.export,
-        doctor.doctor,
-    ):
-        app.command()(command)
-    app.add_typer(bench.app, name="bench")
-    app.add_typer(train.app, name="train")
-    _add_plugin_commands(app, registry())
+    for name, (command, panel) in _COMMANDS.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=panel)
+        else:
+            app.command(name, rich_help_panel=panel)(command)
+    add_plugin_commands(app, registry())
     return app
 
 
-def _add_plugin_commands(app: typer.Typer, known: Registry) -> None:
-    """Let each plug-in add its commands. One that fails is noted, and does not take the others down."""
-    for name, plugin in known.manager.list_name_plugin():
-        hook = getattr(plugin, "bpkit_register_commands", None)
-        if hook is None:
-            continue
-        try:
-            hook(app=app)
-        except Exception as error:
-            known.failures[name] = f"its commands: {type(error).__name__}: {error}"
+def pass_on(flags: Sequence[str]) -> None:
+    """Let processes that a command starts choose the same plug-ins."""
+    if flags:
+        before = os.environ.get(PLUGINS, "")
+        os.environ[PLUGINS] = ",".join([*filter(None, [before]), *flags])
+
+
+def check_choice(known: Registry) -> None:
+    """Warn of names that no plug-in has. Raises PolicyError for a plug-in that was named and failed."""
+    names = {name for plugin in known.plugins.values() for name in plugin.names}
+    for name, how in known.unheard.items():
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the plug-ins are: {', '.join(sorted(known.plugins))}"
+        say(f"Warning: {how}: there is no plug-in {name!r}; {hint}")
+    for name, how in choice_of(plugin_flags(sys.argv[1:])).named.items():
+        for plugin in known.plugins.values():
+            if name in plugin.names and plugin.name in known.failures:
+                raise PolicyError(f"{how}: plug-in {name!r} could not be loaded ({known.failures[plugin.name]})")
 
 
 def main() -> None:
     """Run the command line and exit."""
+    be_plain_where_asked()
+    end_when_terminated()
+    arguments = sys.argv[1:]
     try:
-        app = build_app()
-    except PolicyError as error:
+        app = build_app(arguments)
+        check_choice(registry())
+        pass_on(plugin_flags(arguments))
+    except (PolicyError, KeyboardInterrupt) as error:
         say(explain(error))
         sys.exit(exit_code(error))
     app(prog_name="bpkit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,20 @@ from bpkit.cli.terminal import say
 from bpkit.config import Config
 
 if TYPE_CHECKING:
+    from bpkit.observers import ObserverLike
     from bpkit.registry import PolicyLike
     from bpkit.runtime.decoder import SpeculativeDecoder
 
 DEFAULT_POLICY = "fixed"
 
 
-def load_decoder(config: Config, policy: PolicyLike | None = None) -> SpeculativeDecoder:
+def load_decoder(
+    config: Config, policy: PolicyLike | None = None, *, observers: Sequence[ObserverLike] = ()
+) -> SpeculativeDecoder:
     """Load target and drafter, under `policy`, the config's, or the default.
+
+    Args:
+        observers: made before any weights are read. Whoever turns some on closes the decoder.
 
     Raises:
         ValueError, FileNotFoundError: something named in the config cannot be used.
@@ -28,6 +35,7 @@ def load_decoder(config: Config, policy: PolicyLike | None = None) -> Speculativ
 
     from bpkit.registry import resolve_policy
     from bpkit.runtime.decoder import SpeculativeDecoder
+    from bpkit.runtime.observing import Observers
     from bpkit.traces.cost import read_cost
 
     if isinstance(config.runtime.threads, int):
@@ -37,6 +45,7 @@ def load_decoder(config: Config, policy: PolicyLike | None = None) -> Speculativ
     cost = read_cost(config.runtime.cost) if config.runtime.cost is not None else None
     for name in (config.target, config.drafter):
         _check_folder(name)
+    watchers = Observers(observers)
     try:
         return SpeculativeDecoder.from_pretrained(
             config.target,
@@ -46,10 +55,13 @@ def load_decoder(config: Config, policy: PolicyLike | None = None) -> Speculativ
             device=config.runtime.device,
             rule=config.runtime.rule,
             cost=cost,
+            observers=watchers,
         )
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # what transformers raises for names that it cannot find
+    except BaseException as error:
+        watchers.close()
+        if isinstance(error, FileNotFoundError) or not isinstance(error, OSError):
+            raise
+        # What transformers raises for names that it cannot find.
         names = ", ".join(str(name) for name in (config.target, config.drafter) if name)
         raise ValueError(f"cannot load {names or 'the shipped pair'}: {error}") from error
 
@@ -61,18 +73,19 @@ def _check_folder(name: Any) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of libraries off stderr, and make policy faults one line each."""
+    """Keep progress bars and advice of libraries off stderr, and make policy and observer faults one line each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
     from bpkit.runtime.guard import PolicyFaultWarning
+    from bpkit.runtime.observing import ObserverFaultWarning
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, PolicyFaultWarning):
+        if issubclass(category, (PolicyFaultWarning, ObserverFaultWarning)):
             say(f"Warning: {message}")
         else:
             usual(message, category, *place, **more)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bpkit.cli import completion
 from bpkit.config import Config, Runtime, Sampling, settle
-from bpkit.registry import registry
 
 
 def settled(context: typer.Context) -> Config:
@@ -20,17 +20,15 @@ def settled(context: typer.Context) -> Config:
     flags = {name: given.get(name) for name in ("target", "drafter")}
     if isinstance(given.get("policy"), str):  # in `bench` it is a list of contestants
         flags["policy"] = given["policy"]
+    flags["observers"] = given.get("observe") or None
     flags["sampling"] = {name: given.get(name) for name in Sampling.model_fields}
     flags["runtime"] = {name: given.get(name) for name in Runtime.model_fields}
     return settle(given.get("config"), flags)
 
 
-def _policy_names() -> list[str]:
-    return sorted(registry().policies)
-
-
 POLICY_HELP = "As `bpkit policies` lists them: a name, `name:value`, `name:key=value,...`, or `./file.py:ClassName`."
 _MODELS, _SAMPLING, _RUNTIME, _COMPARISON = "Models and policy", "Sampling", "Runtime", "Comparison"
+PROMPTS = "Prompts"
 
 ConfigFile = Annotated[
     Path | None,
@@ -49,6 +47,7 @@ Drafter = Annotated[
     typer.Option(
         help="Folder or Hub name of a drafter for that target, or a name from `bpkit drafters`, such as `ngram`.",
         metavar="DRAFTER",
+        autocompletion=completion.drafters,
         rich_help_panel=_MODELS,
     ),
 ]
@@ -59,7 +58,7 @@ PolicySpec = Annotated[
         "-p",
         help=POLICY_HELP,
         metavar="SPEC",
-        autocompletion=_policy_names,
+        autocompletion=completion.policies,
         rich_help_panel=_MODELS,
     ),
 ]
@@ -70,8 +69,17 @@ PolicySpecs = Annotated[
         "-p",
         help=f"A contestant; repeat for more. {POLICY_HELP}",
         metavar="SPEC",
-        autocompletion=_policy_names,
+        autocompletion=completion.policies,
         rich_help_panel=_MODELS,
+    ),
+]
+Observe = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Tell this observer of every step, as `bpkit observers` lists them: `jsonl:path=steps.jsonl`; repeat.",
+        metavar="SPEC",
+        autocompletion=completion.observers,
+        rich_help_panel=_RUNTIME,
     ),
 ]
 MaxNewTokens = Annotated[
@@ -96,24 +104,29 @@ Rule = Annotated[
     typer.Option(
         help="`coupled`: the text depends on prompt and seed alone. `rejection`: classic speculative sampling.",
         metavar="RULE",
+        autocompletion=completion.rules,
         rich_help_panel=_RUNTIME,
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="Such as `cpu` or `cuda`; by default a GPU if there is one.", rich_help_panel=_RUNTIME),
+    typer.Option(
+        help="Such as `cpu` or `cuda`; by default a GPU if there is one.", metavar="DEVICE", rich_help_panel=_RUNTIME
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
         help="`float32`, `bfloat16`, `float16` or `auto`; by default float32 on a CPU, the checkpoint's own on a GPU.",
+        metavar="DTYPE",
+        autocompletion=completion.dtypes,
         rich_help_panel=_RUNTIME,
     ),
 ]
 Threads = Annotated[
     str | None,
     typer.Option(
-        help="Of torch on a CPU; `auto` is torch's own choice, and in `bench` and `demo` the fastest for each.",
+        help="Threads of torch on a CPU; `auto` is torch's own choice, and in `bench` and `demo` the fastest for each.",
         metavar="N",
         rich_help_panel=_RUNTIME,
     ),
@@ -121,24 +134,37 @@ Threads = Annotated[
 Cost = Annotated[
     str | None,
     typer.Option(
-        help="What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset.",
+        help="What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset "
+        "(`bpkit calibrate --list-presets`).",
         metavar="FILE|PRESET",
+        autocompletion=completion.presets,
         rich_help_panel=_RUNTIME,
     ),
 ]
 Against = Annotated[
     list[str] | None,
-    typer.Option(help="Also run this decoder: `transformers-dflash`.", metavar="NAME", rich_help_panel=_COMPARISON),
+    typer.Option(
+        help="Also run this decoder: `transformers-dflash`.",
+        metavar="NAME",
+        autocompletion=lambda: ["transformers-dflash"],
+        rich_help_panel=_COMPARISON,
+    ),
 ]
 Domains = Annotated[
-    list[str] | None, typer.Option(help="Only prompts of this domain; repeat for more.", rich_help_panel=_COMPARISON)
+    list[str] | None,
+    typer.Option(
+        help="Only prompts of this domain; repeat for more.",
+        metavar="NAME",
+        autocompletion=completion.domains,
+        rich_help_panel=PROMPTS,
+    ),
 ]
 Limit = Annotated[
     int | None,
     typer.Option(
         help="Prompts of each domain; by default 20 of the shipped ones, and all of a file.",
         min=1,
-        rich_help_panel=_COMPARISON,
+        rich_help_panel=PROMPTS,
     ),
 ]
 Prompts = Annotated[
@@ -146,7 +172,7 @@ Prompts = Annotated[
     typer.Option(
         help="JSONL with `prompt`, and `id` and `domain` if you like, instead of the shipped prompts.",
         metavar="FILE",
-        rich_help_panel=_COMPARISON,
+        rich_help_panel=PROMPTS,
     ),
 ]
 Repeats = Annotated[

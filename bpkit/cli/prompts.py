@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from bpkit.cli.errors import nothing_written, when_interrupted
 from bpkit.cli.terminal import say
 
 _SOURCES = "Where prompts come from; one or more"
@@ -51,8 +52,9 @@ def prompts(
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     parts: Annotated[int, typer.Option(help="Files of equal size, numbered from 0.", min=1)] = 1,
 ) -> None:
-    """Make prompts to train policies on: openings of questions, definitions and records, the domains in turn.
+    """Make prompts to train policies on.
 
+    Openings of questions, definitions and records, the domains in turn, so that those that ship are left for judging.
     None begins like a prompt that ships with bpkit, and no two begin alike: others are drawn in the place of such. The
     same arguments and sources give the same file.
 
@@ -61,12 +63,13 @@ def prompts(
     from bpkit.cli.models import quiet_libraries
 
     quiet_libraries()
-    from bpkit.bench.report import check_writable
+    from bpkit.bench.wall_clock.report import check_writable
     from bpkit.training.policy_prompts import Sources, draw_prompts, package_version, write_prompts
 
     check_writable(out, suffixes=(".jsonl",))
     records_seed = seed if structured_seed is None else structured_seed
-    drawn = draw_prompts(Sources(maths, code, structured, records_seed), count=count, seed=seed)
+    with when_interrupted(nothing_written(out)):
+        drawn = draw_prompts(Sources(maths, code, structured, records_seed), count=count, seed=seed)
     arguments = {
         "maths": maths,
         "code": code if code is None else Path(code).name,

@@ -31,7 +31,9 @@ def sweep(
     json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a picture here (.png, .svg or .pdf).", metavar="FILE")] = None,
 ) -> None:
-    """Say what a sweep over block sizes shows: best fixed size, per-prompt oracle, and what chance alone would give.
+    """Say what a table of prompts by block sizes shows.
+
+    The best fixed size, the per-prompt oracle, and how much of its gain chance alone would give.
 
     Reads the published BlockPilot layout, and CSV or JSON of your own.
 
@@ -40,10 +42,10 @@ def sweep(
     `bpkit sweep rates.csv --figure tokens_per_second --json figures.json --plot sweep.png`
     """
     wanted = None if sizes is None else parse_sizes(sizes)
-    from bpkit.bench.report import check_writable, write_report
     from bpkit.bench.sweep import read_sweep
-    from bpkit.bench.sweep_figures import summarise_sweep
-    from bpkit.bench.sweep_report import plot_sweep, print_sweep
+    from bpkit.bench.sweep.figures import summarise_sweep
+    from bpkit.bench.sweep.report import plot_sweep, print_sweep
+    from bpkit.bench.wall_clock.report import check_writable, write_report
 
     if json is not None:
         check_writable(json)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,11 +15,31 @@ WIDTH_OF_FILES = 160
 """Columns where output goes to a file or pipe, so that tables are not folded to 80."""
 
 
+def plain(stream: TextIO) -> bool:
+    """Whether a stream must get no escape codes: asked for by NO_COLOR or TERM=dumb, or no terminal.
+
+    FORCE_COLOR turns them on where there is no terminal, and NO_COLOR is stronger, as in Python itself.
+    """
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown"):
+        return True
+    return not (stream.isatty() or os.environ.get("FORCE_COLOR"))
+
+
+def be_plain_where_asked() -> None:
+    """Keep Typer, which writes help and usage errors, to the same; it would also colour on some build servers."""
+    if plain(sys.stdout) or plain(sys.stderr):
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # read when its module is imported, for help and errors
+        loaded: Any = sys.modules.get("typer.rich_utils")
+        if loaded is not None:
+            loaded.FORCE_TERMINAL = False
+
+
 def console(*, stderr: bool = False) -> Console:
-    """A console that honours NO_COLOR and writes no escape codes where there is no terminal."""
+    """A console that writes no escape codes where none are wanted."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_OF_FILES
-    return Console(stderr=stderr, width=width, highlight=False)
+    # Without a colour system there is no bold either: nothing but text.
+    return Console(stderr=stderr, width=width, highlight=False, color_system=None if plain(stream) else "auto")
 
 
 def say(text: str) -> None:
@@ -43,8 +63,12 @@ class Bar:
 
 @contextmanager
 def progress_bar() -> Iterator[Bar]:
-    """A bar that goes away when it is done, and that is not there at all without a terminal."""
-    err = console(stderr=True)
+    """A bar that goes away when it is done, and that is not there at all without a terminal that can move it."""
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=console(stderr=True), transient=True, disable=not shows_bars()) as progress:
         yield Bar(progress)
+
+
+def shows_bars() -> bool:
+    """Whether progress bars make sense: on a terminal, which must take escape codes."""
+    return sys.stderr.isatty() and not plain(sys.stderr)

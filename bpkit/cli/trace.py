@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpkit.cli import options
-from bpkit.cli.errors import require
+from bpkit.cli import completion, options
+from bpkit.cli.errors import require, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.config import Config
 from bpkit.sizes import parse_sizes
@@ -19,36 +19,57 @@ if TYPE_CHECKING:
     from bpkit.prompts import Prompt
     from bpkit.runtime.decoder import SpeculativeDecoder
     from bpkit.traces.collect import TraceOptions
-    from bpkit.traces.job import Workers
-    from bpkit.traces.manifest import Manifest
+    from bpkit.traces.collect.job import Workers
+    from bpkit.traces.tables.manifest import Manifest
 
 DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
+TO_BE_ADDED = frozenset(
+    {
+        Feature.PREFILL_LOGITS,
+        Feature.LAST_HIDDEN,
+        Feature.TARGET_FEATURES,
+        Feature.ANCHOR_EMBEDDING,
+        Feature.ANCHOR_LOG_PROBABILITY,
+        Feature.ANCHOR_ENTROPY,
+        Feature.DRAFT_HIDDEN,
+    }
+)
+"""Features that a trace holds only if it is asked to."""
 _WHAT, _WORK = "What to trace", "Work"
 
 
 def trace(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder of the trace. Run again, it goes on where it stopped.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the trace. Run again, it goes on where it stopped.", metavar="FOLDER")
+    ],
     prompts: Annotated[
         Path | None,
         typer.Option(
             help="JSONL with `prompt`, and `id` and `domain` if you like, or .txt with a prompt on each line; by "
             "default the shipped prompts.",
             metavar="FILE",
-            rich_help_panel=_WHAT,
+            rich_help_panel=options.PROMPTS,
         ),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="A dataset of Hugging Face: `name` or `name:config`.", metavar="NAME", rich_help_panel=_WHAT),
+        typer.Option(
+            help="A dataset of Hugging Face: `name` or `name:config`.", metavar="NAME", rich_help_panel=options.PROMPTS
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of the dataset.", rich_help_panel=_WHAT)] = "test",
+    split: Annotated[
+        str, typer.Option(help="Of the dataset.", metavar="NAME", rich_help_panel=options.PROMPTS)
+    ] = "test",
     column: Annotated[
-        str, typer.Option(help="Key of the prompts in the file or dataset.", rich_help_panel=_WHAT)
+        str,
+        typer.Option(
+            help="Key of the prompts in the file or dataset.", metavar="NAME", rich_help_panel=options.PROMPTS
+        ),
     ] = "prompt",
     domain: options.Domains = None,
     limit: Annotated[
-        int | None, typer.Option(help="Prompts of each domain; all by default.", min=1, rich_help_panel=_WHAT)
+        int | None, typer.Option(help="Prompts of each domain; all by default.", min=1, rich_help_panel=options.PROMPTS)
     ] = None,
     block_sizes: Annotated[
         str | None,
@@ -64,6 +85,7 @@ def trace(
         typer.Option(
             help="Also keep what a policy wants, such as last_hidden or draft_hidden (large); repeat for more.",
             metavar="NAME",
+            autocompletion=completion.features,
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -95,14 +117,18 @@ def trace(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
 ) -> None:
-    """Trace prompts: outputs once, and for every position and block size what the drafter would propose.
+    """Record what would be drafted at every position, for replay.
 
-    The output does not depend on drafter and policy, so that whether a draft stands is a table. Replay
+    Writes a folder: outputs of the target, and for every position and block size what the drafter would propose. The
+    output does not depend on drafter and policy, so that whether a draft stands is a table. Replay
     (`bpkit evaluate`) walks that table with any policy, in the place of models. Greedy unless a temperature is given.
+    The same command goes on where it was interrupted.
 
     `bpkit trace --out TRACE`
 
     `bpkit trace --out TRACE --prompts questions.jsonl --column question --temperature 1 --num-workers 4`
+
+    Next: `bpkit calibrate --out cost.json`, and `bpkit evaluate TRACE --cost cost.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
     settled = options.settled(context)
@@ -111,7 +137,7 @@ def trace(
     sizes = parse_sizes(block_sizes, smallest=2) if block_sizes else None
     from bpkit.cli.models import load_decoder
     from bpkit.traces.collect import GENERATE_WITH
-    from bpkit.traces.job import describe, run_job
+    from bpkit.traces.collect.job import describe, run_job
 
     decoder = load_decoder(settled, f"fixed:{GENERATE_WITH}")
     if sizes is None:
@@ -119,12 +145,9 @@ def trace(
     settings = trace_options(settled, sizes, wanted)
     manifest = describe(decoder, chosen, settings, command=" ".join(["bpkit", *sys.argv[1:]]))
     workers = chosen_workers(decoder, settled, settings, num_workers, ray)
-    try:
-        with progress_bar() as bar:
-            done = run_job(out, manifest, chosen, workers, bar)
-    except KeyboardInterrupt:
-        say(f"Interrupted. What was traced is in {out}; the same command goes on from there.")
-        raise
+    kept = f"What was traced is in {out}; the same command goes on from there."
+    with when_interrupted(kept), progress_bar() as bar:
+        done = run_job(out, manifest, chosen, workers, bar)
     report(out, done)
 
 
@@ -143,21 +166,12 @@ def chosen_prompts(
 
 def known_features(names: list[str]) -> frozenset[Feature]:
     """Features by name. Raises ValueError that lists those a trace can keep."""
-    extra = {
-        Feature.PREFILL_LOGITS,
-        Feature.LAST_HIDDEN,
-        Feature.TARGET_FEATURES,
-        Feature.ANCHOR_EMBEDDING,
-        Feature.ANCHOR_LOG_PROBABILITY,
-        Feature.ANCHOR_ENTROPY,
-        Feature.DRAFT_HIDDEN,
-    }
     for name in names:
         if name not in [*Feature]:
             raise ValueError(
-                f"--features {name}: there is no such feature; to be added are: {', '.join(sorted(extra))}"
+                f"--features {name}: there is no such feature; to be added are: {', '.join(sorted(TO_BE_ADDED))}"
             )
-    return frozenset(Feature(name) for name in names) & extra
+    return frozenset(Feature(name) for name in names) & TO_BE_ADDED
 
 
 def trace_options(config: Config, sizes: tuple[int, ...], features: frozenset[Feature]) -> TraceOptions:
@@ -177,19 +191,19 @@ def chosen_workers(
 ) -> Workers:
     """This process, several, or a Ray cluster."""
     from bpkit.traces.collect import Tracer
-    from bpkit.traces.job import ThisProcess, fingerprints
+    from bpkit.traces.collect.job import ThisProcess, fingerprints
 
     here = ThisProcess(Tracer(decoder, settings))  # refuses what cannot be traced, whoever works
     if num_workers == 1 and ray is None:
         return here
-    from bpkit.traces.workers import Models, Processes
+    from bpkit.traces.collect.workers import Models, Processes
 
     runtime = config.runtime
     models = Models(config.target, config.drafter, runtime.device, runtime.dtype, fingerprints(decoder))
     if ray is None:
         return Processes(models, settings, num_workers)
     require("ray", extra="ray", purpose="--ray")
-    from bpkit.traces.ray_workers import OnRay
+    from bpkit.traces.collect.ray_workers import OnRay
 
     return OnRay(models, settings, num_workers, address=ray)
 

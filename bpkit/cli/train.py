@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from bpkit.class_file import names_file, split_file
 from bpkit.cli import train_policy
-from bpkit.cli.errors import require
+from bpkit.cli.command import Group, dressed
+from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.training.trainable import refuse_untrainable, trainable_entries
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION
 
@@ -32,7 +32,7 @@ yours, `./file.py:ClassName`. `bpkit train POLICY --help` lists the options.
 """
 
 
-class TrainGroup(TyperGroup):
+class TrainGroup(Group):
     """`target`, `drafter`, and every policy that can be trained as a command of its own."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -59,7 +59,7 @@ def policy_command(spec: str, *, beside: Sequence[str] = ()) -> Any:
     alone.command(
         spec, help=f"{entry.summary}\n\n{doc}" if entry else doc, short_help=entry.summary if entry else None
     )(train_policy.train_policy)
-    return typer.main.get_command(alone)
+    return dressed(typer.main.get_command(alone))
 
 
 app = typer.Typer(help=HELP, cls=TrainGroup, no_args_is_help=True)
@@ -131,24 +131,28 @@ def train_target(
     resume: _Resume = True,
     seed: _Seed = 0,
 ) -> None:
-    """Train tokenizer and target from scratch, on maths, Python's standard library and generated structured text.
+    """Train tokenizer and target from scratch.
+
+    On maths, Python's standard library and generated structured text. Writes a folder; the same command goes on where
+    it was interrupted.
 
     `bpkit train target --out runs/target --maths gsm8k_train.jsonl --minutes 75 --devices 2 --strategy ddp --compile`
     """
     require("lightning", extra="train", purpose="Training")
     from bpkit.training import target as recipe
 
-    recipe.train_target(
-        out,
-        maths=maths,
-        options=_run_options(minutes, steps, devices, accelerator, strategy, compile, resume, seed),
-        layers=layers,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        length=length,
-        batch_size=batch_size,
-        start_from=start_from,
-    )
+    with when_interrupted(checkpoint_in(out)):
+        recipe.train_target(
+            out,
+            maths=maths,
+            options=_run_options(minutes, steps, devices, accelerator, strategy, compile, resume, seed),
+            layers=layers,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            length=length,
+            batch_size=batch_size,
+            start_from=start_from,
+        )
 
 
 @app.command("drafter")
@@ -191,11 +195,14 @@ def drafter(
 ) -> None:
     """Let a target answer prompts, and train a drafter on the answers.
 
+    Writes a folder; the same command goes on where it was interrupted.
     A block-diffusion drafter is DFlash's; an autoregressive one is cut from the target's first layers and distilled.
 
     `bpkit train drafter --target runs/target --out runs/drafter --maths gsm8k_train.jsonl --minutes 60 --devices 2`
 
     `bpkit train drafter --target Qwen/Qwen3-4B --out runs/drafter --prompts my_prompts.jsonl --accelerator gpu`
+
+    Next: `bpkit bench --target ... --drafter ...`
     """
     require("lightning", extra="train", purpose="Training")
     from bpkit.prompts import read_prompts
@@ -209,16 +216,17 @@ def drafter(
         else partial(train_drafter, block_size=block_size, target_layer_ids=target_layer)
     )
     texts = [p.text for p in read_prompts(prompts)] if prompts else None
-    recipe(
-        target,
-        out,
-        prompts=texts or training_prompts(maths, per_domain=per_domain, seed=seed),
-        options=_run_options(minutes, steps, devices, accelerator, strategy, compile, resume, seed),
-        layers=layers,
-        sequences=sequences,
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-    )
+    with when_interrupted(checkpoint_in(out)):
+        recipe(
+            target,
+            out,
+            prompts=texts or training_prompts(maths, per_domain=per_domain, seed=seed),
+            options=_run_options(minutes, steps, devices, accelerator, strategy, compile, resume, seed),
+            layers=layers,
+            sequences=sequences,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+        )
 
 
 def _run_options(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bpkit.cli import options
-from bpkit.cli.errors import require
+from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.spec import with_weights
@@ -29,7 +29,7 @@ LOGGERS = ("csv", "tensorboard")
 
 def train_policy(
     context: typer.Context,
-    traces: Annotated[list[Path], typer.Argument(help="Folders that `bpkit trace` made.", metavar="TRACE...")],
+    traces: Annotated[list[Path], typer.Argument(help="Folders that `bpkit trace` made.", metavar="TRACE")],
     out: Annotated[Path, typer.Option(help="Folder for the policy, its checkpoints and logs.", metavar="FOLDER")],
     cost: Annotated[
         str,
@@ -190,7 +190,7 @@ class _Work:
             for number, part in enumerate(some, 1)
         }
         run = PolicyRun(**how, command=portable(sys.argv[1:]), fingerprints=fingerprints)
-        with progress_bar() as bar:
+        with when_interrupted(checkpoint_in(out)), progress_bar() as bar:
             return train_policy(
                 self.policy,
                 parts[0],

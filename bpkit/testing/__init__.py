@@ -1,4 +1,4 @@
-"""For authors of plug-ins: tiny models to test policies and drafters with, no network and no GPU needed.
+"""For authors of plug-ins: checks of a policy, and tiny models to test with, no network and no GPU needed.
 
 >>> from bpkit.testing import tiny_pair
 >>> from bpkit import SpeculativeDecoder
@@ -6,10 +6,45 @@
 >>> decoder = SpeculativeDecoder(pair.target, pair.agreeable(), "fixed:4", tokenizer=pair.tokenizer)
 >>> decoder.generate("x = ", max_new_tokens=12).tokens.shape
 torch.Size([1, 12])
+
+`check_policy` tries a policy on that pair; see docs/check.md. Importing this package imports no torch: names are looked
+up when they are used, because pytest loads `bpkit.testing.fixtures` into every test run.
 """
 
 from __future__ import annotations
 
-from bpkit.testing.models import AgreeableDrafter, TinyPair, tiny_pair
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["AgreeableDrafter", "TinyPair", "tiny_pair"]
+if TYPE_CHECKING:
+    from bpkit.testing.checks.check import Check, policy_checks
+    from bpkit.testing.checks.report import Failure, PolicyCheckError, Report, Result
+    from bpkit.testing.checks.run_all import check_policy
+    from bpkit.testing.models import AgreeableDrafter, TinyPair, tiny_pair
+
+__all__ = [
+    "AgreeableDrafter",
+    "Check",
+    "Failure",
+    "PolicyCheckError",
+    "Report",
+    "Result",
+    "TinyPair",
+    "check_policy",
+    "policy_checks",
+    "tiny_pair",
+]
+
+_HOMES = {
+    "bpkit.testing.checks.check": ("Check", "policy_checks"),
+    "bpkit.testing.checks.report": ("Failure", "PolicyCheckError", "Report", "Result"),
+    "bpkit.testing.checks.run_all": ("check_policy",),
+    "bpkit.testing.models": ("AgreeableDrafter", "TinyPair", "tiny_pair"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

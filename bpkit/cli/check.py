@@ -1,0 +1,157 @@
+"""`bpkit check`: does a policy do what a policy must? Every failure says what was done, expected, and what happened."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from bpkit.cli import completion, options
+from bpkit.cli.errors import FAILED, when_interrupted
+from bpkit.cli.terminal import Bar, console, progress_bar
+from bpkit.policy import PolicyError
+
+if TYPE_CHECKING:
+    from bpkit.config import Config
+    from bpkit.registry import PolicyLike
+    from bpkit.testing.checks.report import Report, Result
+
+_STYLES = {"passed": "green", "skipped": "dim", "failed": "bold red"}
+_WHAT, _REAL = "What is checked", "With real models as well"
+
+
+def check(
+    context: typer.Context,
+    policy: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"{options.POLICY_HELP} By default the policy of --config.",
+            metavar="POLICY",
+            autocompletion=completion.policies,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Leave out this check; repeat for more.",
+            metavar="NAME",
+            autocompletion=completion.checks,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    only_list: Annotated[bool, typer.Option("--list", help="List the checks and exit.", rich_help_panel=_WHAT)] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Of everything that is drawn; by default 0.", min=0, rich_help_panel=_WHAT)
+    ] = None,
+    shipped: Annotated[
+        bool, typer.Option("--shipped", help="Also decode with the pair that ships.", rich_help_panel=_REAL)
+    ] = False,
+    target: options.Target = None,
+    drafter: options.Drafter = None,
+    config: options.ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Check that a policy does what a policy must.
+
+    Lossless, in range, deterministic, rows of a batch apart, memory saved, hard cases, and more: `--list` says what.
+    It decodes with tiny models that are made in memory, in seconds; trained policies get fresh weights for them. With
+    --shipped, or --target and --drafter, a few shipped prompts are decoded by real models too, with the policy's own
+    weights. Exit code 1 if a check fails.
+    """
+    if only_list:
+        _list(as_json)
+        return
+    settled = options.settled(context)
+    chosen = policy or settled.policy
+    if chosen is None:
+        raise PolicyError("name a policy to check, as in `bpkit check ./my_policy.py:MyPolicy`")
+    real = shipped or settled.target is not None or settled.drafter is not None
+    if shipped and (target is not None or drafter is not None):
+        raise ValueError("--shipped is the pair that ships with bpkit: leave out --target and --drafter")
+    with when_interrupted("Nothing was written."), progress_bar() as bar:
+        report = _report(settled, chosen, tuple(skip or ()), real=real, bar=bar)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        _print(report)
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
+def _list(as_json: bool) -> None:
+    from bpkit.testing.checks.check import policy_checks
+
+    checks = policy_checks()
+    if as_json:
+        typer.echo(json.dumps([{"name": check.name, "summary": check.summary} for check in checks], indent=2))
+        return
+    made = Table(box=box.SIMPLE_HEAD)
+    made.add_column("check", style="bold")
+    made.add_column("what holds for a policy that passes", overflow="fold")
+    for check in checks:
+        made.add_row(check.name, escape(check.summary))
+    console().print(made)
+
+
+def _report(config: Config, policy: PolicyLike, skip: tuple[str, ...], *, real: bool, bar: Bar) -> Report:
+    """What the checks found on the tiny pair, and on real models if those were asked for."""
+    from bpkit.testing.checks.report import Report, Result
+    from bpkit.testing.checks.run_all import report_on
+
+    seed = config.sampling.seed or 0
+    try:
+        report = report_on(policy, seed=seed, skip=skip, progress=bar)
+    except PolicyError as error:
+        if not real:  # such as an exported policy, which is for one pair
+            raise
+        unfit = Result("tiny pair", "all other checks, on models made in memory", "skipped", str(error))
+        report = Report(str(policy), seed, (unfit,))
+    return report.with_results([_with_models(config, policy, seed, bar)]) if real else report
+
+
+def _with_models(config: Config, policy: PolicyLike, seed: int, bar: Bar) -> Result:
+    from bpkit.cli.models import load_decoder
+    from bpkit.prompts import choose_prompts
+    from bpkit.registry import resolve_policy
+    from bpkit.testing.checks.models import TEMPERATURES, check_models
+    from bpkit.testing.checks.surroundings import undisturbed
+
+    checked = resolve_policy(policy)
+    decoder = load_decoder(config, "fixed:1")
+    prompts = choose_prompts(None, (), 1)
+    bar.start("models", len(prompts) * len(TEMPERATURES))
+    with undisturbed():
+        return check_models(decoder, checked, prompts, seed=seed, progress=bar.tick)
+
+
+def _print(report: Report) -> None:
+    out = console()
+    out.print(f"[bold]{escape(report.policy)}[/]", soft_wrap=True)
+    out.print(table(report))
+    for drafter, why in report.left_out:
+        out.print(f"[dim]not with drafter {escape(drafter)}: {escape(why)}[/]", soft_wrap=True)
+    for result in report.results:
+        for note in result.notes:
+            out.print(f"[dim]{escape(result.name)}: {escape(note)}[/]", soft_wrap=True)
+    for result in report.failed:
+        out.print()
+        out.print(f"[bold red]failed[/] {escape(str(result))}", soft_wrap=True)
+
+
+def table(report: Report) -> Table:
+    """A row for each check."""
+    made = Table(box=box.SIMPLE_HEAD)
+    made.add_column("check", style="bold")
+    made.add_column("")
+    made.add_column("what", overflow="fold")
+    for result in report.results:
+        what = result.said
+        if result.state == "failed":
+            count = len(result.failures)
+            what = f"{result.summary}: {count} failure{'s' if count > 1 else ''}, see below"
+        made.add_row(result.name, f"[{_STYLES[result.state]}]{result.state}[/]", escape(what))
+    return made

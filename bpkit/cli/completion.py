@@ -1,0 +1,112 @@
+"""What the shell is told at Tab: names of policies, drafters, observers, presets and the like. None imports torch.
+
+A value with its help where there is one. What is no name, such as a path, is left to the shell, which lists files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bpkit.discovery import Entry
+from bpkit.policy import PolicyError
+from bpkit.registry import find, registry
+
+Completions = list[tuple[str, str]]
+
+
+def policies(incomplete: str) -> Completions:
+    """Names of policies; after `name:`, the policy's options."""
+    return _specs(registry().policies, incomplete, what="policy")
+
+
+def drafters(incomplete: str) -> Completions:
+    """Names of drafters; after `name:`, the drafter's options."""
+    return _specs(registry().drafters, incomplete, what="drafter")
+
+
+def observers(incomplete: str) -> Completions:
+    """Names of observers; after `name:`, the observer's options."""
+    return _specs(registry().observers, incomplete, what="observer")
+
+
+def policy_names() -> Completions:
+    """Names alone, for `bpkit policies`."""
+    return _names(registry().policies)
+
+
+def drafter_names() -> Completions:
+    """Names alone, for `bpkit drafters`."""
+    return _names(registry().drafters)
+
+
+def observer_names() -> Completions:
+    """Names alone, for `bpkit observers`."""
+    return _names(registry().observers)
+
+
+def hook_names() -> list[str]:
+    """What plug-ins can implement."""
+    from bpkit.discovery import hook_arguments
+
+    return list(hook_arguments())
+
+
+def plugin_choices() -> list[str]:
+    """What `--plugin` takes of those that are installed."""
+    names = sorted(registry().plugins)
+    return [*names, *(f"no:{name}" for name in names)]
+
+
+def presets() -> Completions:
+    """Cost models that come with bpkit."""
+    from bpkit.traces.cost.presets import PRESETS
+
+    return [(name, cost.description) for name, cost in PRESETS.items()]
+
+
+def checks() -> Completions:
+    """What `bpkit check` looks at."""
+    from bpkit.testing.checks.check import policy_checks
+
+    return [(check.name, check.summary) for check in policy_checks()]
+
+
+def domains() -> list[str]:
+    """Of the shipped prompts."""
+    from bpkit.assets import DOMAINS, EXTRA_DOMAINS
+
+    return [*DOMAINS, *EXTRA_DOMAINS]
+
+
+def features() -> list[str]:
+    """What a trace may hold beside what it always does."""
+    from bpkit.cli.trace import TO_BE_ADDED
+
+    return sorted(TO_BE_ADDED)
+
+
+def rules() -> Completions:
+    """How drafts are verified."""
+    return [("coupled", "the text depends on prompt and seed alone"), ("rejection", "classic speculative sampling")]
+
+
+def dtypes() -> list[str]:
+    """Of weights."""
+    return ["auto", "float32", "bfloat16", "float16"]
+
+
+def _names(entries: Mapping[str, Entry]) -> Completions:
+    return [(name, entries[name].summary) for name in sorted(entries)]
+
+
+def _specs(entries: Mapping[str, Entry], incomplete: str, *, what: str) -> Completions:
+    name, colon, given = incomplete.partition(":")
+    if not colon:
+        return _names(entries)
+    try:
+        config = find(entries, name, what=what).load_config()
+    except PolicyError:  # a path, a name that nobody has, or options that do not load
+        return []
+    before, comma, _ = given.rpartition(",")
+    fields = config.model_fields if config else {}
+    return [(f"{name}:{before}{comma}{key}=", field.description or "") for key, field in fields.items()]

@@ -1,0 +1,1 @@
+"""The checks of `bpkit.testing.check_policy`, one a file; `check` lists them."""

@@ -1,0 +1,107 @@
+"""Fresh weights for a policy that has trained ones: its own usually belong to another pair of models."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from bpkit.policy import PolicyError, validated
+from bpkit.testing.checks.stage import AGREEABLE, ASSISTANT, COST, stage
+from bpkit.trained import TrainedPolicy
+from bpkit.trained_config import TrainedConfig
+from bpkit.types import OF_THE_TARGET, Feature
+
+if TYPE_CHECKING:
+    from bpkit.training.policy_module import PolicyModule
+
+
+NOT_ALWAYS = frozenset(Feature) - OF_THE_TARGET
+"""Features that depend on the drafter."""
+
+
+def offered(drafter: str) -> frozenset[Feature]:
+    """What a drafter of the stage adds to the features that every target has."""
+    known = stage().drafters[drafter]
+    return known.provides | ({Feature.TARGET_FEATURES} if known.feature_layers else frozenset())
+
+
+class NoTrainer(PolicyError):
+    """Fresh weights cannot be made, whatever the drafter."""
+
+
+class FreshWeights:
+    """Makes policies of one class with the first weights of their training, from a few traces of the tiny pair.
+
+    Args:
+        policy: its options are kept, those stored with its weights as well; its weights are not.
+    """
+
+    def __init__(self, policy: TrainedPolicy) -> None:
+        self.kind = type(policy)
+        options = policy.config.model_dump(exclude={"weights"})
+        self.config = cast("TrainedConfig", validated(self.kind.Config, options, owner=self.kind.__name__))
+        self.wants = frozenset(policy.wants | policy.wants_optional)
+        self._modules: dict[str, PolicyModule] = {}
+
+    def policy(self, drafter: str) -> TrainedPolicy:
+        """A new policy with copies of the fresh weights. Raises PolicyError if there are none for this drafter."""
+        kind = ASSISTANT if drafter == AGREEABLE else drafter  # the same shapes
+        if kind not in self._modules:
+            self._modules[kind] = self._prepared(kind)
+        return self._modules[kind].finished()
+
+    def _prepared(self, drafter: str) -> PolicyModule:
+        trainer = _trainer(self.kind)
+        decoder = stage().decoder(drafter, "fixed:1")
+        module = trainer(self.kind.untrained(self.config), decoder.spec, COST, trainer.Options())
+        wanted = frozenset(module.features | self.wants)
+        missing = (wanted & NOT_ALWAYS) - offered(drafter)
+        if missing:
+            raise PolicyError(
+                f"policy {self.kind.__name__} is trained with {', '.join(sorted(missing))}, which drafter {drafter} "
+                "does not provide"
+            )
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                data = self._examples(module, drafter, wanted)
+                module.prepare(data)
+                module.calibrate(data)
+        except PolicyError:
+            raise
+        except Exception as error:
+            raise PolicyError(
+                f"no fresh weights for policy {self.kind.__name__} with drafter {drafter}: examples, prepare or "
+                f"calibrate of {trainer.__name__} raised {type(error).__name__}: {error}"
+            ) from error
+        if not len(module.networks):
+            raise PolicyError(f"{trainer.__name__}.prepare left self.networks empty: set it from policy.build(facts)")
+        return module
+
+    def _examples(self, module: PolicyModule, drafter: str, wanted: frozenset[Feature]) -> dict[str, Any]:
+        from bpkit.training.examples import NoProgress, collect_examples
+
+        traces = stage().traces(drafter, wanted)
+        with tempfile.TemporaryDirectory() as folder:
+            return collect_examples(module, traces, Path(folder), part="train", key="check", progress=NoProgress())
+
+
+def _trainer(kind: type[TrainedPolicy]) -> type[PolicyModule]:
+    """The policy's PolicyModule. Raises NoTrainer if it names none, or if lightning is missing."""
+    from bpkit.training.trainable import load_trainer
+
+    if not getattr(kind, "trainer", ""):
+        raise NoTrainer(
+            f"policy {kind.__name__} has trained weights and does not say what trains it, so that no weights for the "
+            "tiny pair can be made: add a class attribute `trainer`"
+        )
+    try:
+        return load_trainer(kind)
+    except ModuleNotFoundError as error:
+        raise NoTrainer(
+            f"policy {kind.__name__} has trained weights; to check it, fresh ones are made by its trainer, which needs "
+            f"{error.name}: pip install 'bpkit[train]'"
+        ) from error

@@ -1,0 +1,145 @@
+"""What every policy is checked with: the tiny pair, its drafters, prompts, a made-up cost model, plain decoding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bpkit.drafters.autoregressive import AutoregressiveDrafter
+from bpkit.drafters.base import Drafter
+from bpkit.drafters.ngram import NgramDrafter
+from bpkit.policy import Policy
+from bpkit.prompts import Prompt
+from bpkit.runtime.clock import CostClock
+from bpkit.runtime.decoder import SpeculativeDecoder
+from bpkit.testing.models import TRAINED_BLOCK_SIZE, TinyPair, tiny_pair
+from bpkit.traces.collect import TraceOptions, Tracer
+from bpkit.traces.cost import CostTable
+from bpkit.traces.records import PromptTrace
+from bpkit.types import Feature
+
+LARGEST = 2 * TRAINED_BLOCK_SIZE
+"""`max_block_size` of every decoder here: twice the trained block size, so that sizes above it are met."""
+DFLASH, ASSISTANT, AGREEABLE, NGRAM = "block-diffusion", "autoregressive", "agreeable", "n-gram"
+USUAL = (DFLASH, ASSISTANT, AGREEABLE)
+"""Drafters that a policy is checked with, if they give what it wants. The n-gram drafter is for hard cases."""
+PROMPTS = ("x = 1", "def f(a, b):", "id,name\n1,Ada\n", "The sum is", "aaaa")
+
+COST = CostTable(
+    name="made up for checks",
+    draft={size: 0.004 + 0.0002 * size for size in range(2, LARGEST + 1)},
+    catch_up={1: 0.0, 2: 0.0001, 64: 0.005},
+    features={size: 0.0001 * size for size in range(2, LARGEST + 1)},
+    verify={width: {64: 0.010 + 0.0006 * width, 640: 0.012 + 0.0007 * width} for width in range(1, LARGEST + 2)},
+    rest=0.001,
+)
+"""Seconds that steps are said to take, so that a policy that learns from time decides the same on every machine."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One generation. `eos` ends the output; 0 temperature is greedy."""
+
+    prompt: str
+    temperature: float = 0.0
+    seed: int = 0
+    stream_id: int = 0
+    max_new_tokens: int = 12
+    eos: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Of `SpeculativeDecoder.generate`."""
+        given: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "stream_id": self.stream_id,
+        }
+        return given if self.eos is None else {**given, "eos_token_id": self.eos}
+
+    def __str__(self) -> str:
+        ends = "" if self.eos is None else f", ended by token {self.eos}"
+        return (
+            f"prompt {short(self.prompt)} at temperature {self.temperature:g}, at most {self.max_new_tokens} new "
+            f"token{'s' if self.max_new_tokens > 1 else ''}{ends}"
+        )
+
+
+def short(text: str) -> str:
+    """A prompt as it stands in messages.
+
+    >>> short("one two three four five six seven eight nine ten")
+    "'one two three four five six seven eight...'"
+    """
+    return repr(text if len(text) <= 40 else f"{text[:39]}...")
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What plain decoding gives: tokens, and the places where the two best were too close to call."""
+
+    tokens: tuple[int, ...]
+    near_ties: frozenset[int]
+
+
+class Stage:
+    """Shared by all policies that are checked in a process; nothing on it depends on a policy."""
+
+    def __init__(self) -> None:
+        self.pair: TinyPair = tiny_pair()
+        self.drafters: Mapping[str, Drafter] = {
+            DFLASH: self.pair.block_diffusion(),
+            ASSISTANT: AutoregressiveDrafter(self.pair.assistant, self.pair.target, block_size=TRAINED_BLOCK_SIZE),
+            AGREEABLE: self.pair.agreeable(),
+            NGRAM: NgramDrafter(block_size=TRAINED_BLOCK_SIZE),
+        }
+        self._plain: dict[Case, Plain] = {}
+        self._traces: dict[tuple[str, frozenset[Feature]], list[PromptTrace]] = {}
+
+    def decoder(self, drafter: str, policy: Policy | str, *, strict: bool = True) -> SpeculativeDecoder:
+        """The tiny pair under a policy, which is bound. Steps cost what `COST` says. Raises PolicyError."""
+        return SpeculativeDecoder(
+            self.pair.target,
+            self.drafters[drafter],
+            policy,
+            tokenizer=self.pair.tokenizer,
+            clock=CostClock(COST),
+            strict=strict,
+            max_block_size=LARGEST,
+        )
+
+    def plain(self, case: Case) -> Plain:
+        """Plain decoding: `fixed:1`, which drafts nothing."""
+        if case not in self._plain:
+            self._plain[case] = plainly(self.decoder(DFLASH, "fixed:1"), case)
+        return self._plain[case]
+
+    def traces(self, drafter: str, features: frozenset[Feature]) -> list[PromptTrace]:
+        """Traces of a few prompts with every block size, sampled; the agreeable drafter has those of the assistant."""
+        drafter = ASSISTANT if drafter == AGREEABLE else drafter
+        features &= frozenset(Feature)
+        key = (drafter, features)
+        if key not in self._traces:
+            options = TraceOptions(
+                tuple(range(2, LARGEST + 1)), 24, sampling={"temperature": 1.0}, seed=1, features=features
+            )
+            tracer = Tracer(self.decoder(drafter, "fixed:1"), options)
+            prompts = [Prompt(f"check-{i}", "check", text) for i, text in enumerate(PROMPTS)]
+            self._traces[key] = [tracer.trace(i, prompt) for i, prompt in enumerate(prompts)]
+        return self._traces[key]
+
+
+def plainly(decoder: SpeculativeDecoder, case: Case) -> Plain:
+    """What a decoder under `fixed:1` gives: every step is one token."""
+    made = decoder.generate(case.prompt, **case.options())
+    ties = [made.prefill.near_ties, *(step.near_ties for step in made.steps)]
+    near = frozenset(place for place, count in enumerate(ties) if count)
+    return Plain(tuple(made.tokens[0].tolist()), near)
+
+
+@functools.cache
+def stage() -> Stage:
+    """The stage of this process."""
+    return Stage()
