@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that share the tests. Each takes up to 3 GB.
 WORKERS ?= 2
 
-.PHONY: help demo test test-fast runtimes packages exported docs lint format clean
+.PHONY: help demo test test-fast runtimes packages afternoon exported docs lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ packages: build/packages/.ready  ## try what `bpkit new` makes, in an environmen
 	PYTHON=build/packages/venv/bin/python sh tests/packages/wheel.sh
 	build/packages/venv/bin/pip install --quiet --force-reinstall --no-deps build/packages/wheels/bpkit-*.whl
 	build/packages/venv/bin/python tests/packages/try_packages.py
+
+afternoon: build/packages/.ready  ## the road of a policy's author by the clock; writes docs/benchmarks/afternoon.json
+	build/packages/venv/bin/python tests/packages/afternoon.py --json docs/benchmarks/afternoon.json
 
 build/packages/.ready: pyproject.toml constraints.txt tests/packages/install.sh
 	PYTHON=$(PYTHON) sh tests/packages/install.sh

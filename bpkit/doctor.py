@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 from bpkit import __version__
@@ -59,6 +61,34 @@ def as_json(findings: list[Finding]) -> dict[str, Any]:
         entry = {"value": finding.value, "state": finding.state, "advice": finding.advice}
         sections.setdefault(finding.section, {})[finding.name] = entry
     return {"schema_version": 1, "broken": broken(findings), "sections": sections}
+
+
+def as_markdown(findings: list[Finding]) -> str:
+    """A block for a bug report: versions, and what is not as it should be, without the user's own paths."""
+    lines = [f"{finding.section:12} {finding.name:14} {_stated(finding)}".rstrip() for finding in findings]
+    variables = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith("BPKIT_")]
+    block = "\n".join([*lines, *(f"{'environment':12} {variable}" for variable in variables)])
+    return (
+        "Command: `bpkit ...` (the one that failed)\n\n"
+        "What I expected, and what happened instead:\n\n"
+        f"```text\n{without_home(block)}\n```\n\n"
+        "Traceback of the same command with `--debug`:\n\n```text\n\n```"
+    )
+
+
+def without_home(text: str) -> str:
+    """The text with `~` for the home folder, which holds a name.
+
+    >>> without_home(f"{Path.home()}/models/target")
+    '~/models/target'
+    """
+    home = str(Path.home())
+    return text if home == Path.home().anchor else re.sub(rf"{re.escape(home)}(?![\w-])", "~", text)
+
+
+def _stated(finding: Finding) -> str:
+    value = " ".join(finding.value.split())
+    return value if finding.state == "ok" else f"{finding.state.upper()} {value}"
 
 
 def onnxruntime_distributions() -> dict[str, str]:

@@ -90,6 +90,12 @@ class PlainDecoding:
         return Plain(ids[0, prompt.shape[1] :].tolist(), gaps)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Models are small, and a bench or a training that chose more threads would slow every test after it tenfold."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def pair() -> TinyPair:
     return tiny_pair()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,7 +61,9 @@ def paragraph(result: Result) -> str:
 
 
 def test_version_and_help(run: Run) -> None:
-    assert run("--version").stdout == f"bpkit {__version__}\n"
+    versions = run("--version").stdout.splitlines()
+    assert versions[0] == f"bpkit {__version__}"
+    assert [line.split()[0] for line in versions[1:]] == ["Python", "torch", "transformers"]
     shown = run("--help")
     assert shown.exit_code == 0
     for word in ("generate", "policies", "drafters", "bench", "demo", "train", "Exit codes", "130"):
@@ -68,7 +71,7 @@ def test_version_and_help(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["policies"], ["policies", "--json"], ["drafters"], ["bench", "--help"]]
+    "arguments", [["--help"], ["--version"], ["policies"], ["policies", "--json"], ["drafters"], ["bench", "--help"]]
 )
 def test_looking_around_imports_neither_torch_nor_transformers(arguments: list[str]) -> None:
     program = (
@@ -229,6 +232,9 @@ def test_flags_win_over_the_config(run: Run, pair: Path, tmp_path: Path) -> None
         (["x", "--top-p", "3"], "--top-p"),
         (["x", "--rule", "best"], "'coupled' or 'rejection'"),
         (["x", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["x", "--config", "."], ".: it is a folder; name a file"),
+        (["--file", "."], ".: it is a folder; name a file"),
+        (["x", "--device", "abacus"], "--device abacus cannot be used here"),
         (["x", "--file", "nowhere.txt"], "not both"),
         (["--file", "nowhere.txt"], "nowhere.txt"),
         (["x", "--target", "./nowhere", "--drafter", "ngram"], "./nowhere"),
@@ -258,7 +264,8 @@ def test_a_failure_at_run_time_is_exit_code_1(run: Run, monkeypatch: pytest.Monk
     result = run("generate", "x")
     assert result.exit_code == 1
     assert paragraph(result).startswith("Error: RuntimeError: CUDA is out of memory")
-    monkeypatch.setattr(models, "load_decoder", _raising(PermissionError("the disk is locked")))
+    assert "bpkit doctor --report" in result.stderr
+    monkeypatch.setattr(models, "load_decoder", _raising(OSError("the disk is locked")))
     result = run("generate", "x")
     assert (result.exit_code, paragraph(result)) == (1, "Error: the disk is locked\n")
 
@@ -266,16 +273,63 @@ def test_a_failure_at_run_time_is_exit_code_1(run: Run, monkeypatch: pytest.Monk
 def test_only_debug_shows_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load_decoder", _raising(ValueError("no such thing")))
     assert "Traceback" not in run("generate", "x").stderr
-    result = run("--debug", "generate", "x")
-    assert result.exit_code == 2
-    assert "Traceback" in result.stderr
-    assert "no such thing" in result.stderr
+    for arguments in (["--debug", "generate", "x"], ["generate", "--debug", "x"], ["generate", "x", "--debug"]):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert "Traceback" in result.stderr
+        assert "no such thing" in result.stderr
+    assert "Traceback" not in run("generate", "--", "--debug").stderr
 
 
 def test_an_interruption_ends_with_a_line_and_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load_decoder", _raising(KeyboardInterrupt()))
     result = run("generate", "x")
-    assert (result.exit_code, paragraph(result)) == (130, "Interrupted.\n")
+    assert result.exit_code == 130
+    assert paragraph(result).startswith("Interrupted. ")
+
+
+def test_a_chat_is_decoded_as_the_template_of_the_tokenizer_has_it(run: Run, pair: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    arguments = [*on(pair), "--max-new-tokens", "8"]
+    refused = run("generate", "a + b", "--chat", *arguments)
+    assert refused.exit_code == 2
+    assert "no chat template" in paragraph(refused)
+    chatty = tmp_path / "target"
+    shutil.copytree(pair / "target", chatty)
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}{% if add_generation_prompt %} x{% endif %}"
+    )
+    tokenizer.save_pretrained(chatty)
+    arguments[1] = str(chatty)
+    plain = run("generate", "user: a + b; x", *arguments)
+    assert plain.exit_code == 0, plain.stderr
+    assert run("generate", "a + b", "--chat", *arguments).stdout == plain.stdout
+    assert run("generate", "a + b", *arguments).stdout != plain.stdout
+
+
+def test_models_that_are_no_folders_are_announced_or_refused_offline(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from bpkit.cli.hub import announce_downloads, models_on_the_hub
+    from bpkit.config import Config
+
+    def asked(target: str | None, drafter: Any) -> list[tuple[str, str]]:
+        return list(models_on_the_hub(Config(target=target, drafter=drafter)))
+
+    assert asked(str(tmp_path), "ngram:max_ngram=4") == []
+    assert asked(None, None) == []
+    assert asked("a/b", "c/d") == [("--target", "a/b"), ("--drafter", "c/d")]
+    assert asked("a/b", {"name": "autoregressive", "path": "c/d"}) == [("--target", "a/b"), ("--drafter", "c/d")]
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    announce_downloads(Config(target="a/b"))
+    assert capsys.readouterr().err == "Looking for 'a/b' on the Hugging Face Hub ...\n"
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
+    result = run("generate", "x", "--target", "nobody/has-this", "--drafter", "ngram")
+    assert result.exit_code == 2
+    assert "--target nobody/has-this" in paragraph(result)
+    assert "HF_HUB_OFFLINE" in result.stderr
 
 
 def test_without_a_prompt_the_error_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,12 @@ def check(
     It decodes with tiny models that are made in memory, in seconds; trained policies get fresh weights for them. With
     --shipped, or --target and --drafter, a few shipped prompts are decoded by real models too, with the policy's own
     weights. Exit code 1 if a check fails.
+
+    `bpkit check ./my_policy.py:MyPolicy`
+
+    `bpkit check threshold:0.6 --shipped`
+
+    Next: `bpkit bench --policy ./my_policy.py:MyPolicy --policy fixed:8`
     """
     if only_list:
         _list(as_json)

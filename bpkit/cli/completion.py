@@ -6,12 +6,17 @@ A value with its help where there is one. What is no name, such as a path, is le
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import shorten
+
+from rich.markup import escape
 
 from bpkit.discovery import Entry
 from bpkit.policy import PolicyError
 from bpkit.registry import find, registry
 
 Completions = list[tuple[str, str]]
+MOST_OF_HELP = 70
+"""Characters."""
 
 
 def policies(incomplete: str) -> Completions:
@@ -61,14 +66,14 @@ def presets() -> Completions:
     """Cost models that come with bpkit."""
     from bpkit.traces.cost.presets import PRESETS
 
-    return [(name, cost.description) for name, cost in PRESETS.items()]
+    return [(name, _told(cost.description)) for name, cost in PRESETS.items()]
 
 
 def checks() -> Completions:
     """What `bpkit check` looks at."""
     from bpkit.testing.checks.check import policy_checks
 
-    return [(check.name, check.summary) for check in policy_checks()]
+    return [(check.name, _told(check.summary)) for check in policy_checks()]
 
 
 def domains() -> list[str]:
@@ -95,8 +100,13 @@ def dtypes() -> list[str]:
     return ["auto", "float32", "bfloat16", "float16"]
 
 
+def _told(text: str) -> str:
+    """Help that stays on one line: Typer renders it as Rich markup, 80 columns wide."""
+    return escape(shorten(text, MOST_OF_HELP, placeholder=" ..."))
+
+
 def _names(entries: Mapping[str, Entry]) -> Completions:
-    return [(name, entries[name].summary) for name in sorted(entries)]
+    return [(name, _told(entries[name].summary)) for name in sorted(entries)]
 
 
 def _specs(entries: Mapping[str, Entry], incomplete: str, *, what: str) -> Completions:
@@ -109,4 +119,4 @@ def _specs(entries: Mapping[str, Entry], incomplete: str, *, what: str) -> Compl
         return []
     before, comma, _ = given.rpartition(",")
     fields = config.model_fields if config else {}
-    return [(f"{name}:{before}{comma}{key}=", field.description or "") for key, field in fields.items()]
+    return [(f"{name}:{before}{comma}{key}=", _told(field.description or "")) for key, field in fields.items()]

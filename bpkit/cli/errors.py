@@ -31,7 +31,22 @@ class MissingExtra(RuntimeError):
 
 
 # PolicyError, ConfigError and what decoder and drafters refuse are ValueErrors.
-_INPUT_ERRORS = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_INPUT_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+_OF_FILES: dict[type[OSError], str] = {
+    FileNotFoundError: "there is no such file or folder",
+    FileExistsError: "a file of that name is there already",
+    IsADirectoryError: "it is a folder; name a file",
+    NotADirectoryError: "it is a file, where a folder is wanted",
+    PermissionError: "you have no permission",
+}
+"""What the system's own errors mean, which say only their number."""
 _EXPECTED = (*_INPUT_ERRORS, OSError, MissingExtra, ImportError)
 
 
@@ -99,13 +114,20 @@ def explain(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         ended = "Terminated." if isinstance(error, Terminated) else "Interrupted."
         return " ".join([ended, *getattr(error, "__notes__", ())])
-    text = " ".join(str(error).split())
+    text = " ".join(_said(error).split())
     if isinstance(error, _EXPECTED):
         return f"Error: {text or type(error).__name__}"
     return (
         f"Error: {type(error).__name__}: {text} (`bpkit {DEBUG} ...` shows where this comes from; if it looks like a "
         "fault of bpkit, `bpkit doctor --report` prints what a bug report needs)"
     )
+
+
+def _said(error: BaseException) -> str:
+    """The message, and for errors of the system itself the file first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {_OF_FILES.get(type(error), error.strerror)}"
+    return str(error)
 
 
 def require(module: str, *, extra: str, purpose: str) -> None:

@@ -97,6 +97,8 @@ def export(
     `bpkit export ./my_policy.py:MyPolicy:runs/mine --trace TRACE`
 
     `bpkit export forecast blockpilot ldlp --trace TRACE --recompute --out exported`
+
+    Next: `bpkit generate --policy onnx:exported/forecast ...`, and `bpkit bench policy` to see what a decision takes.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="export", purpose="Exporting")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from bpkit.cli import options
+from bpkit.cli.errors import when_interrupted
 from bpkit.cli.terminal import say
+from bpkit.config import Config
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bpkit.runtime.decoder import SpeculativeDecoder
     from bpkit.runtime.result import Generation
 
@@ -27,6 +32,14 @@ def generate(
         str | None, typer.Argument(help="Text to go on from; `-`, or nothing in a pipe, reads it from stdin.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.", metavar="FILE")] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Hand the prompt to the target as a user's message, by the chat template of its tokenizer; without "
+            "this the text is taken as it is.",
+        ),
+    ] = False,
     # `options.settled` reads these from the context: flags win over the config file.
     policy: options.PolicySpec = None,
     target: options.Target = None,
@@ -55,26 +68,52 @@ def generate(
 ) -> None:
     """Generate text from a prompt, and stream it as it is decided.
 
-    The text depends on prompt, target, sampling settings and seed; a policy changes only how fast it comes.
+    Reads a prompt, and writes the text to stdout and all else to stderr. The text depends on prompt, target, sampling
+    settings and seed; a policy changes only how fast it comes.
 
     `bpkit generate "def fibonacci(n):" --policy threshold:0.6 --stats`
 
     `echo "Question: What is 7 times 8?" | bpkit generate --temperature 0.7 --seed 1 --observe jsonl:path=steps.jsonl`
+
+    `bpkit generate --chat "Why is the sky blue?" --target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16`
+
+    Next: `bpkit bench` compares policies on many prompts.
     """
     settled = options.settled(context)
     text = read_prompt(prompt, file)
     from bpkit.cli.models import load_decoder
 
-    decoder = load_decoder(settled, observers=settled.observers or ())
-    wanted = settled.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS)
-    if stop:
-        wanted["stop_strings"] = stop
-    with closing(decoder):
-        result, seconds = stream(decoder, text, seed=settled.sampling.seed, **wanted)
+    kept = "The text until then is all that was written."
+    with when_interrupted(kept), closing(load_decoder(settled, observers=settled.observers or ())) as decoder:
+        result, seconds = stream(decoder, in_chat(decoder, text) if chat else text, **wanted(settled, stop))
     if stats:
         say("")
         for line in describe(result, seconds):
             say(line)
+
+
+def wanted(config: Config, stop: list[str] | None) -> dict[str, Any]:
+    """Options of the generation."""
+    options = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS)
+    return {**options, "seed": config.sampling.seed, **({"stop_strings": stop} if stop else {})}
+
+
+def in_chat(decoder: SpeculativeDecoder, text: str) -> Tensor:
+    """The prompt as a user's message, and the beginning of the answer: token ids int64 [1, length].
+
+    Raises ValueError if the tokenizer has no chat template.
+    """
+    from bpkit.assets import model_name
+
+    tokenizer = decoder.tokenizer
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ValueError(
+            f"--chat: the tokenizer of {model_name(decoder.target.name_or_path)} has no chat template, like those of "
+            "base models; leave out --chat, or name a target that was trained to chat"
+        )
+    message = [{"role": "user", "content": text}]
+    made = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return cast("Tensor", made["input_ids"])
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -96,7 +135,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def stream(decoder: SpeculativeDecoder, prompt: str, **wanted: Any) -> tuple[Generation, float]:
+def stream(decoder: SpeculativeDecoder, prompt: str | Tensor, **wanted: Any) -> tuple[Generation, float]:
     """Generate and write the text to stdout as it is decided. Returns the result and its wall-clock seconds."""
     from bpkit.runtime.streaming import TextPieces
 
@@ -104,16 +143,20 @@ def stream(decoder: SpeculativeDecoder, prompt: str, **wanted: Any) -> tuple[Gen
     pieces = TextPieces(decoder.tokenizer)
     started = time.perf_counter()
     with decoder.run(prompt, **wanted) as run:
-        for record in run:
-            for piece in pieces.put(record.tokens):
-                sys.stdout.write(piece)
-            sys.stdout.flush()
+        try:
+            for record in run:
+                _write(pieces.put(record.tokens))
+        except KeyboardInterrupt:
+            _write([*pieces.end(), "\n"])
+            raise
         seconds = time.perf_counter() - started
-        for piece in pieces.end():
-            sys.stdout.write(piece)
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        _write([*pieces.end(), "\n"])
         return run.finish(), seconds
+
+
+def _write(texts: Iterable[str]) -> None:
+    sys.stdout.writelines(texts)
+    sys.stdout.flush()
 
 
 def describe(result: Generation, seconds: float) -> list[str]:

@@ -56,8 +56,8 @@ def _chosen(name: str | None) -> list[str]:
         return known
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"there is no hook {name!r}; {hint}The hooks are: {', '.join(known)}")
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"there is no hook {name!r}{hint} The hooks are: {', '.join(known)}")
     return [name]
 
 

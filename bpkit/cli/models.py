@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpkit.cli.hub import announce_downloads
 from bpkit.cli.terminal import say
 from bpkit.config import Config
 
@@ -45,6 +46,8 @@ def load_decoder(
     cost = read_cost(config.runtime.cost) if config.runtime.cost is not None else None
     for name in (config.target, config.drafter):
         _check_folder(name)
+    check_device(config.runtime.device)
+    announce_downloads(config)
     watchers = Observers(observers)
     try:
         return SpeculativeDecoder.from_pretrained(
@@ -64,6 +67,19 @@ def load_decoder(
         # What transformers raises for names that it cannot find.
         names = ", ".join(str(name) for name in (config.target, config.drafter) if name)
         raise ValueError(f"cannot load {names or 'the shipped pair'}: {error}") from error
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that is not there before any weights are read. Raises ValueError."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {said}; leave it out for what there is") from None
 
 
 def _check_folder(name: Any) -> None:

@@ -41,7 +41,11 @@ def new(
     Then change `policy.py` to what you have in mind, and `config.py` to its options. The tests say whether it is
     lawful (`bpkit check`) and does what it is meant to do. Nothing is overwritten.
 
-    Examples: `bpkit new bpkit-quick-stop`, `bpkit new bpkit-my-net --kind trained --author "Ada"`
+    `bpkit new bpkit-quick-stop`
+
+    `bpkit new bpkit-my-net --kind trained --author "Ada"`
+
+    Next: `pip install -e ./bpkit-quick-stop[test]`, and `bpkit check quick_stop`
     """
     from bpkit.scaffold import Names, refuse_folder_in_use, render, write_folder
     from bpkit.scaffold.names import refuse_taken

@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 from typer.main import get_command_name
+from typer.models import DefaultPlaceholder
 
 from bpkit.discovery import Registry, call
 
@@ -31,6 +32,7 @@ def add_plugin_commands(app: typer.Typer, known: Registry) -> None:
             before.restore(app)
             known.failures[plugin] = f"its commands: {type(error).__name__}: {error}"
         else:
+            before.give_panel(app, f"Plug-in {plugin}")
             whose.update(dict.fromkeys(added, f"plug-in {plugin!r}"))
 
 
@@ -43,8 +45,17 @@ class _Kept:
 
     def added(self, app: typer.Typer) -> list[str]:
         """Names of commands and groups that came after."""
+        return [_name(one) for one in self._new(app)]
+
+    def give_panel(self, app: typer.Typer, title: str) -> None:
+        """Put those that came after into a panel of the help, unless they asked for one."""
+        for one in self._new(app):
+            if isinstance(one.rich_help_panel, DefaultPlaceholder) or one.rich_help_panel is None:
+                one.rich_help_panel = title
+
+    def _new(self, app: typer.Typer) -> list[Any]:
         old = {id(one) for one in (*self.commands, *self.groups)}
-        return [_name(one) for one in (*app.registered_commands, *app.registered_groups) if id(one) not in old]
+        return [one for one in (*app.registered_commands, *app.registered_groups) if id(one) not in old]
 
     def restore(self, app: typer.Typer) -> None:
         app.registered_commands[:], app.registered_groups[:] = self.commands, self.groups

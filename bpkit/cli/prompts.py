@@ -59,6 +59,8 @@ def prompts(
     same arguments and sources give the same file.
 
     `bpkit prompts --out prompts.jsonl --maths gsm8k_train.jsonl --code transformers --structured 700`
+
+    Next: `bpkit trace --out TRACE --prompts prompts.jsonl`
     """
     from bpkit.cli.models import quiet_libraries
 

@@ -6,6 +6,7 @@ Any other name after `bpkit train` is a policy: `bpkit.cli.train_policy`.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
@@ -18,6 +19,7 @@ from bpkit.class_file import names_file, split_file
 from bpkit.cli import train_policy
 from bpkit.cli.command import Group, dressed
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
+from bpkit.cli.terminal import say
 from bpkit.training.trainable import refuse_untrainable, trainable_entries
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION
 
@@ -29,6 +31,8 @@ HELP = """Train a policy, a target or a drafter.
 Needs `pip install 'bpkit[train]'`. A policy is trained on traces, `bpkit train POLICY TRACE --out FOLDER --cost COST`,
 and used as `--policy FOLDER`. POLICY is one of those below, with options if you like (`name:key=value`), or a class of
 yours, `./file.py:ClassName`. `bpkit train POLICY --help` lists the options.
+
+`bpkit train forecast TRACE --out runs/forecast --cost cost.json`
 """
 
 
@@ -139,8 +143,10 @@ def train_target(
     `bpkit train target --out runs/target --maths gsm8k_train.jsonl --minutes 75 --devices 2 --strategy ddp --compile`
     """
     require("lightning", extra="train", purpose="Training")
+    from bpkit.cli.models import quiet_libraries
     from bpkit.training import target as recipe
 
+    quiet_libraries()
     with when_interrupted(checkpoint_in(out)):
         recipe.train_target(
             out,
@@ -153,6 +159,7 @@ def train_target(
             batch_size=batch_size,
             start_from=start_from,
         )
+    _wrote(out, f"bpkit train drafter --target {out} --out FOLDER")
 
 
 @app.command("drafter")
@@ -205,6 +212,7 @@ def drafter(
     Next: `bpkit bench --target ... --drafter ...`
     """
     require("lightning", extra="train", purpose="Training")
+    from bpkit.cli.models import quiet_libraries
     from bpkit.prompts import read_prompts
     from bpkit.training.assistant import train_assistant
     from bpkit.training.corpus import training_prompts
@@ -215,6 +223,7 @@ def drafter(
         if kind is DrafterKind.AUTOREGRESSIVE
         else partial(train_drafter, block_size=block_size, target_layer_ids=target_layer)
     )
+    quiet_libraries()
     texts = [p.text for p in read_prompts(prompts)] if prompts else None
     with when_interrupted(checkpoint_in(out)):
         recipe(
@@ -227,6 +236,14 @@ def drafter(
             new_tokens=new_tokens,
             batch_size=batch_size,
         )
+    _wrote(out, f"bpkit bench --target {target} --drafter {out}")
+
+
+def _wrote(out: Path, following: str) -> None:
+    """Say what came of it, once, and what to do with it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning starts further processes by the same command
+        say(f"wrote {out}")
+        say(f"Next: {following}")
 
 
 def _run_options(

@@ -103,6 +103,12 @@ def train_policy(
 
     After each epoch the policy is replayed over validation prompts; the weights with the most tokens per second by the
     cost model are kept. The same command goes on where it was interrupted.
+
+    `bpkit train forecast TRACE --out runs/forecast --cost cost.json`
+
+    `bpkit train ./my_policy.py:MyPolicy TRACE --out runs/mine --cost cost.json --epochs 20`
+
+    Next: `bpkit evaluate TRACE --cost cost.json --policy runs/forecast`, and `bpkit export runs/forecast --trace TRACE`
     """
     name = str(context.info_name)
     require("lightning", extra="train", purpose="Training")

@@ -40,7 +40,7 @@ def fit(module: PolicyModule, data: ExampleData, best: BestByReplay, out: Path, 
         ValueError: the logger is not installed.
     """
     last = out / "checkpoints" / "last.ckpt"
-    with _quiet(), _deterministic():
+    with quiet(), _deterministic():
         trainer = L.Trainer(
             accelerator=how.accelerator,
             devices=how.devices,
@@ -89,7 +89,7 @@ def _logger(how: PolicyRun, out: Path) -> Logger:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Lightning's remarks on hardware and its advice; warnings of others are left alone."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

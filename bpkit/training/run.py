@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
 from bpkit.training.budget import BudgetedModule
+from bpkit.training.fit import quiet
 from bpkit.training.provenance import write_provenance
 
 HELD_OUT = 64
@@ -77,6 +79,11 @@ def run_recipe(
         write_provenance(out, recipe, {**asdict(options), **arguments, "batch_size": batch_size}, fingerprints)
 
 
+def _shows_bars() -> bool:
+    """Whether Lightning's progress bar, which goes to stdout, can be moved there."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def fit(
     module: BudgetedModule,
     training: tuple[Tensor, ...],
@@ -90,6 +97,9 @@ def fit(
 
     Returns:
         True on the one process that should write the result.
+
+    Raises:
+        KeyboardInterrupt: the user wants no more; the same call goes on later.
     """
     if not torch.cuda.is_available():
         # Several ranks of one thread each beat one rank of several threads on small models and busy machines.
@@ -97,25 +107,32 @@ def fit(
     if options.compile:
         module.loss_module.compile(dynamic=False)
     last = out / "checkpoints" / "last.ckpt"
-    trainer = L.Trainer(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        strategy=options.strategy if options.devices > 1 else "auto",
-        max_epochs=-1,
-        val_check_interval=250,
-        check_val_every_n_epoch=None,
-        log_every_n_steps=10,
-        logger=CSVLogger(out, name="logs"),
-        callbacks=[ModelCheckpoint(out / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=100)],
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(
-        module,
-        _loader(training, batch_size, shuffle=True),
-        _loader(held_out, batch_size, shuffle=False),
-        ckpt_path=str(last) if options.resume and last.exists() else None,
-    )
+    with quiet():
+        trainer = L.Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            strategy=options.strategy if options.devices > 1 else "auto",
+            max_epochs=-1,
+            val_check_interval=250,
+            check_val_every_n_epoch=None,
+            log_every_n_steps=10,
+            logger=CSVLogger(out, name="logs"),
+            callbacks=[ModelCheckpoint(out / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=100)],
+            enable_model_summary=False,
+            enable_progress_bar=_shows_bars(),
+            num_sanity_val_steps=0,
+        )
+        try:
+            trainer.fit(
+                module,
+                _loader(training, batch_size, shuffle=True),
+                _loader(held_out, batch_size, shuffle=False),
+                ckpt_path=str(last) if options.resume and last.exists() else None,
+            )
+        except SystemExit:  # what Lightning makes of Ctrl+C
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
     return bool(trainer.is_global_zero)
 
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bpkit.bench.evaluation.regrets import DECIDING, FEATURES, REASON, Shares
+from bpkit.bench.fitted import Fitted
 from bpkit.traces.oracle.regret import KINDS
 
 BOUNDS = (
@@ -27,10 +28,10 @@ LOST = {kind: kind.replace("_", " ") for kind in KINDS}
 def print_evaluation(report: dict[str, Any], console: Console) -> None:
     """Print tables and notes."""
     for name, result in report["cost_models"].items():
-        console.print(overall_table(name, result))
-        console.print(regret_table(name, result))
+        console.print(Fitted(overall_table(name, result)))
+        console.print(Fitted(regret_table(name, result)))
         if len(result["domains"]) > 1:
-            console.print(domain_table(name, result["domains"]))
+            console.print(Fitted(domain_table(name, result["domains"])))
         for sentence in sentences(result):
             console.print(escape(sentence), soft_wrap=True)
         console.print()

@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bpkit.bench.fitted import Fitted
 from bpkit.bench.latency.backends import ONNXRUNTIME, TORCH
 
 
 def print_latency_report(report: dict[str, Any], console: Console) -> None:
     """Print latencies, the comparison of the backends, and the sentences that say what was measured."""
-    console.print(latency_table(report))
+    console.print(Fitted(latency_table(report)))
     if any(ONNXRUNTIME in method for _, _, method in methods(report)):
-        console.print(comparison_table(report))
+        console.print(Fitted(comparison_table(report)))
     for sentence in sentences(report):
         console.print(escape(sentence), soft_wrap=True)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bpkit.bench.fitted import Fitted
 from bpkit.bench.sweep.read import Sweep
 from bpkit.sizes import format_sizes
 
@@ -22,9 +23,9 @@ _UNITS = {"acceptance_length": "acceptance length", "tokens_per_second": "tokens
 
 def print_sweep(report: Mapping[str, Any], console: Console) -> None:
     """Print the means by size, the figures of each group, and what they say."""
-    console.print(_by_size(report))
+    console.print(Fitted(_by_size(report)))
     shown = groups(report)
-    console.print(_figures(shown, report["figure"]))
+    console.print(Fitted(_figures(shown, report["figure"])))
     title, group = main_group(report)
     for sentence in sentences(title, group, report["figure"]):
         console.print(escape(sentence), soft_wrap=True)

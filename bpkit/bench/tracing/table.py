@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bpkit.bench.fitted import Fitted
 from bpkit.sizes import format_sizes
 
 
 def print_trace_report(report: dict[str, Any], console: Console) -> None:
     """Print speed, parts, and the sentences that say what was measured."""
-    console.print(speed_table(report))
-    console.print(parts_table(report))
+    console.print(Fitted(speed_table(report)))
+    console.print(Fitted(parts_table(report)))
     for sentence in sentences(report):
         console.print(escape(sentence), soft_wrap=True)
 

@@ -25,6 +25,7 @@ Rates are ratios of sums. `*_interval` is [low, high]: 95%, paired bootstrap ove
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def check_writable(path: Path, *, suffixes: tuple[str, ...] = ()) -> None:
         raise FileNotFoundError(f"cannot write {path}: there is no folder {str(path.parent)!r}")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: you have no permission to")
 
 
 def entries(group: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -9,16 +9,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bpkit.bench.fitted import Fitted
 from bpkit.bench.wall_clock.report import PHASES, entries, groups, what_was_measured
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Print all groups, those without loops where they differ, and the sentences about them."""
     for title, group in groups(report).items():
-        console.print(group_table(title, group))
+        console.print(Fitted(group_table(title, group)))
     rest = report["without_loops"]["overall"]
     if rest is not None and report["overall"]["loops"]:
-        console.print(group_table("overall, without the prompts whose plain output loops", rest))
+        console.print(Fitted(group_table("overall, without the prompts whose plain output loops", rest)))
     for sentence in what_was_measured(report):
         console.print(escape(sentence), soft_wrap=True)
 
