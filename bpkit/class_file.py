@@ -50,10 +50,7 @@ def class_of_file(spec: str, base: type[Base], *, what: str = "policy") -> type[
         PolicyError: there is no such file or class, or the file cannot be imported.
     """
     path_text, _, class_name = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "")
-    path = Path(path_text).expanduser()
-    if not path.is_file():
-        raise PolicyError(f"there is no file {path_text!r} ({what} {spec!r})")
-    module = _imported(path, path_text)
+    module = module_of_file(path_text, where=f" ({what} {spec!r})")
     if not class_name:
         return _only_one(module, base, path_text, what)
     found = getattr(module, class_name, None)
@@ -61,6 +58,14 @@ def class_of_file(spec: str, base: type[Base], *, what: str = "policy") -> type[
         return found
     classes = ", ".join(_classes(module, base)) or "none"
     raise PolicyError(f"{path_text} has no {what} class {class_name!r}; it has: {classes}")
+
+
+def module_of_file(path_text: str, *, where: str = "") -> ModuleType:
+    """Import a file, anew each time. Raises PolicyError."""
+    path = Path(path_text).expanduser()
+    if not path.is_file():
+        raise PolicyError(f"there is no file {path_text!r}{where}; looked in {os.getcwd()}")
+    return _imported(path, path_text)
 
 
 def file_of(kind: type) -> Path | None:

@@ -148,6 +148,10 @@ def _place(loc: tuple[int | str, ...]) -> tuple[list[str], type[_Section]]:
 
 def _unknown(place: list[str], section: type[_Section]) -> str:
     known = list(section.model_fields)
+    others = {name: other for name, other in _SECTIONS.items() if other is not section}
+    elsewhere = [name for name, other in others.items() if place[-1] in other.model_fields]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}.{place[-1]}?"
     near = difflib.get_close_matches(place[-1], known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Known keys{' there' if len(place) > 1 else ''}: {', '.join(known)}"

@@ -17,6 +17,7 @@ import pluggy
 from pydantic import BaseModel
 
 from bpkit import hookspecs
+from bpkit.class_file import module_of_file, names_file
 from bpkit.plugin_choice import NO_AUTOLOAD, OPTION, Choice
 from bpkit.policy import PolicyError
 
@@ -165,6 +166,8 @@ def _named_modules(choice: Choice, installed: Sequence[Plugin]) -> Iterator[Plug
 
 def _importer(module: str, *, here: bool) -> Callable[[], object]:
     def load() -> object:
+        if names_file(module):
+            return module_of_file(module)
         if here and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # last, so that it hides nothing that is installed
         return importlib.import_module(module)

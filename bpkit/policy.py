@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -39,6 +41,14 @@ class PolicyConfig(BaseModel):
 
     grid: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Raises PolicyError if `grid` names what is no option."""
+        for name in cls.grid:
+            if name not in cls.model_fields:
+                known = ", ".join(cls.model_fields) or "none"
+                raise PolicyError(f"{cls.__name__}.grid names {name!r}, which is no option; the options are: {known}")
+
 
 class Policy:
     """Decides how much to draft (`select`) and how much of the draft to verify (`truncate`).
@@ -58,13 +68,23 @@ class Policy:
     wants_optional: ClassVar[frozenset[Feature]] = frozenset()
     joint: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for attribute in ("wants", "wants_optional"):
+            given = vars(cls).get(attribute)
+            if isinstance(given, (str, list, tuple, set, frozenset)):  # else a property, or for `__init__` to refuse
+                setattr(cls, attribute, _features(given, f"{cls.__name__}.{attribute}"))
+
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
         """Take a ready config, or options to validate. Raises PolicyError."""
-        if not isinstance(getattr(self, "wants", None), (frozenset, set)):
+        kind = type(self)
+        if not isinstance(getattr(self, "wants", None), frozenset):
             raise PolicyError(
-                f"policy {type(self).__name__} does not say which features it wants: add a class attribute "
+                f"policy {kind.__name__} does not say which features it wants: add a class attribute "
                 "`wants = frozenset()`, or name members of bpkit.Feature in it"
             )
+        if kind.select is Policy.select:
+            raise PolicyError(f"policy {kind.__name__} must define select(self, state, context), as in bpkit.Policy")
         self.config = config if config is not None else validated(self.Config, options, owner=type(self).__name__)
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
@@ -104,6 +124,20 @@ class Policy:
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.config.model_dump().items())
         return f"{type(self).__name__}({options})"
+
+
+def _features(given: Iterable[str], where: str) -> frozenset[Feature]:
+    """Features by their names. Raises PolicyError for a name that is none."""
+    if isinstance(given, str):
+        raise PolicyError(
+            f"{where} is a text; name features in a set: {where.rpartition('.')[2]} = frozenset({{{given!r}}})"
+        )
+    for name in given:
+        if name not in [*Feature]:
+            near = difflib.get_close_matches(str(name), [*Feature], n=1)
+            hint = f"did you mean {str(near[0])!r}? " if near else ""
+            raise PolicyError(f"{where} names {str(name)!r}, which is no feature; {hint}Features: {', '.join(Feature)}")
+    return frozenset(map(Feature, given))
 
 
 def overrides(policy: Policy, method: str) -> bool:

@@ -144,7 +144,10 @@ def _fill(networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], path
         try:
             network.load_state_dict(own)
         except RuntimeError as error:
-            raise PolicyError(f"{path} does not fit network {name!r} of the policy: {error}") from None
+            raise PolicyError(
+                f"{path} does not fit network {name!r} of the policy; options that its networks are built by cannot be "
+                f"changed after training ({' '.join(str(error).split())})"
+            ) from None
 
 
 def write_policy_folder(

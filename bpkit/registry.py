@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from bpkit.class_file import class_of_file, names_file, split_file
 from bpkit.discovery import Entry, Registry, build, explain_conflict
 from bpkit.plugin_choice import choice_of
-from bpkit.policy import Policy, PolicyError, validated
+from bpkit.policy import Policy, PolicyConfig, PolicyError, validated
 from bpkit.policy_folder import is_policy_folder
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PolicyLike",
     "Registry",
     "build",
+    "check_policy_name",
     "choose_plugins",
     "find",
     "first_option",
@@ -91,11 +93,36 @@ def resolve_policy(policy: PolicyLike) -> Policy:
         return policy
     made, options, name = policy_class(policy)
     if isinstance(made, type) and issubclass(made, Policy):
-        return made(validated(made.Config, options, owner=name))
+        config = validated(made.Config, options, owner=name)
+        _check_constructor(made, config)
+        return made(config)
     result = made(**options)
     if not isinstance(result, Policy):
         raise PolicyError(f"policy {name!r} is not a bpkit.Policy but a {type(result).__name__}")
     return result
+
+
+def check_policy_name(policy: PolicyLike) -> None:
+    """Raise PolicyError for a mistyped name or option of a registered policy, before anything heavy is imported."""
+    if isinstance(policy, Policy):
+        return
+    spec = parse_spec(policy) if isinstance(policy, str) else dict(policy)
+    name = str(spec.pop("name", ""))
+    if not name or names_file(name) or (name not in registry().policies and _is_path(name)):
+        return
+    config = find(registry().policies, name, what="policy").load_config()
+    if config is not None and "" not in spec:  # what a bare value sets, `resolve_policy` knows
+        validated(config, spec, owner=name)
+
+
+def _check_constructor(made: type[Policy], config: PolicyConfig) -> None:
+    try:
+        inspect.signature(made).bind(config)
+    except TypeError:
+        raise PolicyError(
+            f"policy {made.__name__} cannot be made: leave its __init__ out, or let it be __init__(self, config=None, "
+            "**options) and call super().__init__(config, **options)"
+        ) from None
 
 
 def policy_class(policy: str | Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any], str]:

@@ -94,3 +94,11 @@ def test_options_for_generate_hold_what_was_said_and_defaults() -> None:
     assert Sampling().options(max_new_tokens=7, temperature=0.0) == {"max_new_tokens": 7, "temperature": 0.0}
     said = Sampling(max_new_tokens=3, temperature=0.5, top_k=4, seed=1)
     assert said.options(max_new_tokens=7, temperature=0.0) == {"max_new_tokens": 3, "temperature": 0.5, "top_k": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("max_new_tokens: 3", "sampling.max_new_tokens"), ("sampling: {device: cpu}", "runtime.device")]
+)
+def test_a_key_in_the_wrong_place_is_told_its_own(text: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"did you mean {meant}\?"):
+        load(written(tmp_path, text))

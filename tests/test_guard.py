@@ -168,7 +168,8 @@ def test_a_wrong_begin_is_mended(pair: TinyPair, wanted: list[int], name: str) -
 def test_an_observe_that_raises_is_mended_and_counted_at_every_step(pair: TinyPair, wanted: list[int]) -> None:
     policy = WrongObserve("observe", raises)
     with pytest.warns(
-        PolicyFaultWarning, match=r"WrongObserve.observe: ZeroDivisionError: no such luck; using no feed"
+        PolicyFaultWarning,
+        match=r"WrongObserve.observe: ZeroDivisionError: no such luck \(test_guard.py, line \d+\); using no feed",
     ):
         made = decode(pair, policy)
     assert made.tokens[0].tolist() == wanted

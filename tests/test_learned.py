@@ -347,7 +347,10 @@ def test_a_class_says_what_to_type_for_it(monkeypatch: pytest.MonkeyPatch, tmp_p
     kinds = {name: type(resolve_policy(name)) for name in ("fixed", "ldlp")}
     assert {name: spec_of(kind) for name, kind in kinds.items()} == {"fixed": "fixed", "ldlp": "ldlp"}
     file = tmp_path / "mine.py"
-    file.write_text("from bpkit import Policy\n\nclass Mine(Policy):\n    wants = frozenset()\n", encoding="utf-8")
+    file.write_text(
+        "from bpkit import Policy\n\nclass Mine(Policy):\n    wants = frozenset()\n    select = None\n",
+        encoding="utf-8",
+    )
     mine: type[Policy] = type(resolve_policy(f"{file}:Mine"))
     assert spec_of(mine) == f"{file.resolve()}:Mine"
     monkeypatch.chdir(tmp_path)

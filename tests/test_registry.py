@@ -29,6 +29,7 @@ from bpkit.policy_folder import read_policy_file
 from bpkit.registry import build, find, parse_spec, registry, resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.trained import TrainedPolicy
+from bpkit.types import Feature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +94,7 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         return point
 
     yield make
+    registry.cache_clear()  # who asked for the registry of the process meanwhile was given these as well
     for module in made:
         sys.modules.pop(module, None)
 
@@ -818,6 +820,9 @@ def test_a_subclass_config_is_validated_with_its_own_rules() -> None:
         Config = Narrow
         wants = frozenset()
 
+        def select(self, state: State, context: Context) -> Tensor:
+            return context.full(self.config.size)  # type: ignore[attr-defined]
+
     assert Own(size=4).config == Narrow(size=4)
     with pytest.raises(PolicyError, match=r"policy 'Own': option 'size'.*Accepted options: size=1"):
         Own(size="many")
@@ -851,3 +856,50 @@ def test_every_public_name_can_be_imported_and_an_unknown_one_is_an_attribute_er
         assert name in dir(bpkit)
     with pytest.raises(AttributeError, match="no attribute 'Polisy'"):
         _ = bpkit.Polisy
+
+
+# What a class may say wrongly.
+
+
+def _select(self: Policy, state: State, context: Context) -> Tensor:
+    return context.full(1)
+
+
+@pytest.mark.parametrize(
+    ("wants", "message"),
+    [
+        ("anchor_entropy", r"Wrong.wants is a text; name features in a set: wants = frozenset\({'anchor_entropy'}\)"),
+        (["anchor_entrpy"], r"Wrong.wants names 'anchor_entrpy', which is no feature; did you mean 'anchor_entropy'\?"),
+        ({"k"}, r"Wrong.wants names 'k', which is no feature; Features: prefill_hidden, "),
+    ],
+)
+def test_wants_that_name_no_features_are_told_where_the_class_is_made(wants: object, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        type("Wrong", (Policy,), {"wants": wants, "select": _select})
+
+
+@pytest.mark.parametrize("wants", [["anchor_entropy"], ("anchor_entropy",), {"anchor_entropy"}])
+def test_wants_may_be_any_collection(wants: object) -> None:
+    made = type("Fine", (Policy,), {"wants": wants, "select": _select})()
+    assert made.wants == frozenset({Feature.ANCHOR_ENTROPY})
+
+
+def test_a_policy_without_select_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"policy Idle must define select\(self, state, context\)"):
+        type("Idle", (Policy,), {"wants": frozenset()})()
+
+
+def test_a_constructor_that_takes_no_config_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from bpkit import Policy\n\nclass Own(Policy):\n    wants = frozenset()\n"
+        "    def __init__(self): pass\n    def select(self, state, context): return context.full(2)\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(PolicyError, match=r"policy Own cannot be made: leave its __init__ out, or let it be"):
+        resolve_policy(f"{file}:Own")
+
+
+def test_a_grid_of_what_is_no_option_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"Steep.grid names 'sise', which is no option; the options are: size"):
+        type("Steep", (PolicyConfig,), {"__annotations__": {"size": int}, "size": 1, "grid": {"sise": (1, 2)}})

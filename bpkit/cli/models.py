@@ -31,21 +31,23 @@ def load_decoder(
     Raises:
         ValueError, FileNotFoundError: something named in the config cannot be used.
     """
+    from bpkit.registry import check_policy_name, resolve_policy
+
+    chosen = policy or config.policy or DEFAULT_POLICY
+    check_policy_name(chosen)  # takes no time, while torch takes seconds
+    for name in (config.target, config.drafter):
+        _check_folder(name)
     quiet_libraries()
     import torch
 
-    from bpkit.registry import resolve_policy
     from bpkit.runtime.decoder import SpeculativeDecoder
     from bpkit.runtime.observing import Observers
     from bpkit.traces.cost import read_cost
 
     if isinstance(config.runtime.threads, int):
         torch.set_num_threads(config.runtime.threads)
-    chosen = policy or config.policy or DEFAULT_POLICY
     resolve_policy(chosen)  # a mistyped policy is told before any weights are read
     cost = read_cost(config.runtime.cost) if config.runtime.cost is not None else None
-    for name in (config.target, config.drafter):
-        _check_folder(name)
     check_device(config.runtime.device)
     announce_downloads(config)
     watchers = Observers(observers)

@@ -6,7 +6,10 @@ With `strict=True` (tests, `bpkit check`) the same faults raise.
 from __future__ import annotations
 
 import math
+import sys
+import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,7 +134,7 @@ class GuardedPolicy:
 
     def _mend(self, method: str, error: Exception, instead: str) -> None:
         name = type(self.policy).__name__
-        message = f"policy {name}.{method}: {_explained(error)}"
+        message = f"policy {name}.{method}: {explained(error, self.policy)}"
         if self.strict:
             raise PolicyFault(message) from error
         self.fallbacks += 1
@@ -140,8 +143,14 @@ class GuardedPolicy:
             warnings.warn(f"{message}; using {instead} instead (said once)", PolicyFaultWarning, stacklevel=3)
 
 
-def _explained(error: Exception) -> str:
-    return str(error) if isinstance(error, PolicyFault) else f"{type(error).__name__}: {error}"
+def explained(error: Exception, policy: Policy) -> str:
+    """What went wrong, with the line of the policy's own file if it raised."""
+    if isinstance(error, PolicyFault):
+        return str(error)
+    file = getattr(sys.modules.get(type(policy).__module__), "__file__", None)
+    lines = [number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    where = f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def _whole_numbers(value: Any, batch_size: int, method: str) -> list[int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,18 @@ def _shows_bars() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+@contextmanager
+def _threads_for(devices: int) -> Iterator[None]:
+    """On CPUs: several ranks of one thread each beat one rank of several threads on small models and busy machines."""
+    usual = torch.get_num_threads()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
 def fit(
     module: BudgetedModule,
     training: tuple[Tensor, ...],
@@ -101,13 +114,10 @@ def fit(
     Raises:
         KeyboardInterrupt: the user wants no more; the same call goes on later.
     """
-    if not torch.cuda.is_available():
-        # Several ranks of one thread each beat one rank of several threads on small models and busy machines.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.devices))
     if options.compile:
         module.loss_module.compile(dynamic=False)
     last = out / "checkpoints" / "last.ckpt"
-    with quiet():
+    with quiet(), _threads_for(options.devices):
         trainer = L.Trainer(
             accelerator=options.accelerator,
             devices=options.devices,

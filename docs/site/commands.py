@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ PLACE = "<!-- every command, in the order of `bpkit --help` -->"
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Put the commands where they belong."""
+    """Put the commands where they belong, and leave out what is said to readers of the files alone."""
+    markdown = re.sub(r"\s*In the repository this\s+page\s[^.]*\.", "", markdown)
     if page.file.src_uri != "commands.md":
         return markdown
     return with_commands(markdown)
