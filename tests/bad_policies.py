@@ -170,6 +170,15 @@ class MeanOverPadding(Four):
         return draft.draft_length.where(sure, draft.draft_length.clamp(max=1))
 
 
+class CountsPadding(Four):
+    """Lacks `torch.minimum(..., draft.draft_length)`: all drafts have three tokens, unless an engine mixes lengths."""
+
+    wants = frozenset({Feature.DRAFT_PROBABILITY})
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        return (draft["draft_probability"].cumprod(dim=1) > 0).sum(dim=1)
+
+
 class ListInState(Four):
     def begin(self, context: Context) -> State:
         return {"sizes": [4]}
@@ -225,6 +234,49 @@ class JointByPlace(Four):
 
     def select(self, state: State, context: Context) -> Tensor:
         return 2 + torch.arange(context.batch_size)
+
+
+# overlap
+
+
+class KeepsSizeOnSelf(Four):
+    """Though `begin` resets it, the size is that of whichever request came last."""
+
+    size: int
+
+    def begin(self, context: Context) -> State:
+        self.size = 8
+        return {}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        return context.full(self.size)
+
+    def observe(self, state: State, step: Step) -> None:
+        self.size = int(step.acceptance_length[0]) + 2
+
+
+class CachesOnSelf(Four):
+    """Nothing is wrong with it: what it keeps on `self` is no request's."""
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        self.known: dict[int, int] = {}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        lengths = context.context_length.tolist()
+        return context.position.new_tensor([self.known.setdefault(length, 2 + length % 5) for length in lengths])
+
+
+class PlansOnSelf(Four):
+    """All requests take from the plan of the last one."""
+
+    plan: list[int]
+
+    def begin(self, context: Context) -> State:
+        self.plan = [4] * 12
+        return {}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        return context.full(self.plan.pop())
 
 
 # memory
@@ -306,6 +358,16 @@ class DecidesOtherwise(Ldlp):
 
     def select(self, state: State, context: Context) -> Tensor:
         return super().select(state, context).clamp(max=2)
+
+
+# No weights
+
+
+class NetworkTooWide(LearnedPolicy):
+    wants = frozenset({Feature.LAST_HIDDEN})
+
+    def network(self, inputs: int, outputs: int) -> nn.Module:
+        return nn.Linear(inputs + 1, outputs)
 
 
 # Not bad

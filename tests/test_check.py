@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from bpkit.runtime.verify import Coupled, Verdict
 from bpkit.testing import PolicyCheckError, check_policy, policy_checks
 from bpkit.testing.checks import subject
 from bpkit.testing.checks.fresh import FreshWeights
+from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.run_all import report_on
 from bpkit.testing.checks.stage import AGREEABLE, COST, DFLASH, stage
 
@@ -33,9 +35,9 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
     ("lossless", bad.BindRaises, ["BindRaises.bind", "ArithmeticError: not bound"]),
     ("lossless", bad.NotANumber, ["NotANumber.select", "returned [nan]"]),
     ("lossless", bad.OneNumber, ["OneNumber.select", "shape [] for a batch of 1"]),
-    ("lossless", bad.PlainInt, ["PlainInt.select", "returned a int (4)"]),
+    ("lossless", bad.PlainInt, ["PlainInt.select", "returned an int (4), not int64"]),
     ("lossless", bad.TruthValues, ["TruthValues.truncate", "dtype torch.bool"]),
-    ("lossless", bad.StateIsNone, ["StateIsNone.begin", "returned a NoneType"]),
+    ("lossless", bad.StateIsNone, ["StateIsNone.begin", "returned None, not a dict"]),
     ("sizes", bad.TooLarge, ["TooLarge.select", "returned [99]", "here 16", "trained block size 8"]),
     ("sizes", bad.Nothing, ["Nothing.select", "returned [0]"]),
     ("sizes", bad.Half, ["Half.select", "[2.5], which are not whole numbers"]),
@@ -51,6 +53,11 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
     ("determinism", bad.GlobalRandomness, ["GlobalRandomness", "answer 1 of select", "`context.generator`"]),
     ("rows", bad.MeanOfTheBatch, ["MeanOfTheBatch.select", "as alone", "'def f(a, b):' at temperature 1"]),
     ("rows", bad.MeanOverPadding, ["MeanOverPadding.truncate", "padding"]),
+    (
+        "rows",
+        bad.CountsPadding,
+        ["returned [3, 3, 3] where [1, 2, 3]", "use torch.minimum(answer, draft.draft_length)"],
+    ),
     ("rows", bad.ListInState, ["ListInState.begin", "state['sizes'] is a list, not a tensor"]),
     ("rows", bad.BatchAxisMissing, ["BatchAxisMissing.begin", "state['size'] has shape [1] for 3 requests"]),
     ("rows", bad.OneRow, ["OneRow.select", "shape [1] for a batch of 3"]),
@@ -63,6 +70,12 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
     ("rows", bad.StateMadeLate, ["StateMadeLate.select", "make every name of the state in `begin`"]),
     ("rows", bad.RandomTogether, ["RandomTogether.select", "standard errors away"]),
     ("rows", bad.JointByPlace, ["JointByPlace.select", "for the same requests in reverse", "[4, 3, 2]"]),
+    (
+        "overlap",
+        bad.KeepsSizeOnSelf,
+        ["drafter block-diffusion", "'def f(a, b):'", "answer 1 of select (step 1) is [8]", "was [3]", "self.size"],
+    ),
+    ("overlap", bad.PlansOnSelf, ["the answer of select", "IndexError", "the dict that `begin` returns", "self.plan"]),
     ("memory", bad.ForgetsToSave, ["ForgetsToSave", "state_dict() is empty", "answer 1 of select"]),
     ("memory", bad.SavesTensor, ["SavesTensor.state_dict", "Tensor is not JSON serializable"]),
     ("memory", bad.SavesHalf, ["SavesHalf", "state_dict lacks something"]),
@@ -116,7 +129,10 @@ def test_built_in_policies_pass(name: str) -> None:
     report = check_policy(name)
     exportable = report["export"].state == "passed"
     assert exportable == hasattr(registry().policies[name].load(), "export")
-    assert all(result.state == "passed" for result in report.results if result.name != "export")
+    remembers = report["overlap"].state == "skipped"
+    assert remembers == ("no memory" not in report["memory"].said)
+    assert not remembers or "memory across requests" in report["overlap"].said
+    assert all(result.state == "passed" for result in report.results if result.name not in ("export", "overlap"))
 
 
 def test_an_exported_policy_passes(tmp_path: Path) -> None:
@@ -136,7 +152,7 @@ def test_an_exported_policy_passes(tmp_path: Path) -> None:
 
 
 def test_a_learned_policy_in_a_file_passes() -> None:
-    report = check_policy(f"{BAD_FILE}:Learned", skip=["survival"])
+    report = check_policy(f"{BAD_FILE}:Learned", skip=["survival", "memory", "determinism"])
     assert report["features"].said == "declared and read: anchor_entropy, last_hidden"
     assert report["export"].state == "passed"
 
@@ -194,7 +210,52 @@ def test_global_generators_are_left_as_they_were() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_times_are_measured() -> None:
+def test_a_cache_on_self_is_no_fault() -> None:
+    result = report_on(bad.CachesOnSelf, skip=set(NAMES) - {"overlap"})["overlap"]
+    assert (result.state, result.notes) == ("passed", ())
+    assert int(result.said.split()[0]) > 10
+
+
+def test_a_request_on_self_is_found_with_every_drafter_there() -> None:
+    result = report_on(bad.KeepsSizeOnSelf, skip=set(NAMES) - {"overlap"})["overlap"]
+    [failure] = result.failures
+    assert "drafter agreeable" in failure.did
+    assert "self.size" in failure.got
+    assert report_on(bad.SavesHalf, skip=set(NAMES) - {"overlap"})["overlap"].state == "skipped"
+
+
+def test_one_mistake_is_told_once() -> None:
+    told = report_on(bad.WritesToFeature, skip=set(NAMES) - {"mutation"})["mutation"]
+    assert len(told.failures) == 1
+    assert "drafter block-diffusion" in told.failures[0].did
+    assert re.fullmatch(r"the same with drafters autoregressive, agreeable, and \d+ times more", told.failures[0].also)
+    assert f"also:            {told.failures[0].also}" in str(told)
+    assert not told.notes
+    [raised] = report_on(bad.Raises, skip=set(NAMES) - {"lossless"})["lossless"].failures
+    assert raised.also == "the same with drafters autoregressive, agreeable"
+
+
+def test_different_mistakes_are_told_apart() -> None:
+    found = Findings()
+    for number in range(3):
+        found.fail("asked", "an answer", f"none [{number}, 2.5]")
+    found.fail("asked", "an answer", "it raised ValueError", drafter="one")
+    found.fail("asked", "an answer", "it raised ValueError", drafter="one")
+    assert [(made.got, made.also) for made in found.failures] == [
+        ("none [0, 2.5]", "the same 2 times more"),
+        ("it raised ValueError", "the same once more"),
+    ]
+
+
+def test_a_network_at_fault_is_told_once_and_drafters_are_not_blamed() -> None:
+    with pytest.raises(PolicyError) as raised:
+        check_policy(f"{BAD_FILE}:NetworkTooWide")
+    assert str(raised.value).startswith("policy NetworkTooWide cannot be checked, because no weights for the tiny pair")
+    assert str(raised.value).count("cannot take float32") == 1
+    assert "drafter" not in str(raised.value)
+
+
+def test_times_are_measured_and_slow_decisions_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     class Sleeps(bad.Four):
         def select(self, state: Any, context: Any) -> Any:
             import time
@@ -202,10 +263,16 @@ def test_times_are_measured() -> None:
             time.sleep(0.002)
             return context.full(8)
 
-    result = check_policy(Sleeps, skip=set(NAMES) - {"timing"})["timing"]
+    timing = {check.name: check for check in policy_checks()}["timing"]
+    result = timing(Sleeps)
     shown = float(result.said.split("select ")[1].split(" ms")[0])
     assert shown >= 2
     assert "a step of the tiny pair takes" in result.said
+    for step, slow in ((1e-3, True), (1e3, False)):
+        monkeypatch.setattr("bpkit.testing.checks.timing._step_seconds", lambda drafter, step=step: step)
+        result = timing(Sleeps)
+        assert result.state == "passed"
+        assert any("a call of `select` takes longer than a whole step" in note for note in result.notes) == slow
 
 
 # Where and how it runs

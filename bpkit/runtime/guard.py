@@ -53,7 +53,7 @@ class GuardedPolicy:
         try:
             self.state = self.policy.begin(context)
             if not isinstance(self.state, dict):
-                raise PolicyFault(f"begin returned a {type(self.state).__name__}, not a dict of tensors")
+                raise PolicyFault(f"begin returned {kind_of(self.state)}, not a dict of tensors")
         except Exception as error:
             self._mend("begin", error, "an empty state")
             self.state = {}
@@ -153,13 +153,25 @@ def explained(error: Exception, policy: Policy) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
+def kind_of(value: object) -> str:
+    """The type with its article.
+
+    >>> kind_of(3), kind_of([]), kind_of(None)
+    ('an int', 'a list', 'None')
+    """
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"a{'n' if name[0].lower() in 'aeiou' else ''} {name}"
+
+
 def _whole_numbers(value: Any, batch_size: int, method: str) -> list[int]:
     """Check a decision, tensor [batch], and return its numbers. Raises PolicyFault.
 
     One copy out of the tensor and checks in Python: tensor operations on single numbers would cost several times more.
     """
     if not isinstance(value, Tensor) or value.shape != (batch_size,):
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
         raise PolicyFault(f"{method} must return int64 [batch], batch {batch_size}, as context.full(8); got {got}")
     if value.dtype == torch.bool or value.is_complex():
         raise PolicyFault(f"{method} returned dtype {value.dtype}, not whole numbers")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bpkit.runtime.guard import kind_of
 from bpkit.testing.checks.copies import Given
 from bpkit.types import Context, Draft
 
@@ -35,14 +36,15 @@ def wrong_answer(method: str, answer: Any, given: Given | None, largest: int) ->
     if method == "begin":
         if isinstance(answer, dict):
             return None
-        return Fault(method, "answer", f"it returned a {type(answer).__name__}, not a dict of tensors")
+        return Fault(method, "answer", f"it returned {kind_of(answer)}, not a dict of tensors")
     if method not in ("select", "truncate", "extend"):
         return None
     assert isinstance(given, Context | Draft)
     batch = given.batch_size if isinstance(given, Context) else len(given.draft_length)
     what = "a bool tensor [batch]" if method == "extend" else "int64 [batch], as context.full(8) is"
     if not isinstance(answer, Tensor):
-        return Fault(method, "answer", f"it returned a {type(answer).__name__} ({answer!r}), not {what}")
+        shown = "None" if answer is None else f"{kind_of(answer)} ({answer!r})"
+        return Fault(method, "answer", f"it returned {shown}, not {what}")
     if answer.shape != (batch,):
         return Fault(method, "answer", f"it returned shape {list(answer.shape)} for a batch of {batch}, not {what}")
     if method == "extend":

@@ -36,6 +36,7 @@ class Batch:
         order: requests in the batch. together: their state. alone: state of each request by itself.
         compared: decisions and states. drawn: decisions that drew and differed. sampled: of these, method and request
             that were asked many times.
+        cut: lengths to which drafts were cut for the question at hand.
         copies: whether the policy can be copied. why: it cannot.
     """
 
@@ -46,6 +47,7 @@ class Batch:
         self.alone: dict[int, State] = {}
         self.place = dict.fromkeys(range(len(found)), 0)
         self.time, self.compared, self.drawn = 0, 0, 0
+        self.cut: list[int] | None = None
         self.sampled: set[tuple[str, int]] = set()
         self.copies, self.why = True, ""
 
@@ -115,6 +117,28 @@ class Batch:
                 self._decide("extend", draft.first(count), begun)
         if overrides(self.policy, "truncate"):
             self._decide("truncate", draft, alone)
+            self._cut_short(turns)
+
+    def _cut_short(self, turns: Sequence[Turn]) -> None:
+        """Ask `truncate` about drafts of unlike lengths, so that there is padding even where `select` is constant.
+
+        Policy and states are copies, which then are dropped: these drafts are not those that the steps tell of.
+        """
+        together = self._twin()
+        if not self.copies:
+            return
+        short = [tapes.cut(turn, 1 + (place + self.time) % len(turns)) for place, turn in enumerate(turns)]
+        draft = tapes.drafts(short, tapes.contexts([turn.context for turn in turns], self.time))
+        if draft is None or draft.tokens.shape[1] == int(draft.draft_length.min()):
+            return
+        alone = [tapes.drafts([turn], tapes.contexts([turn.context], self.time)) for turn in short]
+        kept = self.policy, self.together, self.alone
+        self.policy, self.together = together, tapes.copied_state(self.together)
+        self.alone = {row: tapes.copied_state(state) for row, state in self.alone.items()}
+        self.cut = draft.draft_length.tolist()
+        self._decide("truncate", draft, alone)
+        self.cut = None
+        self.policy, self.together, self.alone = kept
 
     def _decide(self, method: str, given: Context | Draft, alone: Sequence[Context | Draft | None]) -> None:
         """Ask about the batch and about each request; None where it would not be asked alone."""
@@ -214,7 +238,10 @@ class Batch:
 
     def _batch(self, method: str, requests: Sequence[int] | None = None) -> str:
         listed = ", ".join(str(self.tapes[row]) for row in (self.order if requests is None else requests))
-        return f"called {self.name}.{method} for a batch (step {self.time + 1}, drafter {self.drafter}) of {listed}"
+        cut = f", the drafts cut to {self.cut} tokens" if self.cut and method == "truncate" else ""
+        return (
+            f"called {self.name}.{method} for a batch (step {self.time + 1}, drafter {self.drafter}) of {listed}{cut}"
+        )
 
     # Calls
 
@@ -239,7 +266,7 @@ class Batch:
         answer = self._call(policy, method, state, given, row=row)
         wrong = wrong_answer(method, answer, given, LARGEST)
         if wrong is not None:
-            self._failed(method, wrong.text, row)
+            self._failed(method, wrong.text, row, beyond=method == "truncate" and wrong.kind == "size")
         assert isinstance(answer, Tensor)
         return [int(number) for number in answer.tolist()], not torch.equal(before, generator.get_state())
 
@@ -251,13 +278,16 @@ class Batch:
         except Exception as error:
             self._failed(method, f"it raised {type(error).__name__}: {error}", row)
 
-    def _failed(self, method: str, text: str, row: int | None) -> None:
+    def _failed(self, method: str, text: str, row: int | None, *, beyond: bool = False) -> None:
+        """Args: beyond: it answered with a length that the draft does not have."""
         alone = "" if row is None else f"; then called it for request {self.tapes[row]} alone"
-        self.out.fail(
-            f"{self._batch(method)}{alone}",
-            f"{self.name}.{method} serves any number of requests at once: every tensor has a batch axis",
-            text,
-        )
+        expected = f"{self.name}.{method} serves any number of requests at once: every tensor has a batch axis"
+        if beyond:
+            expected = (
+                f"{self.name}.{method} verifies 0 .. draft.draft_length of each row, whatever lengths the others have"
+            )
+            text += ": beyond draft.draft_length is padding; use torch.minimum(answer, draft.draft_length)"
+        self.out.fail(f"{self._batch(method)}{alone}", expected, text)
         raise Stop
 
 

@@ -62,6 +62,7 @@ _CHECKS = (
     Check("mutation", "it changes nothing that it is handed but its own state"),
     Check("determinism", "the same seed and the same clock give the same decisions"),
     Check("rows", "what it decides for a request does not depend on the requests beside it"),
+    Check("overlap", "what it decides for a request does not depend on those that run at the same time"),
     Check("memory", "its memory across requests is plain JSON, and takes up where it left off"),
     Check("survival", "it survives the shortest prompts and outputs, and drafts of any length"),
     Check("timing", "how long a decision takes (for information; nothing is required)"),

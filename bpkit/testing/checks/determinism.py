@@ -43,6 +43,7 @@ def same_decisions(name: str, first: Run, second: Run, out: Findings) -> bool:
         f"decoded twice with {first}: two fresh policies, the same seed, every step priced by the same cost model",
         f"{name} decides the same both times: random numbers come from `context.generator`, time from `step.seconds`",
         f"{where} was {one} the first time and {other} the second",
+        drafter=first.drafter,
     )
     return False
 

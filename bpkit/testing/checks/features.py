@@ -51,4 +51,5 @@ def _missed(
         f"watched what {policy}.{method} reads, drafter {drafter}",
         f"features that `wants` declares ({declared}), where they are given",
         got,
+        drafter=drafter,
     )

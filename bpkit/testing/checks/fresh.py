@@ -32,6 +32,10 @@ class NoTrainer(PolicyError):
     """Fresh weights cannot be made, whatever the drafter."""
 
 
+class NoWeights(PolicyError):
+    """What makes weights failed: the policy's network or its trainer is at fault, not the drafter."""
+
+
 class FreshWeights:
     """Makes policies of one class with the first weights of their training, from a few traces of the tiny pair.
 
@@ -47,7 +51,11 @@ class FreshWeights:
         self._modules: dict[str, PolicyModule] = {}
 
     def policy(self, drafter: str) -> TrainedPolicy:
-        """A new policy with copies of the fresh weights. Raises PolicyError if there are none for this drafter."""
+        """A new policy with copies of the fresh weights.
+
+        Raises:
+            PolicyError: the drafter does not give what it is trained with. NoWeights: its own fault.
+        """
         kind = ASSISTANT if drafter == AGREEABLE else drafter  # the same shapes
         if kind not in self._modules:
             self._modules[kind] = self._prepared(kind)
@@ -70,15 +78,14 @@ class FreshWeights:
                 data = self._examples(module, drafter, wanted)
                 module.prepare(data)
                 module.calibrate(data)
-        except PolicyError:
-            raise
+        except PolicyError as error:
+            raise NoWeights(str(error)) from error
         except Exception as error:
-            raise PolicyError(
-                f"no fresh weights for policy {self.kind.__name__} with drafter {drafter}: examples, prepare or "
-                f"calibrate of {trainer.__name__} raised {type(error).__name__}: {error}"
+            raise NoWeights(
+                f"examples, prepare or calibrate of {trainer.__name__} raised {type(error).__name__}: {error}"
             ) from error
         if not len(module.networks):
-            raise PolicyError(f"{trainer.__name__}.prepare left self.networks empty: set it from policy.build(facts)")
+            raise NoWeights(f"{trainer.__name__}.prepare left self.networks empty: set it from policy.build(facts)")
         return module
 
     def _examples(self, module: PolicyModule, drafter: str, wanted: frozenset[Feature]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bpkit.testing.checks.answers import Fault
 from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.runs import Run, difference
 from bpkit.testing.checks.stage import Plain, stage
@@ -11,17 +10,15 @@ from bpkit.testing.checks.subject import Subject
 
 def lossless(subject: Subject, out: Findings) -> None:
     """Compare the usual runs with plain decoding. Decisions out of range and undeclared features are other checks'."""
-    told: dict[Fault, list[str]] = {}
     for run, fault in subject.faults:
-        if fault.kind in ("raised", "answer"):
-            told.setdefault(fault, []).append(str(run))
-    for fault, runs in told.items():
-        done = "bound the policy to a decoder" if fault.method == "bind" else f"decoded with {runs[0]}"
-        also = f" (and in {len(runs) - 1} more)" if len(runs) > 1 else ""
+        if fault.kind not in ("raised", "answer"):
+            continue
+        done = "bound the policy to a decoder" if fault.method == "bind" else f"decoded with {run}"
         out.fail(
-            f"{done}{also}, faults of the policy being errors",
+            f"{done}, faults of the policy being errors",
             f"{subject.name}.{fault.method} returns what the Policy protocol says",
             f"{fault.text}; in use the runtime would overrule it, warn, and decode at another speed than intended",
+            drafter=run.drafter,
         )
     ended = [run for runs in subject.usual.values() for run in runs if run.tokens is not None]
     for run in ended:
@@ -52,6 +49,7 @@ def compare_with_plain(name: str, run: Run, plain: Plain, out: Findings, *, exac
         f"the {len(plain.tokens)} tokens of plain decoding (`fixed:1`), with {_around(plain.tokens, place)} from token "
         f"{place} on",
         f"{len(run.tokens)} tokens, with {_around(run.tokens, place)} from there on",
+        drafter=run.drafter,
     )
 
 

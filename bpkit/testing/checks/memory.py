@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from bpkit.runtime.guard import kind_of
 from bpkit.testing.checks.determinism import first_difference
 from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.runs import Player
@@ -47,7 +48,7 @@ def _saved(name: str, player: Player, did: str, out: Findings) -> dict[str, Any]
     try:
         saved = player.policy.state_dict()
         if not isinstance(saved, dict):
-            out.fail(done, expected, f"it returned a {type(saved).__name__}")
+            out.fail(done, expected, f"it returned {kind_of(saved)}")
             return None
         read: dict[str, Any] = json.loads(json.dumps(saved, allow_nan=False))
     except Exception as error:

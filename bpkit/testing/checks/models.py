@@ -17,7 +17,7 @@ from bpkit.testing.checks.lossless import compare_with_plain
 from bpkit.testing.checks.report import Findings, Result
 from bpkit.testing.checks.runs import Run
 from bpkit.testing.checks.stage import Case, plainly
-from bpkit.testing.checks.timing import medians, micro
+from bpkit.testing.checks.timing import medians, micro, note_slow
 from bpkit.testing.checks.witness import Witness
 
 NAME, SUMMARY = "models", "lossless with the models that were named, and what a decision takes beside their steps"
@@ -68,6 +68,7 @@ def check_models(
             progress()
     if steps:
         out.note(f"{medians(runs)}; a step under this policy takes {micro(median(steps))} without its decisions")
+        note_slow(runs, median(steps), out)
     out.said = (
         f"{len(runs)} generations, {sum(len(run.tokens or ()) for run in runs)} tokens, target {checked.spec.target}, "
         f"drafter {checked.spec.drafter}"

@@ -16,6 +16,7 @@ def mutation(subject: Subject, out: Findings) -> None:
                 f"called {subject.name}.{change.method} while decoding, drafter {drafter}",
                 "contexts, drafts and steps stay as they were: they are the runtime's, `state` alone is the policy's",
                 f"{change.what} was {change.before} and is {change.after}: work on a copy (`.clone()`)",
+                drafter=drafter,
             )
     if not calls:
         raise Skip("no method of the policy was ever called; mend the other failures first")

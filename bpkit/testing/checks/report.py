@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 State = Literal["passed", "failed", "skipped"]
 SHOWN = 5
-"""Failures of one check that a report keeps; more would say the same again."""
+"""Mistakes that a report tells of for one check; more would hide the first ones."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,17 @@ class Failure:
         did: what the check did, with drafter, prompt and step.
         expected: what should have come of it.
         got: what the policy did instead, and how to mend it where that is known.
+        also: where else the same was found, if anywhere.
     """
 
     did: str
     expected: str
     got: str
+    also: str = ""
 
     def __str__(self) -> str:
-        return f"what was done:   {self.did}\nexpected:        {self.expected}\nwhat happened:   {self.got}"
+        text = f"what was done:   {self.did}\nexpected:        {self.expected}\nwhat happened:   {self.got}"
+        return f"{text}\nalso:            {self.also}" if self.also else text
 
 
 @dataclass(frozen=True)
@@ -118,24 +122,62 @@ class Skip(Exception):
     """A check does not apply; the message says why."""
 
 
+def gist(text: str) -> str:
+    """A text without its numbers: what one mistake says of two prompts has the same.
+
+    >>> gist("it returned [2.5, 3], above 16") == gist("it returned [4], above 8")
+    True
+    >>> gist("was [[0.5, 1e-05... and") == gist("was [[0.5]] and")
+    True
+    """
+    without_lists = re.sub(r"\[(?:[-+\d., \[\]]|e[-+]\d|nan|inf)*", "[#]", text)
+    return re.sub(r"-?\d+(\.\d+)?", "#", without_lists)
+
+
+@dataclass
+class _Mistake:
+    """A failure, how often it was found, and the drafter of each time that named one."""
+
+    failure: Failure
+    times: int = 0
+    drafters: list[str] = field(default_factory=list)
+
+    def told(self) -> Failure:
+        """Once, with all that is known of the other times."""
+        others = list(dict.fromkeys(name for name in self.drafters if name != self.drafters[0]))
+        more = self.times - 1 - len(others)
+        parts = [f"drafter{'s' if len(others) > 1 else ''} {', '.join(others)}"] if others else []
+        if more:
+            parts.append("once more" if more == 1 else f"{more} times more")
+        if not parts:
+            return self.failure
+        said = f"with {', and '.join(parts)}" if others else parts[0]
+        return replace(self.failure, also=f"the same {said}")
+
+
 class Findings:
-    """Where a check writes what it finds. The first failures are kept, and equal ones once."""
+    """Where a check writes what it finds. Failures that differ in numbers alone are one, told as it was first met."""
 
     def __init__(self) -> None:
-        self.failures: list[Failure] = []
         self.notes: list[str] = []
         self.said = ""
-        self._more = 0
+        self._mistakes: dict[tuple[str, str], _Mistake] = {}
 
-    def fail(self, did: str, expected: str, got: str) -> None:
-        """The policy does something wrong."""
-        failure = Failure(did, expected, got)
-        if failure in self.failures:
-            return
-        if len(self.failures) < SHOWN:
-            self.failures.append(failure)
-        else:
-            self._more += 1
+    @property
+    def failures(self) -> list[Failure]:
+        """One for each mistake."""
+        return [mistake.told() for mistake in self._mistakes.values()]
+
+    def fail(self, did: str, expected: str, got: str, *, drafter: str = "") -> None:
+        """The policy does something wrong.
+
+        Args:
+            drafter: with which it was found, where it may be found with others as well.
+        """
+        mistake = self._mistakes.setdefault((gist(expected), gist(got)), _Mistake(Failure(did, expected, got)))
+        mistake.times += 1
+        if drafter:
+            mistake.drafters.append(drafter)
 
     def note(self, text: str) -> None:
         """Something worth knowing that is no failure."""
@@ -144,9 +186,11 @@ class Findings:
 
     def result(self, name: str, summary: str, seconds: float, skipped: str | None = None) -> Result:
         """What was found, as a whole."""
-        notes = [*self.notes, f"{self._more} more failures of this kind"] if self._more else self.notes
-        state: State = "failed" if self.failures else "passed"
+        failures, notes = self.failures[:SHOWN], self.notes
+        if len(self._mistakes) > SHOWN:
+            notes = [*notes, f"{len(self._mistakes) - SHOWN} more failures, which may be of the same cause"]
+        state: State = "failed" if failures else "passed"
         said = self.said
-        if skipped is not None and not self.failures:
+        if skipped is not None and not failures:
             state, said = "skipped", skipped
-        return Result(name, summary, state, said, tuple(self.failures), tuple(notes), seconds)
+        return Result(name, summary, state, said, tuple(failures), tuple(notes), seconds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from bpkit.policy import Policy
@@ -63,13 +65,41 @@ class Player:
         try:
             made = self.decoder.generate(case.prompt, **case.options())
             run.tokens = tuple(made.tokens[0].tolist())
-        except PolicyFault as error:
-            run.fault = self.witness.fault or Fault("a method", "raised", str(error))
-        except Exception as error:  # the policy left something behind that the runtime stumbled over
-            text = f"decoding ended with {type(error).__name__}: {error}"
-            run.fault = self.witness.fault or Fault("a method", "raised", text)
+        except Exception as error:
+            run.fault = self._fault(error)
         run.calls = self.witness.take()
         return run
+
+    def play_in_turn(self, cases: Sequence[Case], after: Callable[[], None]) -> list[Run]:
+        """Decode several requests at the same time, a record of each in turn; the first fault ends them all.
+
+        Args:
+            after: is called after every record.
+        """
+        seed_everything(0)
+        runs = [Run(self.drafter, case) for case in cases]
+        with ExitStack() as opened:
+            going = [opened.enter_context(self.decoder.run(case.prompt, **case.options())) for case in cases]
+            turns = list(zip(runs, going, strict=True))
+            while turns:
+                for run, records in tuple(turns):
+                    try:
+                        if next(records, None) is None:
+                            turns.remove((run, records))
+                    except Exception as error:
+                        run.fault = self._fault(error)
+                    run.calls += self.witness.take()
+                    after()
+                    if run.fault is not None:
+                        return runs
+        return runs
+
+    def _fault(self, error: Exception) -> Fault:
+        """What the witness saw, else what the runtime says."""
+        text = str(error)
+        if not isinstance(error, PolicyFault):  # the policy left something behind that the runtime stumbled over
+            text = f"decoding ended with {type(error).__name__}: {error}"
+        return self.witness.fault or Fault("a method", "raised", text)
 
 
 def difference(tokens: tuple[int, ...], plain: Plain) -> tuple[int, bool] | None:

@@ -21,6 +21,7 @@ def sizes(subject: Subject, out: Findings) -> None:
                 f"{stage().drafters[run.drafter].trained_block_size})",
                 _EXPECTED[fault.method],
                 fault.text,
+                drafter=run.drafter,
             )
     found: dict[str, set[int]] = {"select": set(), "truncate": set()}
     for runs in subject.usual.values():

@@ -9,8 +9,8 @@ from functools import cached_property
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry import PolicyLike, resolve_policy
 from bpkit.testing.checks.answers import Fault
-from bpkit.testing.checks.fresh import FreshWeights, NoTrainer
-from bpkit.testing.checks.report import Skip
+from bpkit.testing.checks.fresh import FreshWeights, NoTrainer, NoWeights
+from bpkit.testing.checks.report import Skip, gist
 from bpkit.testing.checks.runs import Player, Run
 from bpkit.testing.checks.stage import ASSISTANT, PROMPTS, USUAL, Case, stage
 from bpkit.trained import TrainedPolicy
@@ -40,13 +40,10 @@ class Subject:
         self._weights = FreshWeights(first) if isinstance(first, TrainedPolicy) else None
         self.left_out: dict[str, str] = {}
         self.unbound: dict[str, Fault] = {}
+        self._without_weights: set[str] = set()
         self.drafters = [drafter for drafter in USUAL if self._serves(drafter)]
         if not self.drafters:
-            reasons = "; ".join(f"{drafter}: {why}" for drafter, why in self.left_out.items())
-            raise PolicyError(
-                f"policy {self.name} cannot be checked on the tiny pair, no drafter serves it: {reasons}. With the "
-                "models that it is for: `bpkit check POLICY --shipped`, or --target and --drafter"
-            )
+            raise self._unserved()
 
     @property
     def served(self) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
@@ -113,10 +110,29 @@ class Subject:
             raise
         except PolicyError as error:
             self.left_out[drafter] = str(error)
+            if isinstance(error, NoWeights):
+                self._without_weights.add(drafter)
             return False
         except Exception as error:
             self.unbound[drafter] = Fault("bind", "raised", f"it raised {type(error).__name__}: {error}")
         return True
+
+    def _unserved(self) -> PolicyError:
+        """Why nothing can be checked, each reason once."""
+        groups: dict[str, list[str]] = {}
+        for drafter, why in self.left_out.items():
+            groups.setdefault(gist(why), []).append(drafter)
+        first = {drafters[0]: ", ".join(drafters) for drafters in groups.values()}
+        if self._without_weights == set(self.left_out):
+            causes = "; ".join(self.left_out[drafter] for drafter in first)
+            return PolicyError(
+                f"policy {self.name} cannot be checked, because no weights for the tiny pair can be made: {causes}"
+            )
+        reasons = "; ".join(f"{drafters}: {self.left_out[drafter]}" for drafter, drafters in first.items())
+        return PolicyError(
+            f"policy {self.name} cannot be checked on the tiny pair, no drafter serves it: {reasons}. With the "
+            "models that it is for: `bpkit check POLICY --shipped`, or --target and --drafter"
+        )
 
 
 def _maker(policy: PolicyToCheck) -> Callable[[], Policy]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bpkit.policy import State
+from bpkit.runtime.guard import kind_of
 from bpkit.testing.checks.runs import Run
 from bpkit.testing.checks.stage import short
-from bpkit.types import Context, Draft, Seconds, Step
+from bpkit.types import BLOCK_DIFFUSION, Context, Draft, Seconds, Step
 
 FILL = 1
 """What stands in the padding of a batch: a probability that tempts a policy to trust positions that are not there."""
@@ -86,6 +87,20 @@ def drafts(rows: Sequence[Turn], context: Context) -> Draft | None:
     )
 
 
+def cut(turn: Turn, length: int) -> Turn:
+    """A turn whose draft has no more than so many tokens.
+
+    A block of a block-diffusion drafter is then a smaller one, as `select` may ask for in another row. Others propose
+    fewer tokens than the block has room for.
+    """
+    if turn.draft is None or turn.draft.tokens.shape[1] <= length:
+        return turn
+    draft = turn.draft.first(length)
+    if draft.context.spec.drafter_kind == BLOCK_DIFFUSION:
+        draft = dataclasses.replace(draft, block_size=draft.draft_length + 1)
+    return dataclasses.replace(turn, draft=draft)
+
+
 def steps(rows: Sequence[Step], seconds: Seconds) -> Step:
     """One step of several that took so long together."""
     width = max(row.tokens.shape[1] for row in rows)
@@ -135,10 +150,10 @@ def joined_states(one: State, other: State) -> State:
 def bad_state(state: object, rows: int) -> str | None:
     """What keeps a state from being moved row by row."""
     if not isinstance(state, dict):
-        return f"the state is a {type(state).__name__}, not a dict of tensors"
+        return f"the state is {kind_of(state)}, not a dict of tensors"
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            return f"state[{name!r}] is a {type(value).__name__}, not a tensor: the runtime cannot move rows of it"
+            return f"state[{name!r}] is {kind_of(value)}, not a tensor: the runtime cannot move rows of it"
         if value.ndim == 0 or value.shape[0] != rows:
             return f"state[{name!r}] has shape {list(value.shape)} for {rows} requests: the batch axis comes first"
     return None

@@ -20,6 +20,7 @@ def timing(subject: Subject, out: Findings) -> None:
     step = _step_seconds(drafter)
     text = medians(runs)
     out.said = f"{text}; a step of the tiny pair takes {micro(step)}"
+    note_slow(runs, step, out)
     out.note(
         f"medians of {sum(len(run.calls) for run in runs)} calls, drafter {drafter}. Steps of real models take longer "
         "than those of the tiny pair: see a decision beside yours with `bpkit check --target ... --drafter ...`, or "
@@ -28,12 +29,27 @@ def timing(subject: Subject, out: Findings) -> None:
 
 
 def medians(runs: list[Run]) -> str:
-    """Of every method that decides."""
+    """Of every method that decides, as text."""
+    return ", ".join(f"{method} {micro(seconds)}" for method, seconds in _medians(runs).items())
+
+
+def note_slow(runs: list[Run], step: float, out: Findings) -> None:
+    """Say which decisions take longer than a step, which is `step` seconds."""
+    for method, seconds in _medians(runs).items():
+        if seconds > step:
+            out.note(
+                f"a call of `{method}` takes longer than a whole step: {micro(seconds)}, and a step {micro(step)} "
+                "without it. What it saves must pay for that"
+            )
+
+
+def _medians(runs: list[Run]) -> dict[str, float]:
+    """Seconds of every method that decides."""
     found: dict[str, list[float]] = {}
     for run in runs:
         for call in run.calls:
             found.setdefault(call.method, []).append(call.seconds)
-    return ", ".join(f"{method} {micro(median(found[method]))}" for method in DECIDING if method in found)
+    return {method: median(found[method]) for method in DECIDING if method in found}
 
 
 def micro(seconds: float) -> str:
