@@ -265,3 +265,24 @@ def _agree(rows: list[tuple[str, ...]], file: str) -> None:
         ratios = [f"{found[cost]['tokens_per_second_ratio']['value']:.3f}" for cost in found]
         assert ratios == [measured, linear, flat], name
         assert round(100 * found["measured"]["gap_share"]["value"]) == int(share), name
+
+
+def test_the_afternoon_on_the_page_is_the_one_that_was_measured() -> None:
+    folder = ROOT / "docs" / "benchmarks"
+    page = (folder / "README.md").read_text(encoding="utf-8").partition("## The policy author's afternoon")[2]
+    record = json.loads((folder / "afternoon.json").read_text(encoding="utf-8"))
+    shown = re.findall(
+        r"^\| ([\w ]+) \| (?:`([^`]+)`|write `([^`]+)`: \*\*(\d+) lines\*\*) \|(?: ([\d.]+))? ?\|$", page, re.MULTILINE
+    )
+    measured = [
+        (
+            step["part"],
+            step.get("command", ""),
+            step.get("wrote", ""),
+            str(step.get("lines", "")),
+            str(step.get("seconds", "")),
+        )
+        for step in record["steps"]
+    ]
+    assert shown == measured
+    assert all(step["lines"] <= 10 for step in record["steps"] if "lines" in step)

@@ -67,7 +67,8 @@ class Afternoon(Road):
     def run(self, what: str, *command: str, inside: Path = WORK) -> None:
         """A step by the clock."""
         self.step(what, *command, inside=inside)
-        self.steps.append({"part": self.kind, "command": " ".join(command), "seconds": round(self.seconds[what], 1)})
+        typed = " ".join(command).replace(PROMPT, f'"{PROMPT.strip()}"')
+        self.steps.append({"part": self.kind, "command": typed, "seconds": round(self.seconds[what], 1)})
 
 
 def lines_of(text: str) -> int:
