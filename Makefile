@@ -14,6 +14,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first, by itself: with a range to choose from, pip may fetch another build of it
 	$(BIN)/pip install --quiet -c constraints.txt torch
+	# the name of earlier copies, whose metadata would register every plug-in again
+	$(BIN)/pip uninstall -qq --yes bpkit
+	rm -rf bpkit.egg-info
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -35,7 +38,7 @@ build/runtimes/.ready: $(addprefix tests/runtimes/,install.sh package.json requi
 
 packages: build/packages/.ready  ## try what `bpkit new` makes, in an environment of its own with bpkit as a wheel
 	PYTHON=build/packages/venv/bin/python sh tests/packages/wheel.sh
-	build/packages/venv/bin/pip install --quiet --force-reinstall --no-deps build/packages/wheels/bpkit-*.whl
+	build/packages/venv/bin/pip install --quiet --force-reinstall --no-deps build/packages/wheels/*.whl
 	build/packages/venv/bin/python tests/packages/try_packages.py
 
 afternoon: build/packages/.ready  ## the road of a policy's author by the clock; writes docs/benchmarks/afternoon.json

@@ -18,10 +18,11 @@ from pydantic import BaseModel
 
 from bpkit import hookspecs
 from bpkit.class_file import module_of_file, names_file
+from bpkit.distribution import DISTRIBUTION
 from bpkit.plugin_choice import NO_AUTOLOAD, OPTION, Choice
 from bpkit.policy import PolicyError
 
-GROUP, OURS = "bpkit", "bpkit"
+GROUP, OURS = "bpkit", DISTRIBUTION
 """The group of entry points, and the distribution whose plug-ins come with bpkit."""
 HOOK_OF = {
     "policy": "bpkit_register_policies",
@@ -149,11 +150,21 @@ def build(points: Sequence[EntryPoint] | None = None, choice: Choice | None = No
 def _installed(points: Sequence[EntryPoint]) -> Iterator[Plugin]:
     """A plug-in for each entry point, in the order of their names. The second of a name is called after its dist."""
     taken: set[str] = set()
-    for point in sorted(points, key=lambda p: (p.name, p.dist.name if p.dist else "")):
+    seen: set[tuple[str, str]] = set()
+    for point in sorted(points, key=_place):
+        if (point.name, point.value) in seen:
+            continue  # one module under one name: metadata of a distribution that was renamed and not uninstalled
+        seen.add((point.name, point.value))
         distribution, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
         name = f"{distribution}:{point.name}" if point.name in taken else point.name
         taken.add(name)
         yield Plugin(name, point.value, point.load, distribution, version)
+
+
+def _place(point: EntryPoint) -> tuple[str, bool, str]:
+    """By name; of one name, the plug-in that comes with bpkit first."""
+    distribution = point.dist.name if point.dist else ""
+    return point.name, distribution != OURS, distribution
 
 
 def _named_modules(choice: Choice, installed: Sequence[Plugin]) -> Iterator[Plugin]:

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bpkit import __version__
+from bpkit.distribution import DISTRIBUTION, install_command
 
 State = Literal["ok", "missing", "warning", "broken"]
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 """Distributions that install one and the same package `onnxruntime`."""
+OTHER = "bpkit"
+"""On PyPI another project, whose package is called `bpkit`, too; earlier copies of this one had the name as well."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def _bpkit() -> Iterator[Finding]:
     from bpkit.registry import registry
 
     yield Finding("bpkit", "version", __version__)
+    yield _distribution()
     try:
         shipped("target"), shipped("drafter")
         yield Finding("bpkit", "shipped pair", "there")
@@ -136,6 +140,19 @@ def _bpkit() -> Iterator[Finding]:
         yield Finding("bpkit", f"plug-in {name}", reason, "broken", advice)
 
 
+def _distribution() -> Finding:
+    """Whether pip knows bpkit by its own name, and no other distribution lays claim to its files."""
+    version = installed(OTHER)
+    if version is not None:
+        reason = f"{OTHER!r} {version} is there, another project or an earlier copy: its files may have replaced ours"
+        advice = f"pip uninstall -y {OTHER}, then install {DISTRIBUTION} anew from its copy"
+        return Finding("bpkit", "distribution", reason, "warning", advice)
+    if installed(DISTRIBUTION) is None:
+        advice = "pip install -e . in the folder of its pyproject.toml"
+        return Finding("bpkit", "distribution", f"{DISTRIBUTION!r} is not installed", "broken", advice)
+    return Finding("bpkit", "distribution", DISTRIBUTION)
+
+
 def _packages() -> Iterator[Finding]:
     for name, extra in (("torch", ""), ("transformers", ""), ("lightning", "train"), ("onnx", "onnx")):
         yield _package(name, extra)
@@ -144,7 +161,7 @@ def _packages() -> Iterator[Finding]:
 def _package(name: str, extra: str) -> Finding:
     """Whether it can be imported. `extra`: of bpkit, that brings it; empty for what bpkit cannot do without."""
     version = installed(name)
-    how = f"pip install 'bpkit[{extra}]'" if extra else f"pip install --force-reinstall {name}"
+    how = install_command(extra) if extra else f"pip install --force-reinstall {name}"
     if version is None:
         return Finding("packages", name, "not installed", "missing" if extra else "broken", how)
     try:
@@ -174,7 +191,7 @@ def _onnxruntime() -> Iterator[Finding]:
     found = onnxruntime_distributions()
     said = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
-        yield Finding("onnxruntime", "distribution", "not installed", "missing", "pip install 'bpkit[onnx]'")
+        yield Finding("onnxruntime", "distribution", "not installed", "missing", install_command("onnx"))
         return
     if len(found) > 1:
         reason = f"{said}: they install the same files, and whichever came last overwrote the other"
@@ -188,7 +205,7 @@ def _onnxruntime() -> Iterator[Finding]:
 def reinstall(found: dict[str, str]) -> str:
     """Commands after which exactly one is installed: the one for CUDA, if there is a driver."""
     remove = f"pip uninstall -y {' '.join(found)}"
-    return f"{remove} && pip install 'bpkit[{'gpu' if shutil.which('nvidia-smi') else 'onnx'}]'"
+    return f"{remove} && {install_command('gpu' if shutil.which('nvidia-smi') else 'onnx')}"
 
 
 def _telemetry() -> Finding:
@@ -222,7 +239,7 @@ def _extras() -> Iterator[Finding]:
         if not lacking:
             yield Finding("extras", extra, "installed")
             continue
-        how = f"pip install 'bpkit[{extra}]'"
+        how = install_command(extra)
         if extra == "gpu" and installed("onnxruntime"):
             how = f"pip uninstall -y onnxruntime && {how}"
         yield Finding("extras", extra, f"lacks {', '.join(lacking)}", "missing", how)

@@ -7,6 +7,8 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from bpkit.distribution import DISTRIBUTION
+
 INSTEAD = {"onnxruntime": "onnxruntime-gpu"}
 """Does as well, and must not be installed beside it."""
 _FOR_AUTHORS = "dev"
@@ -14,7 +16,7 @@ _FOR_AUTHORS = "dev"
 
 def extras() -> list[str]:
     """Names, without those for whoever works on bpkit itself."""
-    found = metadata.metadata("bpkit").get_all("Provides-Extra") or []
+    found = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     return [str(name) for name in found if name != _FOR_AUTHORS]
 
 
@@ -30,12 +32,12 @@ def missing(extra: str) -> list[str]:
 def _of_extra(extra: str, seen: set[str]) -> list[Requirement]:
     seen.add(extra)
     found: list[Requirement] = []
-    for text in metadata.requires("bpkit") or []:
+    for text in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
         marker = requirement.marker
         if marker is None or not marker.evaluate({"extra": extra}):
             continue
-        if canonicalize_name(requirement.name) == "bpkit":
+        if canonicalize_name(requirement.name) == DISTRIBUTION:
             for other in sorted(requirement.extras - seen):
                 found += _of_extra(other, seen)
         else:

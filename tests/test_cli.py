@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from bpkit import __version__
 from bpkit.cli import generate as generate_command
 from bpkit.cli import main, models
+from bpkit.distribution import DISTRIBUTION
 from bpkit.hookspecs import hookimpl
 from bpkit.policy import PolicyError
 from bpkit.registry import Registry, build
@@ -92,13 +93,13 @@ def test_policies_as_json_hold_options_defaults_and_origin(run: Run) -> None:
     assert fixed["options"]["block_size"]["default"] is None
     assert "anchor included" in fixed["options"]["block_size"]["description"]
     assert fixed["summary"]
-    assert fixed["distribution"] == "bpkit"
+    assert fixed["distribution"] == DISTRIBUTION
 
 
 def test_tables_are_plain_text_without_a_terminal(run: Run) -> None:
     shown = run("policies").stdout + run("drafters").stdout + run("policies", "threshold").stdout
     assert "\x1b" not in shown
-    for word in ("threshold=", "ngram", "block-diffusion", "bpkit"):
+    for word in ("threshold=", "ngram", "block-diffusion", DISTRIBUTION):
         assert word in shown
 
 
@@ -348,7 +349,7 @@ def test_training_without_lightning_says_how_to_get_it(
     for arguments in (["target"], ["drafter", "--target", "somewhere"]):
         result = run("train", *arguments, "--out", str(tmp_path))
         assert result.exit_code == 1
-        assert "pip install 'bpkit[train]'" in paragraph(result)
+        assert "pip install 'block-policy-kit[train]'" in paragraph(result)
 
 
 def test_the_defaults_shown_are_those_of_the_recipes() -> None:

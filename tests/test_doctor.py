@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from bpkit import doctor, extras
 from bpkit.cli.main import build_app
+from bpkit.distribution import DISTRIBUTION
 from bpkit.doctor import Finding, as_json, broken, examine, onnxruntime_distributions, reinstall
 
 Versions = dict[str, str]
@@ -80,11 +81,13 @@ def test_both_distributions_are_a_warning_with_the_commands(runtimes: Any, monke
     found = runtimes(both, runtime(CPU))
     assert found["distribution"].state == "warning"
     assert "onnxruntime 1.31.1, onnxruntime-gpu 1.30.0" in found["distribution"].value
-    assert found["distribution"].advice == ("pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'bpkit[onnx]'")
+    assert found["distribution"].advice == (
+        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'block-policy-kit[onnx]'"
+    )
     assert found["providers"].state == "warning"  # the other one overwrote it
     assert not broken(list(found.values()))
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert reinstall(both).endswith("pip install 'bpkit[gpu]'")
+    assert reinstall(both).endswith("pip install 'block-policy-kit[gpu]'")
 
 
 def test_both_are_found_by_their_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +109,7 @@ def test_what_an_uninstallation_left_behind_is_broken(runtimes: Any) -> None:
 def test_no_distribution_is_no_fault(runtimes: Any) -> None:
     found = runtimes({}, None)
     assert [finding.state for finding in found.values()] == ["missing"]
-    assert found["distribution"].advice == "pip install 'bpkit[onnx]'"
+    assert found["distribution"].advice == "pip install 'block-policy-kit[onnx]'"
 
 
 def test_a_runtime_for_cuda_without_its_provider_is_a_warning(runtimes: Any) -> None:
@@ -128,7 +131,7 @@ def test_a_package_that_cannot_be_imported_is_broken(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor, "installed", lambda name: None)
     assert doctor._package("torch", "").state == "broken"
     assert doctor._package("lightning", "train") == Finding(
-        "packages", "lightning", "not installed", "missing", "pip install 'bpkit[train]'"
+        "packages", "lightning", "not installed", "missing", "pip install 'block-policy-kit[train]'"
     )
 
 
@@ -142,13 +145,32 @@ def test_a_plugin_that_fails_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["plug-in strange"].state == "broken"
 
 
+@pytest.mark.parametrize(
+    ("have", "state", "advice"),
+    [
+        ({DISTRIBUTION: "0.1.0"}, "ok", ""),
+        ({DISTRIBUTION: "0.1.0", "bpkit": "0.0.7"}, "warning", "pip uninstall -y bpkit, then install block-policy-kit"),
+        ({"bpkit": "0.1.0"}, "warning", "pip uninstall -y bpkit, then install block-policy-kit"),  # an earlier copy
+        ({}, "broken", "pip install -e ."),
+    ],
+)
+def test_the_distribution_of_the_other_project_is_told_from_ours(
+    monkeypatch: pytest.MonkeyPatch, have: Versions, state: str, advice: str
+) -> None:
+    monkeypatch.setattr(doctor, "installed", have.get)
+    found = next(finding for finding in doctor._bpkit() if finding.name == "distribution")
+    assert found.state == state
+    assert found.advice.startswith(advice)
+    assert bool(found.advice) == (state != "ok")
+
+
 def test_extras_name_what_they_lack_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = [
         "numpy>=1",
         'lightning>=2.5; extra == "train"',
         'onnxruntime>=1.20; extra == "onnx"',
         'onnxruntime-gpu[cuda]>=1.20; extra == "gpu"',
-        'bpkit[onnx,train]; extra == "export"',
+        'block-policy-kit[onnx,train]; extra == "export"',
         'pytest; extra == "dev"',
     ]
     have = {"numpy": "2.0", "lightning": "2.4", "onnxruntime": "1.31.1"}
@@ -166,9 +188,9 @@ def test_extras_name_what_they_lack_and_how_to_get_it(monkeypatch: pytest.Monkey
     assert set(found) == {"train", "onnx", "gpu", "export"}
     assert found["onnx"].value == "installed"
     assert found["train"].value == "lacks lightning>=2.5"
-    assert found["train"].advice == "pip install 'bpkit[train]'"
+    assert found["train"].advice == "pip install 'block-policy-kit[train]'"
     assert found["export"].value == "lacks lightning>=2.5"
-    assert found["gpu"].advice == "pip uninstall -y onnxruntime && pip install 'bpkit[gpu]'"
+    assert found["gpu"].advice == "pip uninstall -y onnxruntime && pip install 'block-policy-kit[gpu]'"
     del have["onnxruntime"]
     have["onnxruntime-gpu"] = "1.31.1"
     assert extras.missing("onnx") == extras.missing("gpu") == []

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import bpkit
 from bpkit.cli import main
+from bpkit.distribution import DISTRIBUTION
 from bpkit.policy import Policy, PolicyConfig
 from bpkit.registry import build, registry, resolve_policy
 from bpkit.scaffold import Kind, Names, ScaffoldError, render, write_folder
@@ -144,12 +145,15 @@ def test_metadata_names_the_oldest_bpkit_and_extras_that_exist(kind: Kind) -> No
     assert metadata["name"] == "my-policy"
     assert metadata["description"] == "Does things."
     assert metadata["authors"] == [{"name": "Ada"}]
-    assert metadata["dependencies"] == [f"bpkit>={bpkit.__version__}"]
+    assert metadata["dependencies"] == [f"{DISTRIBUTION}>={bpkit.__version__}"]
     ours = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (extras,) = re.findall(r"bpkit\[(.*?)\]", str(metadata["optional-dependencies"]["test"]))
+    (extras,) = re.findall(rf"{DISTRIBUTION}\[(.*?)\]", str(metadata["optional-dependencies"]["test"]))
     assert set(extras.split(",")) <= set(ours["optional-dependencies"])
     assert files["LICENSE"] == (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert "${{ matrix.python-version }}" in files[".github/workflows/test.yml"]
+    workflow = files[".github/workflows/test.yml"]
+    assert "${{ matrix.python-version }}" in workflow
+    assert f"BPKIT: {DISTRIBUTION} @ " in workflow
+    assert f"`{DISTRIBUTION}`" in files["README.md"]
 
 
 def test_the_page_on_publishing_has_the_lines_of_every_file() -> None:
@@ -259,10 +263,12 @@ def test_names_that_pip_or_python_would_not_take(name: str, complaint: str) -> N
     [
         ("json", "Python's own module 'json'"),
         ("torch", "a distribution 'torch' is installed"),
+        ("block-policy-kit", "a distribution 'block-policy-kit' is installed"),
+        ("bpkit", "a module 'bpkit' already, of block-policy-kit"),
         ("yaml", "a module 'yaml' already, of PyYAML"),
-        ("bpkit-threshold", "a module 'bpkit_threshold' already, of bpkit"),
-        ("bpkit-svip", "a policy 'svip' already, of 'bpkit'"),
-        ("svip", "a policy 'svip' already, of 'bpkit'"),
+        ("bpkit-threshold", "a module 'bpkit_threshold' already, of block-policy-kit"),
+        ("bpkit-svip", "a policy 'svip' already, of 'block-policy-kit'"),
+        ("svip", "a policy 'svip' already, of 'block-policy-kit'"),
     ],
 )
 def test_names_that_are_taken(name: str, complaint: str) -> None:

@@ -21,6 +21,7 @@ from bpkit import registry as registry_module
 from bpkit.cli import hooks as hooks_command
 from bpkit.cli import main
 from bpkit.discovery import HOOK_OF, hook_arguments
+from bpkit.distribution import DISTRIBUTION
 from bpkit.doctor import examine
 from bpkit.drafters.resolve import resolve_drafter
 from bpkit.plugin_choice import NO_AUTOLOAD, PLUGINS, choice_of, plugin_flags
@@ -118,7 +119,7 @@ def test_the_built_in_policies_and_drafters_come_through_entry_points_of_this_di
     assert set(known.observers) == {"jsonl", "prometheus"}
     assert known.failures == {}
     for entry in (*known.policies.values(), *known.drafters.values(), *known.observers.values()):
-        assert entry.distribution == "bpkit"
+        assert entry.distribution == DISTRIBUTION
         assert entry.summary.endswith(".")
 
 
@@ -142,6 +143,19 @@ def test_a_strangers_plug_in_is_found_beside_the_built_in_ones(plug_in: Callable
     assert (entry.plugin, entry.distribution, entry.summary) == ("stranger", "stranger_mine-dist", "One of mine.")
     made = entry.load()()
     assert repr(made) == "Mine(size=3, label='a')"
+
+
+def test_a_module_that_two_distributions_name_alike_is_one_plug_in_and_ours(
+    plug_in: Callable[..., EntryPoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = POLICY + registers("mine", "named_twice:Mine")
+    former = plug_in("named_twice", text, distribution="another")
+    now = plug_in("named_twice", text, distribution=DISTRIBUTION)
+    for points in ([former, now], [now, former]):
+        known = build(points)
+        assert [plugin.distribution for plugin in known.plugins.values()] == [DISTRIBUTION]
+        assert known.policies["mine"].distribution == DISTRIBUTION
+        assert (known.failures, known.conflicts) == ({}, {})
 
 
 def test_a_plug_in_may_register_a_factory_and_drafters(plug_in: Callable[..., EntryPoint]) -> None:
@@ -542,7 +556,11 @@ def test_the_doctor_names_what_is_claimed_twice_failed_or_left_out(
     monkeypatch.setattr(registry_module, "registry", lambda: known)
     found = {finding.name: finding for finding in examine() if finding.section == "bpkit"}
     assert found["plug-ins"].value == "claims_one, claims_two, works"
-    states = {name: finding.state for name, finding in found.items() if name not in ("version", "shipped pair")}
+    states = {
+        name: finding.state
+        for name, finding in found.items()
+        if name not in ("version", "distribution", "shipped pair")
+    }
     assert states == {
         "plug-ins": "ok", "policy mine": "broken", "plug-in crashes": "broken", "plug-in unwanted_one": "missing"
     }  # fmt: skip
@@ -605,7 +623,7 @@ def test_policies_as_json_say_what_is_trained_and_ships() -> None:
     }  # fmt: skip
     assert found["specdecpp"]["weights"] == ["specdecpp", "specdecpp-autoregressive"]
     assert found["fixed"]["weights"] == []
-    assert (found["fixed"]["distribution"], found["fixed"]["version"]) == ("bpkit", version("bpkit"))
+    assert (found["fixed"]["distribution"], found["fixed"]["version"]) == (DISTRIBUTION, version(DISTRIBUTION))
 
 
 def test_drafters_list_their_options(pair: TinyPair) -> None:

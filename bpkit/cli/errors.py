@@ -17,6 +17,7 @@ import typer
 
 from bpkit.cli.command import Group
 from bpkit.cli.terminal import say
+from bpkit.distribution import install_command
 
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 EXIT_CODES = (
@@ -133,7 +134,7 @@ def _said(error: BaseException) -> str:
 def require(module: str, *, extra: str, purpose: str) -> None:
     """Raise MissingExtra unless an optional dependency is installed."""
     if importlib.util.find_spec(module) is None:
-        raise MissingExtra(f"{purpose} needs {module}, which is not installed: pip install 'bpkit[{extra}]'")
+        raise MissingExtra(f"{purpose} needs {module}, which is not installed: {install_command(extra)}")
 
 
 class ExplainingGroup(Group):

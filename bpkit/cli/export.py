@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bpkit import __version__
 from bpkit.class_file import names_file
 from bpkit.cli import completion, options
 from bpkit.cli.errors import require, when_interrupted
@@ -250,7 +251,8 @@ def versions() -> dict[str, str]:
     """Of the packages that decide what is in the files."""
     from importlib.metadata import version
 
-    return {package: version(package) for package in ("bpkit", "torch", "onnx", "onnxscript", "onnxruntime")}
+    others = ("torch", "onnx", "onnxscript", "onnxruntime")
+    return {"bpkit": __version__, **{package: version(package) for package in others}}
 
 
 def report(found: ExportedPolicy, folder: Path) -> None:

@@ -20,15 +20,16 @@ from bpkit.cli import train_policy
 from bpkit.cli.command import Group, dressed
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.cli.terminal import say
+from bpkit.distribution import install_command
 from bpkit.training.trainable import refuse_untrainable, trainable_entries
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION
 
 if TYPE_CHECKING:
     from bpkit.training.run import RunOptions
 
-HELP = """Train a policy, a target or a drafter.
+HELP = f"""Train a policy, a target or a drafter.
 
-Needs `pip install 'bpkit[train]'`. A policy is trained on traces, `bpkit train POLICY TRACE --out FOLDER --cost COST`,
+Needs `{install_command("train")}`. A policy is trained on traces, `bpkit train POLICY TRACE --out FOLDER --cost COST`,
 and used as `--policy FOLDER`. POLICY is one of those below, with options if you like (`name:key=value`), or a class of
 yours, `./file.py:ClassName`. `bpkit train POLICY --help` lists the options.
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from bpkit.distribution import install_command
 from bpkit.export.operators import ALLOWED, BY_SHAPE
 from bpkit.export.schema import ExportedPolicy, Network, Tensor
 from bpkit.export.wire import scan
@@ -56,7 +57,7 @@ def _onnx() -> Any:
     try:
         import onnx
     except ImportError:
-        raise PolicyError("an exported policy needs onnx, which is not installed: pip install 'bpkit[onnx]'") from None
+        raise PolicyError(f"an exported policy needs onnx, which is not installed: {install_command('onnx')}") from None
     return onnx
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bpkit.distribution import install_command, requirement
 from bpkit.export import sandbox
 from bpkit.export.schema import Network, Tensor
 from bpkit.policy import PolicyError
@@ -232,8 +233,8 @@ def _homes(*packages: str) -> list[str]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise PolicyError(
-                f"an exported policy needs {package}, which is not installed: pip install 'bpkit[onnx]', or "
-                "'bpkit[gpu]' on CUDA"
+                f"an exported policy needs {package}, which is not installed: {install_command('onnx')}, or "
+                f"'{requirement('gpu')}' on CUDA"
             )
         found.append(str(Path(spec.origin).parent.parent))
     return list(dict.fromkeys(found))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bpkit.distribution import install_command, requirement
 from bpkit.export.sandbox import MEMORY, bound_arena, plain, session_options
 from bpkit.policy import PolicyError
 
@@ -127,7 +128,7 @@ def open_session(data: bytes, provider: str = "cpu") -> Session:
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise PolicyError(
             f"onnxruntime could not start CUDA and would compute on the CPU ({_installed()}): install the CUDA and "
-            "cuDNN versions that it was built for (`pip install 'bpkit[gpu]'`), or choose provider cpu"
+            f"cuDNN versions that it was built for (`{install_command('gpu')}`), or choose provider cpu"
         )
     session.disable_fallback()
     return Session(session, device, stream)
@@ -140,7 +141,8 @@ def _runtime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise PolicyError(
-            f"an exported policy needs onnxruntime ({error}): pip install 'bpkit[onnx]', or 'bpkit[gpu]' on CUDA"
+            f"an exported policy needs onnxruntime ({error}): {install_command('onnx')}, or "
+            f"'{requirement('gpu')}' on CUDA"
         ) from None
     onnxruntime.disable_telemetry_events()  # in case that someone else had imported it
     bound_arena(onnxruntime)
@@ -151,8 +153,8 @@ def _cuda(runtime: Any) -> tuple[str, Any, list[Any]]:
     """Device, stream of its own, and provider with options."""
     if PROVIDERS["cuda"] not in runtime.get_available_providers():
         raise PolicyError(
-            f"provider cuda is not in this onnxruntime ({_installed()}): pip uninstall {' '.join(_PACKAGES)}, then pip "
-            "install 'bpkit[gpu]'"
+            f"provider cuda is not in this onnxruntime ({_installed()}): pip uninstall {' '.join(_PACKAGES)}, then "
+            f"{install_command('gpu')}"
         )
     import torch
 

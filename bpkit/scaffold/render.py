@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from string import Template
 
 from bpkit import __version__
+from bpkit.distribution import DISTRIBUTION
 from bpkit.scaffold.kinds import EXTRAS, EXTRAS_FOR, SUMMARIES, Kind
 from bpkit.scaffold.names import Names, ScaffoldError
 
@@ -41,6 +42,7 @@ def render(names: Names, kind: Kind, *, summary: str | None = None, author: str 
         "Class": names.class_name,
         "summary": _sentence(_one_line(summary, "--summary", MAX_SUMMARY) if summary else SUMMARIES[kind]),
         "authors": f"[{{ name = {_quoted(_one_line(author, '--author', MAX_SUMMARY))} }}]" if author else "[]",
+        "bpkit_distribution": DISTRIBUTION,
         "bpkit_version": __version__,
         "extras": EXTRAS[kind],
         "extras_for": EXTRAS_FOR[kind],

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bpkit import __version__
 from bpkit.files import write_at_once
 
 
@@ -41,6 +42,7 @@ def write_provenance(
         "data": dict(data),
         "versions": {
             "python": platform.python_version(),
+            "bpkit": __version__,
             **{package: found for package in _PACKAGES if (found := _version(package)) is not None},
         },
         "git_revision": _revision(),
@@ -48,7 +50,7 @@ def write_provenance(
     write_at_once(out / name, json.dumps(facts, indent=2) + "\n")
 
 
-_PACKAGES = ("bpkit", "torch", "transformers", "lightning")
+_PACKAGES = ("torch", "transformers", "lightning")
 
 
 def _version(package: str) -> str | None:

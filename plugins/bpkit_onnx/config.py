@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from bpkit.distribution import requirement
 from bpkit.policy import PolicyConfig
 
 
@@ -16,7 +17,8 @@ class OnnxConfig(PolicyConfig):
         default=None, description="folder that `bpkit export` wrote, or the name of one that ships, as in onnx:forecast"
     )
     provider: Literal["cpu", "cuda"] = Field(
-        default="cpu", description="where it runs; cuda needs bpkit[gpu], and is never exchanged for the CPU silently"
+        default="cpu",
+        description=f"where it runs; cuda needs {requirement('gpu')}, and is never exchanged for the CPU silently",
     )
     allow_other_models: bool = Field(
         default=False, description="run it for models of other names than those that it was trained for"

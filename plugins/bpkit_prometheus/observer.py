@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from bpkit.distribution import install_command
 from bpkit.observers import Ending, ObservedRequest, Observer, ObserverConfig, ObserverError
 from bpkit.types import Prefill, Record, Step
 from bpkit_prometheus.config import PrometheusConfig
@@ -43,7 +44,7 @@ class Prometheus(Observer):
             from bpkit_prometheus.metrics import Metrics
         except ImportError as error:
             raise ObserverError(
-                f"observer 'prometheus' needs prometheus_client ({error}): pip install 'bpkit[prometheus]'"
+                f"observer 'prometheus' needs prometheus_client ({error}): {install_command('prometheus')}"
             ) from error
         if registry is None and self.config.port is None and self.config.textfile is None:
             raise ObserverError("observer 'prometheus': say where to read it: port=9464, or textfile=bpkit.prom")

@@ -8,4 +8,4 @@ into=build/packages
 $into/venv/bin/pip install --quiet -c constraints.txt torch
 PYTHON=$into/venv/bin/python sh tests/packages/wheel.sh
 # The extras of a trained policy; its tests train and export. The other packages need neither.
-$into/venv/bin/pip install --quiet -c constraints.txt "$(echo $into/wheels/bpkit-*.whl)[train,export]" pytest ruff
+$into/venv/bin/pip install --quiet -c constraints.txt "$(echo $into/wheels/*.whl)[train,export]" pytest ruff

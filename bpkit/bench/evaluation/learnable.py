@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.bench.resampling import central, resampled_sums
+from bpkit.distribution import install_command
 
 if TYPE_CHECKING:
     from bpkit.bench.wall_clock.measure import Progress
@@ -180,7 +181,9 @@ def _folds(x: Floats, folds: int, seed: int) -> Iterator[_Fold]:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise ImportError("The test needs scikit-learn, which is not installed: pip install 'bpkit[traces]'") from error
+        raise ImportError(
+            f"The test needs scikit-learn, which is not installed: {install_command('traces')}"
+        ) from error
     for train, test in KFold(folds, shuffle=True, random_state=seed).split(x):
         components = min(COMPONENTS, len(train) - 1, x.shape[1])
         reduce = make_pipeline(StandardScaler(), PCA(components, random_state=seed, svd_solver="full"))

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import cast
 
+from bpkit.distribution import install_command
 from bpkit.export.core import Exportable
 from bpkit.policy import Policy
 from bpkit.testing.checks.determinism import first_difference
@@ -27,7 +28,7 @@ def export(subject: Subject, out: Findings) -> None:
         raise Skip(f"{subject.name} defines no `export`, which says what its networks take and give")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise Skip(f"{', '.join(missing)} not installed: pip install 'bpkit[export]'")
+        raise Skip(f"{', '.join(missing)} not installed: {install_command('export')}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "exported"
         rows = _written(subject, policy, drafter, folder, out)
