@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,7 +111,7 @@ def finish(
         noise = GumbelNoise(SEED, STREAM, output.logits.shape[-1], ids.device).at(0, count + max(block_sizes))
         scores = processors(output.logits[:, length - 1 :], prompt, ids[:, length:])
         probabilities = scores[0].softmax(dim=-1)
-    reader = DraftReader(processors, noise, probabilities)
+    reader = DraftReader(processors, output.logits.shape[-1], noise, probabilities)
     return Finished(ids, length, features, reader, block_sizes, keep_hidden)
 
 
@@ -181,7 +182,8 @@ def check_against_live(
             assert int(drafts.draft_length[row, column]) == length
             assert drafts.tokens[row, column, :length].equal(proposal.tokens[0])
             assert (drafts.tokens[row, column, length:] == -1).all()
-            check_scores(drafts, finished, proposal, row, column)
+            if length > 0:
+                check_scores(drafts, finished, proposal, row, column)
             decided = finished.ids[0, finished.prompt_length + row + 1 :]
             compared = min(length, len(decided))
             same = drafts.tokens[row, column, :compared] == decided[:compared]
@@ -211,6 +213,7 @@ def check_scores(drafts: Drafts, finished: Finished, proposal: Proposal, row: in
     if target is None:
         assert chances.isnan().all()
         return
+    assert isinstance(target, Tensor)
     inside = min(length, len(target) - row - 1)
     assert chances[inside:].isnan().all()
     wanted = matches_by_the_formula(target[row + 1 : row + 1 + inside], proposal.scores[0, :inside].softmax(dim=-1))
@@ -298,7 +301,7 @@ def test_drafts_step_by_step_equal_the_live_drafts(
 def test_an_ngram_draft_does_not_look_ahead(pair: TinyPair) -> None:
     # The second half repeats the first, so that a store that saw it all would propose what comes.
     ids, processors = pair.ids("abcdefgh" * 2 + "abc"), Processors(LogitsProcessorList())
-    finished = Finished(ids, 2, None, DraftReader(processors, None, None), (2, 5))
+    finished = Finished(ids, 2, None, DraftReader(processors, len(pair.tokenizer), None, None), (2, 5))
     drafts = trace_step_by_step(NgramDrafter(), finished)
     assert drafts.draft_length[:6].sum() == 0
     # "abcdefgh a" is decided: what followed the first "a" is proposed, as far as it goes.
@@ -314,6 +317,29 @@ def test_rollouts_of_other_families_equal_their_own_drafts(pair: TinyPair, name:
     with torch.no_grad():
         assert Rollouts(drafter, finished).begin() == (name not in ("sliding window", "distance bias"))
     check_same(trace_rollouts(drafter, finished), trace_step_by_step(drafter, finished))
+
+
+def test_rollouts_of_a_narrower_vocabulary_equal_the_live_drafts(pair: TinyPair) -> None:
+    drafter = AutoregressiveDrafter(family("llama", len(pair.tokenizer) - 8), pair.target)
+    finished = finish(pair.target, drafter, pair.ids(PROMPT), SAMPLINGS[2])
+    with torch.no_grad():
+        assert Rollouts(drafter, finished).begin()
+    check_same(trace_rollouts(drafter, finished), trace_step_by_step(drafter, finished))
+
+
+def test_drafts_end_where_the_drafter_has_no_more_positions(pair: TinyPair) -> None:
+    prompt = pair.ids(PROMPT)
+    model = family("absolute positions", len(pair.tokenizer))
+    drafter = AutoregressiveDrafter(model, pair.target)
+    drafter.positions = prompt.shape[1] + 5
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        finished = finish(pair.target, drafter, prompt, SAMPLINGS[0])
+        drafts = trace_rollouts(drafter, finished)
+        check_against_live(drafts, finished, pair.target, drafter, SAMPLINGS[0])
+    assert any("positions" in str(warning.message) for warning in told)
+    assert drafts.draft_length[0].tolist() == [1, 2, 4, 5]
+    assert drafts.draft_length[-1].tolist() == [0, 0, 0, 0]
 
 
 class CountsPositions(Qwen3ForCausalLM):
@@ -359,7 +385,9 @@ def test_hidden_states_are_kept_only_where_wanted(pair: TinyPair) -> None:
 def test_outputs_of_one_and_two_tokens(pair: TinyPair, count: int) -> None:
     processors = Processors(LogitsProcessorList())
     ids = pair.ids(PROMPT)
-    finished = Finished(ids, ids.shape[1] - count, None, DraftReader(processors, None, None), (2, 4))
+    finished = Finished(
+        ids, ids.shape[1] - count, None, DraftReader(processors, len(pair.tokenizer), None, None), (2, 4)
+    )
     for drafts in (
         trace_rollouts(pair.autoregressive(), finished),
         trace_step_by_step(pair.agreeable(), finished),
@@ -379,7 +407,7 @@ def test_a_drafter_that_remembers_requests_is_refused(pair: TinyPair) -> None:
 
 def test_given_noise_is_handed_out_and_never_made_up() -> None:
     rows = GumbelNoise(0, 0, 7, torch.device("cpu")).at(0, 5)
-    noise = GivenNoise(rows)
+    noise = GivenNoise(rows, 7, rows.device)
     assert noise.at(2, 3).equal(rows[2:5])
     with pytest.raises(IndexError, match="ends at position 5"):
         noise.at(4, 2)

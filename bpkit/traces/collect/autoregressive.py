@@ -18,11 +18,13 @@ from transformers.cache_utils import DynamicLayer
 
 from bpkit.drafters.autoregressive import AutoregressiveDrafter
 from bpkit.traces.collect.drafting import Drafts, Finished
+from bpkit.traces.collect.pieces import fitting, pieces
 from bpkit.traces.collect.reader import Drafted
 from bpkit.traces.collect.stepwise import trace_step_by_step
 
 ROLLOUTS_AT_ONCE = 128
-"""Rollouts see each other's tokens as masked keys, so that more is cheaper only while those are few."""
+"""Rollouts see each other's tokens as masked keys, so that more is cheaper only while those are few. Large vocabularies
+have fewer: the logits of all are held at once, and may take an eighth of `VOCABULARY_BYTES`."""
 
 PROBED = 8
 """Positions that are read both ways, to see whether a model honours mask and position ids."""
@@ -41,8 +43,9 @@ def trace_rollouts(drafter: AutoregressiveDrafter, finished: Finished) -> Drafts
     rollouts = Rollouts(drafter, finished)
     if not rollouts.begin():
         return trace_step_by_step(drafter, finished)
-    for first in range(0, finished.rows, ROLLOUTS_AT_ONCE):
-        rows = torch.arange(first, min(first + ROLLOUTS_AT_ONCE, finished.rows), device=finished.ids.device)
+    at_once = min(ROLLOUTS_AT_ONCE, fitting(4 * finished.reader.vocab_size, share=8))
+    for piece in pieces(finished.rows, at_once):
+        rows = torch.arange(piece.start, piece.stop, device=finished.ids.device)
         steps, hidden = rollouts.roll_out(rows)
         for column, block_size in enumerate(finished.block_sizes):
             count = block_size - 1
@@ -63,6 +66,9 @@ class Rollouts:
 
         Layers that keep something else than all keys and values are told by their cache; the rest is tried out.
         """
+        longest, positions = self.finished.ids.shape[1] + self.finished.width, self.drafter.positions
+        if positions is not None and longest > positions:  # the last drafts are shorter, or none
+            return False
         if not all(type(layer) is DynamicLayer for layer in self.cache.layers):
             return False
         prompt = self.finished.ids[:, : self.finished.prompt_length]
@@ -102,12 +108,17 @@ class Rollouts:
             else:
                 output = self._forward(rolled[None, :, -1], anchors + step, self._mask(anchors, step))
             prefix = partial(self._prefix, rows, rolled)
-            steps.append(finished.reader.read(output.logits[0], rows + 1 + step, prefix))
+            logits = partial(self._scored, output.logits[0])
+            steps.append(finished.reader.read(logits, rows + 1 + step, prefix))
             if finished.keep_hidden:
                 hidden.append(output.hidden_states[self.drafter.last_index][0])
             rolled = torch.cat([rolled, steps[-1].tokens[:, None]], dim=1)
         self.cache.crop(-(finished.width - 1) * len(rows))
         return steps, hidden
+
+    def _scored(self, logits: Tensor, piece: slice) -> Tensor:
+        """Logits of some of the rows over the target's vocabulary: [rows, vocab]."""
+        return self.drafter.score(logits[piece])
 
     def _anchors(self, rows: Tensor) -> Tensor:
         """Absolute positions of the rows' anchors, int64 [rows]."""
@@ -134,7 +145,7 @@ class Rollouts:
     def _forward(self, tokens: Tensor, places: Tensor, mask: Tensor | None = None, logits_to_keep: int = 0) -> Any:
         """Read tokens, int64 [1, count], at absolute positions, int64 [count]."""
         return self.drafter.model(
-            input_ids=tokens,
+            input_ids=self.drafter.own(tokens),
             position_ids=places[None],
             attention_mask=mask,
             past_key_values=self.cache,

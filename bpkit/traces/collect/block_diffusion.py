@@ -6,6 +6,8 @@ its own anchor, and itself, which is the mask of drafter training. The context's
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -13,6 +15,7 @@ from transformers import DynamicCache
 from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
 from bpkit.drafters.blocks import block_attention_mask
 from bpkit.traces.collect.drafting import Drafts, Finished
+from bpkit.traces.collect.pieces import pieces, positions_at_once
 from bpkit.traces.collect.reader import Drafted
 
 NOISE_POSITIONS = 256
@@ -26,13 +29,12 @@ def trace_blocks(drafter: BlockDiffusionDrafter, finished: Finished) -> Drafts:
         return drafts
     cache = DynamicCache()
     _read_context(drafter, finished, cache)
-    head = drafter.target.get_output_embeddings()
     for column, block_size in enumerate(finished.block_sizes):
         count = max(1, NOISE_POSITIONS // block_size)
         for first in range(0, finished.rows, count):
             rows = torch.arange(first, min(first + count, finished.rows), device=finished.ids.device)
             hidden = _denoised(drafter, finished, cache, rows, block_size)
-            drafted = _read(finished, head(hidden), rows)
+            drafted = _read(drafter, finished, hidden, rows)
             drafts.put(rows.cpu(), column, drafted, hidden.flatten(0, 1) if finished.keep_hidden else None)
     return drafts
 
@@ -40,8 +42,7 @@ def trace_blocks(drafter: BlockDiffusionDrafter, finished: Finished) -> Drafts:
 def _read_context(drafter: BlockDiffusionDrafter, finished: Finished, cache: DynamicCache) -> None:
     """Put keys and values of all features into the cache."""
     assert finished.features is not None
-    embed = drafter.target.get_input_embeddings()
-    nothing = embed(finished.ids[:, :1])
+    nothing = drafter.embed(finished.ids[:, :1])
     drafter.model(noise_embeds=nothing, context_hidden_states=finished.features, past_key_values=cache)
     cache.crop(-1)  # the block of one that the model insists on
 
@@ -57,7 +58,7 @@ def _denoised(
     tokens[:, 0] = finished.ids[0, anchors]
     assert finished.features is not None
     hidden: Tensor = drafter.model(
-        noise_embeds=drafter.target.get_input_embeddings()(tokens.flatten()[None]),
+        noise_embeds=drafter.embed(tokens.flatten()[None]),
         context_hidden_states=finished.features[:, :0],
         position_ids=places,
         attention_mask=block_attention_mask(anchors[None], block_size, context),
@@ -67,21 +68,36 @@ def _denoised(
     return hidden.view(len(rows), block_size, -1)[:, 1:]
 
 
-def _read(finished: Finished, logits: Tensor, rows: Tensor) -> Drafted:
-    """Draw the tokens of blocks: logits are [rows, length, vocab]; returns [rows * length], draft after draft."""
-    length = logits.shape[1]
+def _read(drafter: BlockDiffusionDrafter, finished: Finished, hidden: Tensor, rows: Tensor) -> Drafted:
+    """Draw the tokens of blocks: states are [rows, length, hidden]; returns [rows * length], draft after draft."""
+    length, reader = hidden.shape[1], finished.reader
     index = rows[:, None] + torch.arange(1, length + 1, device=rows.device)  # int64 [rows, length]
-    if finished.reader.processors.prefix_free:
-        return finished.reader.read(logits.flatten(0, 1), index.flatten(), lambda i: finished.ids)
-    # A processor may look at the tokens drafted before in the same block: draw place after place.
-    drawn = torch.empty((len(rows), 0), dtype=torch.long, device=rows.device)
+    if reader.processors.prefix_free:
+        states = hidden.flatten(0, 1)
+        return reader.read(lambda piece: drafter.score(states[piece]), index.flatten(), lambda i: finished.ids)
+    parts = [
+        _place_after_place(finished, drafter.score(hidden[piece]), rows[piece], index[piece])
+        for piece in pieces(len(rows), max(1, positions_at_once(reader.vocab_size) // length))
+    ]
+    return Drafted.joined(parts)
+
+
+def _place_after_place(finished: Finished, logits: Tensor, rows: Tensor, index: Tensor) -> Drafted:
+    """The same for processors that may look at the tokens drafted before in the same block.
+
+    Args:
+        logits: [rows, length, vocab].
+        index: output positions that they stand for, int64 [rows, length].
+    """
+    drawn = rows.new_empty((len(rows), 0))
     places: list[Drafted] = []
-    for k in range(length):
-        tokens = drawn
-
-        def prefix(i: int, tokens: Tensor = tokens) -> Tensor:
-            return torch.cat([finished.before(int(rows[i])), tokens[i : i + 1]], dim=1)
-
-        places.append(finished.reader.read(logits[:, k], index[:, k], prefix))
+    for k in range(logits.shape[1]):
+        prefix = partial(_prefix, finished, rows, drawn)
+        places.append(finished.reader.read(logits[:, k].__getitem__, index[:, k], prefix))
         drawn = torch.cat([drawn, places[-1].tokens[:, None]], dim=1)
-    return Drafted.joined(places).rearranged(length)
+    return Drafted.joined(places).rearranged(logits.shape[1])
+
+
+def _prefix(finished: Finished, rows: Tensor, drawn: Tensor, i: int) -> Tensor:
+    """Tokens before the one that row `rows[i]` draws next: int64 [1, length]."""
+    return torch.cat([finished.before(int(rows[i])), drawn[i : i + 1]], dim=1)

@@ -14,14 +14,16 @@ from torch import Tensor
 from bpkit.prompts import Prompt
 from bpkit.runtime.clock import WallClock, Watch
 from bpkit.runtime.decoder import SpeculativeDecoder
-from bpkit.runtime.features import OF_THE_ANCHOR, anchor_statistics
+from bpkit.runtime.features import OF_THE_ANCHOR
 from bpkit.runtime.noise import GumbelNoise
 from bpkit.runtime.result import Run
 from bpkit.runtime.sampling import Processors
-from bpkit.runtime.verify import NEAR_TIE, Coupled
+from bpkit.runtime.verify import Coupled
 from bpkit.traces.collect.drafting import Drafts, Finished, trace_drafts
+from bpkit.traces.collect.pieces import Positions
 from bpkit.traces.collect.reader import DraftReader
 from bpkit.traces.collect.stepwise import refuse_memory
+from bpkit.traces.collect.target_pass import TargetPass, target_pass
 from bpkit.traces.records import DraftTable, PromptTrace
 from bpkit.types import Feature
 
@@ -82,7 +84,7 @@ class Tracer:
         if Feature.DRAFT_HIDDEN in options.features - decoder.drafter.provides:
             raise ValueError(f"drafter {decoder.drafter.name} has no hidden states: leave the feature draft_hidden out")
         self.decoder, self.options = decoder, options
-        self.watch = Watch(WallClock(decoder.target.device))
+        self.watch = Watch(WallClock(decoder.target.device, wait=True))
 
     @torch.inference_mode()
     def trace(self, index: int, prompt: Prompt) -> PromptTrace:
@@ -101,21 +103,22 @@ class Tracer:
     def retrace(self, index: int, prompt: Prompt, ids: Tensor, output: tuple[Tensor, Processors]) -> PromptTrace:
         """Trace a finished output."""
         tokens, processors = output
+        seen = target_pass(self.decoder.target, self.decoder.drafter.feature_layers, ids, tokens)
         noise = self._noise(index, tokens.shape[1])
-        seen = _target_pass(self.decoder, torch.cat([ids, tokens], dim=1), ids.shape[1])
-        scores = processors(seen.logits[None], ids, tokens)[0]
         finished = Finished(
             ids=torch.cat([ids, tokens], dim=1),
             prompt_length=ids.shape[1],
             features=seen.features,
-            reader=DraftReader(processors, noise, None if noise is None else scores.softmax(dim=-1)),
+            reader=DraftReader(
+                processors, seen.vocab_size, noise, None if noise is None else seen.probabilities(processors)
+            ),
             block_sizes=self.options.block_sizes,
             keep_hidden=Feature.DRAFT_HIDDEN in self.options.features,
         )
         self.watch.lap("target pass")
         drafts = trace_drafts(self.decoder.drafter, finished)
         self.watch.lap("draft passes")
-        log_p = seen.logits[0].float().log_softmax(dim=-1)
+        log_p = seen.first_logits().float().log_softmax(dim=-1)
         top = log_p.topk(min(TOP, len(log_p)))
         trace = PromptTrace(
             index=index,
@@ -127,26 +130,33 @@ class Tracer:
             prefill_top_tokens=_ints(top.indices),
             prefill_top_log_probabilities=_floats(top.values),
             prefill_entropy=float(-(log_p.exp() * log_p.clamp(min=-1e30)).sum()),
-            near_ties=_ints(_near_ties(scores, noise, tokens[0])),
+            near_ties=_ints(seen.near_ties(processors, noise)),
             drafts=self._table(drafts, tokens[0].cpu()),
             features=self._features(seen, tokens[0]),
         )
         self.watch.lap("the rest")
         return trace
 
-    def _noise(self, index: int, output_length: int) -> Tensor | None:
-        """Noise of every position that a draft may reach, float32 [positions, vocab]."""
+    def _noise(self, index: int, output_length: int) -> Positions | None:
+        """Noise of every position that a draft may reach."""
         if self.options.seed is None:
             return None
-        noise = GumbelNoise(self.options.seed, index, self.decoder.spec.vocab_size, self.decoder.target.device)
-        return noise.at(0, output_length + max(self.options.block_sizes))
+        count, vocab_size = output_length + max(self.options.block_sizes), self.decoder.spec.vocab_size
+        device = self.decoder.target.device
 
-    def _features(self, seen: _TargetPass, tokens: Tensor) -> dict[Feature, NDArray[np.float32]]:
+        def make(piece: slice) -> Tensor:
+            noise = GumbelNoise(cast("int", self.options.seed), index, vocab_size, device)
+            noise.forget_before(piece.start)
+            return noise.at(piece.start, piece.stop - piece.start)
+
+        return Positions(count, vocab_size, make)
+
+    def _features(self, seen: TargetPass, tokens: Tensor) -> dict[Feature, NDArray[np.float32]]:
         """Features of the target: of the first position, and of all that decided an output token."""
         wanted = self.options.features
         found = {Feature.PREFILL_HIDDEN: seen.last_hidden[0]}
         if Feature.PREFILL_LOGITS in wanted:
-            found[Feature.PREFILL_LOGITS] = seen.logits[0]
+            found[Feature.PREFILL_LOGITS] = seen.first_logits()
         if Feature.LAST_HIDDEN in wanted:
             found[Feature.LAST_HIDDEN] = seen.last_hidden
         if Feature.TARGET_FEATURES in wanted and seen.features is not None:
@@ -154,7 +164,7 @@ class Tracer:
         if Feature.ANCHOR_EMBEDDING in wanted:
             found[Feature.ANCHOR_EMBEDDING] = self.decoder.target.get_input_embeddings()(tokens)
         if wanted & OF_THE_ANCHOR:
-            log_probability, entropy = anchor_statistics(seen.logits, tokens)
+            log_probability, entropy = seen.anchor_statistics()
             both = {Feature.ANCHOR_LOG_PROBABILITY: log_probability, Feature.ANCHOR_ENTROPY: entropy}
             found.update({name: value for name, value in both.items() if name in wanted})
         return {name: _floats(value) for name, value in found.items()}
@@ -197,45 +207,6 @@ def num_accepted(drafted: Tensor, output: Tensor) -> Tensor:
     stands = (drafted == right[:, None]).cumprod(dim=-1).sum(dim=-1)
     left = torch.arange(rows, 0, -1) - 1
     return stands.minimum(left[:, None])
-
-
-@dataclass(frozen=True)
-class _TargetPass:
-    """The target over a finished output.
-
-    Attributes:
-        logits: that decided each output token, [output length, vocab].
-        last_hidden: final-norm hidden states behind them, [output length, hidden].
-        features: of the drafter's layers at every position but the last, [1, length - 1, layers * hidden], or None.
-    """
-
-    logits: Tensor
-    last_hidden: Tensor
-    features: Tensor | None
-
-
-def _target_pass(decoder: SpeculativeDecoder, ids: Tensor, prompt_length: int) -> _TargetPass:
-    """One pass over all but the last token."""
-    layers = [i + 1 for i in decoder.drafter.feature_layers]
-    last = decoder.target.config.get_text_config().num_hidden_layers
-    count = ids.shape[1] - prompt_length
-    output = decoder.target(
-        input_ids=ids[:, :-1], use_cache=False, logits_to_keep=count, output_hidden_states=[*layers, last]
-    )
-    states = output.hidden_states
-    return _TargetPass(
-        logits=output.logits[0],
-        last_hidden=states[last][0, -count:],
-        features=torch.cat([states[i] for i in layers], dim=-1) if layers else None,
-    )
-
-
-def _near_ties(scores: Tensor, noise: Tensor | None, tokens: Tensor) -> Tensor:
-    """Output positions where the two best are close, or where this pass would have chosen otherwise: int64 [count]."""
-    noisy = scores if noise is None else scores + noise[: len(scores)]
-    top = noisy.topk(2, dim=-1)
-    close = top.values[:, 0] - top.values[:, 1] < NEAR_TIE
-    return (close | (top.indices[:, 0] != tokens)).nonzero()[:, 0]
 
 
 def _ints(values: Tensor) -> NDArray[np.int32]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from bpkit.runtime.sampling import Processors
-
-ROWS_AT_ONCE = 256
-"""Positions whose scores over the vocabulary are held at the same time."""
+from bpkit.traces.collect.pieces import Positions, pieces, positions_at_once
 
 
 @dataclass(frozen=True)
@@ -57,29 +55,32 @@ class DraftReader:
     """Draws drafted tokens as the live decoder would, and measures the distributions they come from.
 
     Attributes:
+        vocab_size: of the target.
         noise: Gumbel noise of output positions 0, 1, ...: float32 [positions, vocab], or None for greedy drafts.
         target_probabilities: the target's processed distribution at each output position of the finished output,
             float32 [output length, vocab], or None for greedy drafts.
     """
 
     processors: Processors
-    noise: Tensor | None
-    target_probabilities: Tensor | None
+    vocab_size: int
+    noise: Tensor | Positions | None
+    target_probabilities: Tensor | Positions | None
 
-    def read(self, logits: Tensor, index: Tensor, prefix: Callable[[int], Tensor]) -> Drafted:
+    def read(self, logits: Callable[[slice], Tensor], index: Tensor, prefix: Callable[[int], Tensor]) -> Drafted:
         """Draw one token for each row.
 
         Args:
-            logits: [rows, vocab].
+            logits: of some of the rows, [rows, vocab].
             index: output position that each row stands for, int64 [rows].
             prefix: of row i, the tokens before the one to draw, int64 [1, length]; asked for only where a processor
                 looks at them.
         """
-        parts = [
-            self._read(logits[i : i + ROWS_AT_ONCE], index[i : i + ROWS_AT_ONCE], i, prefix)
-            for i in range(0, len(logits), ROWS_AT_ONCE)
-        ]
+        parts = [self._read(logits(piece), index[piece], piece.start, prefix) for piece in self.pieces(len(index))]
         return Drafted.joined(parts)
+
+    def pieces(self, count: int) -> Iterator[slice]:
+        """Slices of `count` rows, of as many as may be held at the same time."""
+        return pieces(count, positions_at_once(self.vocab_size))
 
     def _read(self, logits: Tensor, index: Tensor, first: int, prefix: Callable[[int], Tensor]) -> Drafted:
         scores = self._processed(logits, first, prefix)
@@ -119,6 +120,8 @@ class DraftReader:
         assert self.target_probabilities is not None
         inside = index < len(self.target_probabilities)
         found = proposal.new_full((len(proposal),), float("nan"))
+        if not bool(inside.any()):
+            return found
         found[inside] = match_probability(self.target_probabilities[index[inside]], proposal[inside])
         return found
 

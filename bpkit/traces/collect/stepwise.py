@@ -10,6 +10,8 @@ from bpkit.drafters.ngram import NgramDrafter
 from bpkit.runtime.noise import GumbelNoise
 from bpkit.runtime.sampling import Draw
 from bpkit.traces.collect.drafting import Drafts, Finished
+from bpkit.traces.collect.pieces import Positions
+from bpkit.traces.collect.reader import Drafted
 
 
 @torch.no_grad()
@@ -71,7 +73,9 @@ def _put(drafts: Drafts, finished: Finished, row: int, column: int, proposal: Pr
         drafts.put_tokens(row, column, tokens)
         return
     index = torch.arange(row + 1, row + 1 + len(tokens), device=tokens.device)
-    drafted = finished.reader.measure(proposal.scores[0].float(), tokens, index)
+    reader, scores = finished.reader, proposal.scores[0]
+    parts = [reader.measure(scores[p].float(), tokens[p], index[p]) for p in reader.pieces(len(tokens))]
+    drafted = Drafted.joined(parts)
     hidden = proposal.hidden[0] if finished.keep_hidden and proposal.hidden is not None else None
     drafts.put(slice(row, row + 1), column, drafted, hidden)
 
@@ -79,16 +83,20 @@ def _put(drafts: Drafts, finished: Finished, row: int, column: int, proposal: Pr
 def _draw(finished: Finished, row: int) -> Draw:
     """What the drafter draws with at a row; its first token stands for output position `row + 1`."""
     reader = finished.reader
-    noise = None if reader.noise is None else GivenNoise(reader.noise)
+    noise = None if reader.noise is None else GivenNoise(reader.noise, reader.vocab_size, finished.ids.device)
     return Draw(reader.processors, noise, row + 1, finished.before(row))
 
 
 class GivenNoise(GumbelNoise):
     """Noise of positions 0, 1, ... that is there already, float32 [positions, vocab]."""
 
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__(0, 0, rows.shape[1], rows.device)
-        self._rows = rows
+    def __init__(self, given: Tensor | Positions, vocab_size: int, device: torch.device) -> None:
+        super().__init__(0, 0, vocab_size, device)
+        self.given = given
 
-    def _compute(self, start: int, count: int) -> Tensor:
-        raise IndexError(f"the noise ends at position {len(self._rows)}; {start} to {start + count - 1} were asked for")
+    def at(self, start: int, count: int) -> Tensor:
+        if start + count > len(self.given):
+            raise IndexError(
+                f"the noise ends at position {len(self.given)}; {start} to {start + count - 1} were asked for"
+            )
+        return self.given[torch.arange(start, start + count, device=self.device)]
