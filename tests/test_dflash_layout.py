@@ -18,7 +18,7 @@ from bpkit import SpeculativeDecoder
 from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
 from bpkit.drafters.dflash_model import DFlashConfig, DFlashModel
 from bpkit.drafters.resolve import resolve_drafter
-from bpkit.testing import TinyPair
+from bpkit.testing import TinyPair, tiny_pair
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, LAYERS = 64, 2, 1, 32, 96, 2
 TARGET_LAYERS = [0, 1, 3]
@@ -269,6 +269,128 @@ def test_settings_that_would_change_the_drafts_are_refused_instead_of_ignored(
     save_file(weights(), folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=name):
         resolve_drafter(str(folder), pair.target)
+
+
+def test_a_drafter_that_was_loaded_by_hand_is_checked_alike(tmp_path: Path, pair: TinyPair) -> None:
+    model = DFlashModel.from_pretrained(publish(tmp_path / "drafter", {**PUBLISHED, "sample_from_anchor": True}))
+    with pytest.raises(ValueError, match=r"drafter DFlash was trained with settings .*: sample_from_anchor = True"):
+        BlockDiffusionDrafter(model, pair.target)
+
+
+# Settings of published offshoots that bpkit does not have: what they ask for would be ignored.
+UNKNOWN: dict[str, Any] = {
+    "sample_from_anchor": True,
+    "markov_rank": 256,
+    "projector_type": "domino",
+    "attention_sink_bias": True,
+    "fc_layernorm": True,
+    "shift_label": True,
+    "pure_draft_prefix_len": 2,
+    "use_swa": True,
+    "swa_window_size": 2048,
+    "partial_rotary_factor": 0.25,
+    "enable_confidence_head": True,
+    "a_setting_of_tomorrow": [1, 2],
+    "draft_vocab_size": 50,
+}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "beside"])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_setting_that_is_not_known_is_refused_with_its_value(
+    tmp_path: Path, pair: TinyPair, name: str, inside: bool
+) -> None:
+    asked = {name: UNKNOWN[name]}
+    config = (
+        {**PUBLISHED, "dflash_config": {**PUBLISHED["dflash_config"], **asked}} if inside else {**PUBLISHED, **asked}
+    )
+    with pytest.raises(ValueError, match=rf"settings that bpkit does not honour.*{name} = ") as refused:
+        resolve_drafter(str(publish(tmp_path / "drafter", config)), pair.target)
+    assert f"{name} = {UNKNOWN[name]!r}" in str(refused.value)
+
+
+SWITCHED_OFF: dict[str, Any] = {
+    "sample_from_anchor": False,
+    "markov_rank": 0,
+    "projector_type": None,
+    "output_multiplier": 1.0,
+    "final_logit_softcapping": None,
+    "use_qk_norm": True,
+    "partial_rotary_factor": 1.0,
+    "use_swa": False,
+    "mask_token": "<|MASK|>",
+    "draft_vocab_size": 100,
+    "target_hidden_size": HIDDEN,
+    "num_anchors": 512,
+    "_commit_hash": "0" * 40,
+    "torch_dtype": "float32",
+}
+
+
+def test_settings_that_are_switched_off_or_say_what_is_done_anyway_are_taken(tmp_path: Path, pair: TinyPair) -> None:
+    config = {**PUBLISHED, "dflash_config": {**PUBLISHED["dflash_config"], **SWITCHED_OFF}, **SWITCHED_OFF}
+    assert resolve_drafter(str(publish(tmp_path / "drafter", config)), pair.target).kind == "block-diffusion"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types = .*, sliding_window = None"),
+        ({**SLIDING, "use_sliding_window": False}, "layer_types = .*, sliding_window = None"),
+        ({"dflash_config": {**PUBLISHED["dflash_config"], "sliding_window": 64}}, "dflash_config.sliding_window = 64"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2]}}, "mrope_section"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"num_target_layers": 36}, "a target of 36 layers, but the target has 4"),
+        (
+            {"sample_from_anchor": True, "dflash_config": {**PUBLISHED["dflash_config"], "sample_from_anchor": False}},
+            "= True",
+        ),
+        ({"target_hidden_size": 128}, "hidden size 128, but the target has 64"),
+        ({"vocab_size": 151936}, "vocabulary of 151936, but the target has 100"),
+        ({"dflash_config": {**PUBLISHED["dflash_config"], "mask_token_id": 100}}, "tokens 0 to 99"),
+        ({"architectures": ["DSparkDraftModel"]}, "is a DSparkDraftModel, not a DFlash drafter"),
+    ],
+)
+def test_what_contradicts_the_model_or_the_target_is_refused(
+    tmp_path: Path, pair: TinyPair, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        resolve_drafter(str(publish(tmp_path / "drafter", {**PUBLISHED, **change})), pair.target)
+
+
+def test_a_mask_token_in_the_padding_of_the_targets_embedding_is_taken(tmp_path: Path) -> None:
+    pair = tiny_pair()
+    pair.target.resize_token_embeddings(128, mean_resizing=False)
+    config = {**PUBLISHED, "dflash_config": {**PUBLISHED["dflash_config"], "mask_token_id": 127}}
+    folder = publish(tmp_path / "drafter", config)
+    SpeculativeDecoder(pair.target, str(folder), strict=True).generate(pair.ids("x"), max_new_tokens=4, temperature=0)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ],
+    ids=["yarn", "linear"],
+)
+def test_scaled_rotary_positions_are_honoured(tmp_path: Path, pair: TinyPair, rope: dict[str, Any]) -> None:
+    plain = {key: value for key, value in PUBLISHED.items() if not key.startswith("rope")}
+    drafter = resolve_drafter(str(publish(tmp_path / "drafter", {**plain, **rope})), pair.target)
+    assert isinstance(drafter, BlockDiffusionDrafter)
+    scaled = drafter.model.rotary_emb.inv_freq
+    theta = drafter.model.config.rope_parameters["rope_theta"]
+    assert not torch.allclose(scaled, theta ** -(torch.arange(HEAD // 2) / (HEAD // 2)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_a_block_sees_may_be_said_inside(tmp_path: Path, causal: bool) -> None:
+    config = {**SLIDING, "dflash_config": {**SLIDING["dflash_config"], "causal": causal}}
+    model = DFlashModel.from_pretrained(publish(tmp_path / "drafter", config)).eval()
+    noise, features = inputs(7, 9)
+    ahead = see_window(7, 9, 99, causal=True) if causal else see_all(7, 9)
+    wanted = reference(noise, features, [see_window(7, 9, 5, causal=causal), ahead], weights())
+    assert (computed(model, noise, features) - wanted).abs().max() < CLOSE
 
 
 # What the forward pass computes, against a slow and separate calculation.

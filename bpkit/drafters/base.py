@@ -28,9 +28,21 @@ class Proposal:
     hidden: Tensor | None
     features: Mapping[Feature, Tensor] | None = None
 
+    def after(self, count: int) -> Proposal:
+        """Without the first `count` tokens."""
+        if count == 0:
+            return self
+        return Proposal(
+            self.tokens[:, count:],
+            None if self.scores is None else self.scores[:, count:],
+            None if self.hidden is None else self.hidden[:, count:],
+            None if self.features is None else {name: value[:, count:] for name, value in self.features.items()},
+        )
+
 
 GoOn = Callable[[Proposal], bool]
-"""Asks the policy's `extend` whether to draft another token after these."""
+"""Asks the policy's `extend` whether to draft another token. It is handed only the tokens that were drafted since it
+was last asked, so that each is looked at once."""
 
 
 class DrafterSession(Protocol):
@@ -45,8 +57,8 @@ class DrafterSession(Protocol):
         """Take in what was decided.
 
         Args:
-            tokens: newly decided tokens, int64 [1, count]; the last is the new anchor. First the whole prompt and
-                the first token.
+            tokens: newly decided tokens, int64 [1, count], on the host; the last is the new anchor. First the whole
+                prompt and the first token. After a draft those before the last are drafted tokens that stand.
             features: target features of the positions that were read to decide them, [1, count, layers * hidden]
                 (of the first call: of the prompt), or None if the drafter has no `feature_layers`.
         """

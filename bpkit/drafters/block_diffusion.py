@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from bpkit.assets import shipped
 from bpkit.drafters.base import GoOn, Proposal
-from bpkit.drafters.dflash_model import DFlashModel
+from bpkit.drafters.dflash_checks import refuse_unfit, refuse_unknown_layout
+from bpkit.drafters.dflash_model import DFlashConfig, DFlashModel
+from bpkit.drafters.vocabulary import embedding_rows
+from bpkit.runtime.loading import hub_options, refuse_other_weights
+from bpkit.runtime.placement import device_of, head_device, move, working_dtype
 from bpkit.runtime.sampling import Draw
 from bpkit.types import BLOCK_DIFFUSION, Feature
-
-# Settings of newer checkpoints that change the drafts; ignoring them would draft worse without a word.
-_NOT_HONOURED = ("output_multiplier", "final_logit_softcapping", "input_embedding_scale")
 
 
 class BlockDiffusionDrafter:
@@ -29,45 +30,59 @@ class BlockDiffusionDrafter:
     provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
 
     def __init__(self, model: DFlashModel, target: PreTrainedModel, *, name: str = "DFlash") -> None:
-        config = model.config
-        if config.hidden_size != target.config.get_text_config().hidden_size:
-            raise ValueError(
-                f"drafter {name} was made for hidden size {config.hidden_size}, but the target has "
-                f"{target.config.get_text_config().hidden_size}: use the drafter that was trained for this target"
-            )
-        depth = target.config.get_text_config().num_hidden_layers
-        if not all(0 <= layer < depth for layer in config.target_layer_ids or ()):
-            raise ValueError(
-                f"drafter {name} wants features of target layers {config.target_layer_ids}, but the target has "
-                f"layers 0 to {depth - 1}: use the drafter that was trained for this target"
-            )
+        refuse_unfit(model.config, target.config.get_text_config(), embedding_rows(target), name)
         self.model, self.target, self.name = model.eval(), target, name
-        self.trained_block_size = config.block_size
-        self.max_block_size = 2 * config.block_size
-        self.feature_layers = tuple(config.target_layer_ids or ())
+        self.trained_block_size = model.config.block_size
+        self.max_block_size = 2 * model.config.block_size
+        self.feature_layers = tuple(model.config.target_layer_ids or ())
+        if target.get_output_embeddings() is None:
+            raise ValueError(
+                f"drafter {name} uses the target's head, and the target has none: use a causal language model"
+            )
+        self._find_parts()
+
+    def _find_parts(self) -> None:
+        """The target's embedding and head, and where they take their input: looked up once, not at each draft."""
+        target = self.target
+        self._embedding, self._head = target.get_input_embeddings(), target.get_output_embeddings()
+        self._embeds_on, self._reads_on = device_of(self._embedding, target), device_of(self._head, target)
+        self._reads_as = working_dtype(self._head, target)
 
     @classmethod
     def load(cls, path: str, target: PreTrainedModel, **options: Any) -> BlockDiffusionDrafter:
         """Load a checkpoint of the published DFlash layout, from a folder or the Hub; without a path, the shipped one.
 
+        It is put where the target's head is.
+
         Raises:
-            ValueError: its tensors are not those of a DFlash drafter; it would draft at random.
+            ValueError: its tensors or its settings are not those of a DFlash drafter; it would draft at random.
         """
         path = path or str(shipped("drafter"))
-        model, info = DFlashModel.from_pretrained(path, dtype=target.dtype, output_loading_info=True, **options)
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info.get(what):
-                names = ", ".join(sorted(map(str, info[what]))[:4])
-                raise ValueError(
-                    f"{path} is not a DFlash drafter of the known layout: {what.replace('_', ' ')} {names}"
-                )
-        given = {**model.config.to_dict(), **(model.config.dflash_config or {})}
-        unknown = [name for name in _NOT_HONOURED if given.get(name) not in (None, 1.0)]
-        if unknown:
-            raise ValueError(f"{path} scales or caps its scores ({', '.join(unknown)}), which bpkit does not do yet")
-        return cls(model.to(target.device), target, name=path)
+        config, _ = PreTrainedConfig.get_config_dict(path, **hub_options(options))
+        refuse_unknown_layout(path, config, vocab_size=target.config.get_text_config().vocab_size)
+        # Before the weights are read, which would fail first, and with less to say.
+        refuse_unfit(DFlashConfig.from_dict(config), target.config.get_text_config(), embedding_rows(target), path)
+        model, info = DFlashModel.from_pretrained(
+            path, dtype=target.dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        refuse_other_weights(path, info, "a DFlash drafter of the known layout")
+        return cls(move(model, head_device(target)), target, name=path)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's embeddings of tokens, int64 [..., count] -> [..., count, hidden]."""
+        embedded: Tensor = self._embedding(tokens.to(self._embeds_on))
+        return embedded
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """The target's logits of the drafter's hidden states, [..., count, hidden] -> [..., count, vocab].
+
+        The two may have different dtypes and devices. Logits are where the target takes its tokens.
+        """
+        logits: Tensor = self._head(hidden.to(self._reads_on, self._reads_as))
+        return logits.to(self._embeds_on)
 
     def begin(self) -> BlockDiffusionSession:
+        self._find_parts()  # the target may have been moved
         return BlockDiffusionSession(self)
 
 
@@ -84,8 +99,6 @@ class BlockDiffusionSession:
         self.waiting = 0
         self.unread: list[Tensor] = []
         self.anchor: Tensor | None = None
-        self.embed = drafter.target.get_input_embeddings()
-        self.head = drafter.target.get_output_embeddings()
 
     def advance(self, tokens: Tensor, features: Tensor | None) -> None:
         assert features is not None
@@ -99,10 +112,10 @@ class BlockDiffusionSession:
         self.unread, self.waiting = [], 0
         masks = self.anchor.new_full((1, block_size - 1), self.drafter.model.config.mask_token_id)
         hidden = self.drafter.model(
-            noise_embeds=self.embed(torch.cat([self.anchor, masks], dim=1)),
+            noise_embeds=self.drafter.embed(torch.cat([self.anchor, masks], dim=1)),
             context_hidden_states=context,
             past_key_values=self.cache,
         ).last_hidden_state[:, 1:]
         self.cache.crop(-block_size)
-        tokens, scores = draw(self.head(hidden))
+        tokens, scores = draw(self.drafter.score(hidden))
         return Proposal(tokens, scores, hidden)

@@ -36,7 +36,8 @@ class DFlashConfig(Qwen3Config):
 
     Attributes:
         target_layer_ids: layer *i* means `hidden_states[i + 1]` of the target.
-        is_causal: whether a block position sees later ones; by default only sliding-window layers hide them.
+        is_causal: whether later positions of a block are hidden; by default only in sliding-window layers. Some
+            checkpoints say it as `dflash_config.causal`.
     """
 
     dflash_config: dict[str, Any] | None = None
@@ -51,6 +52,8 @@ class DFlashConfig(Qwen3Config):
         if self.mask_token_id == -1:
             self.mask_token_id = nested.get("mask_token_id", -1)
         self.target_layer_ids = self.target_layer_ids or nested.get("target_layer_ids")
+        if self.is_causal is None:
+            self.is_causal = nested.get("causal")
         if self.mask_token_id == -1 or not self.target_layer_ids:
             raise ValueError(
                 "not a DFlash drafter: its config.json needs dflash_config.mask_token_id and "
@@ -167,14 +170,15 @@ class DFlashModel(Qwen3PreTrainedModel):
         Returns:
             `last_hidden_state`, [batch, block, hidden], for the target's head.
         """
-        context = self.hidden_norm(self.fc(context_hidden_states.to(self.fc.weight.dtype)))
+        place = self.hidden_norm.weight  # its device and dtype, also where the matrices are quantised
+        context = self.hidden_norm(self.fc(context_hidden_states.to(place)))
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             new = context.shape[1] + noise_embeds.shape[1]
-            position_ids = torch.arange(seen, seen + new, device=noise_embeds.device)[None]
+            position_ids = torch.arange(seen, seen + new, device=place.device)[None]
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
-        hidden = noise_embeds.to(self.fc.weight.dtype)
+        hidden = noise_embeds.to(place)
         rotary = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
             hidden = layer(

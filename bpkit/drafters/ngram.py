@@ -52,10 +52,8 @@ class NgramSession:
         self.sizes = sizes
         self.tokens: list[int] = []
         self.ends: dict[tuple[int, ...], int] = {}
-        self.device: torch.device | None = None
 
     def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        self.device = tokens.device
         before = len(self.tokens)
         self.tokens += tokens[0].tolist()
         # Index n-grams that have a successor by now: those that end before the last token.
@@ -71,4 +69,4 @@ class NgramSession:
             if end is not None:
                 found = self.tokens[end : end + block_size - 1]
                 break
-        return Proposal(torch.tensor([found], dtype=torch.long, device=self.device), None, None)
+        return Proposal(torch.tensor([found], dtype=torch.long), None, None)

@@ -64,6 +64,7 @@ def _is_model(path: str) -> bool:
 
 
 def _kind_of_model(path: str) -> str:
-    """`block-diffusion` for checkpoints of the DFlash layout, `autoregressive` for any other model."""
+    """`block-diffusion` for checkpoints that call themselves DFlash, `autoregressive` for any other model."""
     config, _ = PreTrainedConfig.get_config_dict(path)
-    return "block-diffusion" if "dflash_config" in config else "autoregressive"
+    named = any("dflash" in name.lower() for name in config.get("architectures") or ())
+    return "block-diffusion" if named or config.get("dflash_config") else "autoregressive"
