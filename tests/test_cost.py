@@ -16,8 +16,9 @@ from bpkit.policy import State
 from bpkit.runtime.clock import CostClock, price
 from bpkit.testing import TinyPair
 from bpkit.traces.cost import CostError, CostTable, flat, linear, read_cost, write_cost
+from bpkit.traces.cost.estimate import Steps
 from bpkit.traces.cost.presets import PRESETS
-from bpkit.types import PHASES, Context, CostModel, DecoderSpec, Work
+from bpkit.types import PHASES, Context, CostModel, DecoderSpec, Seconds, Work
 
 
 def table(**more: Any) -> CostTable:
@@ -112,6 +113,21 @@ def test_a_table_goes_to_other_processes() -> None:
     sent = pickle.loads(pickle.dumps(cost))
     assert sent == cost
     assert sent.seconds("verify", 8, 150) == 3.0
+
+
+def test_tokens_that_are_read_again_widen_the_pass_or_take_one_of_their_own() -> None:
+    cost = CostTable(name="square", verify={width: float(width**2) for width in range(1, 40)}, rest=0.5)
+
+    def verify(width: int, reread: int) -> float:
+        return price(cost, Work(0, 0, verify_width=width, context_length=9, reread=reread)).verify
+
+    assert verify(4, 0) == 16
+    assert verify(4, 3) == 49
+    assert verify(4, 16) == 400
+    assert verify(4, 17) == 17**2 + 16  # a committing pass before it
+    assert verify(1, 17) == 18**2  # a single token commits them itself
+    steps = Steps.of([(Work(0, 0, width, 9, reread=reread), Seconds()) for width, reread in ((4, 3), (4, 17), (1, 17))])
+    assert steps.width.tolist() == [7, 18]
 
 
 def test_a_copy_with_other_figures_prices_by_them() -> None:

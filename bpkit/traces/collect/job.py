@@ -72,6 +72,7 @@ def describe(
         trained_block_size=decoder.drafter.trained_block_size,
         hidden_size=spec.hidden_size,
         vocab_size=spec.vocab_size,
+        stateful=spec.stateful,
         dtype=str(decoder.target.dtype).removeprefix("torch."),
         sampling=dict(options.sampling),
         max_new_tokens=options.max_new_tokens,

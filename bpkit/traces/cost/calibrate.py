@@ -19,7 +19,7 @@ from pydantic import Field
 from bpkit.machine import describe_machine
 from bpkit.policy import Policy, PolicyConfig, State
 from bpkit.prompts import Prompt
-from bpkit.runtime.clock import Clock
+from bpkit.runtime.clock import Clock, WallClock
 from bpkit.traces.cost.estimate import Estimate, Steps, estimate, worst_cell
 from bpkit.traces.cost.measured import Measured
 from bpkit.traces.cost.table import CostTable
@@ -148,7 +148,8 @@ def calibrate(
         ValueError: a block size that this drafter cannot draft; CostError if too little could be measured.
     """
     largest = largest_size(decoder, settings.max_block_size)
-    recorder = Recorder(decoder.clock)
+    clock = decoder.clock.waiting() if isinstance(decoder.clock, WallClock) else decoder.clock
+    recorder = Recorder(clock)
     decoders = [_timed(decoder, policy, recorder) for policy in _policies(decoder, largest, settings)]
     machine = describe_machine(decoder.target.device)
     for variant in decoders:  # first calls allocate and choose kernels

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from bpkit.runtime.reread import commits
 from bpkit.traces.cost.errors import CostError
 from bpkit.traces.cost.measured import Cell
 from bpkit.traces.cost.table import CostTable
@@ -54,9 +55,10 @@ class Steps:
 
     @classmethod
     def of(cls, timed: list[tuple[Work, Seconds]]) -> Steps:
-        """Columns of a list of steps."""
+        """Columns of a list of steps, without those of two target passes. Tokens that are read again widen a pass."""
+        timed = [(w, s) for w, s in timed if not commits(w.reread, w.verify_width)]
         done = np.array(
-            [(w.draft_size, w.waiting, w.verify_width, w.context_length) for w, _ in timed], np.int64
+            [(w.draft_size, w.waiting, w.verify_width + w.reread, w.context_length) for w, _ in timed], np.int64
         ).reshape(-1, 4)
         spent = np.array([(s.draft, s.verify, s.policy, s.rest) for _, s in timed], np.float64).reshape(-1, 4)
         features = np.array([w.features for w, _ in timed], np.bool_)

@@ -169,7 +169,7 @@ class Replayer:
         seed = hashed(self.seed or 0, lookup.trace.index, self.requests, POLICY_SALT) >> 1
         return Request(
             prompt=lookup.prompt,
-            target=TableTarget(lookup, wants),  # type: ignore[arg-type]
+            target=TableTarget(lookup, wants, stateful=self.spec.stateful),  # type: ignore[arg-type]
             drafter=TableDrafter(lookup, self.spec.drafter_kind, wants),
             policy=GuardedPolicy(self.policy, self.spec, strict=self.strict),
             rule=TableRule(lookup),  # type: ignore[arg-type]

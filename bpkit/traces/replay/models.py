@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bpkit.drafters.base import GoOn, Proposal
+from bpkit.runtime.reread import Rereading
 from bpkit.runtime.sampling import Draw
 from bpkit.runtime.target import TargetOutput
 from bpkit.runtime.verify import Verdict
 from bpkit.traces.records import PromptTrace
 from bpkit.traces.tables.manifest import TraceError
 from bpkit.traces.waiting import waiting_after_draft, waiting_after_no_draft, waiting_at_first
-from bpkit.types import AUTOREGRESSIVE, Draft, Feature
+from bpkit.types import AUTOREGRESSIVE, OF_PREFILL, Draft, Feature
 
-OF_PREFILL = frozenset({Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS})
 IN_DRAFTS = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
 
 
@@ -83,23 +84,32 @@ class Lookup:
 class TableTarget:
     """A TargetSession without a model. It has no logits; TableRule knows what they would have decided."""
 
-    def __init__(self, lookup: Lookup, wants: frozenset[Feature]) -> None:
+    def __init__(self, lookup: Lookup, wants: frozenset[Feature], *, stateful: bool = False) -> None:
         self.position = 0
+        self.rereading = Rereading() if stateful else None
         self.nothing = torch.zeros(1, 1, 1)
         self.at_first = {name: lookup.hidden[name][:, None] for name in wants & OF_PREFILL & lookup.hidden.keys()}
         self.by_position = {name: lookup.hidden[name] for name in (wants - OF_PREFILL) & lookup.hidden.keys()}
 
-    def prefill(self, prompt: Tensor) -> TargetOutput:
+    def prefill(self, prompt: Tensor, **inputs: Any) -> TargetOutput:
         self.position = 1
         first = {name: value[:, :1] for name, value in self.by_position.items()}
         return TargetOutput(self.nothing, None, None, {**first, **self.at_first})
 
+    @property
+    def reread(self) -> int:
+        return 0 if self.rereading is None else self.rereading.reread
+
     def verify(self, tokens: Tensor) -> TargetOutput:
+        if self.rereading is not None:
+            self.rereading.verify(tokens.shape[1])
         first, self.position = self.position, self.position + tokens.shape[1]
         known = {name: value[:, first : self.position] for name, value in self.by_position.items()}
         return TargetOutput(self.nothing, None, None, known)
 
     def rollback(self, count: int) -> None:
+        if self.rereading is not None:
+            self.rereading.reject(count)
         self.position -= count
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -138,7 +148,7 @@ class TableDrafter:
         self.length = self.lookup.draft_length[row][column]
         if go_on is not None and self.kind == AUTOREGRESSIVE:
             for length in range(1, self.length):
-                if not go_on(self._proposal(row, column, length)):
+                if not go_on(self._proposal(row, column, length).after(length - 1)):
                     self.length = length
                     break
         return self._proposal(row, column, self.length)
@@ -164,7 +174,8 @@ class TableRule:
         if width > 0:
             column = self.lookup.column(int(draft.block_size))
             accepted = min(self.lookup.num_accepted[position - 1][column], width)
-        return Verdict(self.lookup.output[:, position : position + accepted + 1], self.no_tie)
+        tokens = self.lookup.output[:, position : position + accepted + 1]
+        return Verdict(tokens, torch.tensor([accepted]), self.no_tie)
 
 
 class TableStopping:
@@ -174,5 +185,5 @@ class TableStopping:
         self.max_length = trace.prompt_length + trace.max_new_tokens
         self.end = trace.prompt_length + trace.output_length
 
-    def cut(self, prefix: Tensor, tokens: Tensor) -> tuple[Tensor, bool]:
-        return tokens, prefix.shape[1] + tokens.shape[1] == self.end
+    def cut(self, prefix: Tensor, tokens: list[int]) -> tuple[int, bool]:
+        return len(tokens), prefix.shape[1] + len(tokens) == self.end

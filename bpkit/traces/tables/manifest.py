@@ -34,6 +34,7 @@ class Manifest(BaseModel):
         complete: whether all prompts are there; until then they lie in `parts`.
         sampling: `temperature`, and `top_p`, `top_k`, `repetition_penalty` where they were given.
         seed: of the noise; None for greedy outputs.
+        stateful: whether the target has recurrent states.
         prompt_ids: in the order of the trace.
         prompts_fingerprint: of ids, domains and texts.
         command, versions, machine: how it came to be; they do not count when a run is taken up again.
@@ -49,6 +50,7 @@ class Manifest(BaseModel):
     trained_block_size: int
     hidden_size: int
     vocab_size: int
+    stateful: bool = False
     dtype: str
     sampling: dict[str, float]
     max_new_tokens: int
@@ -75,6 +77,7 @@ class Manifest(BaseModel):
             max_block_size=largest,
             hidden_size=self.hidden_size,
             vocab_size=self.vocab_size,
+            stateful=self.stateful,
         )
 
     def differences(self, other: Manifest) -> list[str]:
