@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessorList,
@@ -26,21 +26,27 @@ from bpkit.drafters.base import Drafter
 from bpkit.drafters.resolve import resolve_drafter
 from bpkit.observers import ObservedRequest, ObserverLike
 from bpkit.policy import Policy, PolicyError
-from bpkit.registry import PolicyLike, resolve_policy, written
+from bpkit.registry import PolicyLike, written
 from bpkit.runtime.attention import use_grouped_attention
-from bpkit.runtime.clock import Clock, WallClock
+from bpkit.runtime.clock import Clock, GuardedClock, WallClock
 from bpkit.runtime.guard import GuardedPolicy
+from bpkit.runtime.inputs import ModelInputs, model_inputs
+from bpkit.runtime.loading import load_causal_lm
 from bpkit.runtime.loop import decode
 from bpkit.runtime.noise import POLICY_SALT, TARGET_SALT, GumbelNoise, hashed
 from bpkit.runtime.observing import Observers, Watching, next_number
+from bpkit.runtime.owned import DrafterLike, KeptDecoders, drafter_key, policy_for, policy_key
+from bpkit.runtime.placement import input_device, move
 from bpkit.runtime.refuse import refuse_what_generate_dropped, refuse_what_we_cannot_do
 from bpkit.runtime.request import Request
 from bpkit.runtime.result import Generation, Run
+from bpkit.runtime.rope import refuse_changing_frequencies
 from bpkit.runtime.sampling import Processors
+from bpkit.runtime.serving import is_stateful, target_session
 from bpkit.runtime.stopping import Stopping
 from bpkit.runtime.streaming import TextPieces
-from bpkit.runtime.target import TargetSession
 from bpkit.runtime.verify import RULES, make_rule
+from bpkit.runtime.wrapped import inside, refuse_virtual_tokens
 from bpkit.types import OF_THE_DRAFTED_TOKEN, OF_THE_TARGET, CostModel, DecoderSpec, Feature
 
 
@@ -64,6 +70,7 @@ class SpeculativeDecoder:
 
     Raises:
         PolicyError: unknown policy or option, or a policy that wants what this drafter cannot provide.
+        ValueError: a target that cannot be decoded speculatively; see "Which models work" in the documentation.
     """
 
     def __init__(
@@ -83,15 +90,16 @@ class SpeculativeDecoder:
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"there is no verify rule {rule!r}; the rules are: {', '.join(RULES)}")
-        self.target = target.eval()
-        self.drafter = resolve_drafter(drafter, target) if isinstance(drafter, (str, dict)) else drafter
+        self.target, self.model = target.eval(), inside(target)
+        refuse_virtual_tokens(target)
+        self.drafter = resolve_drafter(drafter, self.model) if isinstance(drafter, (str, dict)) else drafter
         self.tokenizer, self.rule, self.streamer, self.strict = tokenizer, rule, streamer, strict
-        self.clock = clock or WallClock(target.device)
+        self.clock = clock or WallClock(input_device(self.model))
         self.cost: CostModel | None = cost or getattr(self.clock, "cost", None)
-        config = target.config.get_text_config()
+        config = self.model.config.get_text_config()
         largest = self._largest(max_block_size)
         self.spec = DecoderSpec(
-            target=model_name(str(target.name_or_path or type(target).__name__)),
+            target=model_name(str(self.model.name_or_path or type(self.model).__name__)),
             drafter=model_name(self.drafter.name),
             drafter_kind=self.drafter.kind,
             trained_block_size=min(self.drafter.trained_block_size, largest),
@@ -99,8 +107,12 @@ class SpeculativeDecoder:
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             verify_rule=rule,
+            device=str(input_device(self.model)),
+            stateful=is_stateful(self.model),
         )
         self.policy, self.policy_name = self._bound(policy), written(policy)
+        self._written_policy, self._written_drafter = policy, drafter
+        self._kept = KeptDecoders()
         self.requests = 0
         self.observers = observers if isinstance(observers, Observers) else Observers(observers)
 
@@ -113,6 +125,7 @@ class SpeculativeDecoder:
         *,
         dtype: torch.dtype | str | None = None,
         device: str | None = None,
+        device_map: Any = None,
         **options: Any,
     ) -> SpeculativeDecoder:
         """Load target, tokenizer and drafter from folders or the Hub; by default the pair that ships with bpkit.
@@ -121,9 +134,12 @@ class SpeculativeDecoder:
             target: folder or Hub name. drafter: folder or Hub name of a DFlash drafter or a causal language model,
                 `ngram`, or a mapping with `name` and options.
             dtype: by default float32 on a CPU and the checkpoint's own on a GPU.
-            device: by default a GPU if there is one.
+            device: by default a GPU if there is one. Quantised targets stay where they were loaded.
+            device_map: of transformers' `from_pretrained`, instead of `device`: which parts go to which device.
             options: passed to the constructor.
         """
+        if device is not None and device_map is not None:
+            raise ValueError(f"device={device!r} and device_map={device_map!r}: give one of them")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else "auto")
         path = str(target or shipped("target"))
@@ -131,20 +147,28 @@ class SpeculativeDecoder:
             drafter = str(shipped("drafter"))
         if drafter is None:
             raise ValueError(f"name a drafter for the target {path}: a folder, a Hub name, or 'ngram'")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        if device_map is None:
+            model = move(load_causal_lm(path, dtype=dtype), device)
+        else:
+            model = load_causal_lm(path, dtype=dtype, device_map=device_map)
         use_grouped_attention(model)
         options.setdefault("tokenizer", AutoTokenizer.from_pretrained(path))
         return cls(model, str(drafter) if isinstance(drafter, Path) else drafter, policy, **options)
 
-    def with_policy(self, policy: PolicyLike | None, drafter: Drafter | str | None = None) -> SpeculativeDecoder:
+    def with_policy(self, policy: PolicyLike | None, drafter: DrafterLike | None = None) -> SpeculativeDecoder:
         """The same target under another policy or with another drafter; None keeps what there is.
+
+        The two decoders share no policy. Where `policy` is None it is made again as this decoder's was written, or
+        copied with its memory if it was handed over as an instance.
 
         Observers are kept: they are told of the generations of both decoders, and closed with either.
         """
-        made = SpeculativeDecoder(
+        if policy is None:
+            policy = self.policy if isinstance(self._written_policy, Policy) else self._written_policy
+        return SpeculativeDecoder(
             self.target,
             drafter if drafter is not None else self.drafter,
-            policy if policy is not None else self.policy,
+            policy,
             tokenizer=self.tokenizer,
             rule=self.rule,
             streamer=self.streamer,
@@ -154,9 +178,16 @@ class SpeculativeDecoder:
             cost=self.cost if drafter is None else None,
             observers=self.observers,
         )
-        if policy is None:
-            made.policy_name = self.policy_name
-        return made
+
+    def _for_call(self, policy: PolicyLike | None, drafter: DrafterLike | None) -> SpeculativeDecoder:
+        """The decoder of one call: this one, or one that is kept for this policy and this drafter."""
+        if drafter is self.drafter or drafter_key(drafter) == drafter_key(self._written_drafter):
+            drafter = None
+        if policy is self.policy or policy_key(policy) == policy_key(self._written_policy):
+            policy = None
+        if policy is None and drafter is None:
+            return self
+        return self._kept.get(policy, drafter, lambda made: self.with_policy(policy, made or drafter))
 
     def close(self) -> None:
         """Close the observers. The decoder goes on decoding, unobserved."""
@@ -191,23 +222,34 @@ class SpeculativeDecoder:
 
     def run(self, prompt: str | Tensor, **options: Any) -> Run:
         """Start a generation and return it as an iterator over its records, with `finish()` for the result."""
-        stop_strings = options.pop("stop_strings", None)
-        if stop_strings is not None:
-            options["stopping_criteria"] = StoppingCriteriaList(
-                [*(options.get("stopping_criteria") or ()), StopStringCriteria(self._tokenizer(), stop_strings)]
-            )
+        if options.get("cache_implementation") == "paged":
+            raise ValueError("cache 'paged': transformers decodes with it by itself; leave cache_implementation")
+        self._stop_at_strings(options)
         temperature = options.pop("temperature", None)
         if temperature is not None:
             options["do_sample"] = temperature > 0
             if temperature > 0:
                 options["temperature"] = float(temperature)
-        ids = self._ids(prompt) if isinstance(prompt, str) else prompt
-        return cast(
-            "Run",
-            self.target.generate(
-                input_ids=ids.to(self.target.device), custom_generate=self, return_run=True, **options
-            ),
-        )
+        if isinstance(prompt, str):
+            ids = self._ids(prompt)
+            if "attention_mask" in inspect.signature(self.model.forward).parameters:
+                options.setdefault("attention_mask", torch.ones_like(ids))  # else it is guessed from pad tokens
+        else:
+            ids = prompt
+        ids = ids.to(input_device(self.model))
+        generate = getattr(self.target, "generate", self.model.generate)  # data parallelism has none
+        return cast("Run", generate(input_ids=ids, custom_generate=self, return_run=True, **options))
+
+    def _stop_at_strings(self, options: dict[str, Any]) -> None:
+        """Turn stop strings into a criterion: `generate` drops the tokenizer that it would need for them."""
+        config = options.get("generation_config") or self.model.generation_config
+        strings, tokenizer = options.pop("stop_strings", None), options.pop("tokenizer", None)
+        if config.stop_strings is not None or self.model.generation_config.stop_strings is not None:
+            options["stop_strings"] = None  # theirs: they are ours from here on
+            strings = strings or config.stop_strings or self.model.generation_config.stop_strings
+        if strings is not None:
+            criterion = StopStringCriteria(tokenizer or self._tokenizer(), strings)
+            options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), criterion])
 
     def __call__(
         self,
@@ -218,7 +260,7 @@ class SpeculativeDecoder:
         generation_config: GenerationConfig,
         *,
         policy: PolicyLike | None = None,
-        drafter: Drafter | str | None = None,
+        drafter: DrafterLike | None = None,
         seed: int | None = None,
         stream_id: int = 0,
         return_run: bool = False,
@@ -226,14 +268,21 @@ class SpeculativeDecoder:
     ) -> Tensor | GenerateDecoderOnlyOutput | Run:
         """What transformers' `generate(custom_generate=decoder)` calls after its own preparations."""
         refuse_what_generate_dropped()
-        refuse_what_we_cannot_do(model, self.target, input_ids, generation_config, model_kwargs)
-        decoder = self if policy is None and drafter is None else self.with_policy(policy, drafter)
+        refuse_what_we_cannot_do(model, self.model, input_ids, generation_config, model_kwargs)
+        inputs = model_inputs(self.model, input_ids, model_kwargs)
+        stopping = Stopping(stopping_criteria, input_ids.shape[1])
+        refuse_changing_frequencies(self.model, input_ids.shape[1], stopping.max_length)
+        processors = Processors(logits_processor, ends=stopping.ends, prompt_length=input_ids.shape[1])
+        decoder = self._for_call(policy, drafter)
         if generation_config.do_sample and seed is None:
             seed = int(torch.randint(2**62, ()))
         seed = seed if generation_config.do_sample else None
-        request = decoder._request(input_ids, logits_processor, stopping_criteria, seed, stream_id)
+        request = decoder._request(input_ids, processors, stopping, seed, stream_id, inputs)
         observed = decoder._observed(request, generation_config, seed, stream_id) if decoder.observers.active else None
-        run = Run(decode(request), request, seed, Watching(decoder.observers, observed))
+        records = decode(request)
+        if processors.rollback.rolls_back:
+            records = processors.rollback.settled(records, input_ids.shape[1])
+        run = Run(records, request, seed, Watching(decoder.observers, observed))
         if return_run:
             return run
         result = self._to_the_end(run)
@@ -279,10 +328,11 @@ class SpeculativeDecoder:
     def _request(
         self,
         prompt: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
+        processors: Processors,
+        stopping: Stopping,
         seed: int | None,
         stream_id: int,
+        inputs: ModelInputs,
     ) -> Request:
         wants = self.policy.wants | (self.policy.wants_optional & self._offered())
         if self.rule == "rejection" and seed is not None:
@@ -296,17 +346,21 @@ class SpeculativeDecoder:
         self.requests += 1
         generator = torch.Generator().manual_seed(hashed(seed or 0, stream_id, self.requests, POLICY_SALT) >> 1)
         keep_hidden = bool(wants & {Feature.PREFILL_HIDDEN, Feature.LAST_HIDDEN})
+        target = target_session(self.model, feature_layers=self.drafter.feature_layers, keep_hidden=keep_hidden)
+        target.wrapper = self.target if self.target is not self.model else None
+        target.inputs = inputs if inputs.following else None
         return Request(
             prompt=prompt,
-            target=TargetSession(self.target, feature_layers=self.drafter.feature_layers, keep_hidden=keep_hidden),
+            target=target,
             drafter=self.drafter.begin(),
             policy=GuardedPolicy(self.policy, self.spec, strict=self.strict, stepwise=stepwise),
-            rule=make_rule(self.rule, Processors(processors), noise, prompt.shape[1]),
-            stopping=Stopping(criteria, prompt.shape[1]),
-            clock=self.clock,
+            rule=make_rule(self.rule, processors, noise, prompt.shape[1]),
+            stopping=stopping,
+            clock=GuardedClock(self.clock),
             spec=self.spec,
             wants=wants,
             generator=generator,
+            inputs=inputs.prefill,
         )
 
     def _refuse_bias(self, wants: frozenset[Feature]) -> None:
@@ -320,7 +374,7 @@ class SpeculativeDecoder:
             )
 
     def _bound(self, policy: PolicyLike) -> Policy:
-        made = resolve_policy(policy)
+        made = policy_for(policy, self)
         missing = made.wants - self._offered()
         if missing:
             raise PolicyError(
@@ -341,7 +395,11 @@ class SpeculativeDecoder:
         return given or most
 
     def _ids(self, prompt: str) -> Tensor:
-        return cast("Tensor", self._tokenizer()(prompt, return_tensors="pt")["input_ids"])
+        """Token ids of a text. What a chat template made begins with a start token of its own, and gets no other."""
+        tokenizer = self._tokenizer()
+        start = tokenizer.bos_token
+        templated = bool(start) and prompt.startswith(start)
+        return cast("Tensor", tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated)["input_ids"])
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

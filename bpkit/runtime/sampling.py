@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process
 
 from bpkit.runtime.noise import GumbelNoise
-
-# Processors that look at one position's scores only, so that all positions of a block can pass in one call. Matched
-# by exact type: a subclass may look at the tokens.
-_PREFIX_FREE = {
-    getattr(logits_process, name)
-    for name in (
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "MinPLogitsWarper",
-        "TypicalLogitsWarper",
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "InfNanRemoveLogitsProcessor",
-        "LogitNormalization",
-        "SuppressTokensLogitsProcessor",
-    )
-    if hasattr(logits_process, name)
-}
+from bpkit.runtime.rollback import PREFIX_FREE, Rollback
 
 
 class Processors:
-    """Applies a `LogitsProcessorList` to several positions, each with the prefix it would have in plain decoding."""
+    """Applies a `LogitsProcessorList` to several positions, each with the prefix it would have in plain decoding.
 
-    def __init__(self, processors: LogitsProcessorList) -> None:
-        self.processors = processors
-        self.prefix_free = all(type(p) in _PREFIX_FREE for p in processors)
+    Args:
+        ends: end tokens, after which plain decoding calls no processor.
+        prompt_length: where the output begins.
+
+    Raises:
+        ValueError: a processor keeps state that cannot be rolled back; see `bpkit.runtime.rollback`.
+    """
+
+    def __init__(
+        self, processors: LogitsProcessorList, *, ends: Set[int] = frozenset(), prompt_length: int = 0
+    ) -> None:
+        self.processors, self.ends, self.prompt_length = processors, ends, prompt_length
+        self.prefix_free = all(type(p) in PREFIX_FREE for p in processors)
+        self.rollback = Rollback(processors)
 
     def __call__(self, logits: Tensor, prefix: Tensor, tokens: Tensor) -> Tensor:
         """Scores of the positions after `prefix`.
@@ -53,12 +47,25 @@ class Processors:
         if self.prefix_free:
             rows: Tensor = self.processors(prefix.expand(logits.shape[1], -1), logits[0])
             return rows[None]
-        scores = []
+        scores: list[Tensor] = []
         for i in range(logits.shape[1]):
             ids = torch.cat([prefix, tokens[:, :i]], dim=1)
+            if self.rollback.foreign and self._cannot_stand(ids, scores[-1] if scores else None):
+                # Plain decoding never asks about this prefix, and a grammar may fail on it.
+                scores += logits[:, i:].unbind(dim=1)
+                break
+            self.rollback.enter(ids.shape[1])
             # Processors may work in place: hand each a copy.
             scores.append(self.processors(ids, logits[:, i].clone()))
+            self.rollback.leave(ids.shape[1])
+        self.rollback.check()
         return torch.stack(scores, dim=1)
+
+    def _cannot_stand(self, ids: Tensor, scores: Tensor | None) -> bool:
+        """Whether output ended before, or the last of `ids` [1, length] was ruled out by its `scores` [1, vocab]."""
+        if not self.ends.isdisjoint(ids[0, self.prompt_length :].tolist()):
+            return True
+        return scores is not None and bool(scores[0, ids[0, -1]] == -torch.inf)
 
 
 def choose(scores: Tensor, noise: GumbelNoise | None, position: int) -> Tensor:
