@@ -111,14 +111,19 @@ class LearnedPolicy(TrainedPolicy):
         # Without asking nothing is read, and nothing need be computed.
         self.wants = frozenset(self.reads) if self.gains.asks else frozenset()  # type: ignore[misc]
 
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
+        if self.reads[0] not in features:
+            return {}
+        import torch
+
+        parts = [features[name].float().view(len(features[name]), -1) for name in self.reads]
+        return {"tokens": self.networks["forecaster"](torch.cat(parts, dim=1))}
+
     def select(self, state: State, context: Context) -> Tensor:
         gains = self.gains
         if not gains.asks:
             return context.full(gains.sizes[gains.floor])
-        import torch
-
-        parts = [context[name].float().view(context.batch_size, -1) for name in self.reads]
-        tokens = self.networks["forecaster"](torch.cat(parts, dim=1))  # [batch, trained sizes]
+        tokens = self.predicted(context)["tokens"]  # [batch, trained sizes]
         rows = zip(tokens[:, gains.columns].tolist(), context.context_length.tolist(), strict=True)
         return context.position.new_tensor([gains.best_size(row, length) for row, length in rows])
 

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -89,6 +89,27 @@ class Policy:
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         """Called once, before the first request. Raise PolicyError if the policy cannot serve this decoder."""
+
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
+        """What the policy's networks make of features, for policies that have some; the base class makes nothing.
+
+        It is called on the decoder's device, with the wanted features of the anchor (each [batch, ...]) after every
+        target pass, and with those of drafted tokens (each [batch, positions, ...]) after a draft. What it returns
+        comes to the host in the copy that also brings the tokens, so that a decision costs no wait of its own, and is
+        read there with `self.predicted(context)` and `self.predicted(draft)`.
+
+        Args:
+            features: only those that are known at this point. A draft may be handed over in pieces, so each position
+                is predicted by itself.
+
+        Returns:
+            By names of the policy's own: tensors [batch, ...], of drafts [batch, positions, ...].
+        """
+        return {}
+
+    def predicted(self, known: Context | Draft) -> Mapping[str, Tensor]:
+        """What `predict` made of the features of a context or a draft."""
+        return known.predictions if known.predictions is not None else self.predict(known.features)
 
     def begin(self, context: Context) -> State:
         """A request starts, after prefill. Returns its state, tensors with the batch axis first."""

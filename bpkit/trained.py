@@ -82,8 +82,9 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
     the folder that ships with bpkit for this pair, which `bind` chooses if there are several. Options that the user
     leaves open are those stored in the folder.
 
-    A network follows its input: called with a tensor on another device, it moves there first. It takes and gives
-    float32, so hand it `context[...].float()`.
+    `bind` moves the networks to the decoder's device, where features are. A subclass runs them in `predict`, so that
+    what they give comes to the host with the tokens of the step. They take and give float32, so hand them
+    `features[...].float()`.
 
     Class attributes:
         name: that the policy is registered under.
@@ -134,7 +135,7 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         self._check(self._trained.trained_for, decoder)
         # Copies, because subclasses may replace some: each bind begins with what was trained.
         self.facts = copy.deepcopy(self._trained.facts)
-        self.networks = dict(self._trained.networks)
+        self.networks = {name: network.to(decoder.device) for name, network in self._trained.networks.items()}
 
     @property
     def folder(self) -> Path | None:
@@ -344,21 +345,7 @@ def class_of_folder(folder: Path) -> type[TrainedPolicy]:
 
 
 def _ready(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Float32, eval mode, without gradients, and each moving to where its input is."""
+    """Float32, eval mode, without gradients."""
     for network in networks.values():
         network.float().eval().requires_grad_(False)
-        network.register_forward_pre_hook(_Follow())
     return networks
-
-
-class _Follow:
-    """Moves a module to the device of its first argument, which is known at no earlier time."""
-
-    def __init__(self) -> None:
-        self.device: Any = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        device = getattr(args[0], "device", None) if args else None
-        if device is not None and device != self.device:
-            module.to(device)
-            self.device = device

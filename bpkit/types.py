@@ -63,8 +63,22 @@ OF_THE_TARGET = frozenset(
     }
 )
 """Features that every target provides. `target_features` are there with drafters that have feature layers."""
+OF_PREFILL = frozenset({Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS})
+"""Features that only `begin` is given."""
 OF_THE_DISTRIBUTION = frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
 """Features whose computation goes over the drafter's whole vocabulary."""
+
+ON_THE_HOST = frozenset(
+    {
+        Feature.ANCHOR_LOG_PROBABILITY,
+        Feature.ANCHOR_ENTROPY,
+        Feature.DRAFT_TOKENS,
+        Feature.DRAFT_PROBABILITY,
+        Feature.DRAFT_ENTROPY,
+    }
+)
+"""Features that are a number for each token. Methods that decide get them on the host, where counts are too; vectors
+(hidden states, embeddings, logits) stay on the decoder's device, for `Policy.predict`."""
 
 BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM = "block-diffusion", "autoregressive", "n-gram"
 """Kinds of drafters."""
@@ -103,6 +117,8 @@ class DecoderSpec:
         hidden_size: of the target.
         vocab_size: of the target.
         verify_rule: `coupled` or `rejection`.
+        device: of the decoder, as torch writes it; networks of a policy belong there.
+        stateful: whether the target has recurrent states, so that it reads accepted tokens again after a rejection.
     """
 
     target: str
@@ -113,6 +129,8 @@ class DecoderSpec:
     hidden_size: int
     vocab_size: int
     verify_rule: str = "coupled"
+    device: str = "cpu"
+    stateful: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +144,7 @@ class Work:
         verify_width: positions that the target verified, anchor included.
         context_length: prompt and output tokens before the step.
         features: whether the policy wanted features that are computed from the drafter's distributions.
+        reread: tokens that a stateful target read once more, because a rejection had taken it back to before them.
     """
 
     draft_size: int
@@ -133,6 +152,7 @@ class Work:
     verify_width: int
     context_length: int
     features: bool = False
+    reread: int = 0
 
 
 PHASES = ("draft", "catch_up", "features", "verify", "rest")
@@ -154,13 +174,14 @@ class CostModel(Protocol):
 
 @dataclass(slots=True)
 class Context:
-    """What is known before a draft.
+    """What is known before a draft. Counts are on the host; see `ON_THE_HOST` for where features are.
 
     Attributes:
-        position: output tokens decided so far, int64 [batch]; 0 in `begin`.
+        position: output tokens decided so far, int64 [batch]; 1 in `begin`, since prefill decides the first.
         remaining: tokens that may still be generated, int64 [batch].
         context_length: prompt and output tokens so far, int64 [batch].
         generator: the policy's own random numbers (never the token noise), a CPU generator.
+        predictions: what `Policy.predict` made of the features, on the host; None where it was not asked.
     """
 
     spec: DecoderSpec
@@ -169,13 +190,14 @@ class Context:
     context_length: Tensor
     generator: torch.Generator
     features: Mapping[Feature, Tensor] = field(default_factory=dict)
+    predictions: Mapping[str, Tensor] | None = None
 
     @property
     def batch_size(self) -> int:
         return int(self.position.shape[0])
 
     def full(self, value: int) -> Tensor:
-        """`value` for every row: int64 [batch]."""
+        """`value` for every row: int64 [batch], on the host."""
         return self.position.new_full((self.batch_size,), value)
 
     def __getitem__(self, name: Feature | str) -> Tensor:
@@ -185,7 +207,7 @@ class Context:
 
 @dataclass(slots=True)
 class Draft:
-    """What the drafter proposed.
+    """What the drafter proposed. Counts are on the host; see `ON_THE_HOST` for where features are.
 
     Attributes:
         block_size: as selected, int64 [batch].
@@ -193,6 +215,8 @@ class Draft:
         tokens: int64 [batch, width], for the runtime; a policy asks for them through `wants`.
         logits: the drafter's scores after logits processors, float32 [batch, width, vocab], or None for
             drafters that have no distribution. For the runtime.
+        predictions: what `Policy.predict` made of the features, each [batch, width, ...], on the host; None where it
+            was not asked.
     """
 
     context: Context
@@ -201,6 +225,7 @@ class Draft:
     tokens: Tensor
     logits: Tensor | None = None
     features: Mapping[Feature, Tensor] = field(default_factory=dict)
+    predictions: Mapping[str, Tensor] | None = None
 
     def full(self, value: int) -> Tensor:
         """`value` for every row: int64 [batch]."""
@@ -215,6 +240,7 @@ class Draft:
             self.tokens[:, :count],
             None if self.logits is None else self.logits[:, :count],
             {name: value[:, :count] for name, value in self.features.items()},
+            None if self.predictions is None else {name: value[:, :count] for name, value in self.predictions.items()},
         )
 
     def __getitem__(self, name: Feature | str) -> Tensor:
@@ -253,7 +279,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One turn of the loop.
+    """One turn of the loop, on the host.
 
     Attributes:
         block_size: as used, int64 [batch].

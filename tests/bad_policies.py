@@ -350,6 +350,21 @@ class LongPromptsOnly(Four):
         return {}
 
 
+# device
+
+
+class StaysOnTheHost(Four):
+    """Its weights are made on the host, whatever the decoder's device."""
+
+    wants = frozenset({Feature.LAST_HIDDEN})
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        self.weight = torch.ones(decoder.hidden_size)
+
+    def select(self, state: State, context: Context) -> Tensor:
+        return 4 + (context[Feature.LAST_HIDDEN] @ self.weight > 0).long()
+
+
 # export
 
 

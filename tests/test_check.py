@@ -84,6 +84,7 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
     ("survival", bad.DividesByDrafted, ["DividesByDrafted.observe", "no drafts", "ZeroDivisionError"]),
     ("survival", bad.NeedsAStep, ["NeedsAStep.end", "ends with its first token", "ZeroDivisionError"]),
     ("survival", bad.LongPromptsOnly, ["LongPromptsOnly.begin", "a prompt of one token", "ArithmeticError: too short"]),
+    ("device", bad.StaysOnTheHost, ["StaysOnTheHost", "simulated device (cuda:0)", "same device", "in `bind`"]),
     ("export", bad.DecidesOtherwise, ["DecidesOtherwise", "decides otherwise than the policy", "onnxruntime"]),
 ]
 
@@ -116,7 +117,7 @@ def test_other_tokens_than_those_of_plain_decoding_are_found(monkeypatch: pytest
         if width < 2:
             return verdict
         tokens = torch.cat([draft.tokens[:, :1], verdict.tokens[:, :1]], dim=1)
-        return Verdict(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+        return Verdict(tokens, torch.tensor([1]), torch.zeros_like(tokens, dtype=torch.bool))
 
     monkeypatch.setattr(Coupled, "verify", trusting)
     result = report_on("fixed:4", skip=set(NAMES) - {"lossless"})["lossless"]
@@ -160,9 +161,12 @@ def test_a_learned_policy_in_a_file_passes() -> None:
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bpkit.testing.checks.export.NEEDED", ("onnx_of_another_name",))
     result = check_policy("ldlp", skip=set(NAMES) - {"export"})["export"]
-    assert (result.state, result.said) == ("skipped", "onnx_of_another_name not installed: pip install 'bpkit[export]'")
+    assert (result.state, result.said) == (
+        "skipped",
+        "onnx_of_another_name not installed: pip install 'block-policy-kit[export]'",
+    )
     monkeypatch.setitem(sys.modules, "bpkit.training.policy_module", None)
-    with pytest.raises(PolicyError, match=r"its trainer, which needs .*: pip install 'bpkit\[train\]'$"):
+    with pytest.raises(PolicyError, match=r"its trainer, which needs .*: pip install 'block-policy-kit\[train\]'$"):
         check_policy("ldlp")
 
 

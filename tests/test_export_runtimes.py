@@ -31,7 +31,7 @@ FOLDERS = sorted(path.parent for path in EXPORTED.glob("*/policy.json"))
 FILES = [f"{file.parent.name}/{file.name}" for folder in FOLDERS for file in sorted(folder.glob("*.onnx"))]
 PYTHON = INSTALLED / "venv/bin/python"
 
-NEEDS = "needs onnx and onnxruntime: pip install 'bpkit[onnx]'"
+NEEDS = "needs onnx and onnxruntime: pip install 'block-policy-kit[onnx]'"
 
 Values = dict[str, NDArray[Any]]
 

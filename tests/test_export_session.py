@@ -169,7 +169,7 @@ def test_an_unknown_provider() -> None:
 @pytest.mark.skipif("CUDAExecutionProvider" in session._runtime().get_available_providers(), reason="CUDA is there")
 def test_cuda_that_is_not_there_is_an_error() -> None:
     version = metadata.version("onnxruntime")
-    with pytest.raises(PolicyError, match=rf"installed: onnxruntime {version}.*pip install 'bpkit\[gpu\]'"):
+    with pytest.raises(PolicyError, match=rf"installed: onnxruntime {version}.*pip install 'block-policy-kit\[gpu\]'"):
         open_session(network(), "cuda")
 
 
@@ -181,7 +181,7 @@ def test_two_packages_that_overwrite_each_other(monkeypatch: pytest.MonkeyPatch)
 def test_cuda_never_becomes_the_cpu_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime gives a CPU session if the libraries of CUDA do not load."""
     monkeypatch.setattr(session, "_cuda", lambda runtime: ("cuda:0", None, ["CPUExecutionProvider"]))
-    with pytest.raises(PolicyError, match=r"would compute on the CPU .*pip install 'bpkit\[gpu\]'"):
+    with pytest.raises(PolicyError, match=r"would compute on the CPU .*pip install 'block-policy-kit\[gpu\]'"):
         open_session(network(), "cuda")
 
 

@@ -320,7 +320,9 @@ def test_a_name_that_a_plug_in_registers_is_refused_and_gets_none_of_its_weights
         wants: ClassVar[frozenset[Feature]] = frozenset({Feature.LAST_HIDDEN})
 
     assert Forecast().folder is None
-    with pytest.raises(PolicyError, match=r"is called 'forecast', as one that distribution 'bpkit' registers.*`name`"):
+    with pytest.raises(
+        PolicyError, match=r"is called 'forecast', as one that distribution 'block-policy-kit' registers.*`name`"
+    ):
         trainable._checked(Forecast, "./mine.py:Forecast")
 
 

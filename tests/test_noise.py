@@ -246,7 +246,8 @@ def two_tokens(rule: Rejection, p: Tensor, q: Tensor, width: int) -> tuple[int, 
         tokens, scores = rule.draw(ids)(q.log().expand(1, width, -1))
         context = Context(SPEC, none, none, none, torch.Generator())
         draft = Draft(context, none, none, tokens, scores)
-        ids = torch.cat([ids, rule.verify(p.log().expand(1, width + 1, -1), draft, width, ids).tokens], dim=1)
+        verdict = rule.verify(p.log().expand(1, width + 1, -1), draft, width, ids)
+        ids = torch.cat([ids, verdict.tokens[:, : int(verdict.num_accepted) + 1]], dim=1)
     return int(ids[0, 1]), int(ids[0, 2])
 
 

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from bpkit import SpeculativeDecoder
 from bpkit.cli import main
 from bpkit.config import settle
+from bpkit.distribution import DISTRIBUTION
 from bpkit.observers import Ending, ObservedRequest, Observer, ObserverConfig, resolve_observer
 from bpkit.policy import Policy, PolicyError
 from bpkit.runtime.guard import PolicyFault
@@ -592,7 +593,7 @@ def test_without_prometheus_client_the_extra_is_named() -> None:
         "try: resolve_observer('prometheus:port=0')\nexcept ValueError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'bpkit[prometheus]'" in done.stdout
+    assert "pip install 'block-policy-kit[prometheus]'" in done.stdout
 
 
 def test_every_metric_is_documented_with_its_labels_and_no_other(pair: TinyPair, served: Prometheus) -> None:
@@ -672,7 +673,7 @@ def test_observers_are_listed_with_their_options() -> None:
     assert {entry["name"] for entry in listed["observers"]} == {"jsonl", "prometheus"}
     (jsonl,) = (entry for entry in listed["observers"] if entry["name"] == "jsonl")
     assert jsonl["options"]["path"]["required"] is True
-    assert (jsonl["plugin"], jsonl["distribution"]) == ("jsonl", "bpkit")
+    assert (jsonl["plugin"], jsonl["distribution"]) == ("jsonl", DISTRIBUTION)
     for entry in listed["observers"]:
         assert all(option["description"] for option in entry["options"].values())
 

@@ -50,7 +50,7 @@ def chances(seed: int, rows: int) -> torch.Tensor:
 def test_the_size_is_the_one_that_gains_most_at_the_going_speed(cost: CostTable | None, rate: float) -> None:
     plan = Plan(FACTS, SIZES, cost, rate=rate, margin=0.0, decision=0.0)
     stands, lengths = chances(1, 40), torch.randint(10, 600, (40,), generator=torch.Generator().manual_seed(0))
-    chosen = plan.best_sizes(stands, lengths)
+    chosen = plan.best_sizes(plan.expected(stands), lengths)
     for row in range(40):
         at = -(-int(lengths[row]) // 64) * 64
         values = {}
@@ -77,20 +77,20 @@ def test_a_margin_keeps_the_best_fixed_size_unless_another_promises_more() -> No
     stands, lengths = chances(2, 60), torch.full((60,), 100)
     free = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
     bound = Plan(FACTS, SIZES, COST, rate=1.0, margin=100.0, decision=0.0)
-    assert set(bound.best_sizes(stands, lengths)) <= {1, SIZES[bound.floor]}
-    assert set(free.best_sizes(stands, lengths)) - {1, SIZES[free.floor]}
+    assert set(bound.best_sizes(bound.expected(stands), lengths)) <= {1, SIZES[bound.floor]}
+    assert set(free.best_sizes(free.expected(stands), lengths)) - {1, SIZES[free.floor]}
 
 
 def test_nothing_is_drafted_where_nothing_would_stand() -> None:
     plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
-    assert plan.best_sizes(torch.zeros(2, len(SIZES), 5), torch.tensor([50, 400])) == [1, 1]
+    assert plan.best_sizes(torch.zeros(2, len(SIZES)), torch.tensor([50, 400])) == [1, 1]
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     plan = Plan(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
     stands, lengths = chances(3, 8), torch.tensor([20, 90, 150, 300, 400, 500, 600, 64])
-    alone = [plan.best_sizes(stands[i : i + 1], lengths[i : i + 1])[0] for i in range(8)]
-    assert plan.best_sizes(stands, lengths) == alone
+    alone = [plan.best_sizes(plan.expected(stands[i : i + 1]), lengths[i : i + 1])[0] for i in range(8)]
+    assert plan.best_sizes(plan.expected(stands), lengths) == alone
 
 
 def test_verified_is_what_pays_for_itself() -> None:

@@ -895,7 +895,7 @@ def test_without_pyarrow_or_ray_the_extra_is_named(
         monkeypatch.setattr(cli_models, "load_decoder", lambda *_, made=decoder: made)
         result = run(*arguments(tiny_folder, prompt_file, tmp_path / "t", *more))
         assert result.exit_code == 1
-        assert f"pip install 'bpkit[{'traces' if module == 'pyarrow' else module}]'" in result.stderr
+        assert f"pip install 'block-policy-kit[{'traces' if module == 'pyarrow' else module}]'" in result.stderr
 
 
 # bpkit bench trace

@@ -623,9 +623,9 @@ def test_tensorboard_gets_the_figures_or_the_extra_is_named(
         patch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
         result = command(*arguments, "--out", tmp_path / "without")
         assert result.exit_code == 1
-        assert "pip install 'bpkit[tensorboard]'" in result.stderr
+        assert "pip install 'block-policy-kit[tensorboard]'" in result.stderr
         assert not (tmp_path / "without").exists()
-        with pytest.raises(ValueError, match=r"bpkit\[tensorboard\]"):
+        with pytest.raises(ValueError, match=r"block-policy-kit\[tensorboard\]"):
             train_policy(
                 "toy", TRAIN, SPEC, COST, tmp_path / "api", validation=VALIDATION, run=PolicyRun(logger="tensorboard")
             )

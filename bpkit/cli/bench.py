@@ -13,6 +13,7 @@ from bpkit.cli import options
 from bpkit.cli.bench_fold import bench_fold
 from bpkit.cli.bench_model import bench_model
 from bpkit.cli.bench_policy import bench_policy
+from bpkit.cli.bench_reads import bench_reads
 from bpkit.cli.bench_trace import bench_trace
 from bpkit.cli.errors import nothing_written, require, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
@@ -33,6 +34,7 @@ app.command("trace")(bench_trace)
 app.command("model")(bench_model)
 app.command("policy")(bench_policy)
 app.command("fold")(bench_fold)
+app.command("reads")(bench_reads)
 
 
 @app.callback()

@@ -34,7 +34,8 @@ class Inputs:
 
     def _one(self, name: str, source: Context | Draft, context: Context, state: State) -> Tensor:
         if name in FEATURES:
-            value = source[name]
+            value = (source.predictions or {}).get(name)
+            value = source[name] if value is None else value
             return value.float() if value.is_floating_point() else value
         if name == "context_length":
             return context.context_length

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Protocol
 
 import torch
 
+from bpkit.runtime.reread import commits
 from bpkit.types import CostModel, Seconds, Work
 
 
@@ -23,14 +25,32 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Wall-clock seconds. On a GPU each reading waits for the work that was queued before it."""
+    """Wall-clock seconds.
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    A step ends with a read of the device, so its total is right without waiting. Its parts are then the time of the
+    host: what the device still works on is counted where the host next reads.
+
+    Args:
+        device: of the decoder.
+        wait: let each reading wait for the work that was queued on the device before it, so that the parts of a step
+            are right as well. It slows decoding down; measurements of parts ask for it.
+    """
+
+    def __init__(self, device: torch.device, *, wait: bool = False) -> None:
+        self.device, self._waits = device, wait and device.type != "cpu"
+
+    def waiting(self) -> WallClock:
+        """The clock of the same device that waits for it."""
+        return WallClock(self.device, wait=True)
+
+    @property
+    def tells_parts(self) -> bool:
+        """Whether the parts of a step are the time of the device."""
+        return self._waits or self.device.type == "cpu"
 
     def now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
+        if self._waits:
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def charge(self, measured: Seconds, work: Work | None) -> Seconds:
@@ -59,6 +79,48 @@ class CostClock:
         return Seconds() if work is None else price(self.cost, work)
 
 
+class GuardedClock:
+    """A clock that cannot end a generation: where it raises, the step is charged what the wall clock says.
+
+    Attributes:
+        faults: of the clock so far.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.faults = clock, 0
+        self._fallback = False
+
+    def now(self) -> float:
+        if not self._fallback:
+            try:
+                return self.clock.now()
+            except Exception as error:
+                self._fallback = True  # for good: readings of two clocks have no difference
+                self._say(error)
+        return time.perf_counter()
+
+    def charge(self, measured: Seconds, work: Work | None) -> Seconds:
+        try:
+            return self.clock.charge(measured, work)
+        except Exception as error:
+            self._say(error)
+            return measured
+
+    def _say(self, error: Exception) -> None:
+        self.faults += 1
+        if self.faults == 1:
+            warnings.warn(
+                f"the decoder's clock {type(self.clock).__name__} cannot price a step ({type(error).__name__}: "
+                f"{error}); such steps are charged the measured time (said once)",
+                ClockFaultWarning,
+                stacklevel=4,
+            )
+
+
+class ClockFaultWarning(UserWarning):
+    """A clock or its cost model failed; the text is not affected."""
+
+
 def price(cost: CostModel, work: Work) -> Seconds:
     """What a cost model says of a step, decision time left out."""
     at = work.context_length
@@ -67,7 +129,10 @@ def price(cost: CostModel, work: Work) -> Seconds:
         draft = cost.seconds("draft", work.draft_size, at) + cost.seconds("catch_up", work.waiting, at)
         if work.features:
             draft += cost.seconds("features", work.draft_size, at)
-    return Seconds(draft=draft, verify=cost.seconds("verify", work.verify_width, at), rest=cost.seconds("rest", 1, at))
+    committing = commits(work.reread, work.verify_width)
+    passes = [work.reread, work.verify_width] if committing else [work.reread + work.verify_width]
+    verify = sum(cost.seconds("verify", width, at) for width in passes)
+    return Seconds(draft=draft, verify=verify, rest=cost.seconds("rest", 1, at))
 
 
 class Watch:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bpkit.drafters.base import Proposal
 from bpkit.runtime.target import TargetOutput
+from bpkit.runtime.verify import Verdict
 from bpkit.types import Feature
 
 
@@ -31,37 +32,48 @@ def draft_features(proposal: Proposal, wants: frozenset[Feature]) -> dict[Featur
 
 
 def target_features(
-    output: TargetOutput, anchor: Tensor, wants: frozenset[Feature], *, first: bool, embed: Callable[[Tensor], Tensor]
+    output: TargetOutput,
+    verdict: Verdict,
+    wants: frozenset[Feature],
+    *,
+    first: bool,
+    embed: Callable[[Tensor], Tensor],
 ) -> dict[Feature, Tensor]:
-    """Features of the pass that decided the anchor, each [batch, ...].
+    """Features of the position that decided the anchor, each [batch, ...], on the device of the target.
 
     Args:
-        output: its last position decided the anchor.
-        anchor: token id, int64 [batch].
+        verdict: says which position that is, on the device: the host need not know it yet.
         first: whether it was prefill.
         embed: the target's embedding.
     """
+    place = verdict.num_accepted
     if output.known is not None:
-        return {name: value[:, -1] for name, value in output.known.items() if name in wants}
+        return {name: _at(value, place) for name, value in output.known.items() if name in wants}
     features: dict[Feature, Tensor] = {}
+    anchor = _at(verdict.tokens, place)
     if output.last_hidden is not None:
         if Feature.LAST_HIDDEN in wants:
-            features[Feature.LAST_HIDDEN] = output.last_hidden[:, -1]
+            features[Feature.LAST_HIDDEN] = _at(output.last_hidden, place)
         if first and Feature.PREFILL_HIDDEN in wants:
-            features[Feature.PREFILL_HIDDEN] = output.last_hidden[:, -1]
+            features[Feature.PREFILL_HIDDEN] = _at(output.last_hidden, place)
     if first and Feature.PREFILL_LOGITS in wants:
-        features[Feature.PREFILL_LOGITS] = output.logits[:, -1].float()
+        features[Feature.PREFILL_LOGITS] = _at(output.logits, place).float()
     if Feature.TARGET_FEATURES in wants and output.features is not None:
-        features[Feature.TARGET_FEATURES] = output.features[:, -1]
+        features[Feature.TARGET_FEATURES] = _at(output.features, place)
     if Feature.ANCHOR_EMBEDDING in wants:
         features[Feature.ANCHOR_EMBEDDING] = embed(anchor)
     if wants & OF_THE_ANCHOR:
-        log_probability, entropy = anchor_statistics(output.logits[:, -1], anchor)
+        log_probability, entropy = anchor_statistics(_at(output.logits, place), anchor)
         if Feature.ANCHOR_LOG_PROBABILITY in wants:
             features[Feature.ANCHOR_LOG_PROBABILITY] = log_probability
         if Feature.ANCHOR_ENTROPY in wants:
             features[Feature.ANCHOR_ENTROPY] = entropy
     return features
+
+
+def _at(values: Tensor, place: Tensor) -> Tensor:
+    """One position of each row: [1, positions, ...] -> [1, ...]."""
+    return values.index_select(1, place)[:, 0]
 
 
 OF_THE_ANCHOR = frozenset({Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY})

@@ -9,6 +9,7 @@ import math
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bpkit.policy import Policy, PolicyError, State, overrides
-from bpkit.types import Context, DecoderSpec, Draft, Step
+from bpkit.runtime.host import to_host
+from bpkit.types import Context, DecoderSpec, Draft, Feature, Step
 
 
 class PolicyFault(PolicyError):
@@ -46,7 +48,7 @@ class GuardedPolicy:
         self._warned: set[str] = set()
         self._reported = 0
         self.truncates, self.extends = overrides(policy, "truncate"), overrides(policy, "extend")
-        self.observes = overrides(policy, "observe")
+        self.observes, self.predicts = overrides(policy, "observe"), overrides(policy, "predict")
 
     def begin(self, context: Context) -> None:
         """Make the request's state."""
@@ -57,6 +59,19 @@ class GuardedPolicy:
         except Exception as error:
             self._mend("begin", error, "an empty state")
             self.state = {}
+
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor] | None:
+        """What the policy's networks make of features, on the device; None where it has none, or nothing to look at."""
+        if not self.predicts or not features:
+            return None
+        try:
+            predictions = self.policy.predict(features)
+            if not (isinstance(predictions, dict) and all(isinstance(p, Tensor) for p in predictions.values())):
+                raise PolicyFault(f"predict returned {kind_of(predictions)}, not a dict of tensors")
+            return predictions
+        except Exception as error:
+            self._mend("predict", error, "no predictions")
+            return None
 
     def select(self, context: Context) -> Tensor:
         """Block size of the next draft, 1 .. max_block_size: int64 [batch]."""
@@ -106,7 +121,7 @@ class GuardedPolicy:
             answer = self.policy.extend(self.state, draft)
             if not isinstance(answer, Tensor) or answer.shape != draft.draft_length.shape:
                 raise PolicyFault("extend must return a bool tensor [batch]")
-            return bool(answer.any())
+            return bool(to_host([answer])[0].any())
         except Exception as error:
             self._mend("extend", error, "drafting on")
             return True
@@ -175,7 +190,7 @@ def _whole_numbers(value: Any, batch_size: int, method: str) -> list[int]:
         raise PolicyFault(f"{method} must return int64 [batch], batch {batch_size}, as context.full(8); got {got}")
     if value.dtype == torch.bool or value.is_complex():
         raise PolicyFault(f"{method} returned dtype {value.dtype}, not whole numbers")
-    numbers = value.tolist()
+    numbers = to_host([value])[0].tolist()  # one that was decided on the device costs a read of its own
     if not all(math.isfinite(number) and number == int(number) for number in numbers):
         raise PolicyFault(f"{method} returned {numbers}, not whole numbers")
     return [int(number) for number in numbers]

@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bpkit.drafters.base import DrafterSession, Proposal
-from bpkit.runtime.clock import Clock, Watch
-from bpkit.runtime.features import draft_features, target_features
+from bpkit.runtime.clock import Clock, GuardedClock, Watch
+from bpkit.runtime.features import target_features
 from bpkit.runtime.guard import GuardedPolicy
+from bpkit.runtime.host import to_host
+from bpkit.runtime.proposed import Proposed
 from bpkit.runtime.stopping import Stopping
 from bpkit.runtime.target import TargetOutput, TargetSession
 from bpkit.runtime.verify import Verdict, VerifyRule
-from bpkit.types import BLOCK_DIFFUSION, OF_THE_DISTRIBUTION, Context, DecoderSpec, Draft, Feature, Step, Work
+from bpkit.types import (
+    BLOCK_DIFFUSION,
+    OF_PREFILL,
+    OF_THE_DISTRIBUTION,
+    ON_THE_HOST,
+    Context,
+    DecoderSpec,
+    Draft,
+    Feature,
+    Step,
+    Work,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What a target pass decided, on the host.
+
+    Attributes:
+        tokens: up to where generation ends, int64 [1, acceptance_length].
+        near_ties: among them.
+        stopped: whether generation ends.
+        context: of the draft that comes next.
+    """
+
+    tokens: Tensor
+    near_ties: int
+    stopped: bool
+    context: Context
+
+    def without_prefill(self) -> Decided:
+        """Without the features that only `begin` is given."""
+        features = {name: value for name, value in self.context.features.items() if name not in OF_PREFILL}
+        return replace(self, context=replace(self.context, features=features))
 
 
 @dataclass
@@ -22,9 +59,10 @@ class Request:
     """Everything that one generation needs.
 
     Attributes:
-        prompt: int64 [1, length].
+        prompt: int64 [1, length], on the device.
         wants: features to compute.
         generator: the policy's own random numbers.
+        inputs: what the target's prefill takes beside the prompt, such as images.
     """
 
     prompt: Tensor
@@ -37,48 +75,66 @@ class Request:
     spec: DecoderSpec
     wants: frozenset[Feature]
     generator: torch.Generator
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
-    def context(self, ids: Tensor, output: TargetOutput | None, *, first: bool = False) -> Context:
-        """What the policy sees before a draft; `output` is the pass that decided the anchor, the last of `ids`."""
-        length = ids.shape[1]
-        numbers = [[length - self.prompt.shape[1]], [self.stopping.max_length - length], [length]]
-        position, remaining, context_length = torch.tensor(numbers, device=ids.device)
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.clock)
+
+    @property
+    def clock_faults(self) -> int:
+        """Steps that the clock could not price."""
+        return self.clock.faults if isinstance(self.clock, GuardedClock) else 0
+
+    def settle(self, output: TargetOutput, verdict: Verdict, ids: Tensor, *, first: bool = False) -> Decided:
+        """Read what a pass over the last of `ids` decided, and what policies may know of it, in one copy."""
         features = {}
-        if output is not None:
-            features = target_features(output, ids[:, -1], self.wants, first=first, embed=self.target.embed)
-        return Context(
-            spec=self.spec,
-            position=position,
-            remaining=remaining,
-            context_length=context_length,
-            generator=self.generator,
-            features=features,
-        )
+        if self.wants:
+            features = target_features(output, verdict, self.wants, first=first, embed=self.target.embed)
+        self.watch.lap("rest")
+        predictions = self.policy.predict(features)
+        self.watch.lap("policy")
+        numbers = [name for name in features if name in ON_THE_HOST]
+        named = predictions or {}
+        read = to_host([*verdict, *(features[name] for name in numbers), *named.values()])
+        tokens, accepted, near_tie = read[:3]
+        features.update(zip(numbers, read[3:], strict=False))
+        count, stopped = self.stopping.cut(ids, tokens[0, : accepted.tolist()[0] + 1].tolist())
+        context = self.context(ids.shape[1] + count)
+        context.features = features
+        if predictions is not None:
+            context.predictions = dict(zip(named, read[3 + len(numbers) :], strict=True))
+        return Decided(tokens[:, :count], sum(near_tie[0, :count].tolist()), stopped, context)
 
-    def draft(self, context: Context, block_size: Tensor, ids: Tensor, watch: Watch) -> Draft:
+    def context(self, length: int) -> Context:
+        """Counts where prompt and output have `length` tokens."""
+        counts = [[length - self.prompt.shape[1]], [self.stopping.max_length - length], [length]]
+        position, remaining, context_length = torch.tensor(counts)
+        return Context(self.spec, position, remaining, context_length, self.generator)
+
+    def draft(self, context: Context, block_size: Tensor, ids: Tensor) -> Draft:
         """Ask the drafter for a block, or nobody at block size 1. What the policy wants of it is the policy's time."""
         size = int(block_size)
         if size == 1:
             return self.no_draft(context)
+        proposed = Proposed(context, block_size, self.wants, self.policy)
 
-        def as_draft(proposal: Proposal) -> Draft:
-            length = context.full(proposal.tokens.shape[1])
-            features = draft_features(proposal, self.wants)
-            return Draft(context, block_size, length, proposal.tokens, proposal.scores, features)
-
-        def go_on(so_far: Proposal) -> bool:
-            watch.lap("draft")
-            answer = self.policy.extend(as_draft(so_far))
-            watch.lap("policy")
+        def go_on(latest: Proposal) -> bool:
+            self.watch.lap("draft")
+            proposed.add(latest)
+            answer = self.policy.extend(proposed.draft())
+            self.watch.lap("policy")
             return answer
 
         proposal = self.drafter.draft(size, self.rule.draw(ids), go_on if self.policy.extends else None)
-        watch.lap("draft")
-        return as_draft(proposal)
+        self.watch.lap("draft")
+        proposed.add(proposal.after(proposed.length))
+        draft = proposed.draft()
+        draft.tokens, draft.logits = proposal.tokens.to(ids.device), proposal.scores
+        return draft
 
     def no_draft(self, context: Context | None = None) -> Draft:
         """A block of the anchor alone."""
-        context = context or self.context(self.prompt, None)
+        context = context or self.context(self.prompt.shape[1])
         return Draft(context, context.full(1), context.full(0), self.prompt[:, :0])
 
     def verify_length(self, draft: Draft, ids: Tensor) -> int:
@@ -88,30 +144,21 @@ class Request:
         # A step yields one token more than it verifies.
         return min(int(self.policy.truncate(draft)), self.stopping.max_length - ids.shape[1] - 1)
 
-    def step(
-        self,
-        draft: Draft,
-        waiting: int,
-        verify_length: int,
-        ids: Tensor,
-        tokens: Tensor,
-        verdict: Verdict,
-        watch: Watch,
-    ) -> Step:
-        """The record of a turn that began with `ids` and yielded `tokens`, int64 [1, acceptance_length]."""
-        watch.lap("rest")
+    def step(self, draft: Draft, waiting: int, verify_length: int, ids: Tensor, decided: Decided) -> Step:
+        """The record of a turn that began with `ids`."""
+        self.watch.lap("rest")
         work = self.work(draft, waiting, verify_length, ids.shape[1])
-        seconds = self.clock.charge(watch.take(), work)
+        seconds = self.clock.charge(self.watch.take(), work)
         return Step(
             block_size=draft.block_size,
             draft_length=draft.draft_length,
             verify_length=draft.full(verify_length),
-            num_accepted=draft.full(tokens.shape[1] - 1),
-            tokens=tokens,
+            num_accepted=draft.full(decided.tokens.shape[1] - 1),
+            tokens=decided.tokens,
             position=ids.shape[1] - self.prompt.shape[1],
             seconds=seconds,
             fallbacks=self.policy.new_fallbacks(),
-            near_ties=verdict.near_ties(tokens.shape[1]),
+            near_ties=decided.near_ties,
         )
 
     def work(self, draft: Draft, waiting: int, verify_length: int, context_length: int) -> Work:
@@ -126,4 +173,5 @@ class Request:
             verify_width=verify_length + 1,
             context_length=context_length,
             features=drafted and bool(self.wants & OF_THE_DISTRIBUTION),
+            reread=self.target.reread,
         )

@@ -27,6 +27,7 @@ class Generation:
         fallbacks: policy faults that the runtime mended.
         observer_faults: observers of this decoder that failed so far; they were warned of and are left out.
         observer_seconds: wall-clock time that observers took, which is in no step's seconds.
+        clock_faults: steps that the decoder's clock could not price; they were charged the measured time.
     """
 
     sequences: Tensor
@@ -38,6 +39,7 @@ class Generation:
     fallbacks: int = 0
     observer_faults: int = 0
     observer_seconds: float = 0.0
+    clock_faults: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -125,7 +127,7 @@ class Run(Iterator[Record]):
             raise ValueError("this run was closed before its end: start another with decoder.run(...)")
         prefill, *steps = self._seen
         assert isinstance(prefill, Prefill)
-        tokens = torch.cat([record.tokens for record in self._seen], dim=1)
+        tokens = torch.cat([record.tokens for record in self._seen], dim=1).to(self.prompt.device)
         return Generation(
             sequences=torch.cat([self.prompt, tokens], dim=1),
             tokens=tokens.clone(),  # made outside inference mode: users may write to it
@@ -136,4 +138,5 @@ class Run(Iterator[Record]):
             fallbacks=self.request.policy.fallbacks,
             observer_faults=self._watching.observers.left_out,
             observer_seconds=self._watching.seconds,
+            clock_faults=self.request.clock_faults,
         )

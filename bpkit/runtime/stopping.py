@@ -29,21 +29,21 @@ class Stopping:
                 self.ends.update(criterion.eos_token_id.flatten().tolist())
         self.others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
 
-    def cut(self, prefix: Tensor, tokens: Tensor) -> tuple[Tensor, bool]:
-        """`tokens` up to where generation ends, and whether it does: int64 [1, 1 .. count]."""
+    def cut(self, prefix: Tensor, tokens: list[int]) -> tuple[int, bool]:
+        """How many of `tokens` are generated, 1 .. all of them, and whether generation ends with the last."""
         stop = self.first_stop(prefix, tokens)
-        return (tokens, False) if stop is None else (tokens[:, : stop + 1], True)
+        return (len(tokens), False) if stop is None else (stop + 1, True)
 
-    def first_stop(self, prefix: Tensor, tokens: Tensor) -> int | None:
+    def first_stop(self, prefix: Tensor, tokens: list[int]) -> int | None:
         """Index of the first of `tokens` after which generation ends, or None.
 
         Args:
-            prefix: decided tokens, int64 [1, length]. tokens: those that follow, int64 [1, count].
+            prefix: decided tokens, int64 [1, length]. tokens: those that follow.
         """
-        room = self.max_length - prefix.shape[1]
-        values = tokens[0].tolist()
-        ids = torch.cat([prefix, tokens], dim=1) if self.others else prefix
-        for i, token in enumerate(values):
+        room, ids = self.max_length - prefix.shape[1], prefix
+        if self.others:
+            ids = torch.cat([prefix, torch.tensor([tokens], device=prefix.device)], dim=1)
+        for i, token in enumerate(tokens):
             if token in self.ends or i + 1 >= room:
                 return i
             upto = ids[:, : prefix.shape[1] + i + 1]

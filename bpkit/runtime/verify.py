@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,22 +13,27 @@ from bpkit.types import Draft
 
 NEAR_TIE = 1e-4
 """A top-2 gap below this may flip between verify widths, because float32 sums in another order."""
+ROUNDINGS = 4
+"""The same for narrower types, in units of their rounding at the size of the scores: hidden states are rounded in every
+layer, and a pass of another width rounds otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Tokens of a step before stopping is considered, int64 [1, count], and which were near ties, bool [1, count]."""
+class Verdict(NamedTuple):
+    """What a rule made of a pass, on the device.
+
+    Attributes:
+        tokens: int64 [1, positions]; only the first `num_accepted + 1` mean anything.
+        num_accepted: before stopping is considered, int64 [1].
+        near_tie: whether the top-2 gap was below tolerance, bool [1, positions].
+    """
 
     tokens: Tensor
+    num_accepted: Tensor
     near_tie: Tensor
-
-    def near_ties(self, count: int) -> int:
-        """Near ties among the first `count` tokens."""
-        return int(self.near_tie[:, :count].sum())
 
 
 class VerifyRule(Protocol):
-    """Decides a step from the target's logits."""
+    """Decides a step from the target's logits, without a read of the device."""
 
     def draw(self, prefix: Tensor) -> Draw:
         """What the drafter draws the tokens after `prefix` with."""
@@ -45,9 +49,26 @@ class VerifyRule(Protocol):
         ...
 
 
-def _gap_is_small(scores: Tensor) -> Tensor:
+def near_ties(scores: Tensor, tolerance: float | Tensor) -> Tensor:
+    """Whether the two best are close: scores [..., vocab], tolerance a number or [...]; bool [...]."""
     top = scores.topk(2, dim=-1).values
-    return top[..., 0] - top[..., 1] < NEAR_TIE
+    return top[..., 0] - top[..., 1] < tolerance
+
+
+def tie_tolerance(logits: Tensor, scores: Tensor) -> float | Tensor:
+    """Gaps below this may be closed by rounding: a number for float32, else by the size of the largest score.
+
+    Args:
+        logits: as the target gave them, [..., vocab]; their dtype is the one that it computes in.
+        scores: the same after logits processors, such as a temperature, that may have scaled them.
+
+    Returns:
+        0.0001 for float32, else float32 [...].
+    """
+    if logits.dtype in (torch.float32, torch.float64):
+        return NEAR_TIE
+    size = torch.maximum(logits.float().amax(dim=-1).abs(), scores.amax(dim=-1).abs())
+    return (size * (ROUNDINGS * torch.finfo(logits.dtype).eps)).clamp(min=NEAR_TIE)
 
 
 class Coupled:
@@ -66,12 +87,14 @@ class Coupled:
 
     def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
         drafted, position = draft.tokens[:, :width], prefix.shape[1] - self.prompt_length
-        scores = noisy(self.processors(logits, prefix, drafted), self.noise, position)
-        chosen = scores.argmax(dim=-1)
-        stands = int((chosen[:, :width] == drafted).cumprod(dim=1).sum())
         if self.noise is not None:
-            self.noise.forget_before(position + stands + 1)
-        return Verdict(chosen[:, : stands + 1], _gap_is_small(scores[:, : stands + 1]))
+            self.noise.forget_before(position)
+        scores = self.processors(logits, prefix, drafted)
+        tolerance = tie_tolerance(logits, scores)
+        scores = noisy(scores, self.noise, position)
+        chosen = scores.argmax(dim=-1)
+        stands = (chosen[:, :width] == drafted).cumprod(dim=1).sum(dim=1)
+        return Verdict(chosen, stands, near_ties(scores, tolerance))
 
 
 class Rejection:
@@ -95,21 +118,27 @@ class Rejection:
 
     def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
         drafted, position = draft.tokens[:, :width], prefix.shape[1] - self.prompt_length
+        n = self.noise
+        n.forget_before(position)
         target = self.processors(logits, prefix, drafted).softmax(dim=-1)
         proposal = torch.zeros_like(target)
         if width:
             proposal[:, :width] = self._proposal(draft, width, target.shape[-1])
         p, q = (d[:, :width].gather(-1, drafted[..., None])[..., 0] for d in (target, proposal))
-        n = self.noise
         u = uniform(n.seed, n.stream, position, max(width, 1), 1, n.device, ACCEPT_SALT)[:width, 0]
-        stands = int((u * q < p).cumprod(dim=1).sum())
-        rest = (target[:, stands] - proposal[:, stands]).clamp(min=0)
+        stands = (u * q < p).cumprod(dim=1).sum(dim=1)
+        last = noisy(self._left_over(target, proposal, stands), n, position).argmax(dim=-1)
+        place = torch.arange(width + 1, device=last.device)
+        tokens = torch.where(place < stands, torch.nn.functional.pad(drafted, (0, 1)), last)
+        return Verdict(tokens, stands, torch.zeros_like(tokens, dtype=torch.bool))
+
+    @staticmethod
+    def _left_over(target: Tensor, proposal: Tensor, stands: Tensor) -> Tensor:
+        """Log of what the token after the accepted ones is drawn from, at its position: [1, positions, vocab]."""
+        rest = (target - proposal).clamp(min=0).index_select(1, stands)
         # p == q leaves nothing over but is never rejected in exact arithmetic; rounding may still land here.
-        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, target[:, stands])
-        last = noisy(rest.log()[:, None], n, position + stands).argmax(dim=-1)
-        tokens = torch.cat([drafted[:, :stands], last], dim=1)
-        n.forget_before(position + stands + 1)
-        return Verdict(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, target.index_select(1, stands))
+        return rest.log().expand(-1, target.shape[1], -1)
 
     @staticmethod
     def _proposal(draft: Draft, width: int, vocab: int) -> Tensor:

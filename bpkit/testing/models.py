@@ -187,7 +187,7 @@ class AgreeableSession:
         self.drafted: int | None = None
 
     def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        count = tokens.shape[1]
+        count, tokens = tokens.shape[1], tokens.to(self.drafter.target.device)
         if self.drafted is None:
             self.waiting += count
         else:
@@ -199,7 +199,7 @@ class AgreeableSession:
         assert self.ids is not None
         model, begin = self.drafter.target, self.ids.shape[1]
         self.drafter.drafts += 1
-        coins = uniform(self.drafter.seed, begin, 0, block_size, 1, self.ids.device, salt=0)[:, 0]
+        coins = uniform(self.drafter.seed, begin, 0, block_size, 1, torch.device("cpu"), salt=0)[:, 0]
         cache, read = DynamicCache(config=model.config), self.ids
         tokens, scores, hidden = [], [], []
         for place in range(block_size - 1):
@@ -209,8 +209,8 @@ class AgreeableSession:
             tokens.append((read + shift) % of_read.shape[-1])
             scores.append(of_read.roll(shift, dims=-1))
             hidden.append(output.hidden_states[-1][:, -1:])
-            proposal = Proposal(torch.cat(tokens, dim=1), torch.cat(scores, dim=1), torch.cat(hidden, dim=1))
-            if go_on is not None and place + 2 < block_size and not go_on(proposal):
+            latest = Proposal(tokens[-1], scores[-1], hidden[-1])
+            if go_on is not None and place + 2 < block_size and not go_on(latest):
                 break
-        self.drafted = proposal.tokens.shape[1]
-        return proposal
+        self.drafted = len(tokens)
+        return Proposal(torch.cat(tokens, dim=1), torch.cat(scores, dim=1), torch.cat(hidden, dim=1))

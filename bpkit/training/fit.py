@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from bpkit.distribution import install_command
 from bpkit.training.best import BestByReplay
 from bpkit.training.example_data import ExampleData
 from bpkit.training.policy_module import PolicyModule
@@ -83,7 +84,7 @@ def _logger(how: PolicyRun, out: Path) -> Logger:
         return CSVLogger(out, name="logs")
     if importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
-            "logger 'tensorboard' needs tensorboard, which is not installed: pip install 'bpkit[tensorboard]'"
+            f"logger 'tensorboard' needs tensorboard, which is not installed: {install_command('tensorboard')}"
         )
     return TensorBoardLogger(out, name="logs")
 

@@ -64,18 +64,11 @@ class Prepared:
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         """Inputs in pieces, float [batch, ...]. Returns chances that tokens 1 .. k stand, [batch, columns, width]."""
-        if parts[0].device != self.of_size.device:
-            self._move(parts[0].device)
         first, second, last = self.weights
         x = F.silu(torch.addmm(self.biases[0], torch.cat([part.float() for part in parts], dim=1), first), inplace=True)
         x = F.silu(torch.addmm(self.biases[1], x, second), inplace=True).add_(x)
         hazards = torch.addmm(self.biases[2], x, last)[:, None] + self.of_size
         return hazards.sigmoid_().cumprod(dim=-1)
-
-    def _move(self, device: torch.device) -> None:
-        self.weights = [weight.to(device) for weight in self.weights]
-        self.biases = [bias.to(device) for bias in self.biases]
-        self.of_size = self.of_size.to(device)
 
 
 class Calibrated:

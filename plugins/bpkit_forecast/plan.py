@@ -25,20 +25,28 @@ class Plan(Gains):
         rate: float,
         margin: float,
         decision: float,
+        device: str = "cpu",
     ) -> None:
         super().__init__(facts, usable, cost, rate=rate, margin=margin, decision=decision)
         drafted = torch.arange(1, max(facts["block_sizes"]))  # counts the tokens of a draft, int64 [width]
-        self.inside = (drafted < torch.tensor(self.sizes)[:, None]).float()  # [usable, width]
+        self.inside = (drafted < torch.tensor(self.sizes)[:, None]).float().to(device)  # [usable, width]
 
-    def best_sizes(self, stands: Tensor, context_length: Tensor) -> list[int]:
-        """Block size of each row.
+    def expected(self, stands: Tensor) -> Tensor:
+        """Tokens expected to stand by usable size, [batch, usable].
 
         Args:
             stands: chance that each token and all before it stand, [batch, usable, width].
-            context_length: int64 [batch].
         """
-        tokens: list[list[float]] = (stands * self.inside.to(stands.device)).sum(dim=-1).tolist()
-        return [self.best_size(row, length) for row, length in zip(tokens, context_length.tolist(), strict=True)]
+        return (stands * self.inside).sum(dim=-1)
+
+    def best_sizes(self, tokens: Tensor, context_length: Tensor) -> list[int]:
+        """Block size of each row.
+
+        Args:
+            tokens: expected to stand, by usable size, [batch, usable]. context_length: int64 [batch].
+        """
+        rows = zip(tokens.tolist(), context_length.tolist(), strict=True)
+        return [self.best_size(row, length) for row, length in rows]
 
     def best_length(self, stands: Sequence[float], context_length: int) -> int:
         """Drafted tokens to verify of one row; `stands` is the chance of each token and all before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -67,18 +68,32 @@ class Forecast(TrainedPolicy):
                 f"policy 'forecast' was trained for block sizes {trained}; this decoder drafts none of them"
             )
         config = self.config
-        self.plan = Plan(self.facts, usable, cost, rate=config.rate, margin=config.margin, decision=config.decision)
+        self.plan = Plan(
+            self.facts,
+            usable,
+            cost,
+            rate=config.rate,
+            margin=config.margin,
+            decision=config.decision,
+            device=decoder.device,
+        )
         self.columns = {size: column for column, size in enumerate(trained)}
         self.before = Prepared(cast("Before", self.networks["before"]), self.plan.columns)
         self.after = Calibrated(cast("After", self.networks["after"]))
         if not self.plan.asks:
             self.wants -= frozenset(VECTORS)  # type: ignore[misc]
 
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
+        if VECTORS[0] not in features:
+            return {}
+        stands = self.before([features[name] for name in VECTORS])  # [batch, usable sizes, width]
+        return {"tokens": self.plan.expected(stands)}
+
     def select(self, state: State, context: Context) -> Tensor:
         if not self.plan.asks:
             return context.full(self.plan.sizes[self.plan.floor])
-        stands = self.before([context[name] for name in VECTORS])  # [batch, usable sizes, width]
-        return context.position.new_tensor(self.plan.best_sizes(stands, context.context_length))
+        tokens = self.predicted(context)["tokens"]
+        return context.position.new_tensor(self.plan.best_sizes(tokens, context.context_length))
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
         if not self.config.truncate:

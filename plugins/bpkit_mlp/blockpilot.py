@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -80,8 +81,13 @@ class BlockPilot(TrainedPolicy):
         assert isinstance(mlp, ResidualMLP)
         self.products = Products(mlp)
 
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
+        if self.feature not in features:
+            return {}
+        return {"scores": self.scores(features[self.feature].float())}
+
     def begin(self, context: Context) -> State:
-        chosen = self.scores(context[self.feature].float()).argmax(dim=-1)
+        chosen = self.predicted(context)["scores"].argmax(dim=-1)
         return {"block_size": context.position.new_tensor(self.sizes)[chosen]}
 
     def scores(self, inputs: Tensor) -> Tensor:

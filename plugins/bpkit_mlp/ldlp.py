@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
@@ -72,18 +73,20 @@ class Ldlp(TrainedPolicy):
         traced = [int(size) for size in self.facts["sizes"] if 1 < size <= decoder.max_block_size]
         return [1, *traced]
 
-    def forecast(self, context: Context) -> Tensor:
-        """Draft length that the network names, rounded and clipped: int64 [batch]."""
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
+        if Feature.LAST_HIDDEN not in features:
+            return {}
         import torch
 
-        embedding, hidden = context[Feature.ANCHOR_EMBEDDING], context[Feature.LAST_HIDDEN]
-        length = self.regressor(torch.cat([embedding, hidden], dim=-1).float())
-        return length.round().clamp(0, self.largest).long()
+        vectors = features[Feature.ANCHOR_EMBEDDING], features[Feature.LAST_HIDDEN]
+        return {"length": self.regressor(torch.cat(vectors, dim=-1).float())}
+
+    def forecast(self, context: Context) -> Tensor:
+        """Draft length that the network names, rounded and clipped: int64 [batch]."""
+        return self.predicted(context)["length"].round().clamp(0, self.largest).long()
 
     def block_size_for(self, draft_length: Tensor) -> Tensor:
         """The smallest usable block size that drafts so many tokens: int64 [batch]."""
-        if self.block_sizes.device != draft_length.device:
-            self.block_sizes = self.block_sizes.to(draft_length.device)
         return self.block_sizes[draft_length]
 
     def select(self, state: State, context: Context) -> Tensor:

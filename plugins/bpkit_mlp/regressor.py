@@ -35,17 +35,11 @@ class Products:
         return torch.addmm(self.offset, self._last_layer(x), self.output)
 
     def _last_layer(self, x: Tensor) -> Tensor:
-        if self.output.device != x.device:
-            self._move(x.device)
         (weight, bias), *residual = self.layers
         x = torch.addmm(bias, x, weight).relu_()
         for weight, bias in residual:
             x = torch.addmm(bias, x, weight).relu_().add_(x)
         return x
-
-    def _move(self, device: torch.device) -> None:
-        self.layers = [(weight.to(device), bias.to(device)) for weight, bias in self.layers]
-        self.output, self.offset = self.output.to(device), self.offset.to(device)
 
 
 class Regressor(Products):

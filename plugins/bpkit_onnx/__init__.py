@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bpkit.distribution import requirement
 from bpkit.hookspecs import Register, hookimpl
 
 
@@ -10,6 +11,6 @@ def bpkit_register_policies(register: Register) -> None:
     register(
         "onnx",
         "bpkit_onnx.policy:Onnx",
-        summary="A policy from a file: onnx:exported/NAME runs what `bpkit export` wrote (needs bpkit[onnx]).",
+        summary=f"A policy in a file: onnx:exported/NAME runs what `bpkit export` wrote. Needs {requirement('onnx')}.",
         config="bpkit_onnx.config:OnnxConfig",
     )

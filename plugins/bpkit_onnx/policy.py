@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import bpkit
 from bpkit.curves import CostCurves, Curves
+from bpkit.distribution import install_command
 from bpkit.export.core import DECIDES, Method
 from bpkit.policy import Policy, PolicyConfig, PolicyError, State
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
+from bpkit.types import ON_THE_HOST, Context, CostModel, DecoderSpec, Draft, Feature
 from bpkit_onnx.config import OnnxConfig
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Onnx(Policy):
         try:
             from bpkit.export.load import load_exported
         except ModuleNotFoundError as error:
-            raise PolicyError(f"policy 'onnx' needs {error.name}: pip install 'bpkit[onnx]'") from None
+            raise PolicyError(f"policy 'onnx' needs {error.name}: {install_command('onnx')}") from None
         self.loaded = load_exported(folder_of(self.config.path), provider=self.config.provider)
         self.wants = frozenset(Feature(name) for name in self.loaded.description.features)  # type: ignore[misc]
 
@@ -71,6 +73,12 @@ class Onnx(Policy):
             network.method: Inputs([tensor.name for tensor in network.inputs], curves)
             for network in description.networks.values()
         }
+
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
+        """The vectors themselves, so that networks on the host get them without a read of their own."""
+        if self.config.provider != "cpu":
+            return {}
+        return {str(name): value for name, value in features.items() if name not in ON_THE_HOST and not value.is_cpu}
 
     def begin(self, context: Context) -> State:
         return self._ask("begin", context, {}) if "begin" in self.inputs else {}
@@ -98,7 +106,10 @@ class Onnx(Policy):
 
     def _ask(self, method: Method, source: Context | Draft, state: State) -> State:
         """The decision, and what is kept of the request."""
-        outputs = self.loaded.sessions[method].run_torch(self.inputs[method](source, state))
+        from bpkit.runtime.host import to_host  # here, so that options can be listed without torch
+
+        made = self.loaded.sessions[method].run_torch(self.inputs[method](source, state))
+        outputs = dict(zip(made, to_host(list(made.values())), strict=True))
         wrong = [name for name, value in outputs.items() if value.is_floating_point() and not value.isfinite().all()]
         if wrong:
             raise PolicyError(f"{self.config.path} gave values that are not finite ({', '.join(wrong)})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -77,6 +78,11 @@ class SpecDecPP(TrainedPolicy):
         self.decoder = decoder
         self.block_size = min(self.config.block_size or int(self.facts["block_size"]), decoder.max_block_size)
 
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
+        if Feature.DRAFT_HIDDEN not in features:
+            return {}
+        return {"accepted": self.networks["head"](features[Feature.DRAFT_HIDDEN].float()).sigmoid()}
+
     def select(self, state: State, context: Context) -> Tensor:
         return context.full(self.block_size)
 
@@ -101,5 +107,4 @@ class SpecDecPP(TrainedPolicy):
         return Export(cores, sorted({1, self.block_size}), drafts=self.block_size)
 
     def _trusted(self, draft: Draft) -> Tensor:
-        accepted: Tensor = self.networks["head"](draft[Feature.DRAFT_HIDDEN].float()).sigmoid()
-        return 1 - accepted.cumprod(dim=1) <= self.config.threshold  # bool [batch, width]
+        return 1 - self.predicted(draft)["accepted"].cumprod(dim=1) <= self.config.threshold  # bool [batch, width]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from bpkit.drafters.base import GoOn, Proposal
 from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
 from bpkit.registry import PolicyLike
+from bpkit.runtime.clock import WallClock
 from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.runtime.result import Generation
 from bpkit.runtime.sampling import Draw
@@ -87,13 +88,14 @@ class DecoderContestant:
         started = wall_clock(device)
         result = self.decoder.run(ids, stream_id=stream_id, **self.options).finish()
         seconds = wall_clock(device) - started - result.observer_seconds
-        parts = result.seconds
+        parts, clock = result.seconds, self.decoder.clock
+        known = clock.tells_parts if isinstance(clock, WallClock) else True
         return Outcome(
             tokens=tuple(result.tokens[0].tolist()),
             seconds=seconds,
             steps=len(result.steps),
-            target_seconds=parts.verify,
-            drafter_seconds=parts.draft,
+            target_seconds=parts.verify if known else None,
+            drafter_seconds=parts.draft if known else None,
             policy_seconds=parts.policy,
             fallbacks=result.fallbacks,
             near_ties=_near_ties(result),

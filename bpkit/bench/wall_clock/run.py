@@ -117,7 +117,7 @@ def make_tasks(decoder: SpeculativeDecoder, prompts: Sequence[Prompt], seed: int
     assert decoder.tokenizer is not None
     tasks = []
     for i, prompt in enumerate(prompts):
-        ids = decoder.tokenizer(prompt.text, return_tensors="pt")["input_ids"]
+        ids = decoder._ids(prompt.text)
         tasks.append(Task(prompt, ids.to(decoder.target.device), stream_id=i))
     random.Random(seed).shuffle(tasks)
     return tasks

@@ -65,6 +65,7 @@ _CHECKS = (
     Check("overlap", "what it decides for a request does not depend on those that run at the same time"),
     Check("memory", "its memory across requests is plain JSON, and takes up where it left off"),
     Check("survival", "it survives the shortest prompts and outputs, and drafts of any length"),
+    Check("device", "it decides on an accelerator as on the host, and seldom makes the host wait"),
     Check("timing", "how long a decision takes (for information; nothing is required)"),
     Check("export", "what it exports decides in onnxruntime as it does itself"),
 )

@@ -36,6 +36,7 @@ def copied(given: Given) -> Given:
             given.tokens.clone(),
             None if given.logits is None else given.logits.clone(),
             features,
+            _predictions(given),
         )
     return dataclasses.replace(
         given,
@@ -43,7 +44,12 @@ def copied(given: Given) -> Given:
         remaining=given.remaining.clone(),
         context_length=given.context_length.clone(),
         features=features,
+        predictions=_predictions(given),
     )
+
+
+def _predictions(given: Context | Draft) -> dict[str, Tensor] | None:
+    return None if given.predictions is None else {name: value.clone() for name, value in given.predictions.items()}
 
 
 def _plain(features: Mapping[Feature, Tensor]) -> dict[Feature, Tensor]:
@@ -61,6 +67,8 @@ def named(given: Given, prefix: str = "") -> dict[str, Any]:
             found.update(named(value, f"{own}.context"))
         elif entry.name == "features":
             found.update({f"{own}[{str(name)!r}]": tensor for name, tensor in _plain(value).items()})
+        elif entry.name == "predictions":
+            found.update({f"{own}.predictions[{name!r}]": tensor for name, tensor in (value or {}).items()})
         else:
             found[f"{own}.{entry.name}"] = value
     return found

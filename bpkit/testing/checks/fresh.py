@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from bpkit.distribution import install_command
 from bpkit.policy import PolicyError, validated
 from bpkit.testing.checks.stage import AGREEABLE, ASSISTANT, COST, stage
 from bpkit.trained import TrainedPolicy
@@ -110,5 +111,5 @@ def _trainer(kind: type[TrainedPolicy]) -> type[PolicyModule]:
     except ModuleNotFoundError as error:
         raise NoTrainer(
             f"policy {kind.__name__} has trained weights; to check it, fresh ones are made by its trainer, which needs "
-            f"{error.name}: pip install 'bpkit[train]'"
+            f"{error.name}: {install_command('train')}"
         ) from error

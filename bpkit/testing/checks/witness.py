@@ -99,6 +99,8 @@ class Witness:
         for method in ("begin", "select", "extend", "truncate", "observe", "end"):
             if method in ("begin", "select", "end") or overrides(policy, method):
                 setattr(policy, method, self._watched(method, getattr(policy, method)))
+        if overrides(policy, "predict"):
+            policy.predict = self._watched_predict(policy.predict)  # type: ignore[method-assign]
 
     def take(self) -> list[Call]:
         """The calls since the last time this was asked."""
@@ -117,6 +119,19 @@ class Witness:
                 self._inside = False
 
         return call
+
+    def _watched_predict(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Features are noted as read; nothing is decided yet, so it is no call of its own."""
+
+        def predict(features: Any) -> Any:
+            seen, missed = self.read.setdefault("predict", set()), self.missed.setdefault("predict", set())
+            try:
+                return original(features if isinstance(features, Reads) else Reads(features, seen, missed))
+            except Exception as error:
+                self._faulty(Fault("predict", "raised", f"it raised {type(error).__name__}: {error}"))
+                raise
+
+        return predict
 
     def _call(self, method: str, original: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         given = None if method == "end" else arguments[-1]
