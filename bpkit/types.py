@@ -52,6 +52,9 @@ class Feature(StrEnum):
 OF_THE_DRAFTED_TOKEN = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY})
 """Features computed from the drafted token itself: under the rejection rule they would bias the output."""
 
+OF_THE_DRAFT = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
+"""Features of drafted tokens, which only `truncate` and `extend` are given."""
+
 OF_THE_TARGET = frozenset(
     {
         Feature.PREFILL_HIDDEN,

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from bpkit.traces.records import PromptTrace
-from bpkit.traces.replay.models import IN_DRAFTS
-from bpkit.types import Context, DecoderSpec, Draft, Feature
+from bpkit.types import OF_THE_DRAFT, Context, DecoderSpec, Draft, Feature
 
 PREFILL = (Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS)
 
@@ -19,7 +18,7 @@ def at_begin(prompts: Sequence[PromptTrace], spec: DecoderSpec, wants: frozenset
     """The contexts of `begin`, a row for each prompt."""
     features = {
         name: _stacked([p.features[name] if name in PREFILL else p.features[name][0] for p in prompts])
-        for name in wants - IN_DRAFTS
+        for name in wants - OF_THE_DRAFT
     }
     lengths = torch.tensor([prompt.prompt_length for prompt in prompts])
     limits = torch.tensor([prompt.max_new_tokens for prompt in prompts])
@@ -29,7 +28,7 @@ def at_begin(prompts: Sequence[PromptTrace], spec: DecoderSpec, wants: frozenset
 def at_select(prompt: PromptTrace, spec: DecoderSpec, wants: frozenset[Feature]) -> Context:
     """The contexts of `select`, a row for each position at which a draft may begin."""
     rows = prompt.drafts.rows
-    features = {name: torch.tensor(prompt.features[name][:rows]) for name in wants - IN_DRAFTS - {*PREFILL}}
+    features = {name: torch.tensor(prompt.features[name][:rows]) for name in wants - OF_THE_DRAFT - {*PREFILL}}
     position = torch.arange(1, rows + 1)
     return Context(
         spec,
@@ -47,7 +46,7 @@ def at_truncate(prompt: PromptTrace, context: Context, block_size: int, wants: f
     column = drafts.column(block_size)
     features = {
         name: torch.tensor(np.nan_to_num(drafts.features[name][:, column, :width]))
-        for name in wants & IN_DRAFTS
+        for name in wants & OF_THE_DRAFT
         if name in drafts.features
     }
     tokens = torch.tensor(drafts.tokens[:, column, :width]).long().clamp(min=0)

@@ -113,7 +113,7 @@ class GuardedPolicy:
             self._mend("truncate", error, "the whole draft")
             widths = length.tolist()
         draft.draft_length = length
-        return length.new_tensor(widths)
+        return draft.full(widths[0]) if len(widths) == 1 else length.new_tensor(widths)
 
     def extend(self, draft: Draft) -> bool:
         """Whether an autoregressive drafter goes on."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bpkit.types import ON_THE_HOST, Feature
+
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same tensors on the host, by one copy for all that lie on a device; others are returned as they are."""
@@ -19,6 +21,24 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     away = [place for place, tensor in enumerate(tensors) if not tensor.is_cpu]
     copies = dict(zip(away, _one_copy([tensors[place] for place in away]), strict=True))
     return [copies.get(place, tensor) for place, tensor in enumerate(tensors)]
+
+
+Features = dict[Feature, Tensor]
+Predictions = dict[str, Tensor]
+
+
+def to_host_with(
+    tensors: Sequence[Tensor], features: Features, predictions: Predictions | None
+) -> tuple[list[Tensor], Features, Predictions | None]:
+    """`tensors`, and in the same copy what policies get on the host: features of single tokens, and predictions."""
+    if not features:
+        return to_host(tensors), features, predictions
+    numbers = [name for name in features if name in ON_THE_HOST]
+    made = predictions or {}
+    read = to_host([*tensors, *(features[name] for name in numbers), *made.values()])
+    first, second = len(tensors), len(tensors) + len(numbers)
+    features = {**features, **dict(zip(numbers, read[first:second], strict=True))}
+    return read[:first], features, None if predictions is None else dict(zip(made, read[second:], strict=True))
 
 
 def _one_copy(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from bpkit.drafters.base import Proposal
 from bpkit.runtime.features import draft_features
 from bpkit.runtime.guard import GuardedPolicy
-from bpkit.runtime.host import to_host
-from bpkit.types import ON_THE_HOST, Context, Draft, Feature
+from bpkit.runtime.host import to_host_with
+from bpkit.types import Context, Draft, Feature
 
 
 class Proposed:
@@ -35,18 +35,14 @@ class Proposed:
         features = draft_features(proposal, self.wants)
         # Networks need not take a draft of no tokens.
         predictions = self.policy.predict(features) if proposal.tokens.shape[1] else None
-        numbers = [name for name in features if name in ON_THE_HOST]
-        made = predictions or {}
-        read = to_host([*(features[name] for name in numbers), *made.values()])
-        features.update(zip(numbers, read, strict=False))
+        _, features, predictions = to_host_with((), features, predictions)
         self._tokens.append(proposal.tokens)
         self._features.append(features)
-        self._predictions.append(predictions and dict(zip(made, read[len(numbers) :], strict=True)))
+        self._predictions.append(predictions)
         self.length += proposal.tokens.shape[1]
 
     def draft(self) -> Draft:
         """All of it, as the policy sees it."""
-        names = self._features[0]
         predictions = [part for part in self._predictions if part is not None]
         whole = len(predictions) == len(self._predictions)
         return Draft(
@@ -54,10 +50,8 @@ class Proposed:
             self.block_size,
             self.context.full(self.length),
             _joined(self._tokens),
-            features={name: _joined([part[name] for part in self._features]) for name in names},
-            predictions={name: _joined([part[name] for part in predictions]) for name in predictions[0]}
-            if whole
-            else None,
+            features={name: _joined([part[name] for part in self._features]) for name in self._features[0]},
+            predictions={name: _joined([p[name] for p in predictions]) for name in predictions[0]} if whole else None,
         )
 
 

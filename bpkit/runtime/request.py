@@ -13,7 +13,7 @@ from bpkit.drafters.base import DrafterSession, Proposal
 from bpkit.runtime.clock import Clock, GuardedClock, Watch
 from bpkit.runtime.features import target_features
 from bpkit.runtime.guard import GuardedPolicy
-from bpkit.runtime.host import to_host
+from bpkit.runtime.host import to_host_with
 from bpkit.runtime.proposed import Proposed
 from bpkit.runtime.stopping import Stopping
 from bpkit.runtime.target import TargetOutput, TargetSession
@@ -22,7 +22,7 @@ from bpkit.types import (
     BLOCK_DIFFUSION,
     OF_PREFILL,
     OF_THE_DISTRIBUTION,
-    ON_THE_HOST,
+    OF_THE_DRAFT,
     Context,
     DecoderSpec,
     Draft,
@@ -87,28 +87,23 @@ class Request:
 
     def settle(self, output: TargetOutput, verdict: Verdict, ids: Tensor, *, first: bool = False) -> Decided:
         """Read what a pass over the last of `ids` decided, and what policies may know of it, in one copy."""
-        features = {}
-        if self.wants:
+        features: dict[Feature, Tensor] = {}
+        predictions: dict[str, Tensor] | None = None
+        if self.wants - OF_THE_DRAFT:
             features = target_features(output, verdict, self.wants, first=first, embed=self.target.embed)
-        self.watch.lap("rest")
-        predictions = self.policy.predict(features)
-        self.watch.lap("policy")
-        numbers = [name for name in features if name in ON_THE_HOST]
-        named = predictions or {}
-        read = to_host([*verdict, *(features[name] for name in numbers), *named.values()])
-        tokens, accepted, near_tie = read[:3]
-        features.update(zip(numbers, read[3:], strict=False))
-        count, stopped = self.stopping.cut(ids, tokens[0, : accepted.tolist()[0] + 1].tolist())
+            self.watch.lap("rest")
+            predictions = self.policy.predict(features)
+            self.watch.lap("policy")
+        (tokens, accepted, near_tie), features, predictions = to_host_with(verdict, features, predictions)
+        count, stopped = self.stopping.cut(ids, tokens.tolist()[0][: accepted.tolist()[0] + 1])
         context = self.context(ids.shape[1] + count)
-        context.features = features
-        if predictions is not None:
-            context.predictions = dict(zip(named, read[3 + len(numbers) :], strict=True))
-        return Decided(tokens[:, :count], sum(near_tie[0, :count].tolist()), stopped, context)
+        context.features, context.predictions = features, predictions
+        return Decided(tokens[:, :count], sum(near_tie.tolist()[0][:count]), stopped, context)
 
     def context(self, length: int) -> Context:
         """Counts where prompt and output have `length` tokens."""
-        counts = [[length - self.prompt.shape[1]], [self.stopping.max_length - length], [length]]
-        position, remaining, context_length = torch.tensor(counts)
+        counts = [length - self.prompt.shape[1], self.stopping.max_length - length, length]
+        position, remaining, context_length = torch.tensor(counts).view(3, 1).unbind()
         return Context(self.spec, position, remaining, context_length, self.generator)
 
     def draft(self, context: Context, block_size: Tensor, ids: Tensor) -> Draft:

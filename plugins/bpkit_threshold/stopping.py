@@ -20,7 +20,7 @@ def trusted_length(draft: Draft, trusted: Tensor) -> Tensor:
         int64 [batch], 0 .. `draft.draft_length`.
     """
     # The product of 1s and 0s stays 1 up to the first 0. A run may go on into the padding, hence the minimum.
-    run: Tensor = trusted.long().cumprod(dim=1).sum(dim=1)
+    run: Tensor = trusted.cumprod(dim=1).sum(dim=1)
     return run.minimum(draft.draft_length)
 
 

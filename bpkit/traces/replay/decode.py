@@ -21,8 +21,8 @@ from bpkit.runtime.loop import decode
 from bpkit.runtime.noise import POLICY_SALT, hashed
 from bpkit.runtime.request import Request
 from bpkit.traces.records import PromptTrace
-from bpkit.traces.replay.models import IN_DRAFTS, Lookup, TableDrafter, TableRule, TableStopping, TableTarget
-from bpkit.types import CostModel, DecoderSpec, Feature, Step, Work
+from bpkit.traces.replay.models import Lookup, TableDrafter, TableRule, TableStopping, TableTarget
+from bpkit.types import OF_THE_DRAFT, CostModel, DecoderSpec, Feature, Step, Work
 
 
 class Fill(Protocol):
@@ -188,7 +188,7 @@ def offered(prompt: PromptTrace) -> frozenset[Feature]:
 
 def with_features(prompt: PromptTrace, features: dict[Feature, NDArray[np.float32]]) -> PromptTrace:
     """A prompt with further features, each where it belongs."""
-    of_drafts = {name: value for name, value in features.items() if name in IN_DRAFTS}
-    of_prompt = {name: value for name, value in features.items() if name not in IN_DRAFTS}
+    of_drafts = {name: value for name, value in features.items() if name in OF_THE_DRAFT}
+    of_prompt = {name: value for name, value in features.items() if name not in OF_THE_DRAFT}
     drafts = replace(prompt.drafts, features={**prompt.drafts.features, **of_drafts})
     return replace(prompt, drafts=drafts, features={**prompt.features, **of_prompt})

@@ -20,8 +20,6 @@ from bpkit.traces.tables.manifest import TraceError
 from bpkit.traces.waiting import waiting_after_draft, waiting_after_no_draft, waiting_at_first
 from bpkit.types import AUTOREGRESSIVE, OF_PREFILL, Draft, Feature
 
-IN_DRAFTS = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
-
 
 @dataclass(frozen=True)
 class Lookup:
