@@ -32,12 +32,14 @@ from transformers import (
 
 from bpkit import SpeculativeDecoder
 from bpkit.drafters.autoregressive import AutoregressiveDrafter
+from bpkit.drafters.base import Proposal
 from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
 from bpkit.drafters.dflash_model import DFlashModel
-from bpkit.drafters.positions import position_limit
+from bpkit.drafters.ngram import NgramDrafter
 from bpkit.drafters.resolve import resolve_drafter
 from bpkit.runtime.loading import load_causal_lm
 from bpkit.runtime.placement import device_of, move
+from bpkit.runtime.positions import position_limit
 from bpkit.runtime.sampling import Draw, Processors
 from bpkit.testing import TinyPair, tiny_pair
 from bpkit.testing.models import END, tiny_tokenizer
@@ -160,6 +162,42 @@ def test_a_prompt_that_is_longer_than_the_assistant_reads_is_decoded_without_it(
     assert made.sequences.equal(pair.target.generate(prompt, max_new_tokens=8, do_sample=False))
     assert all(int(step.draft_length) == 0 for step in made.steps)
     assert all(int(step.fallbacks) == 0 for step in made.steps)
+
+
+class Always(NgramDrafter):
+    """Proposes the same token as often as it is asked for."""
+
+    def begin(self) -> Always:  # type: ignore[override]
+        return self
+
+    waiting = 0
+
+    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+        """Nothing to remember."""
+
+    def draft(self, block_size: int, draw: Draw, go_on: object) -> Proposal:
+        return Proposal(torch.full((1, block_size - 1), 5), None, None)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3])
+def test_a_target_reads_no_draft_beyond_its_own_positions_where_plain_decoding_ends_before(spare: int) -> None:
+    torch.manual_seed(0)
+    long = small(GPT2Config, **GPT2, n_positions=64)
+    prompt = torch.randint(100, (1, 12))
+    text = long.generate(prompt, max_new_tokens=12, do_sample=False)[0].tolist()
+    end = text[-1]
+    ends_at = text.index(end, 12) + 1  # tokens that plain decoding has then, of which it read all but the last
+    assert ends_at - 12 > 3
+    short = small(GPT2Config, **GPT2, n_positions=64)
+    short.load_state_dict(long.state_dict())
+    short.config.n_positions = ends_at - 1 + spare
+    short.transformer.wpe = nn.Embedding.from_pretrained(long.transformer.wpe.weight[: short.config.n_positions])  # type: ignore[no-untyped-call]
+    plain = short.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=end)
+    made = SpeculativeDecoder(short, Always(), "fixed:8", strict=True).generate(
+        prompt, max_new_tokens=30, temperature=0, eos_token_id=end
+    )
+    assert made.sequences.equal(plain)
+    assert int(made.steps[-1].verify_length if made.steps else 0) <= spare
 
 
 # Caches.

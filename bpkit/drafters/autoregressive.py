@@ -12,10 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 from bpkit.assets import shipped
 from bpkit.drafters.base import GoOn, Proposal
 from bpkit.drafters.config import ASSISTANT_BLOCK_SIZE
-from bpkit.drafters.positions import position_limit
 from bpkit.drafters.vocabulary import embedding_rows, fetch_tokenizer, refuse_another_tokenizer
 from bpkit.runtime.loading import load_causal_lm
 from bpkit.runtime.placement import device_of, input_device, move
+from bpkit.runtime.positions import position_limit
 from bpkit.runtime.sampling import Draw
 from bpkit.runtime.serving import served_by
 from bpkit.runtime.snapshot import Snapshot

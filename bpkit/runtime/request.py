@@ -133,11 +133,14 @@ class Request:
         return Draft(context, context.full(1), context.full(0), self.prompt[:, :0])
 
     def verify_length(self, draft: Draft, ids: Tensor) -> int:
-        """Drafted tokens to verify: what the policy keeps, capped to what may still be generated."""
+        """Drafted tokens to verify: what the policy keeps, capped to what may still be generated, and read."""
         if draft.tokens.shape[1] == 0:
             return 0
         # A step yields one token more than it verifies.
-        return min(int(self.policy.truncate(draft)), self.stopping.max_length - ids.shape[1] - 1)
+        most = self.stopping.max_length - ids.shape[1] - 1
+        if self.target.positions is not None:  # where plain decoding may end before it comes to the last one
+            most = max(0, min(most, self.target.positions - ids.shape[1]))
+        return min(int(self.policy.truncate(draft)), most)
 
     def step(self, draft: Draft, waiting: int, verify_length: int, ids: Tensor, decided: Decided) -> Step:
         """The record of a turn that began with `ids`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from bpkit.runtime.inputs import ModelInputs
+from bpkit.runtime.positions import position_limit
 from bpkit.types import Feature
 
 
@@ -67,6 +68,8 @@ class TargetSession:
         self.held = self._new_cache()
         self.length = 0
         """Tokens in the cache."""
+        self.positions = position_limit(model)
+        """How many tokens it can read; None if there is no such limit."""
         self.counts_positions = counts_positions(model)
 
     @property

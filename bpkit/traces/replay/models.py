@@ -82,6 +82,8 @@ class Lookup:
 class TableTarget:
     """A TargetSession without a model. It has no logits; TableRule knows what they would have decided."""
 
+    positions = None
+
     def __init__(self, lookup: Lookup, wants: frozenset[Feature], *, stateful: bool = False) -> None:
         self.position = 0
         self.rereading = Rereading() if stateful else None
