@@ -108,8 +108,13 @@ class Policy:
         return {}
 
     def predicted(self, known: Context | Draft) -> Mapping[str, Tensor]:
-        """What `predict` made of the features of a context or a draft."""
-        return known.predictions if known.predictions is not None else self.predict(known.features)
+        """What `predict` made of the features of a context or a draft, on the host.
+
+        Where the runtime has not asked `predict`, it is asked here, which costs a wait for the device.
+        """
+        if known.predictions is not None:
+            return known.predictions
+        return {name: value.cpu() for name, value in self.predict(known.features).items()}
 
     def begin(self, context: Context) -> State:
         """A request starts, after prefill. Returns its state, tensors with the batch axis first."""

@@ -12,7 +12,7 @@ Every tensor carries a leading batch axis: row *i* is request *i*. Terms (one me
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -308,8 +308,17 @@ class Step:
 
     def clone(self) -> Step:
         """A copy with tensors of its own."""
-        names = ("block_size", "draft_length", "verify_length", "num_accepted", "tokens")
-        return replace(self, **{name: getattr(self, name).clone() for name in names})
+        return Step(
+            self.block_size.clone(),
+            self.draft_length.clone(),
+            self.verify_length.clone(),
+            self.num_accepted.clone(),
+            self.tokens.clone(),
+            self.position,
+            self.seconds,
+            self.fallbacks,
+            self.near_ties,
+        )
 
     @property
     def acceptance_length(self) -> Tensor:

@@ -51,8 +51,8 @@ class VerifyRule(Protocol):
 
 def near_ties(scores: Tensor, tolerance: float | Tensor) -> Tensor:
     """Whether the two best are close: scores [..., vocab], tolerance a number or [...]; bool [...]."""
-    top = scores.topk(2, dim=-1).values
-    return top[..., 0] - top[..., 1] < tolerance
+    best, second = scores.topk(2, dim=-1).values.unbind(dim=-1)
+    return best - second < tolerance
 
 
 def tie_tolerance(logits: Tensor, scores: Tensor) -> float | Tensor:
