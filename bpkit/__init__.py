@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bpkit.hookspecs import hookimpl
+    from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.policy import Policy, PolicyConfig, PolicyError
-    from bpkit.registry import resolve_policy
-    from bpkit.runtime.decoder import SpeculativeDecoder
+    from bpkit.registry.hookspecs import hookimpl
+    from bpkit.registry.resolve import resolve_policy
     from bpkit.types import Context, DecoderSpec, Draft, Feature, Prefill, Step
 
 __version__ = "0.1.0"
@@ -26,10 +26,10 @@ _HOME = {
     "PolicyConfig": "policy",
     "PolicyError": "policy",
     "Prefill": "types",
-    "SpeculativeDecoder": "runtime.decoder",
+    "SpeculativeDecoder": "decode.decoder",
     "Step": "types",
-    "hookimpl": "hookspecs",
-    "resolve_policy": "registry",
+    "hookimpl": "registry.hookspecs",
+    "resolve_policy": "registry.resolve",
 }
 __all__ = [
     "Context",

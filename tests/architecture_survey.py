@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bpkit import SpeculativeDecoder
-from bpkit.drafters.base import GoOn, Proposal
-from bpkit.runtime.sampling import Draw
+from bpkit.decode.sampling import Draw
+from bpkit.draft.base import GoOn, Proposal
 from bpkit.types import NGRAM, Feature
 from tests.tiny_architectures import model_types, tiny_causal_lm
 

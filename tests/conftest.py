@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from bpkit.assets import shipped as shipped_folder
-from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
-from bpkit.runtime.noise import GumbelNoise
+from bpkit.decode.noise import GumbelNoise
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.testing import TinyPair, tiny_pair
 
 torch.set_num_threads(1)

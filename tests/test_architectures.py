@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bpkit import SpeculativeDecoder
-from bpkit.drafters.autoregressive import AutoregressiveDrafter
-from bpkit.drafters.base import Drafter, DrafterSession, GoOn, Proposal
-from bpkit.drafters.ngram import NgramDrafter
-from bpkit.registry import registry
-from bpkit.runtime.noise import GumbelNoise
-from bpkit.runtime.result import Generation
-from bpkit.runtime.sampling import Draw
+from bpkit.decode.noise import GumbelNoise
+from bpkit.decode.result import Generation
+from bpkit.decode.sampling import Draw
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
+from bpkit.draft.ngram import NgramDrafter
+from bpkit.registry.resolve import registry
 from bpkit.testing.architectures import ARCHITECTURES, VOCABULARY, WINDOW, disturbed, tiny_dflash, tiny_model
 
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bpkit.bench.wall_clock.contestants import LOOP, TRANSFORMERS, Outcome
-from bpkit.bench.wall_clock.measure import Measurement, Task, measure
-from bpkit.bench.wall_clock.run import BenchSettings, run_bench
-from bpkit.bench.wall_clock.statistics import RESAMPLES, Roles, resample, summarise
-from bpkit.bench.wall_clock.texts import differences, ends_in_loop
-from bpkit.bench.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
 from bpkit.cli.bench import DEFAULT_POLICIES, named_policies, policy_name
 from bpkit.cli.main import build_app
 from bpkit.config import Config
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.judge.wall_clock.contestants import LOOP, TRANSFORMERS, Outcome
+from bpkit.judge.wall_clock.measure import Measurement, Task, measure
+from bpkit.judge.wall_clock.run import BenchSettings, run_bench
+from bpkit.judge.wall_clock.statistics import RESAMPLES, Roles, resample, summarise
+from bpkit.judge.wall_clock.texts import differences, ends_in_loop
+from bpkit.judge.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
 from bpkit.prompts import Prompt, choose_prompts, read_prompts
-from bpkit.runtime.decoder import SpeculativeDecoder
 
 ROLES = Roles(plain=(LOOP, TRANSFORMERS), policies=("fixed:2", "fixed:4", "other"), against=("peer",))
 
@@ -329,7 +329,7 @@ def test_sampling_compares_with_plain_sampling_of_the_same_seed(pair: Path, prom
 def test_threads_are_found_by_trial_when_left_to_the_bench(
     pair: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bpkit.bench.wall_clock.run.available_cores", lambda: 2)
+    monkeypatch.setattr("bpkit.judge.wall_clock.run.available_cores", lambda: 2)
     decoder = SpeculativeDecoder.from_pretrained(str(pair / "target"), "ngram", device="cpu")
     settings = BenchSettings({"fixed:4": "fixed:4"}, {"max_new_tokens": 4, "temperature": 0.0})
     machine = run_bench(decoder, read_prompts(prompt_file)[:1], settings)["machine"]

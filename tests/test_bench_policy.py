@@ -16,21 +16,21 @@ from bpkit_mlp.fold import fold
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from bpkit.bench.latency import agreement
-from bpkit.bench.latency import fold as latency_fold
-from bpkit.bench.latency import timing as latency_timing
-from bpkit.bench.latency.backends import ONNXRUNTIME, TORCH, Contestant, decide, make_contestant
-from bpkit.bench.latency.fold import FoldSettings, bench_fold, weights
-from bpkit.bench.latency.pair import measure_pair
-from bpkit.bench.latency.rows import Recorder, batches
-from bpkit.bench.latency.table import sentences
-from bpkit.bench.latency.timing import BLOCK, interleave, percentile, ratio
 from bpkit.cli.bench_policy import batch_sizes, those_that_ship
 from bpkit.cli.main import build_app
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.judge.latency import agreement
+from bpkit.judge.latency import fold as latency_fold
+from bpkit.judge.latency import timing as latency_timing
+from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Contestant, decide, make_contestant
+from bpkit.judge.latency.fold import FoldSettings, bench_fold, weights
+from bpkit.judge.latency.pair import measure_pair
+from bpkit.judge.latency.rows import Recorder, batches
+from bpkit.judge.latency.table import sentences
+from bpkit.judge.latency.timing import BLOCK, interleave, percentile, ratio
 from bpkit.policy import State
 from bpkit.prompts import Prompt
-from bpkit.runtime.decoder import SpeculativeDecoder
-from bpkit.traces.collect import TraceOptions, Tracer
+from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.types import Context, Feature
 
 pytest.importorskip("onnxruntime")
@@ -260,7 +260,7 @@ def test_files_of_an_export_are_timed_as_they_are(
     run: Run, decoder: SpeculativeDecoder, tiny_folder: Path, policy_folder: Path, prompts: list[str], tmp_path: Path
 ) -> None:
     from bpkit.export.write import export_policy
-    from bpkit.registry import resolve_policy
+    from bpkit.registry.resolve import resolve_policy
 
     wants = frozenset({*VECTORS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
     tracer = Tracer(decoder, TraceOptions((2, 4, 6, 8), 16, features=wants))
@@ -327,7 +327,7 @@ def test_another_fold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(raw: Any, head: nn.Linear) -> Any:
         return fold(raw, nn.Linear(16, 300, bias=False))
 
-    monkeypatch.setattr("bpkit.bench.latency.fold.fold", wrong)
+    monkeypatch.setattr("bpkit.judge.latency.fold.fold", wrong)
     decisions = bench_fold(settings)["decisions"]
     assert decisions["clear_agree"] < decisions["clear"]
     assert decisions["largest_difference"] > latency_fold.TOLERANCE

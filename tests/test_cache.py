@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bpkit import Context, Draft, Policy, SpeculativeDecoder
-from bpkit.drafters.autoregressive import AutoregressiveDrafter, AutoregressiveSession
-from bpkit.drafters.base import Drafter, DrafterSession, GoOn, Proposal
-from bpkit.drafters.block_diffusion import BlockDiffusionSession
-from bpkit.drafters.ngram import NgramDrafter
+from bpkit.decode.request import Request
+from bpkit.decode.sampling import Draw, Processors
+from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
+from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
+from bpkit.draft.block_diffusion import BlockDiffusionSession
+from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
-from bpkit.runtime.request import Request
-from bpkit.runtime.sampling import Draw, Processors
 from bpkit.testing import TinyPair
 from bpkit.types import Record, Step
 

@@ -14,15 +14,15 @@ from typer.testing import CliRunner, Result
 
 from bpkit.cli import calibrate as command
 from bpkit.cli.main import build_app
-from bpkit.drafters.base import Drafter
-from bpkit.drafters.ngram import NgramDrafter
+from bpkit.decode.clock import price
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.draft.base import Drafter
+from bpkit.draft.ngram import NgramDrafter
 from bpkit.prompts import Prompt
-from bpkit.runtime.clock import price
-from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing import TinyPair
-from bpkit.traces.cost import CostError, CostTable, read_cost
-from bpkit.traces.cost.calibrate import CalibrationSettings, RandomSizes, calibrate
-from bpkit.traces.cost.estimate import Steps, estimate, merged_ranges, trimmed, waiting_range
+from bpkit.trace.cost import CostError, CostTable, read_cost
+from bpkit.trace.cost.calibrate import CalibrationSettings, RandomSizes, calibrate
+from bpkit.trace.cost.estimate import Steps, estimate, merged_ranges, trimmed, waiting_range
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Seconds, Work
 
 LARGEST = 6

@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 
 from bpkit import Policy, PolicyError
 from bpkit.cli.main import build_app
-from bpkit.registry import registry
-from bpkit.runtime.verify import Coupled, Verdict
+from bpkit.decode.verify import Coupled, Verdict
+from bpkit.registry.resolve import registry
 from bpkit.testing import PolicyCheckError, check_policy, policy_checks
 from bpkit.testing.checks import subject
 from bpkit.testing.checks.fresh import FreshWeights
@@ -138,8 +138,8 @@ def test_built_in_policies_pass(name: str) -> None:
 
 def test_an_exported_policy_passes(tmp_path: Path) -> None:
     from bpkit.export.write import export_policy
-    from bpkit.registry import resolve_policy
-    from bpkit.trained import TrainedPolicy
+    from bpkit.learn.trained import TrainedPolicy
+    from bpkit.registry.resolve import resolve_policy
 
     named = resolve_policy("ldlp")
     assert isinstance(named, TrainedPolicy)
@@ -165,7 +165,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         "skipped",
         "onnx_of_another_name not installed: pip install 'block-policy-kit[export]'",
     )
-    monkeypatch.setitem(sys.modules, "bpkit.training.policy_module", None)
+    monkeypatch.setitem(sys.modules, "bpkit.learn.training.policy_module", None)
     with pytest.raises(PolicyError, match=r"its trainer, which needs .*: pip install 'block-policy-kit\[train\]'$"):
         check_policy("ldlp")
 

@@ -18,10 +18,10 @@ from typer.testing import CliRunner, Result
 from bpkit import __version__
 from bpkit.cli import generate as generate_command
 from bpkit.cli import main, models
-from bpkit.distribution import DISTRIBUTION
-from bpkit.hookspecs import hookimpl
+from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.policy import PolicyError
-from bpkit.registry import Registry, build
+from bpkit.registry.hookspecs import hookimpl
+from bpkit.registry.resolve import Registry, build
 
 Run = Callable[..., Result]
 
@@ -355,9 +355,9 @@ def test_training_without_lightning_says_how_to_get_it(
 def test_the_defaults_shown_are_those_of_the_recipes() -> None:
     pytest.importorskip("lightning")
     from bpkit.cli import train
-    from bpkit.training.assistant import train_assistant
-    from bpkit.training.drafter import train_drafter
-    from bpkit.training.target import train_target
+    from bpkit.learn.training.assistant import train_assistant
+    from bpkit.learn.training.drafter import train_drafter
+    from bpkit.learn.training.target import train_target
 
     pairs = ((train.train_target, train_target), (train.drafter, train_drafter), (train.drafter, train_assistant))
     for command, recipe in pairs:
@@ -370,7 +370,7 @@ def test_the_defaults_shown_are_those_of_the_recipes() -> None:
 def test_train_passes_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("bpkit.training.target.train_target", lambda out, **more: seen.update(out=out, **more))
+    monkeypatch.setattr("bpkit.learn.training.target.train_target", lambda out, **more: seen.update(out=out, **more))
     result = run("train", "target", "--out", str(tmp_path), "--layers", "3", "--minutes", "2", "--devices", "2")
     assert result.exit_code == 0, result.stderr
     assert (seen["out"], seen["layers"], seen["maths"]) == (tmp_path, 3, None)
@@ -385,7 +385,7 @@ def test_the_kind_of_drafter_chooses_the_recipe(
     seen: list[str] = []
     for name in ("drafter", "assistant"):
         monkeypatch.setattr(
-            f"bpkit.training.{name}.train_{name}", lambda target, out, name=name, **more: seen.append(name)
+            f"bpkit.learn.training.{name}.train_{name}", lambda target, out, name=name, **more: seen.append(name)
         )
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "x"}\n', encoding="utf-8")

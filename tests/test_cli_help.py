@@ -16,8 +16,8 @@ from rich.cells import cell_len
 
 from bpkit.cli import main
 from bpkit.cli.terminal import console, plain, shows_bars
-from bpkit.hookspecs import hookimpl
-from bpkit.registry import build
+from bpkit.registry.hookspecs import hookimpl
+from bpkit.registry.resolve import build
 
 LISTINGS = (
     ["policies"],
@@ -217,7 +217,7 @@ def test_a_plain_console_prints_text_alone(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_a_bug_report_names_versions_and_no_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from bpkit.doctor import Finding, as_markdown, without_home
+    from bpkit.installation.doctor import Finding, as_markdown, without_home
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("BPKIT_PLUGINS", f"{tmp_path}/mine.py")
@@ -237,7 +237,7 @@ def test_figures_are_never_cut_off(width: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from bpkit.bench.fitted import Fitted
+    from bpkit.judge.fitted import Fitted
 
     table = Table(title="overall (3 prompts)", box=box.SIMPLE_HEAD)
     for column in ("decoding", "tokens/s", "speed-up", "acceptance\nlength", "time %"):
@@ -262,7 +262,7 @@ def test_figures_are_never_cut_off(width: int) -> None:
 def test_the_page_on_the_command_line_has_every_key_variable_and_exit_code() -> None:
     from bpkit.cli.errors import BAD_INPUT, FAILED, INTERRUPTED, TERMINATED
     from bpkit.config import Config, Runtime, Sampling
-    from bpkit.plugin_choice import NO_AUTOLOAD, PLUGINS
+    from bpkit.registry.plugin_choice import NO_AUTOLOAD, PLUGINS
 
     page = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text(encoding="utf-8")
     keys = {*Config.model_fields} - {"sampling", "runtime"}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bpkit.cli import completion
-from bpkit.discovery import build
-from bpkit.registry import registry
+from bpkit.registry.discovery import build
+from bpkit.registry.resolve import registry
 
 MAIN = "import bpkit.cli.main; bpkit.cli.main.main()"
 LIGHT = """

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from bpkit import Policy, SpeculativeDecoder
+from bpkit.decode.clock import CostClock, price
 from bpkit.policy import State
-from bpkit.runtime.clock import CostClock, price
 from bpkit.testing import TinyPair
-from bpkit.traces.cost import CostError, CostTable, flat, linear, read_cost, write_cost
-from bpkit.traces.cost.estimate import Steps
-from bpkit.traces.cost.presets import PRESETS
+from bpkit.trace.cost import CostError, CostTable, flat, linear, read_cost, write_cost
+from bpkit.trace.cost.estimate import Steps
+from bpkit.trace.cost.presets import PRESETS
 from bpkit.types import PHASES, Context, CostModel, DecoderSpec, Seconds, Work
 
 

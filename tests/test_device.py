@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from bpkit import Context, Policy, SpeculativeDecoder
-from bpkit.drafters.base import Drafter, Proposal
-from bpkit.drafters.ngram import NgramDrafter
+from bpkit.decode.clock import ClockFaultWarning, CostClock, WallClock
+from bpkit.decode.features import draft_features
+from bpkit.decode.host import to_host
+from bpkit.decode.target import TargetSession
+from bpkit.draft.base import Drafter, Proposal
+from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
-from bpkit.registry import registry
-from bpkit.runtime.clock import ClockFaultWarning, CostClock, WallClock
-from bpkit.runtime.features import draft_features
-from bpkit.runtime.host import to_host
-from bpkit.runtime.target import TargetSession
+from bpkit.registry.resolve import registry
 from bpkit.testing import TinyPair
 from bpkit.testing.simulated_device import DEVICE, MovedDecoder, SimulatedDevice
-from bpkit.traces.cost import CostTable
+from bpkit.trace.cost import CostTable
 from bpkit.types import Draft, Feature
 
 PROMPT = "1, 2, 3, 1, 2, 3, 1, 2,"
@@ -205,7 +205,7 @@ def test_each_drafted_token_is_looked_at_once(pair: TinyPair, monkeypatch: pytes
         looked.append(proposal.tokens.shape[1])
         return draft_features(proposal, wants)
 
-    monkeypatch.setattr("bpkit.runtime.proposed.draft_features", counting)
+    monkeypatch.setattr("bpkit.decode.proposed.draft_features", counting)
     decoder = SpeculativeDecoder(pair.target, pair.autoregressive(), "threshold:0.0,block_size=12", strict=True)
     made = decoder.generate(pair.ids(PROMPT), max_new_tokens=16, temperature=0)
     drafted = sum(int(step.draft_length) for step in made.steps)

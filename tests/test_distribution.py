@@ -17,8 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from bpkit import __version__
-from bpkit.distribution import DISTRIBUTION, install_command, requirement
-from bpkit.registry import registry
+from bpkit.installation.distribution import DISTRIBUTION, install_command, requirement
+from bpkit.registry.resolve import registry
 from bpkit.scaffold import Kind, Names, render
 
 ROOT = Path(__file__).parents[1]
@@ -191,7 +191,7 @@ def test_messages_are_read_as_they_are_said() -> None:
 
 
 def test_no_text_of_the_project_installs_the_other_one() -> None:
-    assert {"README.md", "pyproject.toml", "bpkit/doctor.py", "docs/index.md"} <= set(texts())
+    assert {"README.md", "pyproject.toml", "bpkit/installation/doctor.py", "docs/index.md"} <= set(texts())
     found = {path: installs for path, text in texts().items() if (installs := installs_other(text))}
     assert not found
 
@@ -220,7 +220,7 @@ def test_the_code_has_the_name_of_the_project_in_one_place() -> None:
     assert PROJECT["name"] == DISTRIBUTION != OTHER
     assert version(DISTRIBUTION) == __version__
     ours = {path: text for path, text in texts().items() if path.startswith(("bpkit/", "plugins/"))}
-    assert [path for path, text in ours.items() if DISTRIBUTION in text] == ["bpkit/distribution.py"]
+    assert [path for path, text in ours.items() if DISTRIBUTION in text] == ["bpkit/installation/distribution.py"]
 
 
 def test_extras_of_the_project_are_its_own_and_exist() -> None:

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 
 import bpkit
 import bpkit.testing
-from bpkit import hookspecs
 from bpkit.cli.main import build_app
 from bpkit.config import Config
 from bpkit.policy import Policy
+from bpkit.registry import hookspecs
 from bpkit.types import Feature
 
 ROOT = Path(__file__).parent.parent

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from bpkit import doctor, extras
 from bpkit.cli.main import build_app
-from bpkit.distribution import DISTRIBUTION
-from bpkit.doctor import Finding, as_json, broken, examine, onnxruntime_distributions, reinstall
+from bpkit.installation import doctor, extras
+from bpkit.installation.distribution import DISTRIBUTION
+from bpkit.installation.doctor import Finding, as_json, broken, examine, onnxruntime_distributions, reinstall
 
 Versions = dict[str, str]
 
@@ -136,7 +136,7 @@ def test_a_package_that_cannot_be_imported_is_broken(monkeypatch: pytest.MonkeyP
 
 
 def test_a_plugin_that_fails_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpkit import registry
+    from bpkit.registry import resolve as registry
 
     made = registry.build([])
     made.failures["strange"] = "ImportError: no module named stranger"
@@ -232,7 +232,7 @@ def test_only_what_is_broken_fails(
 
 def test_help_imports_neither_torch_nor_onnxruntime() -> None:
     program = (
-        "import sys, bpkit.cli.main, bpkit.doctor\n"
+        "import sys, bpkit.cli.main, bpkit.installation.doctor\n"
         "for command in (['doctor'], ['bench', 'policy'], ['bench', 'fold']):\n"
         "    sys.argv = ['bpkit', *command, '--help']\n"
         "    try: bpkit.cli.main.main()\n"

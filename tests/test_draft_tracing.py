@@ -27,19 +27,19 @@ from transformers import (
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from bpkit import Context, Policy, SpeculativeDecoder
-from bpkit.drafters.autoregressive import AutoregressiveDrafter
-from bpkit.drafters.base import Drafter, DrafterSession, GoOn, Proposal
-from bpkit.drafters.ngram import NgramDrafter
+from bpkit.decode.features import draft_features
+from bpkit.decode.noise import GumbelNoise
+from bpkit.decode.sampling import Draw, Processors
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
+from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
-from bpkit.runtime.features import draft_features
-from bpkit.runtime.noise import GumbelNoise
-from bpkit.runtime.sampling import Draw, Processors
 from bpkit.testing import TinyPair
-from bpkit.traces.collect import autoregressive as draft_autoregressive
-from bpkit.traces.collect.autoregressive import Rollouts, trace_rollouts
-from bpkit.traces.collect.drafting import Drafts, Finished
-from bpkit.traces.collect.reader import DraftReader, match_probability
-from bpkit.traces.collect.stepwise import GivenNoise, refuse_memory, trace_step_by_step
+from bpkit.trace.collect import autoregressive as draft_autoregressive
+from bpkit.trace.collect.autoregressive import Rollouts, trace_rollouts
+from bpkit.trace.collect.drafting import Drafts, Finished
+from bpkit.trace.collect.reader import DraftReader, match_probability
+from bpkit.trace.collect.stepwise import GivenNoise, refuse_memory, trace_step_by_step
 from bpkit.types import Feature, Step
 
 PROMPT = "def f(a, b):"

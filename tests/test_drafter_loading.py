@@ -31,16 +31,16 @@ from transformers import (
 )
 
 from bpkit import SpeculativeDecoder
-from bpkit.drafters.autoregressive import AutoregressiveDrafter
-from bpkit.drafters.base import Proposal
-from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
-from bpkit.drafters.dflash_model import DFlashModel
-from bpkit.drafters.ngram import NgramDrafter
-from bpkit.drafters.resolve import resolve_drafter
-from bpkit.runtime.loading import load_causal_lm
-from bpkit.runtime.placement import device_of, move
-from bpkit.runtime.positions import position_limit
-from bpkit.runtime.sampling import Draw, Processors
+from bpkit.decode.loading import load_causal_lm
+from bpkit.decode.placement import device_of, move
+from bpkit.decode.positions import position_limit
+from bpkit.decode.sampling import Draw, Processors
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.base import Proposal
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.draft.dflash_model import DFlashModel
+from bpkit.draft.ngram import NgramDrafter
+from bpkit.draft.resolve import resolve_drafter
 from bpkit.testing import TinyPair, tiny_pair
 from bpkit.testing.models import END, tiny_tokenizer
 

@@ -15,19 +15,19 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bpkit.bench.bootstrap import Bootstrap, Gap
-from bpkit.bench.evaluation import evaluate
-from bpkit.bench.evaluation.choices import Choices
-from bpkit.bench.evaluation.report import html_report
-from bpkit.bench.evaluation.table import print_evaluation
 from bpkit.cli.main import build_app
+from bpkit.judge.bootstrap import Bootstrap, Gap
+from bpkit.judge.evaluation import evaluate
+from bpkit.judge.evaluation.choices import Choices
+from bpkit.judge.evaluation.report import html_report
+from bpkit.judge.evaluation.table import print_evaluation
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
-from bpkit.traces.cost import CostTable, flat, linear, write_cost
-from bpkit.traces.oracle import fixed_path, oracle_step_truncate
-from bpkit.traces.records import DraftTable, PromptTrace
-from bpkit.traces.tables.manifest import Manifest, ModelFacts, TraceError
-from bpkit.traces.tables.storage import TraceWriter
+from bpkit.trace.cost import CostTable, flat, linear, write_cost
+from bpkit.trace.oracle import fixed_path, oracle_step_truncate
+from bpkit.trace.records import DraftTable, PromptTrace
+from bpkit.trace.store.manifest import Manifest, ModelFacts, TraceError
+from bpkit.trace.store.storage import TraceWriter
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, DecoderSpec, Feature
 
 SPEC = DecoderSpec("target", "drafter", BLOCK_DIFFUSION, 4, 4, hidden_size=1, vocab_size=64)

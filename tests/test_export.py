@@ -22,6 +22,9 @@ from bpkit_onnx.policy import Onnx
 from bpkit_threshold.specdecpp import SpecDecPP
 
 from bpkit.assets import DOMAINS, prompts
+from bpkit.decode.clock import CostClock
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.guard import PolicyFaultWarning
 from bpkit.export import write
 from bpkit.export.convert import example, stripped, to_onnx
 from bpkit.export.core import Core, Exportable, Port
@@ -29,16 +32,13 @@ from bpkit.export.load import load_exported
 from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison
 from bpkit.export.write import export_policy
+from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import PolicyError
 from bpkit.prompts import Prompt
-from bpkit.runtime.clock import CostClock
-from bpkit.runtime.decoder import SpeculativeDecoder
-from bpkit.runtime.guard import PolicyFaultWarning
 from bpkit.testing import TinyPair
-from bpkit.traces.collect import TraceOptions, Tracer
-from bpkit.traces.cost import CostTable
-from bpkit.traces.records import PromptTrace
-from bpkit.trained import TrainedPolicy
+from bpkit.trace.collect import TraceOptions, Tracer
+from bpkit.trace.cost import CostTable
+from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 from tests.conftest import ShippedPair
 
@@ -325,7 +325,7 @@ def test_the_shipped_files_decide_as_the_shipped_policies(shipped: ShippedPair, 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
 def test_the_shipped_files_are_those_that_the_shipped_weights_give(shipped: ShippedPair, folder: Path) -> None:
-    from bpkit.registry import resolve_policy
+    from bpkit.registry.resolve import resolve_policy
 
     description = load_exported(folder).description
     policy = resolve_policy({**description.options, "name": description.policy})

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from bpkit import Context, Draft, Feature, Policy, PolicyError, SpeculativeDecoder, Step
+from bpkit.decode.guard import PolicyFault, PolicyFaultWarning
+from bpkit.decode.result import Generation
 from bpkit.policy import State
-from bpkit.runtime.guard import PolicyFault, PolicyFaultWarning
-from bpkit.runtime.result import Generation
 from bpkit.testing import TinyPair
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from bpkit.testing.traces import synthetic_prompt
-from bpkit.traces.cost import CostTable
-from bpkit.traces.oracle import Path, best_fixed, fixed_path, oracle_step_truncate
-from bpkit.traces.oracle.informed import FROM_A_PROMPT, Informed, calibrate, has_confidences
-from bpkit.traces.records import PromptTrace
+from bpkit.trace.cost import CostTable
+from bpkit.trace.oracle import Path, best_fixed, fixed_path, oracle_step_truncate
+from bpkit.trace.oracle.informed import FROM_A_PROMPT, Informed, calibrate, has_confidences
+from bpkit.trace.records import PromptTrace
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Feature
 
 pytest.importorskip("sklearn")

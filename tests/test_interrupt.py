@@ -172,7 +172,7 @@ def test_training_goes_on_from_the_last_checkpoint(pair: Path, prompts: Path, tm
 POLICY = """
 from torch import nn
 from bpkit import Feature
-from bpkit.learned import LearnedPolicy
+from bpkit.learn.learned import LearnedPolicy
 
 
 class Mine(LearnedPolicy):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bpkit.bench.evaluation.learnable import FEWEST_PROMPTS, Learnable, learnable
+from bpkit.judge.evaluation.learnable import FEWEST_PROMPTS, Learnable, learnable
 
 Floats = NDArray[np.float64]
 

@@ -13,22 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bpkit.learned import READABLE, LearnedConfig, LearnedPolicy
-from bpkit.learned_network import Forecaster
+from bpkit.learn.folder import POLICY
+from bpkit.learn.learned import READABLE, LearnedConfig, LearnedPolicy
+from bpkit.learn.learned_network import Forecaster
+from bpkit.learn.trained import TrainedPolicy
+from bpkit.learn.training import trainable
+from bpkit.learn.training.learned import LearnedModule, LearnedOptions
+from bpkit.learn.training.policies import train_policy
+from bpkit.learn.training.validation import Validation
 from bpkit.policy import Policy, PolicyConfig, PolicyError
-from bpkit.policy_folder import POLICY
-from bpkit.registry import resolve_policy
-from bpkit.spec import spec_of
+from bpkit.registry.resolve import resolve_policy
+from bpkit.registry.spec import spec_of
 from bpkit.testing.traces import synthetic_prompt
-from bpkit.traces.cost import CostTable
-from bpkit.traces.oracle import best_fixed
-from bpkit.traces.records import PromptTrace
-from bpkit.traces.replay import Replayer
-from bpkit.trained import TrainedPolicy
-from bpkit.training import trainable
-from bpkit.training.learned import LearnedModule, LearnedOptions
-from bpkit.training.policies import train_policy
-from bpkit.training.validation import Validation
+from bpkit.trace.cost import CostTable
+from bpkit.trace.oracle import best_fixed
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.replay import Replayer
 from bpkit.types import BLOCK_DIFFUSION, Context, DecoderSpec, Feature
 
 torch.set_num_threads(1)
@@ -299,9 +299,9 @@ def test_features_that_are_not_known_before_every_draft_are_refused(wants: set[s
 
 
 def test_options_must_derive_from_those_of_the_base() -> None:
-    with pytest.raises(PolicyError, match=r"Mine.Config must derive from bpkit.learned.LearnedConfig"):
+    with pytest.raises(PolicyError, match=r"Mine.Config must derive from bpkit.learn.learned.LearnedConfig"):
         type("Mine", (LearnedPolicy,), {"Config": type("Config", (TrainedPolicy.Config,), {})})
-    with pytest.raises(PolicyError, match=r"Other.Config must derive from bpkit.trained.TrainedConfig"):
+    with pytest.raises(PolicyError, match=r"Other.Config must derive from bpkit.learn.trained.TrainedConfig"):
         type("Other", (TrainedPolicy,), {"Config": type("Config", (PolicyConfig,), {})})
 
 

@@ -29,12 +29,12 @@ from transformers.generation import (
 
 from bpkit import Context, Draft, Policy, PolicyError, SpeculativeDecoder
 from bpkit.assets import DOMAINS, prompts
-from bpkit.drafters.autoregressive import AutoregressiveDrafter
-from bpkit.drafters.base import Drafter
-from bpkit.drafters.ngram import NgramDrafter
-from bpkit.drafters.resolve import resolve_drafter
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.base import Drafter
+from bpkit.draft.ngram import NgramDrafter
+from bpkit.draft.resolve import resolve_drafter
 from bpkit.policy import State
-from bpkit.registry import PolicyLike, registry
+from bpkit.registry.resolve import PolicyLike, registry
 from bpkit.testing import TinyPair
 
 if TYPE_CHECKING:

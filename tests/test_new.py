@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 
 import bpkit
 from bpkit.cli import main
-from bpkit.distribution import DISTRIBUTION
+from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.policy import Policy, PolicyConfig
-from bpkit.registry import build, registry, resolve_policy
+from bpkit.registry.resolve import build, registry, resolve_policy
 from bpkit.scaffold import Kind, Names, ScaffoldError, render, write_folder
 from bpkit.scaffold.names import MAX_LENGTH, refuse_taken
 from bpkit.scaffold.render import MAX_SUMMARY

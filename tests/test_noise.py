@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bpkit import Context, DecoderSpec, Draft, Feature, Policy, PolicyError, SpeculativeDecoder
-from bpkit.drafters.autoregressive import AutoregressiveDrafter
-from bpkit.drafters.base import Drafter
+from bpkit.decode import noise as noise_module
+from bpkit.decode.noise import ACCEPT_SALT, DRAFT_SALT, POLICY_SALT, TARGET_SALT, GumbelNoise, uniform
+from bpkit.decode.sampling import Processors, choose
+from bpkit.decode.verify import Coupled, Rejection
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.base import Drafter
 from bpkit.policy import State
-from bpkit.runtime import noise as noise_module
-from bpkit.runtime.noise import ACCEPT_SALT, DRAFT_SALT, POLICY_SALT, TARGET_SALT, GumbelNoise, uniform
-from bpkit.runtime.sampling import Processors, choose
-from bpkit.runtime.verify import Coupled, Rejection
 from bpkit.testing import AgreeableDrafter, TinyPair
 
 CPU = torch.device("cpu")

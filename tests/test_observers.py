@@ -26,11 +26,11 @@ from typer.testing import CliRunner
 from bpkit import SpeculativeDecoder
 from bpkit.cli import main
 from bpkit.config import settle
-from bpkit.distribution import DISTRIBUTION
-from bpkit.observers import Ending, ObservedRequest, Observer, ObserverConfig, resolve_observer
+from bpkit.decode.guard import PolicyFault
+from bpkit.decode.observers import Ending, ObservedRequest, Observer, ObserverConfig, resolve_observer
+from bpkit.decode.observing import ObserverFaultWarning
+from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.policy import Policy, PolicyError
-from bpkit.runtime.guard import PolicyFault
-from bpkit.runtime.observing import ObserverFaultWarning
 from bpkit.testing import TinyPair
 from bpkit.types import Context, Prefill, Record, Seconds, Step, Work
 
@@ -331,7 +331,7 @@ def test_a_generation_that_fails_ends_incomplete(pair: TinyPair) -> None:
     assert (ending.complete, ending.num_steps) == (False, 2)
 
 
-@pytest.mark.filterwarnings("ignore::bpkit.runtime.guard.PolicyFaultWarning")
+@pytest.mark.filterwarnings("ignore::bpkit.decode.guard.PolicyFaultWarning")
 def test_the_ending_counts_faults_that_are_in_no_step(pair: TinyPair) -> None:
     diary = Diary()
     result = decoder_of(pair, diary, policy=Raising()).generate("x = ", **WANTED)
@@ -351,7 +351,7 @@ def test_an_observer_is_made_from_a_name_a_mapping_or_a_file(tmp_path: Path) -> 
         assert made.config.tokens == ("tokens" in str(spec))
         made.close()
     own = tmp_path / "own.py"
-    own.write_text("from bpkit.observers import Observer\n\nclass Own(Observer):\n    pass\n")
+    own.write_text("from bpkit.decode.observers import Observer\n\nclass Own(Observer):\n    pass\n")
     made = resolve_observer(f"{own}:Own")
     assert repr(made) == "Own()"
     assert resolve_observer(made) is made
@@ -386,8 +386,8 @@ def test_options_of_observers_are_frozen() -> None:
 
 def test_observers_and_their_plug_ins_import_no_torch() -> None:
     code = (
-        "import sys, bpkit.observers, bpkit_jsonl.observer, bpkit_prometheus.observer\n"
-        "from bpkit.registry import registry\n"
+        "import sys, bpkit.decode.observers, bpkit_jsonl.observer, bpkit_prometheus.observer\n"
+        "from bpkit.registry.resolve import registry\n"
         "for e in registry().observers.values(): e.load_config(); e.load()\n"
         "heavy = {'torch', 'transformers', 'numpy', 'prometheus_client'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
@@ -537,7 +537,7 @@ def test_policies_of_one_decoder_have_series_of_their_own(pair: TinyPair, served
     assert policies == {"fixed:5", "fixed:3"}
 
 
-@pytest.mark.filterwarnings("ignore::bpkit.runtime.guard.PolicyFaultWarning")
+@pytest.mark.filterwarnings("ignore::bpkit.decode.guard.PolicyFaultWarning")
 def test_all_fallbacks_are_counted(pair: TinyPair, served: Prometheus) -> None:
     result = decoder_of(pair, served, policy=Raising()).generate("x = ", **WANTED)
     found = scrape(served.port)
@@ -589,7 +589,7 @@ def test_metrics_go_into_a_registry_of_ones_own_once(pair: TinyPair) -> None:
 def test_without_prometheus_client_the_extra_is_named() -> None:
     code = (
         "import sys\nsys.modules['prometheus_client'] = None\n"
-        "from bpkit.observers import resolve_observer\n"
+        "from bpkit.decode.observers import resolve_observer\n"
         "try: resolve_observer('prometheus:port=0')\nexcept ValueError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -658,7 +658,7 @@ def test_an_observer_that_will_not_do_is_told_before_any_model_is_read(tmp_path:
 def test_a_failing_observer_is_one_line_on_stderr(tiny_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(
-        "from bpkit.observers import Observer\n\nclass Own(Observer):\n"
+        "from bpkit.decode.observers import Observer\n\nclass Own(Observer):\n"
         "    def record(self, request, record):\n        raise OSError('the disk is full')\n"
     )
     with warnings.catch_warnings():

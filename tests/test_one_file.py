@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bpkit.class_file import class_of_file
 from bpkit.cli.main import build_app
 from bpkit.cli.train_policy import with_config
 from bpkit.config import Config
 from bpkit.policy import Policy, PolicyError
-from bpkit.registry import parse_spec, resolve_policy
-from bpkit.spec import spec_of
-from bpkit.traces.cost import CostTable, write_cost
+from bpkit.registry.class_file import class_of_file
+from bpkit.registry.resolve import parse_spec, resolve_policy
+from bpkit.registry.spec import spec_of
+from bpkit.trace.cost import CostTable, write_cost
 
 MY_POLICY = """\
 from torch import nn
-from bpkit.learned import LearnedConfig, LearnedPolicy
+from bpkit.learn.learned import LearnedConfig, LearnedPolicy
 
 class MyPolicy(LearnedPolicy):
     class Config(LearnedConfig):
@@ -277,7 +277,7 @@ def test_a_rule_with_a_network_of_its_own_is_exported_without_training(place: Pa
 @pytest.mark.slow
 def test_what_cannot_be_trained_or_exported_is_told_what_to_do(place: Path) -> None:
     said = refused("train", "./cautious.py", "TRACE", "--out", "runs/no", "--cost", "cost.json")
-    assert "'./cautious.py' has no weights, so there is nothing to train: derive it from bpkit.learned.Learned" in said
+    assert "'./cautious.py' has no weights, so there is nothing to train: derive it from bpkit.learn.learned" in said
     said = refused("export", "./cautious.py:Cautious", "--trace", "TRACE")
     assert "'./cautious.py:Cautious' has no trained weights and no `export(self)`, so there is nothing" in said
     assert "name a policy to export" in refused("export", "--trace", "TRACE")

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
-from bpkit.runtime.clock import price
+from bpkit.decode.clock import price
 from bpkit.testing.traces import synthetic_prompt
-from bpkit.traces.oracle import (
+from bpkit.trace.oracle import (
     Path,
     best_fixed,
     fixed_path,
@@ -24,8 +24,8 @@ from bpkit.traces.oracle import (
     oracle_step,
     oracle_step_truncate,
 )
-from bpkit.traces.oracle.steps import CachedCost
-from bpkit.traces.records import DraftTable, PromptTrace
+from bpkit.trace.oracle.steps import CachedCost
+from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, PHASES, CostModel, Work
 
 KINDS = (BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM)

@@ -11,10 +11,10 @@ import pytest
 from torch import Tensor
 
 from bpkit import Policy, SpeculativeDecoder
+from bpkit.decode import owned
+from bpkit.decode.clock import CostClock
+from bpkit.decode.owned import policy_key
 from bpkit.policy import PolicyError, State
-from bpkit.runtime import owned
-from bpkit.runtime.clock import CostClock
-from bpkit.runtime.owned import policy_key
 from bpkit.testing import TinyPair
 from bpkit.types import Context, CostModel, DecoderSpec, Step
 

@@ -15,11 +15,11 @@ import torch
 from bpkit_adaptive.ema import Ema
 from bpkit_adaptive.goodput import Goodput
 
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import Policy, PolicyError
-from bpkit.registry import build, resolve_policy
-from bpkit.runtime.decoder import SpeculativeDecoder
+from bpkit.registry.resolve import build, resolve_policy
 from bpkit.testing import TinyPair
-from bpkit.traces.cost import CostTable
+from bpkit.trace.cost import CostTable
 from bpkit.types import Context, DecoderSpec, Seconds, Step
 
 COST = CostTable(

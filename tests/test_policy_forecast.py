@@ -13,12 +13,12 @@ from bpkit_forecast.policy import VECTORS, Forecast
 from bpkit_forecast.training import ForecastModule, ForecastOptions
 from torch import nn
 
+from bpkit.decode.clock import CostClock
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.prompts import Prompt
-from bpkit.runtime.clock import CostClock
-from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing import TinyPair
-from bpkit.traces.collect import TraceOptions, Tracer
-from bpkit.traces.cost import CostTable, flat
+from bpkit.trace.collect import TraceOptions, Tracer
+from bpkit.trace.cost import CostTable, flat
 from bpkit.types import Context, DecoderSpec
 
 SIZES = [2, 3, 4, 5, 6]

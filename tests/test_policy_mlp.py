@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bpkit.assets import prompts
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.learn.trained import TrainedConfig
+from bpkit.learn.training.policies import train_policy
+from bpkit.learn.training.policy_module import PolicyModule
 from bpkit.policy import Policy, PolicyError
-from bpkit.registry import build, resolve_policy
-from bpkit.runtime.decoder import SpeculativeDecoder
+from bpkit.registry.resolve import build, resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt, synthetic_prompts
-from bpkit.traces.cost import CostTable
-from bpkit.traces.records import PromptTrace
-from bpkit.traces.replay import Replayer, with_features
-from bpkit.trained import TrainedConfig
-from bpkit.training.policies import train_policy
-from bpkit.training.policy_module import PolicyModule
+from bpkit.trace.cost import CostTable
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.replay import Replayer, with_features
 from bpkit.types import Context, DecoderSpec, Draft, Feature
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typer.testing import CliRunner, Result
 
 from bpkit import assets
 from bpkit.cli.main import build_app
+from bpkit.learn.training.policy_prompts import Sources, beginning, code_folder, draw_prompts
+from bpkit.learn.training.provenance import fingerprint
 from bpkit.prompts import read_prompts
-from bpkit.training.policy_prompts import Sources, beginning, code_folder, draw_prompts
-from bpkit.training.provenance import fingerprint
 
 DEFINITION = '''def function_{n}(items, limit={n}):
     """Return the items of part {n} that lie below the limit, in the order they came in."""

@@ -20,9 +20,9 @@ from bpkit_bandit.tapout import TapOut
 from bpkit_threshold.adaedl import AdaEdl
 from bpkit_threshold.confidence import Confidence
 
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import Policy, PolicyError, State
-from bpkit.registry import build, resolve_policy
-from bpkit.runtime.decoder import SpeculativeDecoder
+from bpkit.registry.resolve import build, resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step
 

@@ -19,8 +19,8 @@ from transformers import (
 from transformers.generation import logits_process
 
 from bpkit import SpeculativeDecoder
-from bpkit.runtime.rollback import PREFIX_CONSTRAINED, PREFIX_FREE, STATEFUL, STATELESS
-from bpkit.runtime.visible_state import VisibleState
+from bpkit.decode.rollback import PREFIX_CONSTRAINED, PREFIX_FREE, STATEFUL, STATELESS
+from bpkit.decode.visible_state import VisibleState
 from bpkit.testing import TinyPair
 
 PROMPT = "def f(a, b):\n    return "

@@ -16,27 +16,27 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from bpkit import hookspecs
-from bpkit import registry as registry_module
 from bpkit.cli import hooks as hooks_command
 from bpkit.cli import main
-from bpkit.discovery import HOOK_OF, hook_arguments
-from bpkit.distribution import DISTRIBUTION
-from bpkit.doctor import examine
-from bpkit.drafters.resolve import resolve_drafter
-from bpkit.plugin_choice import NO_AUTOLOAD, PLUGINS, choice_of, plugin_flags
+from bpkit.draft.resolve import resolve_drafter
+from bpkit.installation.distribution import DISTRIBUTION
+from bpkit.installation.doctor import examine
+from bpkit.learn.folder import read_policy_file
+from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy, PolicyConfig, PolicyError
-from bpkit.policy_folder import read_policy_file
-from bpkit.registry import build, find, parse_spec, registry, resolve_policy
+from bpkit.registry import hookspecs
+from bpkit.registry import resolve as registry_module
+from bpkit.registry.discovery import HOOK_OF, hook_arguments
+from bpkit.registry.plugin_choice import NO_AUTOLOAD, PLUGINS, choice_of, plugin_flags
+from bpkit.registry.resolve import build, find, parse_spec, registry, resolve_policy
 from bpkit.testing import TinyPair
-from bpkit.trained import TrainedPolicy
 from bpkit.types import Feature
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bpkit.policy import State
-    from bpkit.registry import Registry
+    from bpkit.registry.resolve import Registry
     from bpkit.types import Context
 
 BUILT_IN = {
@@ -102,7 +102,7 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 def registers(policy: str, target: str) -> str:
     return (
-        "from bpkit.hookspecs import hookimpl\n\n"
+        "from bpkit.registry.hookspecs import hookimpl\n\n"
         "@hookimpl\n"
         "def bpkit_register_policies(register):\n"
         f"    register({policy!r}, {target!r}, summary='One of mine.')\n"
@@ -161,7 +161,7 @@ def test_a_module_that_two_distributions_name_alike_is_one_plug_in_and_ours(
 def test_a_plug_in_may_register_a_factory_and_drafters(plug_in: Callable[..., EntryPoint]) -> None:
     text = (
         POLICY
-        + "\nfrom bpkit.hookspecs import hookimpl\n\n"
+        + "\nfrom bpkit.registry.hookspecs import hookimpl\n\n"
         + "@hookimpl\ndef bpkit_register_policies(register):\n"
         + "    register('made', lambda size=7: Mine(size=size), summary='Made.')\n\n"
         + "@hookimpl\ndef bpkit_register_drafters(register):\n"
@@ -205,7 +205,7 @@ def test_a_plug_in_that_exits_on_import_takes_nothing_else_down(plug_in: Callabl
 
 def test_a_plug_in_whose_hook_raises_registers_nothing(plug_in: Callable[..., EntryPoint]) -> None:
     text = (
-        "from bpkit.hookspecs import hookimpl\n\n@hookimpl\ndef bpkit_register_policies(register):\n"
+        "from bpkit.registry.hookspecs import hookimpl\n\n@hookimpl\ndef bpkit_register_policies(register):\n"
         "    register('half', 'nowhere:Half', summary='Half.')\n    raise LookupError('the other half')\n"
     )
     known = build([plug_in("half_way", text), plug_in("right", POLICY + registers("mine", "right:Mine"))])
@@ -279,7 +279,7 @@ def test_a_target_that_cannot_be_imported_fails_only_when_used_and_says_whose_it
 
 
 def marked(function: str, *, mark: str = "@hookimpl") -> str:
-    return f"from bpkit.hookspecs import hookimpl\n\n{mark}\n{function}\n"
+    return f"from bpkit.registry.hookspecs import hookimpl\n\n{mark}\n{function}\n"
 
 
 def command_of(name: str) -> str:
@@ -348,7 +348,7 @@ def test_a_plug_in_whose_hooks_will_not_do_fails_and_takes_nobody_along(
 
 
 def test_a_helper_and_an_imported_specification_need_no_mark(plug_in: Callable[..., EntryPoint]) -> None:
-    text = "from bpkit.hookspecs import bpkit_register_drafters\n\ndef bpkit_size():\n    return 4\n"
+    text = "from bpkit.registry.hookspecs import bpkit_register_drafters\n\ndef bpkit_size():\n    return 4\n"
     assert build([plug_in("helpful", text + registers("mine", "m:Mine"))]).failures == {}
 
 
@@ -854,9 +854,9 @@ def test_a_subclass_config_is_validated_with_its_own_rules() -> None:
     [
         "import bpkit",
         "import bpkit; dir(bpkit); bpkit.Policy; bpkit.Feature; bpkit.hookimpl; bpkit.Context",
-        "from bpkit.registry import registry; assert len(registry().policies) >= 6; registry().failures",
-        "from bpkit.registry import registry\nfor e in registry().policies.values(): e.load_config()().model_dump()",
-        "import bpkit.policy, bpkit.types, bpkit.hookspecs, bpkit.drafters.plugin",
+        "from bpkit.registry.resolve import registry; assert len(registry().policies) >= 6; registry().failures",
+        "from bpkit.registry.resolve import registry\n[e.load_config()() for e in registry().policies.values()]",
+        "import bpkit.policy, bpkit.types, bpkit.registry.hookspecs, bpkit.draft.plugin",
     ],
     ids=["bpkit", "its names", "the registry", "the options", "what plug-ins import"],
 )

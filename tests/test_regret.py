@@ -11,18 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bpkit.drafters.ngram import NgramDrafter
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import Policy
 from bpkit.prompts import Prompt
-from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
-from bpkit.traces.collect import TraceOptions, Tracer
-from bpkit.traces.cost import CostTable
-from bpkit.traces.oracle import fixed_path, hindsight, oracle_step_truncate
-from bpkit.traces.oracle.regret import KINDS, NotTraced, Taken, features_seconds, step_regret
-from bpkit.traces.records import DraftTable, PromptTrace
-from bpkit.traces.replay import Replayed, Replayer
+from bpkit.trace.collect import TraceOptions, Tracer
+from bpkit.trace.cost import CostTable
+from bpkit.trace.oracle import fixed_path, hindsight, oracle_step_truncate
+from bpkit.trace.oracle.regret import KINDS, NotTraced, Taken, features_seconds, step_regret
+from bpkit.trace.records import DraftTable, PromptTrace
+from bpkit.trace.replay import Replayed, Replayer
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Feature
 
 KINDS_OF_DRAFTER = (BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM)

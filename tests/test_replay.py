@@ -12,24 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from bpkit.drafters.base import Drafter
-from bpkit.drafters.ngram import NgramDrafter
+from bpkit.decode.clock import CostClock
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.draft.base import Drafter
+from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import Policy, PolicyError
 from bpkit.prompts import Prompt, choose_prompts
-from bpkit.registry import PolicyLike, registry
-from bpkit.runtime.clock import CostClock
-from bpkit.runtime.decoder import SpeculativeDecoder
+from bpkit.registry.resolve import PolicyLike, registry
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
-from bpkit.traces.collect import TraceOptions, Tracer, generation_options
-from bpkit.traces.collect.job import ThisProcess, describe, run_job
-from bpkit.traces.collect.recompute import Recompute
-from bpkit.traces.cost import CostTable
-from bpkit.traces.oracle import fixed_path
-from bpkit.traces.records import PromptTrace
-from bpkit.traces.replay import Replayer
-from bpkit.traces.tables.manifest import TraceError
-from bpkit.traces.tables.storage import open_trace
+from bpkit.trace.collect import TraceOptions, Tracer, generation_options
+from bpkit.trace.collect.job import ThisProcess, describe, run_job
+from bpkit.trace.collect.recompute import Recompute
+from bpkit.trace.cost import CostTable
+from bpkit.trace.oracle import fixed_path
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.replay import Replayer
+from bpkit.trace.store.manifest import TraceError
+from bpkit.trace.store.storage import open_trace
 from bpkit.types import OF_THE_TARGET, Context, Draft, Feature, Step
 
 if TYPE_CHECKING:

@@ -22,17 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bpkit import Context, Draft, SpeculativeDecoder, resolve_policy
-from bpkit.drafters.base import Drafter
+from bpkit.decode.clock import CostClock
+from bpkit.draft.base import Drafter
+from bpkit.learn.training.policies import train_policy
 from bpkit.policy import PolicyError
 from bpkit.prompts import Prompt
-from bpkit.runtime.clock import CostClock
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
-from bpkit.traces.collect import TraceOptions, Tracer
-from bpkit.traces.cost import CostTable
-from bpkit.traces.records import PromptTrace
-from bpkit.traces.replay import Replayer
-from bpkit.training.policies import train_policy
+from bpkit.trace.collect import TraceOptions, Tracer
+from bpkit.trace.cost import CostTable
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.replay import Replayer
 from bpkit.types import DecoderSpec, Feature
 
 WIDTH = 16
@@ -239,7 +239,7 @@ def test_options_that_are_given_are_not_chosen(pair: TinyPair, tmp_path: Path) -
 
 
 def test_the_shipped_weights_are_those_for_the_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bpkit.trained.SHIPPED", tmp_path)
+    monkeypatch.setattr("bpkit.learn.trained.SHIPPED", tmp_path)
     other = replace(SPEC, drafter="assistant", drafter_kind="autoregressive", trained_block_size=6)
     for folder, spec, threshold in (("specdecpp", SPEC, 0.6), ("specdecpp-autoregressive", other, 0.8)):
         facts = {"hidden_size": WIDTH, "blocks": 1, "block_size": 8}

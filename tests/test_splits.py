@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bpkit.bench.evaluation.splits import PARTS, split_prompts
+from bpkit.judge.evaluation.splits import PARTS, split_prompts
 
 IDS = [f"p{i}" for i in range(100)]
 DOMAINS = ["a"] * 50 + ["b"] * 30 + ["c"] * 20

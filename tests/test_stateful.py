@@ -14,20 +14,20 @@ from transformers.generation import TemperatureLogitsWarper
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HCACache
 
 from bpkit import Context, Policy, SpeculativeDecoder
+from bpkit.decode.clock import CostClock
+from bpkit.decode.reread import LONGEST_PENDING, Rereading, commits
+from bpkit.decode.serving import is_stateful, session_class, target_session
+from bpkit.decode.snapshot import Snapshot, crop_of
+from bpkit.decode.stateful import StatefulTargetSession
 from bpkit.prompts import Prompt
-from bpkit.runtime.clock import CostClock
-from bpkit.runtime.reread import LONGEST_PENDING, Rereading, commits
-from bpkit.runtime.serving import is_stateful, session_class, target_session
-from bpkit.runtime.snapshot import Snapshot, crop_of
-from bpkit.runtime.stateful import StatefulTargetSession
 from bpkit.testing import TinyPair
 from bpkit.testing.architectures import tiny_dflash
 from bpkit.testing.simulated_device import MovedDecoder, SimulatedDevice
-from bpkit.traces.collect import TraceOptions, Tracer
-from bpkit.traces.collect.job import describe
-from bpkit.traces.cost import CostTable
-from bpkit.traces.replay import Replayer
-from bpkit.traces.tables.manifest import Manifest
+from bpkit.trace.collect import TraceOptions, Tracer
+from bpkit.trace.collect.job import describe
+from bpkit.trace.cost import CostTable
+from bpkit.trace.replay import Replayer
+from bpkit.trace.store.manifest import Manifest
 from bpkit.types import Seconds, Work
 from tests.architecture_survey import PROMPT, ScriptedDrafter, greedy
 from tests.tiny_architectures import tiny_causal_lm, tiny_config

@@ -12,16 +12,16 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
-from bpkit.bench.sweep import Sweep, read_sweep
-from bpkit.bench.sweep.chance import (
+from bpkit.cli import main
+from bpkit.judge.sweep import Sweep, read_sweep
+from bpkit.judge.sweep.chance import (
     chance_tables,
     choose_by_neighbours,
     leave_one_out,
     one_sided,
     residuals,
 )
-from bpkit.bench.sweep.figures import summarise_sweep
-from bpkit.cli import main
+from bpkit.judge.sweep.figures import summarise_sweep
 
 Floats = NDArray[np.float64]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import Policy
 from bpkit.prompts import Prompt
-from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing import TinyPair
-from bpkit.traces.collect import TraceOptions, Tracer
-from bpkit.traces.records import PromptTrace
+from bpkit.trace.collect import TraceOptions, Tracer
+from bpkit.trace.records import PromptTrace
 from bpkit.types import Context, Draft, Feature, Step
 
 if TYPE_CHECKING:

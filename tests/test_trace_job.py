@@ -26,21 +26,21 @@ from typer.testing import CliRunner, Result
 
 from bpkit.cli import models as cli_models
 from bpkit.cli.main import build_app
-from bpkit.drafters.ngram import NgramDrafter
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.draft.ngram import NgramDrafter
 from bpkit.prompts import Prompt, read_dataset, read_prompts
-from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing import TinyPair, tiny_pair
-from bpkit.traces.collect import TraceOptions, Tracer, ray_workers
-from bpkit.traces.collect.job import ThisProcess, Traces, describe, run_job
-from bpkit.traces.collect.ray_workers import OnRay
-from bpkit.traces.collect.workers import Models, Processes, WorkerError
-from bpkit.traces.fingerprint import fingerprint_model
-from bpkit.traces.records import PromptTrace
-from bpkit.traces.tables import parquet as tables
-from bpkit.traces.tables.lock import LOCK, Holder, claimed
-from bpkit.traces.tables.manifest import Manifest, TraceError, read_manifest
-from bpkit.traces.tables.parquet import from_tables, to_tables
-from bpkit.traces.tables.storage import Trace, open_trace
+from bpkit.trace.collect import TraceOptions, Tracer, ray_workers
+from bpkit.trace.collect.job import ThisProcess, Traces, describe, run_job
+from bpkit.trace.collect.ray_workers import OnRay
+from bpkit.trace.collect.workers import Models, Processes, WorkerError
+from bpkit.trace.fingerprint import fingerprint_model
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.store import parquet as tables
+from bpkit.trace.store.lock import LOCK, Holder, claimed
+from bpkit.trace.store.manifest import Manifest, TraceError, read_manifest
+from bpkit.trace.store.parquet import from_tables, to_tables
+from bpkit.trace.store.storage import Trace, open_trace
 from bpkit.types import Feature
 
 SIZES = (2, 3, 5, 8)
@@ -190,7 +190,7 @@ def pause_after_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return changed
 
-    monkeypatch.setattr("bpkit.traces.tables.storage.pq.write_table", slowly(pq.write_table))
+    monkeypatch.setattr("bpkit.trace.store.storage.pq.write_table", slowly(pq.write_table))
     for name in ("replace", "mkdir", "unlink", "rmdir"):
         of = os if name == "replace" else Path
         monkeypatch.setattr(of, name, slowly(getattr(of, name)))
@@ -362,7 +362,7 @@ def test_a_worker_is_closed_when_writing_fails(pair: TinyPair, tmp_path: Path, m
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("bpkit.traces.tables.storage.pq.write_table", full)
+    monkeypatch.setattr("bpkit.trace.store.storage.pq.write_table", full)
     with pytest.raises(OSError, match="no space"):
         run_job(tmp_path, describe(decoder, PROMPTS, options), PROMPTS, workers)
     assert workers.closed
@@ -449,7 +449,7 @@ def test_a_second_run_on_the_same_folder_is_refused(pair: TinyPair, tmp_path: Pa
 HOLD = """
 import sys
 from pathlib import Path
-from bpkit.traces.tables.lock import claimed
+from bpkit.trace.store.lock import claimed
 
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)

@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from bpkit import SpeculativeDecoder
-from bpkit.drafters.autoregressive import AutoregressiveDrafter
-from bpkit.drafters.base import Drafter
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.base import Drafter
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.testing.architectures import ARCHITECTURES, disturbed, tiny_dflash, tiny_model
-from bpkit.traces.collect import TraceOptions, Tracer, pieces
-from bpkit.traces.collect.pieces import Positions, positions_at_once
-from bpkit.traces.collect.target_pass import target_pass
-from bpkit.traces.records import PromptTrace
+from bpkit.trace.collect import TraceOptions, Tracer, pieces
+from bpkit.trace.collect.pieces import Positions, positions_at_once
+from bpkit.trace.collect.target_pass import target_pass
+from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 
 VOCABULARY = 151_936

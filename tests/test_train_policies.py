@@ -18,29 +18,29 @@ from pydantic import Field
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from bpkit.bench.evaluation import evaluate
-from bpkit.bench.evaluation.splits import split_prompts
 from bpkit.cli.main import build_app
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.judge.evaluation import evaluate
+from bpkit.judge.evaluation.splits import split_prompts
+from bpkit.learn.folder import POLICY, WEIGHTS
+from bpkit.learn.trained import TrainedConfig, TrainedElsewhereWarning, TrainedPolicy
+from bpkit.learn.training.example_data import EpochSampler
+from bpkit.learn.training.policies import PolicyRun, train_policy
+from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
+from bpkit.learn.training.prompts import prompt_record
+from bpkit.learn.training.validation import Validation
 from bpkit.policy import Policy, PolicyError, State
-from bpkit.policy_folder import POLICY, WEIGHTS
 from bpkit.prompts import Prompt
-from bpkit.registry import Entry, registry, resolve_policy
-from bpkit.runtime.decoder import SpeculativeDecoder
+from bpkit.registry.resolve import Entry, registry, resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
-from bpkit.traces.collect import TraceOptions, Tracer
-from bpkit.traces.collect.job import ThisProcess, describe, run_job
-from bpkit.traces.cost import CostTable, write_cost
-from bpkit.traces.oracle import best_fixed, fixed_path
-from bpkit.traces.records import PromptTrace
-from bpkit.traces.tables.manifest import Manifest, ModelFacts
-from bpkit.traces.tables.storage import TraceWriter
-from bpkit.trained import TrainedConfig, TrainedElsewhereWarning, TrainedPolicy
-from bpkit.training.example_data import EpochSampler
-from bpkit.training.policies import PolicyRun, train_policy
-from bpkit.training.policy_module import PolicyModule, Replay, TrainingOptions
-from bpkit.training.prompts import prompt_record
-from bpkit.training.validation import Validation
+from bpkit.trace.collect import TraceOptions, Tracer
+from bpkit.trace.collect.job import ThisProcess, describe, run_job
+from bpkit.trace.cost import CostTable, write_cost
+from bpkit.trace.oracle import best_fixed, fixed_path
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.store.manifest import Manifest, ModelFacts
+from bpkit.trace.store.storage import TraceWriter
 from bpkit.types import BLOCK_DIFFUSION, Context, CostModel, DecoderSpec, Feature
 
 torch.set_num_threads(1)
@@ -361,7 +361,7 @@ def test_pushing_uploads_the_folder_and_loading_downloads_it(folder: Path, monke
     assert Toy.from_pretrained(folder).push_to_hub("somebody/toy") == "done"
     assert uploaded["files"] == ["README.md", POLICY, WEIGHTS]
     assert any("toy" in line for line in uploaded["card"])
-    monkeypatch.setattr("bpkit.trained.snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr("bpkit.learn.trained.snapshot_download", lambda *_, **__: str(folder))
     assert rate(Toy.from_pretrained("somebody/toy")) == rate(str(folder))
 
 
@@ -436,7 +436,7 @@ def test_what_is_no_folder_is_said_to_be_none(tmp_path: Path) -> None:
 
 
 def test_the_shipped_weights_are_the_default_where_they_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bpkit.trained.SHIPPED", folder.parent)
+    monkeypatch.setattr("bpkit.learn.trained.SHIPPED", folder.parent)
     assert rate("toy") == rate(str(folder))
     with pytest.raises(PolicyError, match=r"the one that ships was trained for another decoder.*bpkit train toy"):
         resolve_policy("toy").bind(replace(SPEC, hidden_size=8))
@@ -603,7 +603,7 @@ def test_seen_prompts_are_known_by_their_tokens_or_else_by_their_ids(
     with pytest.raises(PolicyError, match="compared by id"):
         judged(fresh, old)
     assert "compared by id" in judged(fresh, old, leave_out=True)["left_out"]["toy"]
-    monkeypatch.setattr("bpkit.trained.SHIPPED", tmp_path)
+    monkeypatch.setattr("bpkit.learn.trained.SHIPPED", tmp_path)
     old.rename(tmp_path / "toy")
     with pytest.raises(PolicyError, match="compared by id"):  # what ships with bpkit has a record like any other
         evaluate(fresh, SPEC, {"toy": "toy"}, [COST], permutations=0)

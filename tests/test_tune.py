@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from bpkit.bench.evaluation import tune as tuning
-from bpkit.bench.evaluation.play import Player, Stage, knows_no_cost, trimmed_mean
-from bpkit.bench.evaluation.recipe import Recipe
-from bpkit.bench.evaluation.tune import Tuned, rounds, tune_options
-from bpkit.bench.wall_clock.measure import NoProgress
+from bpkit.judge.evaluation import tune as tuning
+from bpkit.judge.evaluation.play import Player, Stage, knows_no_cost, trimmed_mean
+from bpkit.judge.evaluation.recipe import Recipe
+from bpkit.judge.evaluation.tune import Tuned, rounds, tune_options
+from bpkit.judge.wall_clock.measure import NoProgress
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
-from bpkit.traces.cost import CostTable
-from bpkit.traces.tables.manifest import TraceError
+from bpkit.trace.cost import CostTable
+from bpkit.trace.store.manifest import TraceError
 from bpkit.types import BLOCK_DIFFUSION, DecoderSpec
 
 SPEC = DecoderSpec("t", "d", BLOCK_DIFFUSION, trained_block_size=8, max_block_size=8, hidden_size=8, vocab_size=64)

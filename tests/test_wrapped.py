@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bpkit import SpeculativeDecoder
-from bpkit.runtime import decoder as decoder_module
-from bpkit.runtime.wrapped import inside
+from bpkit.decode import decoder as decoder_module
+from bpkit.decode.wrapped import inside
 from bpkit.testing import TinyPair, tiny_pair
 
 PROMPT = "def f(a, b):\n    return "

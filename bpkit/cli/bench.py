@@ -19,11 +19,11 @@ from bpkit.cli.errors import nothing_written, require, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.config import Config
 from bpkit.policy import PolicyError
-from bpkit.registry import written
+from bpkit.registry.resolve import written
 
 if TYPE_CHECKING:
-    from bpkit.registry import PolicyLike
-    from bpkit.runtime.decoder import SpeculativeDecoder
+    from bpkit.decode.decoder import SpeculativeDecoder
+    from bpkit.registry.resolve import PolicyLike
 
 DEFAULT_POLICIES = ("fixed:4", "fixed:8", "fixed:16", "threshold", "bandit")
 DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
@@ -124,8 +124,8 @@ def policy_name(policy: str | Mapping[str, Any]) -> str:
 
 def check_outputs(json: Path | None, plot: Path | None) -> None:
     """Fail now rather than after minutes of measuring."""
-    from bpkit.bench.wall_clock.plot import SUFFIXES
-    from bpkit.bench.wall_clock.report import check_writable
+    from bpkit.judge.wall_clock.plot import SUFFIXES
+    from bpkit.judge.wall_clock.report import check_writable
 
     if json is not None:
         check_writable(json)
@@ -138,10 +138,10 @@ def compare(
     config: Config, policies: dict[str, PolicyLike], prompts: list[Any], *, against: tuple[str, ...], repeats: int
 ) -> dict[str, Any]:
     """Load the models, measure, and return the report."""
-    from bpkit.bench.wall_clock.contestants import check_peers
-    from bpkit.bench.wall_clock.run import BenchSettings, run_bench
     from bpkit.cli.models import load_decoder
-    from bpkit.registry import resolve_policy
+    from bpkit.judge.wall_clock.contestants import check_peers
+    from bpkit.judge.wall_clock.run import BenchSettings, run_bench
+    from bpkit.registry.resolve import resolve_policy
 
     check_peers(against)
     for spec in policies.values():
@@ -176,9 +176,9 @@ def those_that_fit(decoder: SpeculativeDecoder, policies: dict[str, PolicyLike])
 
 def deliver(report: dict[str, Any], json: Path | None, plot: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
-    from bpkit.bench.wall_clock.plot import plot_report
-    from bpkit.bench.wall_clock.report import write_report
-    from bpkit.bench.wall_clock.table import print_report
+    from bpkit.judge.wall_clock.plot import plot_report
+    from bpkit.judge.wall_clock.report import write_report
+    from bpkit.judge.wall_clock.table import print_report
 
     if json is not None:
         write_report(report, json)

@@ -42,13 +42,13 @@ def bench_fold(
 
     `bpkit bench fold --json fold.json`
     """
-    from bpkit.bench.wall_clock.report import check_writable, write_report
+    from bpkit.judge.wall_clock.report import check_writable, write_report
 
     if json is not None:
         check_writable(json)
-    from bpkit.bench.latency.fold import FoldSettings
-    from bpkit.bench.latency.fold import bench_fold as measure
     from bpkit.cli.train_policy import portable
+    from bpkit.judge.latency.fold import FoldSettings
+    from bpkit.judge.latency.fold import bench_fold as measure
 
     settings = FoldSettings(
         vocab_size=vocab_size,

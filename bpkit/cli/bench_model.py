@@ -60,13 +60,13 @@ def bench_model(
     """
     require("pyarrow", extra="traces", purpose="A trace")
     settled = options.settled(context)
-    from bpkit.bench.evaluation.modelled import bench_model as measure
-    from bpkit.bench.wall_clock.report import check_writable, write_report
     from bpkit.cli.evaluate import first_of_each
     from bpkit.cli.models import load_decoder
-    from bpkit.traces.collect.recompute import check_models
-    from bpkit.traces.cost import read_cost
-    from bpkit.traces.tables.storage import open_trace
+    from bpkit.judge.evaluation.modelled import bench_model as measure
+    from bpkit.judge.wall_clock.report import check_writable, write_report
+    from bpkit.trace.collect.recompute import check_models
+    from bpkit.trace.cost import read_cost
+    from bpkit.trace.store.storage import open_trace
 
     if json is not None:
         check_writable(json)

@@ -14,11 +14,11 @@ from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
-    from bpkit.bench.latency import LatencySettings
-    from bpkit.bench.latency.backends import Contestant
     from bpkit.config import Config
+    from bpkit.decode.decoder import SpeculativeDecoder
+    from bpkit.judge.latency import LatencySettings
+    from bpkit.judge.latency.backends import Contestant
     from bpkit.prompts import Prompt
-    from bpkit.runtime.decoder import SpeculativeDecoder
 
 DEFAULT_BATCHES, DEFAULT_LIMIT, DEFAULT_CALLS, DEFAULT_NEW_TOKENS = "1+8+64", 8, 1000, 64
 _TIMING = "Timing"
@@ -105,7 +105,7 @@ def bench_policy(
         require(package, extra="export", purpose="A comparison with onnxruntime")
     sizes = batch_sizes(batch)
     settled = options.settled(context)
-    from bpkit.bench.latency import LatencySettings
+    from bpkit.judge.latency import LatencySettings
     from bpkit.prompts import choose_prompts
 
     settings = LatencySettings(
@@ -139,10 +139,10 @@ def measure(
     config: Config, specs: list[str], prompts: list[Prompt], settings: LatencySettings, weights: Path | None
 ) -> dict[str, Any]:
     """Load the models, measure, and return the report."""
-    from bpkit.bench.latency import bench_latency
     from bpkit.cli.models import load_decoder
     from bpkit.cli.train_policy import portable
-    from bpkit.registry import resolve_policy
+    from bpkit.judge.latency import bench_latency
+    from bpkit.registry.resolve import resolve_policy
 
     for spec in specs:
         resolve_policy(spec)  # a mistyped policy is told before any weights are read
@@ -155,7 +155,7 @@ def measure(
 
 def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights: Path | None) -> list[Contestant]:
     """The policies that were named; else every trained one that ships and serves this pair."""
-    from bpkit.bench.latency.backends import make_contestant
+    from bpkit.judge.latency.backends import make_contestant
 
     if specs:
         return [make_contestant(s, decoder, provider=provider, weights=weights) for s in dict.fromkeys(specs)]
@@ -172,8 +172,8 @@ def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights
 
 def those_that_ship() -> list[str]:
     """Names of policies whose trained weights come with bpkit."""
-    from bpkit.policy_folder import is_policy_folder, read_policy_file
-    from bpkit.trained import SHIPPED
+    from bpkit.learn.folder import is_policy_folder, read_policy_file
+    from bpkit.learn.trained import SHIPPED
 
     folders = sorted(folder for folder in SHIPPED.glob("*") if is_policy_folder(folder))
     return list(dict.fromkeys(read_policy_file(folder).policy for folder in folders))
@@ -181,9 +181,9 @@ def those_that_ship() -> list[str]:
 
 def deliver(report: dict[str, Any], json: Path | None, plot: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
-    from bpkit.bench.latency.plot import plot_latency
-    from bpkit.bench.latency.table import print_latency_report
-    from bpkit.bench.wall_clock.report import write_report
+    from bpkit.judge.latency.plot import plot_latency
+    from bpkit.judge.latency.table import print_latency_report
+    from bpkit.judge.wall_clock.report import write_report
 
     if json is not None:
         write_report(report, json)

@@ -15,8 +15,8 @@ from bpkit.cli.errors import nothing_written, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 
 if TYPE_CHECKING:
-    from bpkit.registry import PolicyLike
-    from bpkit.runtime.decoder import SpeculativeDecoder
+    from bpkit.decode.decoder import SpeculativeDecoder
+    from bpkit.registry.resolve import PolicyLike
 
 DEFAULT_LIMIT, DEFAULT_NEW_TOKENS = 1, 16
 
@@ -49,10 +49,10 @@ def bench_reads(
     `bpkit bench reads --policy ./my_policy.py:Cautious --temperature 1`
     """
     settled = options.settled(context)
-    from bpkit.bench.reads import count_reads
-    from bpkit.bench.wall_clock.report import check_writable, write_report
+    from bpkit.judge.reads import count_reads
+    from bpkit.judge.wall_clock.report import check_writable, write_report
     from bpkit.prompts import choose_prompts
-    from bpkit.registry import registry
+    from bpkit.registry.resolve import registry
 
     if json is not None:
         check_writable(json)

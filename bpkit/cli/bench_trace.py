@@ -13,8 +13,8 @@ from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.sizes import parse_sizes
 
 if TYPE_CHECKING:
+    from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.prompts import Prompt
-    from bpkit.runtime.decoder import SpeculativeDecoder
 
 DEFAULT_SIZES, DEFAULT_LIMIT = "2-6+8+10+12+16", 5
 _COMPARISON = "Comparison"
@@ -73,13 +73,13 @@ def bench_trace(
     require("pyarrow", extra="traces", purpose="A trace")
     settled = options.settled(context)
     sizes = parse_sizes(block_sizes, smallest=2)
-    from bpkit.bench.tracing import bench_tracing
-    from bpkit.bench.tracing.table import print_trace_report
-    from bpkit.bench.wall_clock.report import check_writable, write_report
     from bpkit.cli.models import load_decoder
     from bpkit.cli.trace import trace_options
+    from bpkit.judge.tracing import bench_tracing
+    from bpkit.judge.tracing.table import print_trace_report
+    from bpkit.judge.wall_clock.report import check_writable, write_report
     from bpkit.prompts import choose_prompts
-    from bpkit.traces.collect import GENERATE_WITH
+    from bpkit.trace.collect import GENERATE_WITH
 
     if json is not None:
         check_writable(json)

@@ -19,8 +19,8 @@ from bpkit.config import Config
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from bpkit.traces.cost import CostTable
-    from bpkit.traces.cost.calibrate import Progress
+    from bpkit.trace.cost import CostTable
+    from bpkit.trace.cost.calibrate import Progress
 
 DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
 DEFAULT_SPREAD, DEFAULT_MINUTES = 2.0, 10.0
@@ -102,7 +102,7 @@ def calibrate(
     if list_presets:
         return print_presets()
     if show is not None:
-        from bpkit.traces.cost import read_cost
+        from bpkit.trace.cost import read_cost
 
         check_outputs(None, plot)
         return deliver(read_cost(show), None, plot)
@@ -123,8 +123,8 @@ def calibrate(
 
 def check_outputs(out: Path | None, plot: Path | None) -> None:
     """Fail now rather than after minutes of measuring."""
-    from bpkit.bench.wall_clock.plot import SUFFIXES
-    from bpkit.bench.wall_clock.report import check_writable
+    from bpkit.judge.wall_clock.plot import SUFFIXES
+    from bpkit.judge.wall_clock.report import check_writable
 
     if out is not None:
         check_writable(out)
@@ -136,7 +136,7 @@ def check_outputs(out: Path | None, plot: Path | None) -> None:
 def measure(config: Config, prompts: list[Any], wanted: dict[str, Any]) -> CostTable:
     """Load the models and measure."""
     from bpkit.cli.models import load_decoder
-    from bpkit.traces.cost.calibrate import CalibrationSettings, calibrate
+    from bpkit.trace.cost.calibrate import CalibrationSettings, calibrate
 
     decoder = load_decoder(config, "fixed")
     settings = CalibrationSettings(
@@ -167,8 +167,8 @@ def progress() -> Iterator[Progress]:
 
 def deliver(cost: CostTable, out: Path | None, plot: Path | None) -> None:
     """Write the files that were asked for, and print the table."""
-    from bpkit.traces.cost import write_cost
-    from bpkit.traces.cost.plot import plot_cost
+    from bpkit.trace.cost import write_cost
+    from bpkit.trace.cost.plot import plot_cost
 
     if out is not None:
         write_cost(cost, out)
@@ -194,7 +194,7 @@ def print_presets() -> None:
     """Names of the presets, with what they say and where it comes from."""
     from rich.markup import escape
 
-    from bpkit.traces.cost.presets import PRESETS
+    from bpkit.trace.cost.presets import PRESETS
 
     shown = console()
     for name, cost in PRESETS.items():

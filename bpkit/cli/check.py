@@ -17,7 +17,7 @@ from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
     from bpkit.config import Config
-    from bpkit.registry import PolicyLike
+    from bpkit.registry.resolve import PolicyLike
     from bpkit.testing.checks.report import Report, Result
 
 _STYLES = {"passed": "green", "skipped": "dim", "failed": "bold red"}
@@ -122,7 +122,7 @@ def _report(config: Config, policy: PolicyLike, skip: tuple[str, ...], *, real: 
 def _with_models(config: Config, policy: PolicyLike, seed: int, bar: Bar) -> Result:
     from bpkit.cli.models import load_decoder
     from bpkit.prompts import choose_prompts
-    from bpkit.registry import resolve_policy
+    from bpkit.registry.resolve import resolve_policy
     from bpkit.testing.checks.models import TEMPERATURES, check_models
     from bpkit.testing.checks.surroundings import undisturbed
 

@@ -10,9 +10,9 @@ from textwrap import shorten
 
 from rich.markup import escape
 
-from bpkit.discovery import Entry
 from bpkit.policy import PolicyError
-from bpkit.registry import find, registry
+from bpkit.registry.discovery import Entry
+from bpkit.registry.resolve import find, registry
 
 Completions = list[tuple[str, str]]
 MOST_OF_HELP = 70
@@ -51,7 +51,7 @@ def observer_names() -> Completions:
 
 def hook_names() -> list[str]:
     """What plug-ins can implement."""
-    from bpkit.discovery import hook_arguments
+    from bpkit.registry.discovery import hook_arguments
 
     return list(hook_arguments())
 
@@ -64,7 +64,7 @@ def plugin_choices() -> list[str]:
 
 def presets() -> Completions:
     """Cost models that come with bpkit."""
-    from bpkit.traces.cost.presets import PRESETS
+    from bpkit.trace.cost.presets import PRESETS
 
     return [(name, _told(cost.description)) for name, cost in PRESETS.items()]
 

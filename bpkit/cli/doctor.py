@@ -14,7 +14,7 @@ from bpkit.cli.errors import FAILED
 from bpkit.cli.terminal import console
 
 if TYPE_CHECKING:
-    from bpkit.doctor import Finding
+    from bpkit.installation.doctor import Finding
 
 _STYLES = {"ok": "green", "missing": "dim", "warning": "yellow", "broken": "bold red"}
 
@@ -37,8 +37,8 @@ def doctor(
 
     `bpkit doctor --report`
     """
-    from bpkit.doctor import as_json as plain
-    from bpkit.doctor import as_markdown, broken, examine
+    from bpkit.installation.doctor import as_json as plain
+    from bpkit.installation.doctor import as_markdown, broken, examine
 
     if as_json and report:
         raise ValueError("--json and --report exclude each other: give one of them")

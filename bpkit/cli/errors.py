@@ -17,7 +17,7 @@ import typer
 
 from bpkit.cli.command import Group
 from bpkit.cli.terminal import say
-from bpkit.distribution import install_command
+from bpkit.installation.distribution import install_command
 
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 EXIT_CODES = (

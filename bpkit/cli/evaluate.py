@@ -17,10 +17,10 @@ from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
     from bpkit.config import Config
-    from bpkit.registry import PolicyLike
-    from bpkit.traces.cost import CostTable
-    from bpkit.traces.replay import Fill
-    from bpkit.traces.tables.storage import Trace
+    from bpkit.registry.resolve import PolicyLike
+    from bpkit.trace.cost import CostTable
+    from bpkit.trace.replay import Fill
+    from bpkit.trace.store.storage import Trace
 
 DEFAULT_SPLIT = "0.4,0.2,0.4"
 _HOW, _RECOMPUTE = "How to judge", "Features that the trace lacks"
@@ -113,9 +113,9 @@ def evaluate(
     check_outputs(json, report)
     fractions = parse_fractions(split)
     named = named_policies(policy or [], options.settled(context))
-    from bpkit.bench.evaluation import evaluate as judge
     from bpkit.cli.models import quiet_libraries
-    from bpkit.traces.tables.storage import open_trace
+    from bpkit.judge.evaluation import evaluate as judge
+    from bpkit.trace.store.storage import open_trace
 
     quiet_libraries()
     opened = open_trace(trace)
@@ -154,7 +154,7 @@ NO_COST = (
 
 def check_outputs(json: Path | None, report: Path | None) -> None:
     """Fail now rather than after minutes of replay."""
-    from bpkit.bench.wall_clock.report import check_writable
+    from bpkit.judge.wall_clock.report import check_writable
 
     if json is not None:
         check_writable(json)
@@ -169,7 +169,7 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
     >>> parse_fractions("0.5, 0.25, 0.25")
     (0.5, 0.25, 0.25)
     """
-    from bpkit.bench.evaluation.splits import checked_fractions
+    from bpkit.judge.evaluation.splits import checked_fractions
 
     try:
         parts = [float(part) for part in text.split(",")]
@@ -180,7 +180,7 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
 
 def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
     """The contestants of the flags by name, else the config's one. Raises PolicyError for one that nobody knows."""
-    from bpkit.registry import resolve_policy, written
+    from bpkit.registry.resolve import resolve_policy, written
 
     repeated = {name for name in given if given.count(name) > 1}
     if repeated:
@@ -195,14 +195,14 @@ def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
 
 def everybody() -> dict[str, PolicyLike]:
     """All registered policies whose names alone are enough."""
-    from bpkit.registry import registry
+    from bpkit.registry.resolve import registry
 
     return {name: name for name in sorted(registry().policies) if can_be_made(name)}
 
 
 def can_be_made(name: str) -> bool:
     """Whether a policy's name alone is enough."""
-    from bpkit.registry import resolve_policy
+    from bpkit.registry.resolve import resolve_policy
 
     try:
         resolve_policy(name)
@@ -213,7 +213,7 @@ def can_be_made(name: str) -> bool:
 
 def cost_models(given: str | None, largest: int) -> list[CostTable]:
     """The given cost model, under the name `measured` if it was measured, and the two made from it."""
-    from bpkit.traces.cost import CostTable, flat, linear, read_cost
+    from bpkit.trace.cost import CostTable, flat, linear, read_cost
 
     if given is None:
         plain = CostTable(name="a plain step", unit="plain steps", verify={1: 1.0, largest: 1.0})
@@ -230,7 +230,7 @@ def first_of_each(trace: Trace, limit: int | None) -> Any:
     """The first prompts of each domain, read when they are asked for."""
     if limit is None:
         return trace
-    from bpkit.bench.evaluation.subset import Subset
+    from bpkit.judge.evaluation.subset import Subset
 
     seen: dict[str, int] = {}
     places = []
@@ -244,7 +244,7 @@ def first_of_each(trace: Trace, limit: int | None) -> Any:
 def filler(context: typer.Context, trace: Trace) -> Fill:
     """Computes missing features with the models of the trace."""
     from bpkit.cli.models import load_decoder
-    from bpkit.traces.collect.recompute import Recompute
+    from bpkit.trace.collect.recompute import Recompute
 
     return Recompute(load_decoder(options.settled(context), "fixed"), trace.manifest)
 
@@ -253,7 +253,7 @@ def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str
     """What made the figures."""
     import torch
 
-    from bpkit.machine import describe_machine
+    from bpkit.installation.machine import describe_machine
 
     return {
         "command": shlex.join(["bpkit", *sys.argv[1:]]),
@@ -267,10 +267,10 @@ def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str
 
 def deliver(result: dict[str, Any], json: Path | None, report: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
-    from bpkit.bench.evaluation.report import html_report
-    from bpkit.bench.evaluation.table import print_evaluation
-    from bpkit.bench.wall_clock.report import write_report
     from bpkit.files import write_at_once
+    from bpkit.judge.evaluation.report import html_report
+    from bpkit.judge.evaluation.table import print_evaluation
+    from bpkit.judge.wall_clock.report import write_report
 
     if json is not None:
         write_report(result, json)

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bpkit import __version__
-from bpkit.class_file import names_file
 from bpkit.cli import completion, options
 from bpkit.cli.errors import require, when_interrupted
 from bpkit.cli.evaluate import DEFAULT_SPLIT, filler, parse_fractions
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.cli.train_policy import portable
 from bpkit.policy import Policy, PolicyError
-from bpkit.spec import name_of
+from bpkit.registry.class_file import names_file
+from bpkit.registry.spec import name_of
 
 if TYPE_CHECKING:
-    from bpkit.bench.wall_clock.measure import Progress
     from bpkit.config import Config
     from bpkit.export.schema import ExportedPolicy
-    from bpkit.traces.cost import CostTable
-    from bpkit.traces.records import PromptTrace
-    from bpkit.traces.replay import Fill
-    from bpkit.traces.tables.storage import Trace
+    from bpkit.judge.wall_clock.measure import Progress
+    from bpkit.trace.cost import CostTable
+    from bpkit.trace.records import PromptTrace
+    from bpkit.trace.replay import Fill
+    from bpkit.trace.store.storage import Trace
 
 _RECOMPUTE = "Features that the trace lacks"
 
@@ -104,10 +104,10 @@ def export(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="export", purpose="Exporting")
     require("pyarrow", extra="traces", purpose="A trace")
-    from bpkit.bench.evaluation.splits import split_prompts
     from bpkit.cli.models import load_decoder, quiet_libraries
-    from bpkit.traces.cost import read_cost
-    from bpkit.traces.tables.storage import open_trace
+    from bpkit.judge.evaluation.splits import split_prompts
+    from bpkit.trace.cost import read_cost
+    from bpkit.trace.store.storage import open_trace
 
     quiet_libraries()
     specs = named_policies(policies or [], options.settled(context))
@@ -128,7 +128,7 @@ def export(
 
 def named_policies(given: list[str], config: Config) -> dict[str, str | dict[str, Any]]:
     """What to export, as it would be typed: the arguments, else the config's policy. Raises ValueError for none."""
-    from bpkit.registry import written
+    from bpkit.registry.resolve import written
 
     if given:
         return dict(zip(given, given, strict=True))
@@ -140,15 +140,15 @@ def named_policies(given: list[str], config: Config) -> dict[str, str | dict[str
 def exportable(spec: str | dict[str, Any]) -> Policy:
     """The policy that a spec names. Raises PolicyError if it has nothing to export."""
     from bpkit.export.core import Exportable
-    from bpkit.registry import resolve_policy, written
-    from bpkit.trained import TrainedPolicy
+    from bpkit.learn.trained import TrainedPolicy
+    from bpkit.registry.resolve import resolve_policy, written
 
     policy = resolve_policy(spec)
     if not isinstance(policy, (TrainedPolicy, Exportable)):
         raise PolicyError(
             f"policy {written(spec)!r} has no trained weights and no `export(self)`, so there is nothing to export: "
             "name a folder that `bpkit train` made or a policy whose weights ship, derive yours from "
-            "bpkit.learned.LearnedPolicy, or define `export` (bpkit.export.core)"
+            "bpkit.learn.learned.LearnedPolicy, or define `export` (bpkit.export.core)"
         )
     return policy
 
@@ -202,7 +202,7 @@ class _Work:
         )
 
     def _prompt(self, place: int, policy: Policy) -> PromptTrace:
-        from bpkit.traces.replay import offered
+        from bpkit.trace.replay import offered
 
         prompt = self.trace[place]
         missing = policy.wants - offered(prompt)
@@ -229,7 +229,7 @@ class _Work:
 
 def summary_of(policy: Policy) -> str:
     """What the plug-in says of the policy."""
-    from bpkit.registry import registry
+    from bpkit.registry.resolve import registry
 
     name = name_of(type(policy))
     entry = registry().policies.get(name)
@@ -238,7 +238,7 @@ def summary_of(policy: Policy) -> str:
 
 def beside(policy: Policy, file: str) -> dict[str, Any]:
     """What lies beside the weights under that name; empty if nothing does."""
-    from bpkit.trained import TrainedPolicy
+    from bpkit.learn.trained import TrainedPolicy
 
     folder = policy.folder if isinstance(policy, TrainedPolicy) else None
     if folder is None or not (folder / file).is_file():

@@ -19,8 +19,8 @@ from bpkit.config import Config
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bpkit.runtime.decoder import SpeculativeDecoder
-    from bpkit.runtime.result import Generation
+    from bpkit.decode.decoder import SpeculativeDecoder
+    from bpkit.decode.result import Generation
 
 DEFAULT_NEW_TOKENS = 256
 STEPS_IN_A_LINE = 20
@@ -137,7 +137,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 def stream(decoder: SpeculativeDecoder, prompt: str | Tensor, **wanted: Any) -> tuple[Generation, float]:
     """Generate and write the text to stdout as it is decided. Returns the result and its wall-clock seconds."""
-    from bpkit.runtime.streaming import TextPieces
+    from bpkit.decode.streaming import TextPieces
 
     assert decoder.tokenizer is not None
     pieces = TextPieces(decoder.tokenizer)

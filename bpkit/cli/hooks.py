@@ -14,12 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from bpkit import hookspecs
 from bpkit.cli import completion
 from bpkit.cli.plugins import SCHEMA_VERSION, conflicts, say_what_is_missing
 from bpkit.cli.terminal import console
-from bpkit.discovery import Registry, hook_arguments
-from bpkit.registry import registry
+from bpkit.registry import hookspecs
+from bpkit.registry.discovery import Registry, hook_arguments
+from bpkit.registry.resolve import registry
 
 
 def hooks(

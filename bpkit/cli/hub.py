@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bpkit.cli.terminal import say
 from bpkit.config import Config
-from bpkit.registry import parse_spec, registry
+from bpkit.registry.resolve import parse_spec, registry
 
 
 def announce_downloads(config: Config) -> None:

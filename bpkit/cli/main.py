@@ -33,10 +33,10 @@ from bpkit.cli import (
 from bpkit.cli.errors import DEBUG, EXIT_CODES, ExplainingGroup, end_when_terminated, exit_code, explain
 from bpkit.cli.plugin_commands import add_plugin_commands
 from bpkit.cli.terminal import be_plain_where_asked, say
-from bpkit.doctor import installed
-from bpkit.plugin_choice import PLUGINS, choice_of, plugin_flags
+from bpkit.installation.doctor import installed
 from bpkit.policy import PolicyError
-from bpkit.registry import Registry, choose_plugins, registry
+from bpkit.registry.plugin_choice import PLUGINS, choice_of, plugin_flags
+from bpkit.registry.resolve import Registry, choose_plugins, registry
 
 _HELP = """Speculative decoding with block-size policies as plug-ins.
 

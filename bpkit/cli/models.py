@@ -13,9 +13,9 @@ from bpkit.cli.terminal import say
 from bpkit.config import Config
 
 if TYPE_CHECKING:
-    from bpkit.observers import ObserverLike
-    from bpkit.registry import PolicyLike
-    from bpkit.runtime.decoder import SpeculativeDecoder
+    from bpkit.decode.decoder import SpeculativeDecoder
+    from bpkit.decode.observers import ObserverLike
+    from bpkit.registry.resolve import PolicyLike
 
 DEFAULT_POLICY = "fixed"
 
@@ -31,7 +31,7 @@ def load_decoder(
     Raises:
         ValueError, FileNotFoundError: something named in the config cannot be used.
     """
-    from bpkit.registry import check_policy_name, resolve_policy
+    from bpkit.registry.resolve import check_policy_name, resolve_policy
 
     chosen = policy or config.policy or DEFAULT_POLICY
     check_policy_name(chosen)  # takes no time, while torch takes seconds
@@ -40,9 +40,9 @@ def load_decoder(
     quiet_libraries()
     import torch
 
-    from bpkit.runtime.decoder import SpeculativeDecoder
-    from bpkit.runtime.observing import Observers
-    from bpkit.traces.cost import read_cost
+    from bpkit.decode.decoder import SpeculativeDecoder
+    from bpkit.decode.observing import Observers
+    from bpkit.trace.cost import read_cost
 
     if isinstance(config.runtime.threads, int):
         torch.set_num_threads(config.runtime.threads)
@@ -95,8 +95,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
-    from bpkit.runtime.guard import PolicyFaultWarning
-    from bpkit.runtime.observing import ObserverFaultWarning
+    from bpkit.decode.guard import PolicyFaultWarning
+    from bpkit.decode.observing import ObserverFaultWarning
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -8,7 +8,7 @@ import typer
 from typer.main import get_command_name
 from typer.models import DefaultPlaceholder
 
-from bpkit.discovery import Registry, call
+from bpkit.registry.discovery import Registry, call
 
 HOOK = "bpkit_register_commands"
 

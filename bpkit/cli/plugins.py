@@ -18,11 +18,11 @@ from rich.text import Text
 from bpkit import assets
 from bpkit.cli import completion
 from bpkit.cli.terminal import console
-from bpkit.discovery import explain_conflict
+from bpkit.learn.folder import is_policy_folder, read_policy_file
+from bpkit.learn.trained_config import TrainedConfig
 from bpkit.policy import PolicyError
-from bpkit.policy_folder import is_policy_folder, read_policy_file
-from bpkit.registry import Entry, Registry, find, registry
-from bpkit.trained_config import TrainedConfig
+from bpkit.registry.discovery import explain_conflict
+from bpkit.registry.resolve import Entry, Registry, find, registry
 
 SCHEMA_VERSION = 1
 """Of what `--json` prints."""

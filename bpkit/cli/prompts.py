@@ -65,8 +65,8 @@ def prompts(
     from bpkit.cli.models import quiet_libraries
 
     quiet_libraries()
-    from bpkit.bench.wall_clock.report import check_writable
-    from bpkit.training.policy_prompts import Sources, draw_prompts, package_version, write_prompts
+    from bpkit.judge.wall_clock.report import check_writable
+    from bpkit.learn.training.policy_prompts import Sources, draw_prompts, package_version, write_prompts
 
     check_writable(out, suffixes=(".jsonl",))
     records_seed = seed if structured_seed is None else structured_seed

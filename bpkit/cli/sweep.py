@@ -42,10 +42,10 @@ def sweep(
     `bpkit sweep rates.csv --figure tokens_per_second --json figures.json --plot sweep.png`
     """
     wanted = None if sizes is None else parse_sizes(sizes)
-    from bpkit.bench.sweep import read_sweep
-    from bpkit.bench.sweep.figures import summarise_sweep
-    from bpkit.bench.sweep.report import plot_sweep, print_sweep
-    from bpkit.bench.wall_clock.report import check_writable, write_report
+    from bpkit.judge.sweep import read_sweep
+    from bpkit.judge.sweep.figures import summarise_sweep
+    from bpkit.judge.sweep.report import plot_sweep, print_sweep
+    from bpkit.judge.wall_clock.report import check_writable, write_report
 
     if json is not None:
         check_writable(json)

@@ -16,11 +16,11 @@ from bpkit.sizes import parse_sizes
 from bpkit.types import Feature
 
 if TYPE_CHECKING:
+    from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.prompts import Prompt
-    from bpkit.runtime.decoder import SpeculativeDecoder
-    from bpkit.traces.collect import TraceOptions
-    from bpkit.traces.collect.job import Workers
-    from bpkit.traces.tables.manifest import Manifest
+    from bpkit.trace.collect import TraceOptions
+    from bpkit.trace.collect.job import Workers
+    from bpkit.trace.store.manifest import Manifest
 
 DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
 TO_BE_ADDED = frozenset(
@@ -136,8 +136,8 @@ def trace(
     wanted = known_features(features or [])
     sizes = parse_sizes(block_sizes, smallest=2) if block_sizes else None
     from bpkit.cli.models import load_decoder
-    from bpkit.traces.collect import GENERATE_WITH
-    from bpkit.traces.collect.job import describe, run_job
+    from bpkit.trace.collect import GENERATE_WITH
+    from bpkit.trace.collect.job import describe, run_job
 
     decoder = load_decoder(settled, f"fixed:{GENERATE_WITH}")
     if sizes is None:
@@ -176,7 +176,7 @@ def known_features(names: list[str]) -> frozenset[Feature]:
 
 def trace_options(config: Config, sizes: tuple[int, ...], features: frozenset[Feature]) -> TraceOptions:
     """Settings of the trace from the config."""
-    from bpkit.traces.collect import TraceOptions
+    from bpkit.trace.collect import TraceOptions
 
     wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0)
     new_tokens = wanted.pop("max_new_tokens")
@@ -190,20 +190,20 @@ def chosen_workers(
     decoder: SpeculativeDecoder, config: Config, settings: TraceOptions, num_workers: int, ray: str | None
 ) -> Workers:
     """This process, several, or a Ray cluster."""
-    from bpkit.traces.collect import Tracer
-    from bpkit.traces.collect.job import ThisProcess, fingerprints
+    from bpkit.trace.collect import Tracer
+    from bpkit.trace.collect.job import ThisProcess, fingerprints
 
     here = ThisProcess(Tracer(decoder, settings))  # refuses what cannot be traced, whoever works
     if num_workers == 1 and ray is None:
         return here
-    from bpkit.traces.collect.workers import Models, Processes
+    from bpkit.trace.collect.workers import Models, Processes
 
     runtime = config.runtime
     models = Models(config.target, config.drafter, runtime.device, runtime.dtype, fingerprints(decoder))
     if ray is None:
         return Processes(models, settings, num_workers)
     require("ray", extra="ray", purpose="--ray")
-    from bpkit.traces.collect.ray_workers import OnRay
+    from bpkit.trace.collect.ray_workers import OnRay
 
     return OnRay(models, settings, num_workers, address=ray)
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpkit.class_file import names_file, split_file
 from bpkit.cli import train_policy
 from bpkit.cli.command import Group, dressed
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.cli.terminal import say
-from bpkit.distribution import install_command
-from bpkit.training.trainable import refuse_untrainable, trainable_entries
+from bpkit.installation.distribution import install_command
+from bpkit.learn.training.trainable import refuse_untrainable, trainable_entries
+from bpkit.registry.class_file import names_file, split_file
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION
 
 if TYPE_CHECKING:
-    from bpkit.training.run import RunOptions
+    from bpkit.learn.training.run import RunOptions
 
 HELP = f"""Train a policy, a target or a drafter.
 
@@ -145,7 +145,7 @@ def train_target(
     """
     require("lightning", extra="train", purpose="Training")
     from bpkit.cli.models import quiet_libraries
-    from bpkit.training import target as recipe
+    from bpkit.learn.training import target as recipe
 
     quiet_libraries()
     with when_interrupted(checkpoint_in(out)):
@@ -214,10 +214,10 @@ def drafter(
     """
     require("lightning", extra="train", purpose="Training")
     from bpkit.cli.models import quiet_libraries
+    from bpkit.learn.training.assistant import train_assistant
+    from bpkit.learn.training.corpus import training_prompts
+    from bpkit.learn.training.drafter import train_drafter
     from bpkit.prompts import read_prompts
-    from bpkit.training.assistant import train_assistant
-    from bpkit.training.corpus import training_prompts
-    from bpkit.training.drafter import train_drafter
 
     recipe = (
         train_assistant
@@ -257,7 +257,7 @@ def _run_options(
     resume: bool,
     seed: int,
 ) -> RunOptions:
-    from bpkit.training.run import RunOptions
+    from bpkit.learn.training.run import RunOptions
 
     return RunOptions(
         max_steps=steps or RunOptions.max_steps,

@@ -15,13 +15,13 @@ from bpkit.cli import options
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
 from bpkit.cli.terminal import progress_bar, say
-from bpkit.spec import with_weights
+from bpkit.registry.spec import with_weights
 
 if TYPE_CHECKING:
     from bpkit.config import Config
-    from bpkit.traces.cost import CostTable
-    from bpkit.traces.tables.storage import Trace
-    from bpkit.training.prompts import Part
+    from bpkit.learn.training.prompts import Part
+    from bpkit.trace.cost import CostTable
+    from bpkit.trace.store.storage import Trace
 
 _PROMPTS, _TRAINING, _RUN, _RECOMPUTE = "Prompts", "Training", "How to run", "Features that the trace lacks"
 LOGGERS = ("csv", "tensorboard")
@@ -125,9 +125,9 @@ def train_policy(
     from bpkit.cli.models import quiet_libraries
 
     quiet_libraries()
-    from bpkit.traces.cost import read_cost
-    from bpkit.traces.tables.storage import open_trace
-    from bpkit.training.fit import first_process
+    from bpkit.learn.training.fit import first_process
+    from bpkit.trace.cost import read_cost
+    from bpkit.trace.store.storage import open_trace
 
     opened, held = [open_trace(path) for path in traces], [open_trace(path) for path in validation or []]
     policy = with_config(name, options.settled(context))
@@ -151,8 +151,8 @@ class _Work:
         cost: CostTable,
         settings: dict[str, Any],
     ) -> None:
-        from bpkit.training.prompts import check_alike
-        from bpkit.training.trainable import make_module
+        from bpkit.learn.training.prompts import check_alike
+        from bpkit.learn.training.trainable import make_module
 
         self.context, self.policy, self.cost, self.settings = context, policy, cost, settings
         self.traces, self.validation = traces, validation
@@ -165,7 +165,7 @@ class _Work:
         self, fractions: Sequence[float], seed: int, limit: int | None, *, recompute: bool
     ) -> tuple[list[Part], list[Part]]:
         """Prompts to train on and to validate by, trace by trace."""
-        from bpkit.training.prompts import Part, first_of_each
+        from bpkit.learn.training.prompts import Part, first_of_each
 
         train, validation = self.traces, self.validation
         if validation:
@@ -187,8 +187,8 @@ class _Work:
 
     def train(self, parts: tuple[list[Part], list[Part]], out: Path, how: dict[str, Any]) -> Path:
         """Train, with a progress bar."""
-        from bpkit.training.policies import PolicyRun, train_policy
-        from bpkit.training.prompts import fingerprint_part
+        from bpkit.learn.training.policies import PolicyRun, train_policy
+        from bpkit.learn.training.prompts import fingerprint_part
 
         fingerprints = {
             f"{role} {number}: {part.trace.path.name}": fingerprint_part(part)
@@ -212,7 +212,7 @@ class _Work:
     def _fills(self) -> dict[Path, Any]:
         """What computes missing features, by trace; the models are loaded once."""
         from bpkit.cli.models import load_decoder
-        from bpkit.traces.collect.recompute import Recompute
+        from bpkit.trace.collect.recompute import Recompute
 
         decoder = load_decoder(options.settled(self.context), "fixed")
         return {trace.path: Recompute(decoder, trace.manifest) for trace in (*self.traces, *self.validation)}
@@ -223,7 +223,7 @@ def with_config(spec: str, config: Config) -> str | dict[str, Any]:
 
     Weights that the file names are what training makes, and are left out.
     """
-    from bpkit.registry import parse_spec
+    from bpkit.registry.resolve import parse_spec
 
     given, stated = parse_spec(spec), config.policy
     stated = parse_spec(stated) if isinstance(stated, str) else stated
@@ -240,7 +240,7 @@ def split_places(
     Each trace is split by itself, as `bpkit evaluate` does. A prompt id that several traces have belongs to the most
     protected part that it is in anywhere, so that no trace's test prompt is seen through another trace.
     """
-    from bpkit.bench.evaluation.splits import split_prompts
+    from bpkit.judge.evaluation.splits import split_prompts
 
     guard: dict[str, int] = {}
     ranks: list[dict[int, int]] = []

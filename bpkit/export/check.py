@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from bpkit.distribution import install_command
 from bpkit.export.operators import ALLOWED, BY_SHAPE
 from bpkit.export.schema import ExportedPolicy, Network, Tensor
 from bpkit.export.wire import scan
+from bpkit.installation.distribution import install_command
 from bpkit.policy import PolicyError
 from bpkit.types import DecoderSpec
 

@@ -6,7 +6,7 @@ of the policy, only inputs by name:
 - a feature (`bpkit.types.Feature`), float32, as in a `Context` or `Draft`;
 - `block_size`, `draft_length`, `context_length`: int64 [batch];
 - a cost curve: `step_seconds` [batch, 1 + sizes], `verify_seconds` [batch, largest size] at each row's context length,
-  `typical_step_seconds` [1 + sizes] at a typical one (`bpkit.curves`);
+  `typical_step_seconds` [1 + sizes] at a typical one (`bpkit.learn.curves`);
 - per-request state by any other name, which an earlier output has: of another core by the same name, of the same core
   by the name with `next_` before it (ONNX has no output named like an input).
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from bpkit.curves import Curves
+from bpkit.learn.curves import Curves
 from bpkit.types import Feature
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`bpkit.gains.Gains` as a graph, for export: the size that gains most at the going speed."""
+"""`bpkit.learn.gains.Gains` as a graph, for export: the size that gains most at the going speed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class GainsCore(nn.Module):
         """Take what decides beside forecasts.
 
         Args:
-            facts: as in `bpkit.gains.Gains`. columns: places of the usable block sizes among those of training.
+            facts: as in `bpkit.learn.gains.Gains`. columns: places of the usable block sizes among those of training.
             config: with `rate`, `margin` and `decision`.
         """
         sizes = torch.tensor([facts["block_sizes"][column] for column in columns])

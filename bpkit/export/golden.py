@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bpkit.distribution import install_command, requirement
 from bpkit.export import sandbox
 from bpkit.export.schema import Network, Tensor
+from bpkit.installation.distribution import install_command, requirement
 from bpkit.policy import PolicyError
 
 Array = NDArray[Any]

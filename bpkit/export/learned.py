@@ -1,4 +1,4 @@
-"""A `bpkit.learned.LearnedPolicy` as a network that decides by itself, for export."""
+"""A `bpkit.learn.learned.LearnedPolicy` as a network that decides by itself, for export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bpkit.export.gains import GainsCore, cost_ports, gain_ports, over_plain
 from bpkit.types import Feature
 
 if TYPE_CHECKING:
-    from bpkit.learned_network import Forecaster
+    from bpkit.learn.learned_network import Forecaster
 
 MEANINGS = {
     Feature.LAST_HIDDEN: "final-norm hidden state that predicted the anchor",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpkit.traces.records import PromptTrace
+from bpkit.trace.records import PromptTrace
 from bpkit.types import OF_THE_DRAFT, Context, DecoderSpec, Draft, Feature
 
 PREFILL = (Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bpkit.distribution import install_command, requirement
 from bpkit.export.sandbox import MEMORY, bound_arena, plain, session_options
+from bpkit.installation.distribution import install_command, requirement
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:

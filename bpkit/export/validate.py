@@ -15,7 +15,7 @@ from bpkit.export.core import DECIDES, FEATURES, Core
 from bpkit.export.inputs import Given, Inputs
 from bpkit.export.rows import at_begin, at_select, at_truncate
 from bpkit.policy import Policy, PolicyError, State
-from bpkit.traces.records import PromptTrace
+from bpkit.trace.records import PromptTrace
 from bpkit.types import Context, DecoderSpec, Draft, Feature
 
 Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]

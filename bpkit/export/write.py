@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bpkit.curves import TYPICAL_CONTEXT, Curves
 from bpkit.export import schema
 from bpkit.export.convert import OPSETS, to_onnx
 from bpkit.export.core import FEATURES, Core, Export, Exportable, Port
@@ -20,10 +19,11 @@ from bpkit.export.readme import readme
 from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison, compare
 from bpkit.files import write_at_once
+from bpkit.learn.curves import TYPICAL_CONTEXT, Curves
+from bpkit.learn.folder import TrainedFor
 from bpkit.policy import Policy, PolicyError
-from bpkit.policy_folder import TrainedFor
-from bpkit.spec import name_of
-from bpkit.traces.records import PromptTrace
+from bpkit.registry.spec import name_of
+from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DecoderSpec
 
 DESCRIPTION = "policy.json"

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from string import Template
 
 from bpkit import __version__
-from bpkit.distribution import DISTRIBUTION
+from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.scaffold.kinds import EXTRAS, EXTRAS_FOR, SUMMARIES, Kind
 from bpkit.scaffold.names import Names, ScaffoldError
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
-from bpkit.drafters.dflash_model import DFlashConfig, DFlashModel
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
 
 VOCABULARY = 96
 WINDOW = 6

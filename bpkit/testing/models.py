@@ -16,13 +16,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bpkit.drafters.autoregressive import AutoregressiveDrafter
-from bpkit.drafters.base import GoOn, Proposal
-from bpkit.drafters.block_diffusion import BlockDiffusionDrafter
-from bpkit.drafters.dflash_model import DFlashConfig, DFlashModel
-from bpkit.runtime.noise import uniform
-from bpkit.runtime.sampling import Draw
-from bpkit.traces.waiting import waiting_after_draft
+from bpkit.decode.noise import uniform
+from bpkit.decode.sampling import Draw
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.base import GoOn, Proposal
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
+from bpkit.trace.waiting import waiting_after_draft
 from bpkit.types import AUTOREGRESSIVE, Feature
 
 END, MASK, UNKNOWN = "<|end|>", "<|mask|>", "<|unknown|>"

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bpkit.registry import PolicyLike
-    from bpkit.runtime.decoder import SpeculativeDecoder
+    from bpkit.decode.decoder import SpeculativeDecoder
+    from bpkit.registry.resolve import PolicyLike
 
 DEVICE = torch.device("cuda:0")
 """Its name, which libraries know."""
@@ -226,7 +226,7 @@ class MovedDecoder:
 
     def under(self, policy: PolicyLike, *, strict: bool = True) -> SpeculativeDecoder:
         """The moved models under a policy."""
-        from bpkit.runtime.decoder import SpeculativeDecoder
+        from bpkit.decode.decoder import SpeculativeDecoder
 
         like = self.decoder
         return SpeculativeDecoder(

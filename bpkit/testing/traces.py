@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bpkit.traces.records import DraftTable, PromptTrace
+from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.types import Feature
 
 DOMAINS = ("easy", "hard")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bpkit.hookspecs import Register, hookimpl
+from bpkit.registry.hookspecs import Register, hookimpl
 
 
 @hookimpl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from bpkit.learned_config import LearnedConfig
+from bpkit.learn.learned_config import LearnedConfig
 
 
 class ForecastConfig(LearnedConfig):

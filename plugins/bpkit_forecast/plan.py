@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpkit.gains import Gains
+from bpkit.learn.gains import Gains
 from bpkit.types import CostModel
 
 

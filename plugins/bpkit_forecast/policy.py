@@ -8,8 +8,8 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from bpkit.export.core import Export
+from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import PolicyConfig, PolicyError, State
-from bpkit.trained import TrainedPolicy
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
 from bpkit_forecast.config import ForecastConfig
 from bpkit_forecast.networks import After, Before, Calibrated, Prepared

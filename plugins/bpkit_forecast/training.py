@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bpkit.curves import CostCurves
-from bpkit.traces.records import PromptTrace
-from bpkit.trained import TrainedPolicy
-from bpkit.training.hazards import hazard_labels, hazard_loss, mean_yields, visited
-from bpkit.training.policy_module import PolicyModule, Replay, TrainingOptions
+from bpkit.learn.curves import CostCurves
+from bpkit.learn.trained import TrainedPolicy
+from bpkit.learn.training.hazards import hazard_labels, hazard_loss, mean_yields, visited
+from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
+from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 from bpkit_forecast.networks import Before
 from bpkit_forecast.policy import VECTORS

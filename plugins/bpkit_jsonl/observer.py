@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from bpkit.observers import Ending, ObservedRequest, Observer, ObserverConfig, ObserverError
+from bpkit.decode.observers import Ending, ObservedRequest, Observer, ObserverConfig, ObserverError
 from bpkit.types import Prefill, Record, Step
 
 SCHEMA_VERSION = 1

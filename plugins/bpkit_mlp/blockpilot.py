@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from bpkit.export.core import Export
+from bpkit.learn.trained import TrainedConfig, TrainedPolicy
 from bpkit.policy import State
-from bpkit.trained import TrainedConfig, TrainedPolicy
 from bpkit.types import Context, CostModel, DecoderSpec, Feature
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor, nn, tensor
 
+from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions
 from bpkit.policy import PolicyError
-from bpkit.traces.records import PromptTrace
-from bpkit.training.policy_module import PolicyModule, TrainingOptions
+from bpkit.trace.records import PromptTrace
 from bpkit_mlp.blockpilot import BlockPilot
 from bpkit_mlp.curves import Label, candidate_sizes, curve
 from bpkit_mlp.losses import Target, choice_loss, relative

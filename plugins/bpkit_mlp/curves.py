@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from bpkit.policy import PolicyError
 from bpkit.sizes import format_sizes, parse_sizes
-from bpkit.traces.oracle import fixed_path
-from bpkit.traces.records import PromptTrace
+from bpkit.trace.oracle import fixed_path
+from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel
 
 Label = Literal["acceptance_length", "tokens_per_second"]

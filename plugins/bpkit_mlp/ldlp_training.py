@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.policy import PolicyError
-from bpkit.traces.records import PromptTrace
-from bpkit.training.policy_module import PolicyModule, Replay, TrainingOptions
+from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 from bpkit_mlp.ldlp import Ldlp
 from bpkit_mlp.ldlp_threshold import LdlpThresholdConfig

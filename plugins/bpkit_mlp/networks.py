@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bpkit.standard import Standard
+from bpkit.learn.standard import Standard
 
 __all__ = ["Normalisation", "ResidualMLP", "Standard", "normalisation"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bpkit.distribution import requirement
-from bpkit.hookspecs import Register, hookimpl
+from bpkit.installation.distribution import requirement
+from bpkit.registry.hookspecs import Register, hookimpl
 
 
 @hookimpl

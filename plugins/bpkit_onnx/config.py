@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from bpkit.distribution import requirement
+from bpkit.installation.distribution import requirement
 from bpkit.policy import PolicyConfig
 
 

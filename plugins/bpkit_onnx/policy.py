@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import bpkit
-from bpkit.curves import CostCurves, Curves
-from bpkit.distribution import install_command
 from bpkit.export.core import DECIDES, Method
+from bpkit.installation.distribution import install_command
+from bpkit.learn.curves import CostCurves, Curves
 from bpkit.policy import Policy, PolicyConfig, PolicyError, State
 from bpkit.types import ON_THE_HOST, Context, CostModel, DecoderSpec, Draft, Feature
 from bpkit_onnx.config import OnnxConfig
@@ -106,7 +106,7 @@ class Onnx(Policy):
 
     def _ask(self, method: Method, source: Context | Draft, state: State) -> State:
         """The decision, and what is kept of the request."""
-        from bpkit.runtime.host import to_host  # here, so that options can be listed without torch
+        from bpkit.decode.host import to_host  # here, so that options can be listed without torch
 
         made = self.loaded.sessions[method].run_torch(self.inputs[method](source, state))
         outputs = dict(zip(made, to_host(list(made.values())), strict=True))

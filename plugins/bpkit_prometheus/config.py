@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from bpkit.observers import ObserverConfig
+from bpkit.decode.observers import ObserverConfig
 
 
 class PrometheusConfig(ObserverConfig):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from bpkit.distribution import install_command
-from bpkit.observers import Ending, ObservedRequest, Observer, ObserverConfig, ObserverError
+from bpkit.decode.observers import Ending, ObservedRequest, Observer, ObserverConfig, ObserverError
+from bpkit.installation.distribution import install_command
 from bpkit.types import Prefill, Record, Step
 from bpkit_prometheus.config import PrometheusConfig
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from bpkit.export.core import Export
+from bpkit.learn.trained import TrainedConfig, TrainedPolicy
 from bpkit.policy import State
-from bpkit.trained import TrainedConfig, TrainedPolicy
 from bpkit.types import AUTOREGRESSIVE, Context, CostModel, DecoderSpec, Draft, Feature
 from bpkit_threshold.stopping import trusted_length, trusted_whole
 

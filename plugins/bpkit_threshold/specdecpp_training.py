@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bpkit.learn.trained import TrainedPolicy
+from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.policy import PolicyError
-from bpkit.traces.records import PromptTrace
-from bpkit.trained import TrainedPolicy
-from bpkit.training.policy_module import PolicyModule, Replay, TrainingOptions
+from bpkit.trace.records import PromptTrace
 from bpkit.types import AUTOREGRESSIVE, CostModel, DecoderSpec, Feature
 from bpkit_threshold.specdecpp import SpecDecPP
 from bpkit_threshold.specdecpp_networks import AcceptanceHead

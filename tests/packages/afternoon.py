@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from try_packages import BIN, MADE, Road  # type: ignore[import-not-found]
 
-from bpkit.machine import describe_machine
+from bpkit.installation.machine import describe_machine
 
 WORK = MADE.parent / "afternoon"
 PACKAGE = "bpkit-my-trained"
@@ -33,7 +33,7 @@ class Cautious(Policy):
         return (context.remaining // 4 + 2).clamp(max=self.config.most)
 """
 LEARNED = """from torch import nn
-from bpkit.learned import LearnedPolicy
+from bpkit.learn.learned import LearnedPolicy
 
 
 class MyPolicy(LearnedPolicy):

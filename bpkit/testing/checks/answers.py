@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bpkit.runtime.guard import kind_of
+from bpkit.decode.guard import kind_of
 from bpkit.testing.checks.copies import Given
 from bpkit.types import Context, Draft
 

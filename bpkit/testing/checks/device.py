@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import mean
 
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import overrides
-from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.stage import stage
 from bpkit.testing.checks.subject import Subject

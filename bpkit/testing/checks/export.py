@@ -7,15 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import cast
 
-from bpkit.distribution import install_command
 from bpkit.export.core import Exportable
+from bpkit.installation.distribution import install_command
+from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy
 from bpkit.testing.checks.determinism import first_difference
 from bpkit.testing.checks.report import Findings, Skip
 from bpkit.testing.checks.runs import Player
 from bpkit.testing.checks.stage import COST, stage
 from bpkit.testing.checks.subject import Subject
-from bpkit.trained import TrainedPolicy
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
@@ -79,6 +79,6 @@ def _written(subject: Subject, policy: Policy, drafter: str, folder: Path, out: 
 
 
 def _loaded(folder: Path) -> Policy:
-    from bpkit.registry import resolve_policy
+    from bpkit.registry.resolve import resolve_policy
 
     return resolve_policy({"name": "onnx", "path": str(folder)})

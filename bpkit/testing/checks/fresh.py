@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from bpkit.distribution import install_command
+from bpkit.installation.distribution import install_command
+from bpkit.learn.trained import TrainedPolicy
+from bpkit.learn.trained_config import TrainedConfig
 from bpkit.policy import PolicyError, validated
 from bpkit.testing.checks.stage import AGREEABLE, ASSISTANT, COST, stage
-from bpkit.trained import TrainedPolicy
-from bpkit.trained_config import TrainedConfig
 from bpkit.types import OF_THE_TARGET, Feature
 
 if TYPE_CHECKING:
-    from bpkit.training.policy_module import PolicyModule
+    from bpkit.learn.training.policy_module import PolicyModule
 
 
 NOT_ALWAYS = frozenset(Feature) - OF_THE_TARGET
@@ -90,7 +90,7 @@ class FreshWeights:
         return module
 
     def _examples(self, module: PolicyModule, drafter: str, wanted: frozenset[Feature]) -> dict[str, Any]:
-        from bpkit.training.examples import NoProgress, collect_examples
+        from bpkit.learn.training.examples import NoProgress, collect_examples
 
         traces = stage().traces(drafter, wanted)
         with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ class FreshWeights:
 
 def _trainer(kind: type[TrainedPolicy]) -> type[PolicyModule]:
     """The policy's PolicyModule. Raises NoTrainer if it names none, or if lightning is missing."""
-    from bpkit.training.trainable import load_trainer
+    from bpkit.learn.training.trainable import load_trainer
 
     if not getattr(kind, "trainer", ""):
         raise NoTrainer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bpkit.runtime.guard import kind_of
+from bpkit.decode.guard import kind_of
 from bpkit.testing.checks.determinism import first_difference
 from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.runs import Player

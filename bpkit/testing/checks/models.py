@@ -8,10 +8,10 @@ from statistics import median
 
 import torch
 
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.guard import PolicyFault
 from bpkit.policy import Policy
 from bpkit.prompts import Prompt
-from bpkit.runtime.decoder import SpeculativeDecoder
-from bpkit.runtime.guard import PolicyFault
 from bpkit.testing.checks.answers import Fault
 from bpkit.testing.checks.lossless import compare_with_plain
 from bpkit.testing.checks.report import Findings, Result

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.guard import PolicyFault
 from bpkit.policy import Policy
-from bpkit.runtime.decoder import SpeculativeDecoder
-from bpkit.runtime.guard import PolicyFault
 from bpkit.testing.checks.answers import Fault
 from bpkit.testing.checks.stage import LARGEST, Case, Plain, stage
 from bpkit.testing.checks.surroundings import seed_everything

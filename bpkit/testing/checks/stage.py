@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bpkit.drafters.autoregressive import AutoregressiveDrafter
-from bpkit.drafters.base import Drafter
-from bpkit.drafters.ngram import NgramDrafter
+from bpkit.decode.clock import CostClock
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.base import Drafter
+from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import Policy
 from bpkit.prompts import Prompt
-from bpkit.runtime.clock import CostClock
-from bpkit.runtime.decoder import SpeculativeDecoder
 from bpkit.testing.models import TRAINED_BLOCK_SIZE, TinyPair, tiny_pair
-from bpkit.traces.collect import TraceOptions, Tracer
-from bpkit.traces.cost import CostTable
-from bpkit.traces.records import PromptTrace
+from bpkit.trace.collect import TraceOptions, Tracer
+from bpkit.trace.cost import CostTable
+from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 
 LARGEST = 2 * TRAINED_BLOCK_SIZE

@@ -6,14 +6,14 @@ import copy
 from collections.abc import Callable
 from functools import cached_property
 
+from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy, PolicyError
-from bpkit.registry import PolicyLike, resolve_policy
+from bpkit.registry.resolve import PolicyLike, resolve_policy
 from bpkit.testing.checks.answers import Fault
 from bpkit.testing.checks.fresh import FreshWeights, NoTrainer, NoWeights
 from bpkit.testing.checks.report import Skip, gist
 from bpkit.testing.checks.runs import Player, Run
 from bpkit.testing.checks.stage import ASSISTANT, PROMPTS, USUAL, Case, stage
-from bpkit.trained import TrainedPolicy
 
 FEWER = 3
 """Cases with the assistant, whose drafts tell little that the other two do not."""

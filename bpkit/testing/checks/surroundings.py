@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from bpkit.runtime.guard import PolicyFaultWarning
-from bpkit.trained import TrainedElsewhereWarning
+from bpkit.decode.guard import PolicyFaultWarning
+from bpkit.learn.trained import TrainedElsewhereWarning
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bpkit.decode.guard import kind_of
 from bpkit.policy import State
-from bpkit.runtime.guard import kind_of
 from bpkit.testing.checks.runs import Run
 from bpkit.testing.checks.stage import short
 from bpkit.types import BLOCK_DIFFUSION, Context, Draft, Seconds, Step

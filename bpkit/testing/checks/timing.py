@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import median
 
-from bpkit.runtime.clock import WallClock
-from bpkit.runtime.decoder import SpeculativeDecoder
+from bpkit.decode.clock import WallClock
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.runs import Run
 from bpkit.testing.checks.stage import PROMPTS, stage

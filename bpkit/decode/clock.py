@@ -1,0 +1,161 @@
+"""The decoder's clock: what a step costs, by the wall or by a cost model."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Protocol
+
+import torch
+
+from bpkit.decode.reread import commits
+from bpkit.types import CostModel, Seconds, Work
+
+
+class Clock(Protocol):
+    """Turns what was measured into what a step is said to have cost."""
+
+    def now(self) -> float:
+        """Seconds, from any origin."""
+        ...
+
+    def charge(self, measured: Seconds, work: Work | None) -> Seconds:
+        """Cost of a step that did `work`, or of prefill (None)."""
+        ...
+
+
+class WallClock:
+    """Wall-clock seconds.
+
+    A step ends with a read of the device, so its total is right without waiting. Its parts are then the time of the
+    host: what the device still works on is counted where the host next reads.
+
+    Args:
+        device: of the decoder.
+        wait: let each reading wait for the work that was queued on the device before it, so that the parts of a step
+            are right as well. It slows decoding down; measurements of parts ask for it.
+    """
+
+    def __init__(self, device: torch.device, *, wait: bool = False) -> None:
+        self.device, self.waits = device, wait and device.type != "cpu"
+
+    def waiting(self) -> WallClock:
+        """The clock of the same device that waits for it."""
+        return WallClock(self.device, wait=True)
+
+    @property
+    def tells_parts(self) -> bool:
+        """Whether the parts of a step are the time of the device."""
+        return self.waits or self.device.type == "cpu"
+
+    def now(self) -> float:
+        if self.waits:
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    def charge(self, measured: Seconds, work: Work | None) -> Seconds:
+        return measured
+
+
+class CostClock:
+    """Seconds from a cost model, so that a policy that learns from time decides the same on every run.
+
+    Prefill costs nothing: no policy can change it. A policy's own time depends on the machine's mood, so that no step
+    is charged for it. It is measured all the same:
+
+    Attributes:
+        policy_seconds: measured decision time of every step (of `begin`, for prefill) since the list was last cleared.
+    """
+
+    def __init__(self, cost: CostModel) -> None:
+        self.cost = cost
+        self.policy_seconds: list[float] = []
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def charge(self, measured: Seconds, work: Work | None) -> Seconds:
+        self.policy_seconds.append(measured.policy)
+        return Seconds() if work is None else price(self.cost, work)
+
+
+class GuardedClock:
+    """A clock that cannot end a generation: where it raises, the step is charged what the wall clock says.
+
+    Attributes:
+        faults: of the clock so far.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.faults = clock, 0
+        self._fallback = False
+        if type(clock) is WallClock and not clock.waits:  # which cannot fail, and is read many times a step
+            self.now = time.perf_counter  # type: ignore[method-assign]
+
+    def now(self) -> float:
+        if not self._fallback:
+            try:
+                return self.clock.now()
+            except Exception as error:
+                self._fallback = True  # for good: readings of two clocks have no difference
+                self._say(error)
+        return time.perf_counter()
+
+    def charge(self, measured: Seconds, work: Work | None) -> Seconds:
+        try:
+            return self.clock.charge(measured, work)
+        except Exception as error:
+            self._say(error)
+            return measured
+
+    def _say(self, error: Exception) -> None:
+        self.faults += 1
+        if self.faults == 1:
+            warnings.warn(
+                f"the decoder's clock {type(self.clock).__name__} cannot price a step ({type(error).__name__}: "
+                f"{error}); such steps are charged the measured time (said once)",
+                ClockFaultWarning,
+                stacklevel=4,
+            )
+
+
+class ClockFaultWarning(UserWarning):
+    """A clock or its cost model failed; the text is not affected."""
+
+
+def price(cost: CostModel, work: Work) -> Seconds:
+    """What a cost model says of a step, decision time left out."""
+    at = work.context_length
+    draft = 0.0
+    if work.draft_size > 1:
+        draft = cost.seconds("draft", work.draft_size, at) + cost.seconds("catch_up", work.waiting, at)
+        if work.features:
+            draft += cost.seconds("features", work.draft_size, at)
+    committing = commits(work.reread, work.verify_width)
+    passes = [work.reread, work.verify_width] if committing else [work.reread + work.verify_width]
+    verify = sum(cost.seconds("verify", width, at) for width in passes)
+    return Seconds(draft=draft, verify=verify, rest=cost.seconds("rest", 1, at))
+
+
+class Watch:
+    """Splits time into phases, lap by lap. The time that the consumer of a record takes is nobody's."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.last = clock.now()
+        self.spent: dict[str, float] = {}
+
+    def resume(self) -> None:
+        """Time that passed since the last lap is not counted."""
+        self.last = self.clock.now()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap went into `phase`."""
+        now = self.clock.now()
+        self.spent[phase] = self.spent.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def take(self) -> Seconds:
+        """Everything since the last time this was asked."""
+        spent, self.spent = Seconds(**self.spent), {}
+        return spent

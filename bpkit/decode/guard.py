@@ -1,0 +1,196 @@
+"""A policy can only cost speed: its faults are mended here, warned of once, and counted.
+
+With `strict=True` (tests, `bpkit check`) the same faults raise.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpkit.decode.host import to_host
+from bpkit.policy import Policy, PolicyError, State, overrides
+from bpkit.types import Context, DecoderSpec, Draft, Feature, Step
+
+
+class PolicyFault(PolicyError):
+    """A policy raised, or returned something that is no decision."""
+
+
+class PolicyFaultWarning(UserWarning):
+    """A policy was overruled; the text is not affected, the speed may be."""
+
+
+class GuardedPolicy:
+    """The policy as the loop sees it: decisions are always valid.
+
+    Args:
+        stepwise: ask `truncate` token by token, each time with the draft up to that token only. Under the rejection
+            rule a token may not be dropped for what came after it, because what an autoregressive drafter knows of
+            later positions depends on that token, and the output would be biased.
+
+    Attributes:
+        fallbacks: faults mended so far in this request.
+    """
+
+    def __init__(self, policy: Policy, spec: DecoderSpec, *, strict: bool = False, stepwise: bool = False) -> None:
+        self.policy, self.spec, self.strict, self.stepwise = policy, spec, strict, stepwise
+        self.fallbacks = 0
+        self.state: State = {}
+        self._warned: set[str] = set()
+        self._reported = 0
+        self.truncates, self.extends = overrides(policy, "truncate"), overrides(policy, "extend")
+        self.observes, self.predicts = overrides(policy, "observe"), overrides(policy, "predict")
+
+    def begin(self, context: Context) -> None:
+        """Make the request's state."""
+        try:
+            self.state = self.policy.begin(context)
+            if not isinstance(self.state, dict):
+                raise PolicyFault(f"begin returned {kind_of(self.state)}, not a dict of tensors")
+        except Exception as error:
+            self._mend("begin", error, "an empty state")
+            self.state = {}
+
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor] | None:
+        """What the policy's networks make of features, on the device; None where it has none, or nothing to look at."""
+        if not self.predicts or not features:
+            return None
+        try:
+            predictions = self.policy.predict(features)
+            if not (isinstance(predictions, dict) and all(isinstance(p, Tensor) for p in predictions.values())):
+                raise PolicyFault(f"predict returned {kind_of(predictions)}, not a dict of tensors")
+            return predictions
+        except Exception as error:
+            self._mend("predict", error, "no predictions")
+            return None
+
+    def select(self, context: Context) -> Tensor:
+        """Block size of the next draft, 1 .. max_block_size: int64 [batch]."""
+        default, most = self.spec.trained_block_size, self.spec.max_block_size
+        try:
+            sizes = _whole_numbers(self.policy.select(self.state, context), context.batch_size, "select")
+            if min(sizes) < 1:
+                raise PolicyFault(f"select returned {sizes}; a block size is at least 1 (no drafting)")
+        except Exception as error:
+            self._mend("select", error, f"the trained block size {default}")
+            return context.full(default)
+        if max(sizes) > most:
+            self._mend("select", PolicyFault(f"select returned {sizes}, above {most}"), f"{most}")
+        # A tensor of our own: the policy may keep, and later write to, what it returned.
+        sizes = [min(size, most) for size in sizes]
+        return context.full(sizes[0]) if len(sizes) == 1 else context.position.new_tensor(sizes)
+
+    def truncate(self, draft: Draft) -> Tensor:
+        """Drafted tokens to verify, 0 .. draft_length: int64 [batch]."""
+        length = draft.draft_length
+        if not self.truncates:
+            return length
+        if not self.stepwise:
+            return self._truncate(draft)
+        kept = 0
+        while kept < int(length) and int(self._truncate(draft.first(kept + 1))) == kept + 1:
+            kept += 1
+        return draft.full(kept)
+
+    def _truncate(self, draft: Draft) -> Tensor:
+        length = draft.draft_length
+        draft.draft_length = length.clone()  # the policy may write to what it is handed
+        try:
+            lengths = length.tolist()
+            widths = _whole_numbers(self.policy.truncate(self.state, draft), len(lengths), "truncate")
+            if any(not 0 <= width <= most for width, most in zip(widths, lengths, strict=True)):
+                raise PolicyFault(f"truncate returned {widths} of {lengths} drafted tokens")
+        except Exception as error:
+            self._mend("truncate", error, "the whole draft")
+            widths = length.tolist()
+        draft.draft_length = length
+        return draft.full(widths[0]) if len(widths) == 1 else length.new_tensor(widths)
+
+    def extend(self, draft: Draft) -> bool:
+        """Whether an autoregressive drafter goes on."""
+        try:
+            answer = self.policy.extend(self.state, draft)
+            if not isinstance(answer, Tensor) or answer.shape != draft.draft_length.shape:
+                raise PolicyFault("extend must return a bool tensor [batch]")
+            return bool(to_host([answer])[0].any())
+        except Exception as error:
+            self._mend("extend", error, "drafting on")
+            return True
+
+    def observe(self, step: Step) -> None:
+        """Feed the step back: a copy, because the record is the output's."""
+        if not self.observes:
+            return
+        try:
+            self.policy.observe(self.state, step.clone())
+        except Exception as error:
+            self._mend("observe", error, "no feedback")
+
+    def end(self) -> None:
+        """The request ended."""
+        try:
+            self.policy.end(self.state)
+        except Exception as error:
+            self._mend("end", error, "nothing")
+
+    def new_fallbacks(self) -> int:
+        """Faults since the last time this was asked."""
+        new, self._reported = self.fallbacks - self._reported, self.fallbacks
+        return new
+
+    def _mend(self, method: str, error: Exception, instead: str) -> None:
+        name = type(self.policy).__name__
+        message = f"policy {name}.{method}: {explained(error, self.policy)}"
+        if self.strict:
+            raise PolicyFault(message) from error
+        self.fallbacks += 1
+        if method not in self._warned:
+            self._warned.add(method)
+            warnings.warn(f"{message}; using {instead} instead (said once)", PolicyFaultWarning, stacklevel=3)
+
+
+def explained(error: Exception, policy: Policy) -> str:
+    """What went wrong, with the line of the policy's own file if it raised."""
+    if isinstance(error, PolicyFault):
+        return str(error)
+    file = getattr(sys.modules.get(type(policy).__module__), "__file__", None)
+    lines = [number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    where = f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def kind_of(value: object) -> str:
+    """The type with its article.
+
+    >>> kind_of(3), kind_of([]), kind_of(None)
+    ('an int', 'a list', 'None')
+    """
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"a{'n' if name[0].lower() in 'aeiou' else ''} {name}"
+
+
+def _whole_numbers(value: Any, batch_size: int, method: str) -> list[int]:
+    """Check a decision, tensor [batch], and return its numbers. Raises PolicyFault.
+
+    One copy out of the tensor and checks in Python: tensor operations on single numbers would cost several times more.
+    """
+    if not isinstance(value, Tensor) or value.shape != (batch_size,):
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
+        raise PolicyFault(f"{method} must return int64 [batch], batch {batch_size}, as context.full(8); got {got}")
+    if value.dtype == torch.bool or value.is_complex():
+        raise PolicyFault(f"{method} returned dtype {value.dtype}, not whole numbers")
+    numbers = to_host([value])[0].tolist()  # one that was decided on the device costs a read of its own
+    if not all(math.isfinite(number) and number == int(number) for number in numbers):
+        raise PolicyFault(f"{method} returned {numbers}, not whole numbers")
+    return [int(number) for number in numbers]

@@ -1,0 +1,154 @@
+"""Observers: they are handed the record of every step, for metrics and logs. Importing this imports no torch.
+
+>>> from bpkit.decode.observers import Observer
+>>> class Count(Observer):
+...     steps = 0
+...
+...     def record(self, request, record):
+...         self.steps += 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from bpkit.policy import PolicyError, validated
+from bpkit.registry.class_file import class_of_file, names_file
+from bpkit.registry.resolve import find, first_option, parse_spec, registry
+from bpkit.types import Seconds
+
+if TYPE_CHECKING:
+    from bpkit.types import Record
+
+
+class ObserverError(PolicyError):
+    """An observer cannot be used as it was asked for; the message says what to change."""
+
+
+class ObserverConfig(BaseModel):
+    """Base of every `Observer.Config`: frozen, and unknown options are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedRequest:
+    """What an observer learns about a generation.
+
+    Attributes:
+        number: of the generation, from 1; no two of a process share one.
+        policy: as it was written, such as `fixed:4`; the name of the class if an instance was given.
+        policy_repr: the policy with all its options.
+        target, drafter: names or paths. drafter_kind: `block-diffusion`, `autoregressive` or `n-gram`.
+        trained_block_size, max_block_size: as in `DecoderSpec`.
+        rule: `coupled` or `rejection`.
+        clock: class of the clock that `seconds` go by, such as `WallClock`.
+        prompt_length: tokens. max_new_tokens: output tokens at most.
+        temperature: 0 for greedy decoding. seed: of the noise, None for greedy decoding.
+        stream_id: tells apart prompts that share a seed.
+    """
+
+    number: int
+    policy: str
+    policy_repr: str
+    target: str
+    drafter: str
+    drafter_kind: str
+    trained_block_size: int
+    max_block_size: int
+    rule: str
+    clock: str
+    prompt_length: int
+    max_new_tokens: int
+    temperature: float
+    seed: int | None
+    stream_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a generation ended.
+
+    Attributes:
+        complete: False if nobody read it to its end, or if it failed.
+        num_tokens: output tokens so far. num_steps: turns of the loop so far.
+        seconds: over prefill and steps, on the decoder's clock.
+        fallbacks: policy faults that the runtime mended; more than those of the steps, if the last `observe` or `end`
+            failed.
+        near_ties: over prefill and steps.
+    """
+
+    complete: bool
+    num_tokens: int
+    num_steps: int
+    seconds: Seconds
+    fallbacks: int
+    near_ties: int
+
+
+class Observer:
+    """Is handed the records of generations. All methods may be left out, and none can end a generation.
+
+    An observer is called between steps, in the thread that decodes. Its time is in no step's seconds, but the text
+    waits for it. Generations may overlap: tell them apart by `request.number`. Records are shared: do not write to
+    their tensors.
+
+    Class attributes:
+        Config: an `ObserverConfig` with the options and their defaults.
+    """
+
+    Config: ClassVar[type[ObserverConfig]] = ObserverConfig
+
+    def __init__(self, config: ObserverConfig | None = None, **options: Any) -> None:
+        """Take a ready config, or options to validate. Raises PolicyError; what cannot work is refused here."""
+        name = type(self).__name__
+        self.config = config if config is not None else validated(self.Config, options, owner=name, what="observer")
+
+    def begin(self, request: ObservedRequest) -> None:
+        """A generation starts: nothing was computed yet."""
+
+    def record(self, request: ObservedRequest, record: Record) -> None:
+        """A `bpkit.Prefill`, first, or a `bpkit.Step`."""
+
+    def end(self, request: ObservedRequest, ending: Ending) -> None:
+        """A generation ended, or was given up."""
+
+    def close(self) -> None:
+        """There will be no more: let go of files, ports and threads."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.model_dump().items())})"
+
+
+ObserverLike = Observer | str | Mapping[str, Any]
+
+
+def resolve_observer(observer: ObserverLike) -> Observer:
+    """Make an observer from an instance, `name`, `name:value`, `name:key=value,...`, `./file.py:Class` or a mapping.
+
+    Raises:
+        PolicyError: the name or an option is unknown, or the observer refuses them.
+    """
+    if isinstance(observer, Observer):
+        return observer
+    spec = parse_spec(observer) if isinstance(observer, str) else dict(observer)
+    if "name" not in spec:
+        raise ObserverError(f"an observer given as a mapping needs a 'name', as in {{'name': 'jsonl'}}; got {spec}")
+    name, value = str(spec.pop("name")), spec.pop("", None)
+    made: Callable[..., Any]
+    if names_file(name):
+        made = class_of_file(name, Observer, what="observer")
+    else:
+        made = find(registry().observers, name, what="observer").load()
+    if isinstance(made, type) and issubclass(made, Observer):
+        if value is not None:
+            spec = {first_option(made.Config, name, what="observer"): value, **spec}
+        return made(validated(made.Config, spec, owner=name, what="observer"))
+    result = made(**spec)
+    if not isinstance(result, Observer):
+        raise ObserverError(f"observer {name!r} is not a bpkit.decode.observers.Observer but a {type(result).__name__}")
+    return result

@@ -1,0 +1,137 @@
+"""A policy serves one decoder: what it is bound to and what it remembers are of one drafter and one device."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from bpkit.draft.base import Drafter
+from bpkit.policy import Policy, PolicyError, validated
+from bpkit.registry.class_file import names_file
+from bpkit.registry.resolve import PolicyLike, parse_spec, policy_class, resolve_policy
+
+if TYPE_CHECKING:
+    from bpkit.decode.decoder import SpeculativeDecoder
+
+DrafterLike = Drafter | str | dict[str, Any]
+MOST = 16
+"""Pairs of a policy and a drafter that a decoder keeps for `generate(policy=..., drafter=...)`."""
+_decoders: WeakSet[SpeculativeDecoder] = WeakSet()
+"""Those in use."""
+
+
+def policy_for(policy: PolicyLike, decoder: SpeculativeDecoder) -> Policy:
+    """A policy for this decoder alone.
+
+    What is written as text or as a mapping is made anew. An instance is taken as it is, unless it serves another
+    decoder that is still in use: then a copy is taken, with the options and the memory that it has now.
+
+    Raises:
+        PolicyError: the policy cannot be made, or copied.
+    """
+    made = resolve_policy(policy)
+    if any(other is not decoder and getattr(other, "policy", None) is made for other in _decoders):
+        made = _copied(made)
+    _decoders.add(decoder)
+    return made
+
+
+def _copied(policy: Policy) -> Policy:
+    try:
+        return copy.deepcopy(policy)
+    except Exception as error:
+        name = type(policy).__name__
+        raise PolicyError(
+            f"this {name} serves another decoder and cannot be copied for a second one ({type(error).__name__}: "
+            f"{error}); make another {name}, or write the policy by its name"
+        ) from error
+
+
+class KeptDecoders:
+    """Decoders with another policy or drafter, kept so that a policy remembers what earlier calls taught it.
+
+    The least recently used goes when there are more than `MOST`.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[Hashable, Hashable], SpeculativeDecoder] = OrderedDict()
+
+    def get(
+        self,
+        policy: PolicyLike | None,
+        drafter: DrafterLike | None,
+        make: Callable[[Drafter | None], SpeculativeDecoder],
+    ) -> SpeculativeDecoder:
+        """The decoder of this pair, made at the first call.
+
+        Args:
+            make: called with a drafter that was made for another policy already, if there is one.
+        """
+        by_drafter = drafter_key(drafter)
+        key = (policy_key(policy), by_drafter)
+        found = self._kept.pop(key, None)
+        if found is None:
+            same = (d.drafter for (_, other), d in self._kept.items() if other == by_drafter)
+            found = make(next(same, None) if drafter is not None else None)
+        self._kept[key] = found
+        while len(self._kept) > MOST:
+            self._kept.popitem(last=False)
+        return found
+
+
+class Same:
+    """Equal for one object only, which it keeps alive so that no other gets its id."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def policy_key(policy: PolicyLike | None) -> Hashable:
+    """Equal for two ways to write one policy, and for one instance. Raises PolicyError if it cannot be made.
+
+    >>> policy_key("fixed:4") == policy_key({"name": "fixed", "block_size": 4})
+    True
+    """
+    if policy is None:
+        return None
+    if isinstance(policy, Policy):
+        return Same(policy)
+    spec = parse_spec(policy) if isinstance(policy, str) else dict(policy)
+    name = str(spec.get("name", ""))
+    if names_file(name):  # each reading of a file makes another class
+        return (name, _as_text(spec), _version(name))
+    made, options, name = policy_class(policy)
+    if isinstance(made, type) and issubclass(made, Policy):
+        return (made, repr(validated(made.Config, options, owner=name)))
+    return (made, _as_text(options))
+
+
+def drafter_key(drafter: DrafterLike | None) -> Hashable:
+    """Equal for one spelling of a drafter, and for one instance."""
+    if drafter is None:
+        return None
+    if not isinstance(drafter, (str, Mapping)):
+        return Same(drafter)
+    return _as_text(parse_spec(drafter) if isinstance(drafter, str) else drafter)
+
+
+def _as_text(options: Mapping[str, Any]) -> Hashable:
+    return tuple(sorted((name, str(value)) for name, value in options.items()))
+
+
+def _version(name: str) -> Hashable:
+    file = Path(name.partition(".py")[0] + ".py").expanduser()
+    if not file.is_file():
+        return None
+    about = file.stat()
+    return (about.st_mtime_ns, about.st_size)

@@ -1,0 +1,59 @@
+"""A draft as it grows: features of each part are computed once, and the host reads each part once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bpkit.decode.features import draft_features
+from bpkit.decode.guard import GuardedPolicy
+from bpkit.decode.host import to_host_with
+from bpkit.draft.base import Proposal
+from bpkit.types import Context, Draft, Feature
+
+
+class Proposed:
+    """What was proposed so far: a whole block at once, or token after token.
+
+    Attributes:
+        length: tokens so far.
+    """
+
+    def __init__(self, context: Context, block_size: Tensor, wants: frozenset[Feature], policy: GuardedPolicy) -> None:
+        self.context, self.block_size, self.wants, self.policy = context, block_size, wants, policy
+        self.length = 0
+        self._tokens: list[Tensor] = []
+        self._features: list[dict[Feature, Tensor]] = []
+        self._predictions: list[dict[str, Tensor] | None] = []
+
+    def add(self, proposal: Proposal) -> None:
+        """Take in further tokens; if the policy wants anything of them, read it from the device in one copy."""
+        if proposal.tokens.shape[1] == 0 and self._tokens:
+            return
+        features = draft_features(proposal, self.wants)
+        # Networks need not take a draft of no tokens.
+        predictions = self.policy.predict(features) if proposal.tokens.shape[1] else None
+        _, features, predictions = to_host_with((), features, predictions)
+        self._tokens.append(proposal.tokens)
+        self._features.append(features)
+        self._predictions.append(predictions)
+        self.length += proposal.tokens.shape[1]
+
+    def draft(self) -> Draft:
+        """All of it, as the policy sees it."""
+        predictions = [part for part in self._predictions if part is not None]
+        whole = len(predictions) == len(self._predictions)
+        return Draft(
+            self.context,
+            self.block_size,
+            self.context.full(self.length),
+            _joined(self._tokens),
+            features={name: _joined([part[name] for part in self._features]) for name in self._features[0]},
+            predictions={name: _joined([p[name] for p in predictions]) for name in predictions[0]} if whole else None,
+        )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)

@@ -1,0 +1,186 @@
+"""How a target is served: by cropping its cache, by snapshots of its states, or not at all.
+
+Ordinary attention caches are known to drop tokens exactly. Any other target is tried once when a decoder is made: a few
+tokens read in passes with rejections must give what they give one at a time. What does not is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from bpkit.decode.placement import input_device
+from bpkit.decode.snapshot import crop_of
+from bpkit.decode.stateful import StatefulTargetSession, cache_argument
+from bpkit.decode.target import TargetSession
+
+PREFIX, TOKENS = 24, 6
+"""Tokens that a probe reads at first, and after them."""
+SMALL = 100_000_000
+"""Parameters up to which a model of reduced precision is copied to float32 for its probe."""
+
+_ORDINARY = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+_known: WeakKeyDictionary[PreTrainedModel, type[TargetSession] | str] = WeakKeyDictionary()
+
+
+def target_session(model: PreTrainedModel, *, feature_layers: tuple[int, ...], keep_hidden: bool) -> TargetSession:
+    """A session of the kind that this target needs. Raises ValueError for a target that cannot be served."""
+    return session_class(model)(model, feature_layers=feature_layers, keep_hidden=keep_hidden)
+
+
+def is_stateful(model: PreTrainedModel) -> bool:
+    """Whether a target has states that cannot drop tokens. Raises ValueError for a target that cannot be served."""
+    return issubclass(session_class(model), StatefulTargetSession)
+
+
+def session_class(model: PreTrainedModel) -> type[TargetSession]:
+    """The kind of session that serves a target exactly, found once for each model object.
+
+    Raises:
+        ValueError: none does; the message names the target and says why.
+    """
+    found = served_by(model)
+    if isinstance(found, str):
+        name = f"{model.name_or_path} ({type(model).__name__})" if model.name_or_path else type(model).__name__
+        raise ValueError(f"target {name} cannot be decoded speculatively: {found}; use plain generate")
+    return found
+
+
+def served_by(model: PreTrainedModel) -> type[TargetSession] | str:
+    """The kind of session whose cache goes back exactly, or why there is none."""
+    found = _known.get(model)
+    if found is None:
+        found = _known[model] = _find(model)
+    return found
+
+
+def _find(model: PreTrainedModel) -> type[TargetSession] | str:
+    """The kind of session, or why there is none."""
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder, and the decoder has no input for its encoder"
+    if cache_argument(model) is None:
+        return "it takes no cache from which rejected tokens could be dropped"
+    try:
+        cropped, certain = _crops(model)
+        weight = next(model.parameters())
+        if certain or weight.is_meta or isinstance(weight, FakeTensor):
+            return TargetSession if cropped else StatefulTargetSession
+        return _probe(model, cropped)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = str(error).splitlines()
+        return f"it does not read a few tokens in several passes ({type(error).__name__}: {said[0] if said else ''})"
+
+
+def _crops(model: PreTrainedModel) -> tuple[bool, bool]:
+    """Whether cropping may serve a target, and whether that is certain without trying."""
+    if cache_argument(model) != "past_key_values" or not model._supports_default_dynamic_cache():
+        return False, False
+    kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
+    linear = {kind for kind in kinds if issubclass(kind, LinearAttentionCacheLayerMixin)}
+    if any(crop_of(kind) is None for kind in kinds - linear):
+        return False, False
+    ordinary = (
+        not linear
+        and not model._is_stateful
+        and getattr(model.config, "is_decoder", True) is not False
+        and type(model).__module__.startswith("transformers.")
+        and type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+        and kinds <= _ORDINARY
+    )
+    return True, ordinary
+
+
+def _probe(model: PreTrainedModel, cropped: bool) -> type[TargetSession] | str:
+    """The first kind of session whose passes give what one token at a time gives."""
+    model = _precise(model)
+    eps = torch.finfo(model.dtype).eps
+    with torch.inference_mode():
+        tokens = _some_tokens(model)
+        expected = _one_at_a_time(model, tokens)
+        spread = float(expected.std())
+        # Where reading all at once agrees as well, what it differs by is rounding. In some architectures it does not:
+        # they read a prompt by another rule than single tokens, and plain decoding is what single tokens give.
+        rounding, most = _difference(_at_once(model, tokens), expected) / spread, 8 * math.sqrt(eps)
+        tolerance = min(max(10 * rounding, 16 * eps), most) if rounding < most else math.sqrt(eps) / 4
+        error = math.inf
+        croppable = cropped and _croppable(model, tokens)
+        for kind in (TargetSession, StatefulTargetSession) if croppable else (StatefulTargetSession,):
+            error = _difference(_with_rejections(kind, model, tokens), expected) / spread
+            if error <= tolerance:
+                return kind
+    return (
+        "several tokens read at once after a prompt do not give what they give one at a time "
+        f"(scores differ by {error:.1g} of their spread, rounding allows {tolerance:.1g})"
+    )
+
+
+def _croppable(model: PreTrainedModel, tokens: Tensor) -> bool:
+    """Whether the cache can drop tokens, which linear layers know once they hold some."""
+    session = TargetSession(model, feature_layers=(), keep_hidden=False)
+    session.prefill(tokens)
+    return bool(session.held.is_croppable)
+
+
+def _precise(model: PreTrainedModel) -> PreTrainedModel:
+    """A small model in float32, in which rounding hides nothing."""
+    reduced = torch.finfo(model.dtype).eps > torch.finfo(torch.float32).eps
+    special = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+    if reduced and not special and model.num_parameters() <= SMALL:
+        return copy.deepcopy(model).float()
+    return model
+
+
+def _some_tokens(model: PreTrainedModel) -> Tensor:
+    """Token ids int64 [1, PREFIX + TOKENS], none of which stands for an image or the like."""
+    config = model.config
+    special = {
+        value
+        for part in (config, config.get_text_config())
+        for name, value in part.to_dict().items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    usual = [i for i in range(min(config.get_text_config().vocab_size, 100)) if i not in special]
+    return torch.tensor([[usual[7 * i % len(usual)] for i in range(PREFIX + TOKENS)]], device=input_device(model))
+
+
+def _one_at_a_time(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Logits [1, TOKENS, vocab] of the last tokens, as plain decoding reads them."""
+    session = StatefulTargetSession(model, feature_layers=(), keep_hidden=False)
+    session.prefill(tokens[:, :PREFIX])
+    return torch.cat(
+        [session.verify(tokens[:, i : i + 1]).logits for i in range(PREFIX, PREFIX + TOKENS)], dim=1
+    ).float()
+
+
+def _at_once(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = StatefulTargetSession(model, feature_layers=(), keep_hidden=False)._pass(tokens, TOKENS, []).logits
+    return logits[:, -TOKENS:].float()
+
+
+def _with_rejections(kind: type[TargetSession], model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The same by passes of which the last tokens are rejected."""
+    session, found = kind(model, feature_layers=(), keep_hidden=False), []
+    session.prefill(tokens[:, :PREFIX])
+    for start, end, wrong in ((0, 2, 2), (2, 4, 1), (4, 6, 0)):
+        right = tokens[:, PREFIX + start : PREFIX + end]
+        found.append(session.verify(torch.cat([right, tokens[:, :wrong]], dim=1)).logits[:, : end - start])
+        session.rollback(wrong)
+    return torch.cat(found, dim=1).float()
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())

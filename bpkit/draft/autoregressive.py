@@ -1,0 +1,180 @@
+"""Autoregressive drafting: any causal language model with the target's tokenizer, token after token."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from bpkit.assets import shipped
+from bpkit.decode.loading import load_causal_lm
+from bpkit.decode.placement import device_of, input_device, move
+from bpkit.decode.positions import position_limit
+from bpkit.decode.sampling import Draw
+from bpkit.decode.serving import served_by
+from bpkit.decode.snapshot import Snapshot
+from bpkit.decode.stateful import StatefulTargetSession, cache_argument, new_cache
+from bpkit.decode.wrapped import inside
+from bpkit.draft.base import GoOn, Proposal
+from bpkit.draft.config import ASSISTANT_BLOCK_SIZE
+from bpkit.draft.vocabulary import embedding_rows, fetch_tokenizer, refuse_another_tokenizer
+from bpkit.types import AUTOREGRESSIVE, Feature
+
+
+class AutoregressiveDrafter:
+    """An assistant model (Leviathan et al. 2023, 2211.17192). A policy's `extend` may end a draft early."""
+
+    kind = AUTOREGRESSIVE
+    provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
+    feature_layers: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        target: PreTrainedModel,
+        *,
+        name: str = "assistant",
+        block_size: int = ASSISTANT_BLOCK_SIZE,
+    ) -> None:
+        refuse_another_tokenizer(model, target, name)
+        served = served_by(inside(model))
+        if isinstance(served, str) or cache_argument(inside(model)) != "past_key_values":
+            why = served if isinstance(served, str) else "it has a cache of its own kind"
+            raise ValueError(
+                f"drafter {name} ({type(model).__name__}) cannot take back drafted tokens: {why}; use another assistant"
+            )
+        self.stateful = issubclass(served, StatefulTargetSession)
+        self.model, self.name = model.eval(), name
+        self.trained_block_size, self.max_block_size = block_size, max(32, 2 * block_size)
+        self.last_index = model.config.get_text_config().num_hidden_layers
+        self.positions = position_limit(model)
+        self._ended = False
+        self._rows, self._width = embedding_rows(model), target.config.get_text_config().vocab_size
+        self._reads_all = self._rows >= embedding_rows(target)
+        self.target = target
+        self._embedding, self._target_embedding = model.get_input_embeddings(), target.get_input_embeddings()
+
+    @classmethod
+    def load(
+        cls, path: str, target: PreTrainedModel, *, block_size: int = ASSISTANT_BLOCK_SIZE
+    ) -> AutoregressiveDrafter:
+        """Load a causal language model from a folder or the Hub; without a path, the one that ships with bpkit.
+
+        It is put where the target takes its input.
+
+        Raises:
+            ValueError: a drafter of another layout, weights that are not the model's, or another tokenizer.
+        """
+        path = path or str(shipped("assistant"))
+        model = load_causal_lm(path, dtype=target.dtype)
+        fetch_tokenizer(path)
+        return cls(move(model, input_device(target)), target, name=path, block_size=block_size)
+
+    def begin(self) -> AutoregressiveSession:
+        return AutoregressiveSession(self)
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Token ids as the assistant reads them; of those that only the target has, its last id. int64, same shape."""
+        tokens = tokens.to(device_of(self._embedding, self.model))
+        return tokens if self._reads_all else tokens.clamp(max=self._rows - 1)
+
+    def score(self, logits: Tensor) -> Tensor:
+        """The assistant's logits, [..., own width], over the target's vocabulary: padding is cut, or -inf."""
+        more = self._width - logits.shape[-1]
+        if more != 0:  # a negative number cuts
+            logits = nn.functional.pad(logits, (0, more), value=float("-inf"))
+        return logits.to(device_of(self._target_embedding, self.target))
+
+    def room(self, length: int, count: int) -> int:
+        """How many of `count` tokens can be drafted after `length` positions: fewer where the assistant's end.
+
+        That is said once; to read on would raise or mean nothing.
+        """
+        if self.positions is None or length + count - 1 <= self.positions:
+            return count
+        if not self._ended:
+            self._ended = True
+            warnings.warn(
+                f"drafter {self.name} has {self.positions} positions and the text is longer: drafting ends there, and "
+                "the text goes on without it; use an assistant with more positions (said once)",
+                stacklevel=2,
+            )
+        return max(0, self.positions - length + 1)
+
+    def nothing(self) -> Proposal:
+        """A proposal of no tokens."""
+        width, hidden = self._width, self.model.config.get_text_config().hidden_size
+        of = partial(torch.empty, device=device_of(self._target_embedding, self.target))
+        return Proposal(of((1, 0), dtype=torch.long), of((1, 0, width)), of((1, 0, hidden), dtype=self.model.dtype))
+
+
+class AutoregressiveSession:
+    """The assistant's KV cache and the decided tokens that it has not read yet (the anchor is the last)."""
+
+    def __init__(self, drafter: AutoregressiveDrafter) -> None:
+        self.drafter = drafter
+        self.snapshot: Snapshot | None = None
+        """Of the states as they are before the tokens that are drafted, for an assistant that has states."""
+        if drafter.stateful:
+            self.cache = new_cache(drafter.model)
+        else:
+            self.cache = DynamicCache(config=drafter.model.config.get_text_config())
+            self.cache.activate_past_recording()
+        self.unread: Tensor | None = None
+        self.drafted = 0
+
+    @property
+    def waiting(self) -> int:
+        return 0 if self.unread is None else self.unread.shape[1]
+
+    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+        if self.drafted == 0:
+            self.unread = tokens if self.unread is None else torch.cat([self.unread, tokens], dim=1)
+            return
+        # The cache holds the drafted tokens but the last one: keep those that stand.
+        held = self.drafted - 1
+        stands = min(held, tokens.shape[1] - 1)
+        if self.snapshot is None:
+            self.cache.crop(-(held - stands))
+        elif stands < held:  # those that stand are read again
+            self.snapshot.restore(held)
+            stands = 0
+        self.unread, self.drafted = tokens[:, stands:], 0
+
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        assert self.unread is not None
+        count = block_size - 1
+        if self.drafter.positions is not None:
+            count = self.drafter.room(self.cache.get_seq_length() + self.unread.shape[1], count)
+        if count == 0:
+            return self.drafter.nothing()
+        read, self.unread = self.unread, None
+        parts: list[Proposal] = []
+        for _ in range(count):
+            output = self.drafter.model(
+                input_ids=self.drafter.own(read),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+                output_hidden_states=[self.drafter.last_index],
+            )
+            if not parts and self.drafter.stateful:
+                self.snapshot = self.snapshot or Snapshot(self.cache)
+                self.snapshot.keep()
+                self.snapshot.take()
+            # Some architectures have no `logits_to_keep`.
+            read, scores = draw(self.drafter.score(output.logits[:, -1:]))
+            parts.append(Proposal(read, scores, output.hidden_states[self.drafter.last_index][:, -1:]))
+            if go_on is not None and len(parts) < count and not go_on(parts[-1]):
+                break
+        self.drafted = len(parts)
+        return _joined(parts)
+
+
+def _joined(parts: list[Proposal]) -> Proposal:
+    tokens = torch.cat([p.tokens for p in parts], dim=1)
+    scores = torch.cat([p.scores for p in parts if p.scores is not None], dim=1)
+    return Proposal(tokens, scores, torch.cat([p.hidden for p in parts if p.hidden is not None], dim=1))

@@ -1,0 +1,72 @@
+"""Prompt-lookup drafting: propose what followed the last occurrence of the latest n-gram.
+
+Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding, as also in transformers' `prompt_lookup_num_tokens`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpkit.decode.sampling import Draw
+from bpkit.draft.base import GoOn, Proposal
+from bpkit.draft.config import NGRAM_BLOCK_SIZE
+from bpkit.types import NGRAM, Feature
+
+
+class NgramDrafter:
+    """Copies from prompt and output. It has no model and no distribution, and may propose fewer tokens than asked.
+
+    Args:
+        max_ngram: longest n-gram looked up; shorter ones down to `min_ngram` follow if it is not found.
+    """
+
+    kind = NGRAM
+    name = "n-gram"
+    feature_layers: tuple[int, ...] = ()
+    provides = frozenset({Feature.DRAFT_TOKENS})
+
+    def __init__(self, *, max_ngram: int = 3, min_ngram: int = 1, block_size: int = NGRAM_BLOCK_SIZE) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise ValueError(f"n-gram sizes need 1 <= min_ngram <= max_ngram; got {min_ngram} and {max_ngram}")
+        self.sizes = range(max_ngram, min_ngram - 1, -1)
+        self.trained_block_size, self.max_block_size = block_size, max(32, 2 * block_size)
+
+    @classmethod
+    def load(cls, path: str, target: Any, **options: int) -> NgramDrafter:
+        """Make one; `path` and `target` are not needed."""
+        return cls(**options)
+
+    def begin(self) -> NgramSession:
+        return NgramSession(self.sizes)
+
+
+class NgramSession:
+    """The tokens so far, and for each n-gram where its last occurrence ends. The one at the very end is left out."""
+
+    waiting = 0
+
+    def __init__(self, sizes: range) -> None:
+        self.sizes = sizes
+        self.tokens: list[int] = []
+        self.ends: dict[tuple[int, ...], int] = {}
+
+    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+        before = len(self.tokens)
+        self.tokens += tokens[0].tolist()
+        # Index n-grams that have a successor by now: those that end before the last token.
+        for end in range(max(before, 1), len(self.tokens)):
+            for size in self.sizes:
+                if size <= end:
+                    self.ends[tuple(self.tokens[end - size : end])] = end
+
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        found: list[int] = []
+        for size in self.sizes:
+            end = self.ends.get(tuple(self.tokens[-size:])) if size <= len(self.tokens) else None
+            if end is not None:
+                found = self.tokens[end : end + block_size - 1]
+                break
+        return Proposal(torch.tensor([found], dtype=torch.long), None, None)

@@ -1,0 +1,27 @@
+"""The built-in drafters, registered through the same hook as anyone else's."""
+
+from __future__ import annotations
+
+from bpkit.registry.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def bpkit_register_drafters(register: Register) -> None:
+    register(
+        "block-diffusion",
+        "bpkit.draft.block_diffusion:BlockDiffusionDrafter.load",
+        summary="A DFlash checkpoint: the whole block in one forward.",
+        config="bpkit.draft.config:BlockDiffusionConfig",
+    )
+    register(
+        "autoregressive",
+        "bpkit.draft.autoregressive:AutoregressiveDrafter.load",
+        summary="Any causal language model with the target's tokenizer, token after token.",
+        config="bpkit.draft.config:AutoregressiveConfig",
+    )
+    register(
+        "ngram",
+        "bpkit.draft.ngram:NgramDrafter.load",
+        summary="Prompt lookup: copies what followed the latest n-gram before; no model.",
+        config="bpkit.draft.config:NgramConfig",
+    )

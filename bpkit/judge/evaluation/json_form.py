@@ -1,0 +1,164 @@
+"""What an evaluation's JSON says, its terms, and the warnings that go with the figures.
+
+    settings      models, block sizes, policies as given, seed, orders, prompts of each domain by part
+    split         seed, fractions, and ids of train, validation and test
+    left_out      POLICY -> why the trace cannot serve it
+    leaks         POLICY -> ids of test and validation prompts that it was trained or chosen on, where that was allowed
+    notes         sentences that a reader of the figures should know
+    definitions   TERM -> what it means here
+    provenance    command, versions, machine and the trace's manifest, where the command line made the file
+    cost_models   NAME -> unit, decision_time_charged, description, curves (what a step costs by block size),
+                  overall and domains.DOMAIN (groups), oracle_choices, confidences (drafted tokens that the bound
+                  learned from and its chosen factor, or null), learnable (the permutation test, or null)
+
+A group:
+
+    prompts, tokens       of the test prompts in it
+    best_fixed            block_size, tokens_per_second, acceptance_length, with `*_interval`, and regret
+    best_fixed_of_domain  the same of the size that the domain's own validation prompts choose; not in `overall`
+    fixed.SIZE            every block size on the test prompts
+    oracle                prompt, step, step_truncate, and for sampled traces distributions: tokens_per_second,
+                          acceptance_length and tokens_per_second_ratio {value, interval}
+    bounds                confidences, for greedy traces that hold them: as an oracle
+    gap                   oracle.step_truncate less best_fixed in tokens_per_second, with interval
+    policies.NAME         tokens_per_second_ratio, acceptance_length, acceptance_length_per_prompt and gap_share, each
+                          {value, interval}; decision time; fallbacks; options; tuning; memory and orders; regret
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bpkit.judge.evaluation.survey import Indices
+from bpkit.trace.cost import CostTable
+
+SCHEMA_VERSION = 1
+FEW = 20
+"""Test prompts below which intervals are too narrow to be believed."""
+UNEVEN = 2.0
+"""Times that the plain mean of decision times may exceed the trimmed one before a note says so."""
+
+DEFINITIONS = {
+    "tokens_per_second": (
+        "Tokens that steps yield over seconds of steps, sums over prompts. Prefill and the first token, which it "
+        "decides, are left out on both sides. Where a cost model is in plain steps, so are its seconds."
+    ),
+    "seconds": (
+        "What the cost model says of each step; for policies also their decision time, as measured during replay on "
+        "the machine that evaluates: the 10% trimmed mean of all steps, times the steps, and of all `begin` calls, "
+        "times the prompts. Best fixed size and oracles are charged no decision time."
+    ),
+    "best_fixed": (
+        "The one block size, of all traced ones and 1, with the most tokens/s on the validation prompts of all domains."
+    ),
+    "best_fixed_of_domain": "The same, chosen on the validation prompts of the domain alone.",
+    "tokens_per_second_ratio": "Tokens/s over those of the best fixed size on the same prompts.",
+    "acceptance_length": "Tokens of steps over steps. `acceptance_length_per_prompt`: mean of the prompts' own.",
+    "oracle.prompt": "A bound: each prompt at its own best fixed size, known afterwards.",
+    "oracle.step": "A bound: the best block size for each step, known afterwards.",
+    "oracle.step_truncate": "A bound: the best block size and verify length for each step, known afterwards.",
+    "oracle.distributions": (
+        "A bound for sampled traces: the best expectation of a chooser that knows the distributions of target and "
+        "drafter along the text, but not the noise."
+    ),
+    "bounds.confidences": (
+        "What the drafter's confidences could win if those of drafts of all sizes were known before drafting, which "
+        "they are not: for each step the block size and verify length of most expected tokens less the worth of their "
+        "time. Expectations are a logistic regression's from training prompts; what a second is worth is `factor` "
+        "times the best fixed size's tokens/s, chosen on validation prompts. Charged neither decisions nor features. "
+        "An estimate of a bound, for greedy traces."
+    ),
+    "regret": (
+        "Where the time goes that oracle.step_truncate does not take, as shares of the policy's own seconds, all "
+        "orders together. Of each step Q(b, v) - V, where V is the least time from there to the end and Q(b, v) that "
+        "after drafting at its block size and verifying its verify length; these sum to the policy's seconds less the "
+        "oracle's. `verified_too_much` and `verified_too_little`: Q(b, v) less the least Q at the same block size. "
+        "`drafted_too_small` (no draft included) and `drafted_too_large`: that least Q less V. `features` and "
+        "`deciding`: what the policy is charged for them. `oracle`: the rest, which the oracle takes too. Only "
+        "`reason` where drafts were ended at lengths that were not traced."
+    ),
+    "gap_share": (
+        "(policy - best fixed) / (oracle.step_truncate - best fixed) in tokens/s. Null where the interval of the gap "
+        "itself touches zero."
+    ),
+    "interval": (
+        "95%, paired bootstrap over test prompts: all contestants on the same resampled prompts. For policies with a "
+        "memory: from the lowest to the highest of several recorded orders of the test prompts, which says nothing of "
+        "other prompts; `interval_over_prompts` does."
+    ),
+    "memory": "Policies with a memory begin the test prompts without one, in each order.",
+    "orders": "Seeds of the orders: `random.Random(seed).sample(range(n), n)` over the test prompts of the split.",
+    "oracle_choices": (
+        "What oracle.step_truncate chooses on all test prompts, by output tokens decided before the step. `differs`: "
+        "share of steps with another block size, or another number of verified drafted tokens, than the best fixed "
+        "size. Where choices cost the same, it takes no draft, then the smaller block, then the shorter verification."
+    ),
+    "learnable": (
+        "On train and validation prompts: whether the block size can be chosen per prompt from the target's hidden "
+        "state and entropy after prefill, against the same with features dealt out anew among prompts."
+    ),
+}
+
+
+def describe_cost(cost: CostTable, sizes: Sequence[int], *, charged: bool) -> dict[str, Any]:
+    """A cost model: its unit, and what a step costs by block size at a middle context length."""
+    at = cost.middle_context
+    drafted = [size for size in sizes if size > 1]
+    return {
+        "unit": cost.unit,
+        "description": cost.description,
+        "source": cost.source,
+        "decision_time_charged": charged,
+        "curves": {
+            "context_length": at,
+            "block_size": list(sizes),
+            "draft": [0.0 if size == 1 else cost.seconds("draft", size, at) for size in sizes],
+            "verify": [cost.seconds("verify", size, at) for size in sizes],
+            "rest": cost.seconds("rest", 1, at),
+            "step": [cost.step(size, at) for size in sizes],
+            "break_even": {str(size): cost.break_even(size, at) for size in drafted},
+            "target_efficiency": {str(size): cost.target_efficiency(size, at) for size in sizes},
+        },
+    }
+
+
+def notes(results: Mapping[str, Any], near_ties: Indices, without_steps: int) -> list[str]:
+    """What a reader should know before believing the figures."""
+    first = next(iter(results.values()))
+    counts = {title: group["prompts"] for title, group in {"overall": first["overall"], **first["domains"]}.items()}
+    few = [f"{title} {count}" for title, count in counts.items() if count < FEW]
+    said = [f"Few test prompts ({', '.join(few)}): intervals from fewer than {FEW} are too narrow."] if few else []
+    if near_ties.any():
+        said.append(
+            f"{int((near_ties > 0).sum())} of {len(near_ties)} test prompts have near ties ({int(near_ties.sum())} "
+            "output tokens): live decoding may write another text there, and take other steps."
+        )
+    if without_steps:
+        said.append(f"{without_steps} prompts are left out: their output has one token, so no step decides anything.")
+    for cost, result in results.items():
+        if not result["decision_time_charged"]:
+            said.append(f"{cost}: in {result['unit']}, not in seconds; decision time is measured but not charged.")
+    return said + _about_policies(results)
+
+
+def _about_policies(results: Mapping[str, Any]) -> list[str]:
+    mended: dict[str, int] = {}
+    uneven = []
+    for result in results.values():
+        for name, policy in result["overall"]["policies"].items():
+            mended[name] = mended.get(name, 0) + policy["fallbacks"]
+            usual, mean = policy["decision_seconds_per_step"], policy["decision_seconds_per_step_untrimmed"]
+            if mean > UNEVEN * usual > 0 and name not in uneven:
+                uneven.append(name)
+    said = [
+        f"Policy {name} made {count} decisions that had to be mended (`fallbacks`); the figures are of the mended ones."
+        for name, count in mended.items()
+        if count
+    ]
+    if uneven:
+        said.append(
+            f"A few decisions took so long that the mean decision time is over {UNEVEN:g} times the trimmed one that "
+            f"is charged ({', '.join(uneven)}): the machine was busy, or these policies work in bursts."
+        )
+    return said

@@ -1,0 +1,228 @@
+"""Is choosing a block size per prompt learnable at all from what is known after prefill? A permutation test.
+
+A ridge regression reads each prompt's curve, seconds per token by block size, off its features; the size with the
+lowest predicted time is taken. Cross-validation says what that gives on prompts the regression has not seen, beside
+the fixed size that is best on the prompts it has seen. Then the curves are dealt out anew among the prompts, which
+leaves features and curves as they are and takes away what one says of the other, and all is done again, many times.
+How often that gives as much is the p-value (Ojala & Garriga 2010, "Permutation tests for studying classifier
+performance", test 1).
+
+scikit-learn's `permutation_test_score` averages a score over folds; tokens per second is a ratio of sums over all
+prompts, which no such average gives, so the loop over permutations is written out here around its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpkit.installation.distribution import install_command
+from bpkit.judge.resampling import central, resampled_sums
+
+if TYPE_CHECKING:
+    from bpkit.judge.wall_clock.measure import Progress
+
+FEWEST_PROMPTS = 20
+"""With fewer, a fold trains on about a dozen curves and the answer is noise either way."""
+COMPONENTS = 128
+"""Principal components at most, to bound the time of a fit; for fewer training prompts than this none is lost."""
+ALPHAS = tuple(float(alpha) for alpha in np.logspace(0, 6, 13))
+"""Ridge penalties to choose from. The largest predicts the same curve for all prompts, which is the fixed size."""
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Learnable:
+    """Gains are shares of the tokens/s of a fixed size: 0.02 is 2% more. None where there is too little data to say.
+
+    Attributes:
+        gain: tokens/s on held-out prompts with the size chosen per prompt, over that with the size that was best on
+            the training folds.
+        gain_interval: 95%, paired bootstrap over prompts with all choices held.
+        null_gain, null_interval: mean and central 95% of the gain when features are paired with other prompts' curves.
+        p_value: (1 + permutations that gained as much) / (1 + permutations).
+        in_sample_oracle_gain: each prompt's fastest size over the fastest fixed one. A bound, in sample.
+        prompts, permutations, folds: what the above come from.
+        note: one sentence on what it means.
+    """
+
+    gain: float | None
+    gain_interval: list[float] | None
+    null_gain: float | None
+    null_interval: list[float] | None
+    p_value: float | None
+    in_sample_oracle_gain: float | None
+    prompts: int
+    permutations: int
+    folds: int
+    note: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values by attribute."""
+        return asdict(self)
+
+
+def learnable(
+    features: NDArray[Any],
+    seconds: NDArray[Any],
+    tokens: NDArray[Any],
+    sizes: Sequence[int],
+    *,
+    permutations: int = 200,
+    folds: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Learnable:
+    """Whether the block size is worth choosing per prompt, by features known after prefill.
+
+    Args:
+        features: [prompts, dims], such as the prefill's hidden state.
+        seconds: what each prompt takes at each size, measured or under a cost model: [prompts, sizes].
+        tokens: what it yields, the same at every size: [prompts].
+        sizes: block sizes, one per column of `seconds`.
+        permutations: the smallest p-value that can come out is 1 / (1 + permutations).
+        folds: of the cross-validation.
+        seed: of folds, permutations and resamples.
+        progress: is told of each permutation.
+
+    Raises:
+        ValueError: shapes that do not fit, or values that are not finite, or not positive where they are times.
+        ImportError: scikit-learn is not installed.
+    """
+    x, s, t = (np.asarray(a, dtype=np.float64) for a in (features, seconds, tokens))
+    _check(x, s, t, sizes, permutations, folds)
+    reason = _too_little(x, sizes, max(FEWEST_PROMPTS, 2 * folds))
+    bound = float(s.sum(axis=0).min() / s.min(axis=1).sum() - 1) if s.size else None
+    if reason:
+        return Learnable(None, None, None, None, None, bound, len(x), 0, folds, reason)
+    trial = _Trial(list(_folds(x, folds, seed)), s, t)
+    observed = trial.run(np.arange(len(x)))
+    rng, null = np.random.default_rng(seed), np.empty(permutations)
+    if progress is not None:
+        progress.start("permutation test", permutations)
+    for i in range(permutations):
+        null[i] = _gain(trial.run(rng.permutation(len(x))))
+        if progress is not None:
+            progress.tick()
+    gain, sums = _gain(observed), resampled_sums(observed, seed)
+    p_value = (1 + int((null >= gain - 1e-12).sum())) / (1 + permutations)
+    return Learnable(
+        gain=gain,
+        gain_interval=central(sums[:, 1] / sums[:, 0] - 1),
+        null_gain=float(null.mean()),
+        null_interval=central(null),
+        p_value=p_value,
+        in_sample_oracle_gain=bound,
+        prompts=len(x),
+        permutations=permutations,
+        folds=folds,
+        note=_verdict(gain, p_value),
+    )
+
+
+def _check(x: Floats, s: Floats, t: Floats, sizes: Sequence[int], permutations: int, folds: int) -> None:
+    if x.ndim != 2 or s.shape != (len(x), len(sizes)) or t.shape != (len(x),):
+        raise ValueError(
+            f"features {x.shape}, seconds {s.shape} and tokens {t.shape} must be [prompts, dims], "
+            f"[prompts, {len(sizes)} sizes] and [prompts]"
+        )
+    if not np.isfinite(x).all():
+        raise ValueError("features must be finite; some are not")
+    for name, values in (("seconds", s), ("tokens", t)):
+        if not (np.isfinite(values) & (values > 0)).all():
+            raise ValueError(f"{name} must be finite and more than 0; leave out prompts that no step was made for")
+    if permutations < 1 or folds < 2:
+        raise ValueError(f"it takes a permutation and 2 folds at least, not {permutations} and {folds}")
+
+
+def _too_little(x: Floats, sizes: Sequence[int], fewest: int) -> str:
+    """Why nothing can be said, or nothing."""
+    if len(sizes) < 2:
+        return "Not tested: with one block size there is nothing to choose."
+    if len(x) < fewest:
+        return f"Not tested: {len(x)} prompts are too few to learn from and to judge on; it takes {fewest}."
+    if not x.shape[1] or np.ptp(x, axis=0).max() == 0:
+        return "Not tested: the features are the same for all prompts, so they cannot tell prompts apart."
+    return ""
+
+
+def _verdict(gain: float, p_value: float) -> str:
+    said = (
+        f"Chosen per prompt from prefill features, held-out tokens/s change by {100 * gain:+.2f}% (p = {p_value:.3f})"
+    )
+    if p_value > 0.05:
+        return f"{said}: no more than features of other prompts give, so on this data nothing was learned."
+    if gain <= 0:
+        return f"{said}: the features say something of the curves, but choosing by them does not pay."
+    return f"{said}: more than features of other prompts give, so something of the choice is learnable."
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """Who trains and who is judged, and their features, reduced by what the training prompts say alone."""
+
+    train: Ints
+    test: Ints
+    train_features: Floats
+    test_features: Floats
+
+
+def _folds(x: Floats, folds: int, seed: int) -> Iterator[_Fold]:
+    """Standardised, principal components by fold: none depend on the curves, so all permutations share them."""
+    try:
+        from sklearn.decomposition import PCA
+        from sklearn.model_selection import KFold
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError(
+            f"The test needs scikit-learn, which is not installed: {install_command('traces')}"
+        ) from error
+    for train, test in KFold(folds, shuffle=True, random_state=seed).split(x):
+        components = min(COMPONENTS, len(train) - 1, x.shape[1])
+        reduce = make_pipeline(StandardScaler(), PCA(components, random_state=seed, svd_solver="full"))
+        yield _Fold(train, test, reduce.fit_transform(x[train]), reduce.transform(x[test]))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Learn and judge once for all folds."""
+
+    folds: Sequence[_Fold]
+    seconds: Floats
+    tokens: Floats
+
+    def run(self, order: Ints) -> Floats:
+        """Seconds of each prompt, [prompts, 2]: at the size chosen for it, and at the training folds' best fixed size.
+
+        Args:
+            order: prompt *i*'s features go with the curve of prompt `order[i]`.
+        """
+        from sklearn.linear_model import RidgeCV
+
+        seconds, tokens = self.seconds[order], self.tokens[order]
+        curves = seconds / tokens[:, None]
+        # Its own level says nothing of a prompt's best size, but would rule the choice of the penalty.
+        curves -= curves.mean(axis=1, keepdims=True)
+        result = np.empty((len(order), 2))
+        for fold in self.folds:
+            # Weighted by tokens, the curve that is predicted where features say nothing is total seconds over total
+            # tokens, less a constant: its lowest point is the best fixed size, and the choice falls back to that.
+            x, y, weight = fold.train_features, curves[fold.train], tokens[fold.train]
+            chosen = RidgeCV(alphas=ALPHAS).fit(x, y, sample_weight=weight).predict(fold.test_features).argmin(axis=1)
+            fixed = seconds[fold.train].sum(axis=0).argmin()
+            result[fold.test, 0] = seconds[fold.test, chosen]
+            result[fold.test, 1] = seconds[fold.test, fixed]
+        return result
+
+
+def _gain(seconds: Floats) -> float:
+    """The tokens are the same, so tokens/s is the other way round as seconds: fixed over chosen, less 1."""
+    chosen, fixed = seconds.sum(axis=0)
+    return float(fixed / chosen - 1)

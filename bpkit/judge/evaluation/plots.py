@@ -1,0 +1,192 @@
+"""The pictures of an evaluation. Needs matplotlib. Each is narrow enough to be read on a phone."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bpkit.judge.evaluation.regrets import DECIDING, FEATURES, REASON
+from bpkit.judge.evaluation.table import LOST, bounds, contestants
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 6.2
+"""Inches; with letters of `STYLE` that leaves them readable at 360 pixels."""
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "bpkit"}
+DOMAINS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+INK, POLICY, ORACLE, FIXED = "#333333", "#0072b2", "#8a8a8a", "#d55e00"
+
+
+def svg(figure: Figure) -> bytes:
+    """A picture as SVG, the same bytes for the same figures."""
+    import matplotlib as mpl
+
+    out = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def data_uri(figure: Figure) -> str:
+    """A picture as it stands in an `img` element."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode("ascii")
+
+
+def _figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        return figure, figure.subplots(rows, 1, **options)
+
+
+def acceptance_lengths(result: Mapping[str, Any]) -> Figure:
+    """Acceptance length by fixed block size: a line for each domain, with 95% intervals."""
+    figure, axes = _figure(3.6)
+    groups = {"all": result["overall"]} | (result["domains"] if len(result["domains"]) > 1 else {})
+    for number, (title, group) in enumerate(groups.items()):
+        sizes = [int(size) for size in group["fixed"]]
+        entries = group["fixed"].values()
+        values = [e["acceptance_length"] for e in entries]
+        low, high = zip(*(e["acceptance_length_interval"] for e in entries), strict=True)
+        colour = INK if title == "all" else DOMAINS[(number - 1) % len(DOMAINS)]
+        axes.plot(sizes, values, "o-", color=colour, ms=4, lw=2.2 if title == "all" else 1.5, label=title)
+        axes.fill_between(sizes, low, high, color=colour, alpha=0.13, lw=0)
+    axes.set_xlabel("block size (1: no drafting)")
+    axes.set_ylabel("acceptance length")
+    axes.set_xticks(_ticks([int(size) for size in result["overall"]["fixed"]]))
+    axes.set_ylim(bottom=0.9)
+    axes.legend(frameon=False, ncols=2, fontsize=10)
+    return figure
+
+
+def cost_curves(result: Mapping[str, Any]) -> Figure:
+    """What a step costs by block size: its parts and the whole, as the staircases that they are."""
+    curves = result["curves"]
+    seconds = result["unit"] == "seconds"
+    factor = 1e3 if seconds else 1.0
+    figure, axes = _figure(3.3)
+    for name, colour, width in (("step", INK, 3.5), ("verify", DOMAINS[0], 1.6), ("draft", DOMAINS[1], 1.6)):
+        values = [factor * value for value in curves[name]]
+        axes.step(curves["block_size"], values, where="pre", color=colour, lw=width)
+        axes.plot(curves["block_size"], values, "o", color=colour, ms=4, label=name, clip_on=False)
+    axes.set_xlabel("block size, the whole draft verified")
+    axes.set_ylabel("milliseconds" if seconds else "plain steps")
+    axes.set_xticks(_ticks(curves["block_size"]))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, ncols=3, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def ratios(group: Mapping[str, Any]) -> Figure:
+    """Tokens/s over the best fixed size: the policies close up, and below the bounds on their own scale."""
+    policies = {name: entry["tokens_per_second_ratio"] for name, entry in group["policies"].items()}
+    hindsight = {name: entry["tokens_per_second_ratio"] for name, entry in bounds(group).items()}
+    heights = [max(1, len(policies)), len(hindsight)]
+    figure, (near, far) = _figure(2.0 + 0.34 * sum(heights), rows=2, height_ratios=heights)
+    _forest(near, policies, POLICY)
+    _forest(far, hindsight, ORACLE)
+    spans = [x for entry in policies.values() for x in (entry["value"], *entry["interval"])]
+    if spans:
+        far.axvspan(min(spans), max(spans), color=POLICY, alpha=0.2, lw=0)
+    best = group["best_fixed"]["block_size"]
+    near.set_title(f"policies (line: best fixed size, {best})", loc="left", fontsize=10, color=POLICY)
+    far.set_title("bounds: chosen with hindsight (band: the policies)", loc="left", fontsize=10, color=INK)
+    far.set_xlabel("tokens/s over those of the best fixed size")
+    return figure
+
+
+def _forest(axes: Any, entries: Mapping[str, Any], colour: str) -> None:
+    """A row for each entry: value and interval; a line at 1."""
+    for row, entry in enumerate(entries.values()):
+        axes.plot(entry["interval"], [row, row], color=colour, lw=3, alpha=0.45, solid_capstyle="butt")
+        axes.plot([entry["value"]], [row], "o", color=colour, ms=6)
+    axes.axvline(1, color=FIXED, lw=1.5)
+    axes.set_yticks(range(len(entries)), list(map(_short, entries)))
+    axes.set_ylim(max(1, len(entries)) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=6)
+    axes.grid(axis="x", color="#e4e4e4", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+LOST_COLOURS = (*DOMAINS[:4], ORACLE)
+"""Of `LOST`, and of deciding."""
+
+
+def regrets(group: Mapping[str, Any]) -> Figure:
+    """Of each one's time, what the step oracle does not take: a bar for the best fixed size and for each policy."""
+    known = {who: e["regret"] for who, e in contestants(group).items() if REASON not in e["regret"]}
+    parts = {title: [100 * shares[kind] for shares in known.values()] for kind, title in LOST.items()}
+    parts["deciding"] = [100 * (shares[DECIDING] + shares[FEATURES]) for shares in known.values()]
+    figure, axes = _figure(1.8 + 0.36 * len(known))
+    left = [0.0] * len(known)
+    for (title, values), colour in zip(parts.items(), LOST_COLOURS, strict=True):
+        axes.barh(range(len(known)), values, left=left, height=0.7, color=colour, label=title)
+        left = [before + value for before, value in zip(left, values, strict=True)]
+    axes.set_yticks(range(len(known)), list(map(_short, known)))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("% of one's own time")
+    axes.legend(frameon=False, ncols=2, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def choices(result: Mapping[str, Any]) -> Figure:
+    """By stretch of the output: how often the step oracle differs from the best fixed size, and what it chooses."""
+    import matplotlib as mpl
+
+    chosen = result["oracle_choices"]
+    stretches = chosen["positions"]
+    largest = max(int(size) for size in chosen["block_size"])
+    colours = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, largest), "viridis_r")
+    figure, (differs, sizes, lengths) = _figure(6.6, rows=3, height_ratios=(2, 3, 3), sharex=True)
+    for name, label, colour in (("block_size", "block size", POLICY), ("verify_length", "verify length", FIXED)):
+        values = [100 * stretch["differs"][name] for stretch in stretches]
+        differs.plot(range(len(stretches)), values, "o-", color=colour, label=label)
+    differs.set_ylim(0, 105)
+    differs.set_ylabel(f"% that differ\nfrom size {chosen['best_fixed']}")
+    differs.legend(frameon=False, ncols=2, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _shares(sizes, stretches, "block_size", colours)
+    sizes.set_ylabel("block size,\n% of steps")
+    _shares(lengths, stretches, "verify_length", colours)
+    lengths.set_ylabel("verify length,\n% of steps")
+    lengths.set_xticks(
+        range(len(stretches)), [f"{s['start']}-{s['end'] - 1}" for s in stretches], rotation=30, ha="right"
+    )
+    lengths.set_xlabel("output tokens before the step")
+    bar = figure.colorbar(colours, ax=[sizes, lengths], aspect=30, fraction=0.05)
+    bar.set_label("block size; drafted tokens verified")
+    bar.locator = mpl.ticker.MaxNLocator(integer=True)
+    bar.update_ticks()
+    return figure
+
+
+def _shares(axes: Any, stretches: Sequence[Mapping[str, Any]], name: str, colours: Any) -> None:
+    """Stacked shares of steps by value, a bar for each stretch."""
+    bottom = [0.0] * len(stretches)
+    for value in sorted({int(key) for stretch in stretches for key in stretch[name]}):
+        parts = [100 * stretch[name].get(str(value), 0) / stretch["steps"] for stretch in stretches]
+        colour = colours.to_rgba(value)
+        axes.bar(range(len(stretches)), parts, bottom=bottom, width=0.85, color=colour, edgecolor="white", lw=0.4)
+        bottom = [below + part for below, part in zip(bottom, parts, strict=True)]
+    axes.set_ylim(0, 100)
+
+
+def _ticks(sizes: list[int]) -> list[int]:
+    """Block sizes to be named on an axis, none too near to the one before it."""
+    gap = max(1, round((max(sizes) - min(sizes)) / 12))
+    kept: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        if not kept or kept[-1] - size >= gap:
+            kept.append(size)
+    return sorted(kept)
+
+
+def _short(name: str, most: int = 26) -> str:
+    return name if len(name) <= most else name[: most - 3] + "..."

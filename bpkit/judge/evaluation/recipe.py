@@ -1,0 +1,93 @@
+"""How to make a policy again and again, always fresh: its spec as typed, and options chosen for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bpkit.policy import Policy, PolicyError, overrides, validated
+from bpkit.registry.resolve import PolicyLike, resolve_policy
+
+BLOCK_SIZE, BLOCK_SIZES, MEMORY, ACROSS_REQUESTS = "block_size", "block_sizes", "memory", "across_requests"
+"""Options with a meaning of their own: a block size, several, a file to learn from and to save to, and whether what was
+learned outlives a request.
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A policy that can be made as often as needed; no two share a memory.
+
+    Attributes:
+        spec: as `bpkit.resolve_policy` takes it. Options that it names stay as they are.
+        options: chosen on top of it.
+    """
+
+    spec: PolicyLike
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def make(self) -> Policy:
+        """A fresh policy. Raises PolicyError."""
+        policy = resolve_policy(self.spec)
+        if policy is self.spec:
+            raise PolicyError(
+                f"{policy!r} is a policy that was made already, and may have learned: give its name and options, "
+                "such as 'bandit:discount=0.99', so that each run begins afresh"
+            )
+        if not self.options:
+            return policy
+        given = {name: getattr(policy.config, name) for name in policy.config.model_fields_set}
+        made = type(policy)
+        return made(validated(made.Config, {**given, **self.options}, owner=made.__name__))
+
+    def with_options(self, options: dict[str, Any]) -> Recipe:
+        """The same policy with these options too."""
+        return Recipe(self.spec, {**self.options, **options})
+
+    def fitted(self, traced: Sequence[int]) -> Recipe:
+        """The same policy, its list of block sizes limited to those that the trace holds and 1.
+
+        A list that was given with the spec stays: asking for a size that is not there is an error to be told.
+
+        Raises:
+            PolicyError: it would learn from, or write to, a file: results would depend on what else was run.
+        """
+        config = self.make().config
+        if getattr(config, MEMORY, None):
+            raise PolicyError(
+                f"policy {self.spec!r}: an evaluation begins without memory, so that it can be repeated; leave out "
+                f"option {MEMORY!r}"
+            )
+        sizes = getattr(config, BLOCK_SIZES, None)
+        if sizes is None or BLOCK_SIZES in config.model_fields_set:
+            return self
+        kept = tuple(size for size in sizes if size == 1 or size in traced)
+        return self if kept == tuple(sizes) else self.with_options({BLOCK_SIZES: kept})
+
+    def variations(self, traced: Sequence[int]) -> list[Recipe]:
+        """This recipe first, then all combinations of what its Config declares in `grid` and the spec leaves open."""
+        config = self.make().config
+        axes = {}
+        for name, values in type(config).grid.items():
+            if name in config.model_fields_set:
+                continue
+            usable = [v for v in values if name != BLOCK_SIZE or v in traced]
+            if usable:
+                axes[name] = usable
+        if not axes:
+            return [self]
+        combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        others = [c for c in combinations if any(value != getattr(config, name) for name, value in c.items())]
+        return [self, *(self.with_options(options) for options in others)]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the policy keeps a memory from prompt to prompt, so that their order matters."""
+        policy = self.make()
+        return overrides(policy, "state_dict") and getattr(policy.config, ACROSS_REQUESTS, True)
+
+    def describe(self) -> dict[str, Any]:
+        """All options with their values, as plain JSON."""
+        return self.make().config.model_dump(mode="json")

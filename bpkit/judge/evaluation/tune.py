@@ -1,0 +1,158 @@
+"""Options of a policy, chosen on validation prompts by tokens per second.
+
+What may be tuned, and to what, is declared by the policy's Config (`PolicyConfig.grid`); what the user typed stays. All
+combinations are tried. If they are few, each is replayed on all validation prompts. If they are many, by successive
+halving: all on a few prompts, the best third of them on three times as many, and so on. The policy as it stands is
+among them, so that tuning can be worse on validation prompts only by what its rounds overlooked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from bpkit.judge.evaluation.play import NOTHING, Decision, Player, Stage, knows_no_cost
+from bpkit.judge.evaluation.recipe import Recipe
+from bpkit.judge.wall_clock.measure import Progress
+from bpkit.policy import PolicyError
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.store.manifest import TraceError
+from bpkit.types import CostModel
+
+EXHAUSTIVE, A_ROUND = 1500, 900
+"""Replays up to which everything is tried, and replays of each round of successive halving beyond."""
+KEPT = 3
+"""One of so many is kept from round to round."""
+FEWEST = 12
+"""Prompts in the first round, at least."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen.
+
+    Attributes:
+        recipe: with the chosen options.
+        candidates: combinations that were tried. prompts: of the last round.
+        method: `as given` if there was nothing to choose, `exhaustive` or `successive halving`.
+    """
+
+    recipe: Recipe
+    candidates: int
+    prompts: int
+    method: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "chosen": {name: _plain(value) for name, value in self.recipe.options.items()},
+            "candidates": self.candidates,
+            "prompts": self.prompts,
+            "method": self.method,
+        }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def tune_options(
+    recipe: Recipe,
+    stage: Stage,
+    costs: Mapping[str, CostModel],
+    prompts: Sequence[PromptTrace],
+    *,
+    charged: Mapping[str, bool],
+    progress: Progress,
+) -> dict[str, Tuned]:
+    """Choose options under each cost model.
+
+    Args:
+        prompts: for validation, in an order that mixes the domains.
+        charged: by cost model, whether decision time counts.
+
+    Raises:
+        PolicyError, TraceError: the trace cannot serve the policy with any of its options.
+    """
+    traced = prompts[0].drafts.block_sizes.tolist()
+    candidates = recipe.variations(traced)
+    if len(candidates) == 1:
+        return {name: Tuned(recipe, 1, 0, "as given") for name in costs}
+    blind = knows_no_cost(recipe, stage.spec)
+    # One that knows no cost model is replayed once for all of them.
+    together = [costs] if blind else [{name: cost} for name, cost in costs.items()]
+    chosen: dict[str, Tuned] = {}
+    for some in together:
+        chosen |= _race(candidates, stage, some, prompts, charged, progress)
+    return chosen
+
+
+def rounds(candidates: int, prompts: int) -> list[tuple[int, int]]:
+    """How many candidates are kept after each round, and on how many prompts they were tried by then.
+
+    >>> rounds(4, 100)
+    [(1, 100)]
+    >>> rounds(91, 400)
+    [(31, 12), (11, 41), (4, 122), (2, 347), (1, 400)]
+    """
+    if candidates * prompts <= EXHAUSTIVE:
+        return [(1, prompts)]
+    plan, done = [], 0
+    while candidates > 1 and done < prompts:
+        # Candidates keep what they were tried on: a round adds prompts.
+        added = max(A_ROUND // candidates, FEWEST)
+        done = min(prompts, done + added)
+        candidates = math.ceil(candidates / KEPT) if done < prompts and candidates > KEPT else 1
+        plan.append((candidates, done))
+    return plan
+
+
+def _race(
+    candidates: list[Recipe],
+    stage: Stage,
+    costs: Mapping[str, CostModel],
+    prompts: Sequence[PromptTrace],
+    charged: Mapping[str, bool],
+    progress: Progress,
+) -> dict[str, Tuned]:
+    """Rounds of trials; each cost model keeps its own best, and all that any of them keeps run on."""
+    plan = rounds(len(candidates), len(prompts))
+    trying = [len(candidates), *(min(len(candidates), kept * len(costs)) for kept, _ in plan)]
+    ends = [0, *(until for _, until in plan)]
+    progress.start(
+        f"tuning {candidates[0].spec}", sum(n * (b - a) for n, (a, b) in zip(trying, pairwise(ends), strict=False))
+    )
+    racing = dict(enumerate(candidates))
+    players: dict[int, Player] = {}
+    alive = {name: list(racing) for name in costs}
+    refused: Exception | None = None
+    done = 0
+    for keep, until in plan:
+        for number in sorted(set().union(*alive.values())):
+            try:
+                if number not in players:
+                    players[number] = Player(stage, racing[number], costs)
+                for prompt in prompts[done:until]:
+                    players[number].run(prompt)
+                    progress.tick()
+            except (PolicyError, TraceError) as error:
+                refused = error  # a combination may ask for what was not traced; others need not
+                del racing[number]
+        for name in costs:
+            alive[name] = [number for number in alive[name] if number in racing]
+            alive[name].sort(key=lambda n: -_rate(players[n], name, charged[name]))
+            alive[name] = alive[name][:keep]
+        if not racing:
+            assert refused is not None
+            raise refused
+        done = until
+    method = "exhaustive" if len(plan) == 1 else "successive halving"
+    return {name: Tuned(racing[alive[name][0]], len(candidates), done, method) for name in costs}
+
+
+def _rate(player: Player, cost: str, charged: bool) -> float:
+    """Tokens per second of what a candidate did so far."""
+    tally = player.tallies[cost]
+    return tally.runs(Decision.measured([tally]) if charged else NOTHING).rate

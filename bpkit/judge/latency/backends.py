@@ -1,0 +1,187 @@
+"""A policy twice: as it is in torch, and its exported networks asked by onnxruntime, as policy `onnx` asks them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bpkit_onnx.config import OnnxConfig
+from bpkit_onnx.policy import Onnx
+from torch import Tensor
+
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.export.convert import OPSETS, to_onnx
+from bpkit.export.core import FEATURES, Core, Export, Exportable, Method
+from bpkit.export.load import Loaded
+from bpkit.export.schema import Default, ExportedPolicy, Golden
+from bpkit.export.session import open_session
+from bpkit.export.write import describe
+from bpkit.judge.latency.rows import Row
+from bpkit.learn.curves import TYPICAL_CONTEXT
+from bpkit.learn.folder import TrainedFor
+from bpkit.learn.trained import TrainedPolicy
+from bpkit.policy import Policy, PolicyError, State, overrides
+from bpkit.registry.resolve import parse_spec, resolve_policy
+from bpkit.types import DecoderSpec, Feature
+
+TORCH, ONNXRUNTIME = "torch", "onnxruntime"
+AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
+METHODS: tuple[Method, ...] = ("begin", "select", "extend", "truncate")
+
+
+class ExportedHere(Onnx):
+    """Policy `onnx` over networks that were exported a moment ago, without a folder.
+
+    Args:
+        export: of the bound policy. spec: of the decoder that it was bound to.
+        provider: of onnxruntime, `cpu` or `cuda`.
+    """
+
+    def __init__(self, export: Export, spec: DecoderSpec, provider: str) -> None:
+        Policy.__init__(self, OnnxConfig(path="what was exported just now"))
+        data = {stem: to_onnx(core) for stem, core in export.cores.items()}
+        sessions = {core.method: open_session(data[stem], provider) for stem, core in export.cores.items()}
+        self.loaded = Loaded(Path(), description_of(export, data, spec), sessions)
+        self.wants = features_of(export.cores.values())  # type: ignore[misc]
+
+
+def description_of(export: Export, data: Mapping[str, bytes], spec: DecoderSpec) -> ExportedPolicy:
+    """What `policy.json` would say, as far as it matters to whoever asks the networks."""
+    cores, nothing = export.cores, Golden(inputs={}, outputs={})
+    typical = export.curves(TYPICAL_CONTEXT) if export.curves is not None else None
+    return ExportedPolicy(
+        name="exported_here",
+        policy="exported_here",
+        summary="",
+        block_sizes=export.block_sizes,
+        drafts=export.drafts,
+        default_block_size=spec.trained_block_size,
+        decoder=TrainedFor.of(spec),
+        networks={f"{stem}.onnx": describe(core, data[stem], OPSETS[0], nothing) for stem, core in cores.items()},
+        features=sorted(features_of(cores.values())),
+        state=sorted(set().union(*(core.state for core in cores.values()))),
+        curves=None if typical is None else Default(steps=typical.steps, verify=typical.verify),
+        options={},
+        validation={},
+    )
+
+
+@dataclass
+class Contestant:
+    """One policy under the backends that it has.
+
+    Attributes:
+        name: as it was named. policies: by backend, bound.
+        cores: by method; empty for a policy that is not exportable, whose own methods are timed in torch alone.
+        why_not: why there is no onnxruntime, if there is none.
+    """
+
+    name: str
+    policies: dict[str, Policy]
+    cores: dict[Method, Core] = field(default_factory=dict)
+    why_not: str | None = None
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """What is timed: what the networks decide, or what the policy defines."""
+        own = self.policies[TORCH]
+        return tuple(m for m in METHODS if (m in self.cores if self.cores else overrides(own, m)))
+
+    @property
+    def wants(self) -> frozenset[Feature]:
+        """Of all backends."""
+        return frozenset().union(*(policy.wants for policy in self.policies.values()))
+
+    @property
+    def asks(self) -> bool:
+        """Whether torch computes the networks at all: a policy may decide once for all that asking does not pay."""
+        return features_of(self.cores.values()) <= self.policies[TORCH].wants
+
+
+def features_of(cores: Iterable[Core]) -> frozenset[Feature]:
+    """What the networks read."""
+    return frozenset(Feature(port.name) for core in cores for port in core.inputs if port.name in FEATURES)
+
+
+def make_contestant(
+    spec: str, decoder: SpeculativeDecoder, *, provider: str = "cpu", weights: Path | None = None
+) -> Contestant:
+    """The contestant that a spec names.
+
+    Args:
+        spec: a policy, exported here; or `onnx:FOLDER`, which is compared with the policy that it was exported from.
+        weights: trained folder that `onnx:FOLDER` was exported from, by default what ships.
+
+    Raises:
+        PolicyError: one of them cannot be used.
+    """
+    parsed = parse_spec(spec)
+    if parsed["name"] == "onnx":
+        parsed.setdefault("provider", provider)
+        exported = resolve_policy(parsed)
+        assert isinstance(exported, Onnx)
+        origin = _origin(exported, weights)
+        cores = _export(resolve_policy(origin), decoder).cores
+        policies = {TORCH: _bound(resolve_policy(origin), decoder), ONNXRUNTIME: _bound(exported, decoder)}
+        return Contestant(spec, policies, {core.method: core for core in cores.values()})
+    policies = {TORCH: _bound(resolve_policy(spec), decoder)}
+    try:
+        export = _export(resolve_policy(spec), decoder)  # another object: its networks stay as and where they are
+        policies[ONNXRUNTIME] = _bound(ExportedHere(export, decoder.spec, provider), decoder)
+    except PolicyError as error:
+        return Contestant(spec, policies, why_not=str(error))
+    return Contestant(spec, policies, {core.method: core for core in export.cores.values()})
+
+
+def _origin(exported: Onnx, weights: Path | None) -> Mapping[str, Any]:
+    """The policy that a folder was exported from."""
+    description = exported.loaded.description
+    options = {name: value for name, value in description.options.items() if name != "weights"}
+    origin = {"name": description.policy, **options}
+    return origin if weights is None else {**origin, "weights": str(weights)}
+
+
+def _export(policy: Policy, decoder: SpeculativeDecoder) -> Export:
+    if not isinstance(policy, Exportable):
+        trained = "" if isinstance(policy, TrainedPolicy) else ", and has no trained networks"
+        raise PolicyError(f"policy {type(policy).__name__} is not exportable{trained}")
+    return _bound(policy, decoder).export()
+
+
+def _bound(policy: AnyPolicy, decoder: SpeculativeDecoder) -> AnyPolicy:
+    """Bound as the decoder binds it."""
+    decoder.with_policy(policy)
+    return policy
+
+
+def decide(policy: Policy, method: Method, batch: Row) -> Tensor:
+    """What a policy decides about a batch, asked in the order of the loop: [batch]."""
+    state = prepared(policy, method, batch)
+    if method == "begin":
+        return policy.select(policy.begin(batch.begin), batch.begin)
+    decided: Tensor = ask(policy, method, state, batch)
+    return decided
+
+
+def prepared(policy: Policy, method: Method, batch: Row) -> State:
+    """The state that `method` finds."""
+    if method == "begin":
+        return {}
+    state = policy.begin(batch.begin)
+    if method != "select":
+        assert batch.context is not None
+        policy.select(state, batch.context)
+    return state
+
+
+def ask(policy: Policy, method: Method, state: State, batch: Row) -> Any:
+    """One call of a method: the state for `begin`, the decision for the others."""
+    if method == "begin":
+        return policy.begin(batch.begin)
+    if method == "select":
+        assert batch.context is not None
+        return policy.select(state, batch.context)
+    assert batch.draft is not None
+    return policy.extend(state, batch.draft) if method == "extend" else policy.truncate(state, batch.draft)

@@ -1,0 +1,239 @@
+"""How long a decision takes, in torch and in onnxruntime, and what share that is of a prefill and of a step.
+
+The JSON of a latency bench:
+
+    command, machine   the machine with the distribution and version of onnxruntime
+    settings           models, prompts, batch sizes, calls, threads, provider, seconds that it took
+    pair               block_size (the fastest fixed one), tokens_per_second by size, prefill_ms and step_ms
+    policies           NAME -> asks (whether torch asks the networks at all), why_not (no onnxruntime, or null), methods
+                       METHOD (those that the loop asked) -> rows (distinct questions), torch, and, where the policy is
+                       exportable, onnxruntime, torch_over_onnxruntime (ratios by batch) and agreement
+
+A backend: `p50_us`, `p99_us` and `calls` by batch, `share_of_prefill` and `share_of_step` (p50 at the smallest batch
+over the pair's p50), and `in_loop`: the same of single decisions in the live loop, where the models' weights fill the
+caches.
+Agreement: `rows`, `agree`, `near_ties` (rows that differ, with a margin below the network's tolerance).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.export.core import Core, Method
+from bpkit.installation.doctor import onnxruntime_distributions
+from bpkit.installation.machine import describe_machine
+from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Contestant, ask, decide, prepared
+from bpkit.judge.latency.pair import measure_pair
+from bpkit.judge.latency.rows import Recorder, Row, batches
+from bpkit.judge.latency.timing import Ask, Nanoseconds, interleave, percentile, ratio
+from bpkit.judge.wall_clock.measure import NoProgress, Progress, use_threads
+from bpkit.policy import Policy, PolicyError
+from bpkit.prompts import Prompt
+
+SCHEMA_VERSION = 1
+THREADS = 1
+"""Of torch and of onnxruntime while decisions are timed."""
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    """How decisions are timed.
+
+    Attributes:
+        calls: timed calls of each policy, method, backend and batch size; warm_up: calls before them.
+        threads: of torch while the models run.
+        block_size: to take steps of; by default the fastest one.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 8, 64)
+    calls: int = 1000
+    warm_up: int = 100
+    max_new_tokens: int = 64
+    threads: int = 1
+    block_size: int | None = None
+    provider: str = "cpu"
+
+
+def bench_latency(
+    decoder: SpeculativeDecoder,
+    contestants: Sequence[Contestant],
+    prompts: Sequence[Prompt],
+    settings: LatencySettings,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure, and return the report as plain JSON values."""
+    ticker, started, usual = progress or NoProgress(), time.time(), torch.get_num_threads()
+    machine = describe_machine(decoder.target.device)
+    try:
+        use_threads(settings.threads)
+        pair = measure_pair(
+            decoder,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            block_size=settings.block_size,
+            progress=ticker,
+        )
+        bench = LatencyBench(decoder, prompts, settings, pair, ticker)
+        policies = {contestant.name: bench.run(contestant) for contestant in contestants}
+    finally:
+        use_threads(usual)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "machine": {**machine, "onnxruntime": onnxruntime_distributions()},
+        "settings": describe_settings(decoder, prompts, settings, started),
+        "pair": pair,
+        "policies": policies,
+    }
+
+
+def describe_settings(
+    decoder: SpeculativeDecoder, prompts: Sequence[Prompt], settings: LatencySettings, started: float
+) -> dict[str, Any]:
+    """What was measured with what, as plain JSON values."""
+    return {
+        "target": decoder.spec.target,
+        "drafter": decoder.spec.drafter,
+        "dtype": str(decoder.target.dtype).removeprefix("torch."),
+        "prompts": [prompt.id for prompt in prompts],
+        "max_new_tokens": settings.max_new_tokens,
+        "batch_sizes": list(settings.batch_sizes),
+        "calls": settings.calls,
+        "warm_up": settings.warm_up,
+        "provider": settings.provider,
+        "threads": {"decisions": THREADS, "models": settings.threads},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": time.time() - started,
+    }
+
+
+class LatencyBench:
+    """Times policies on one pair, whose figures `measure_pair` gave."""
+
+    def __init__(
+        self,
+        decoder: SpeculativeDecoder,
+        prompts: Sequence[Prompt],
+        settings: LatencySettings,
+        pair: dict[str, Any],
+        progress: Progress,
+    ) -> None:
+        self.decoder, self.prompts, self.settings = decoder, prompts, settings
+        self.pair, self.progress = pair, progress
+        self.device = decoder.target.device
+
+    def run(self, contestant: Contestant) -> dict[str, Any]:
+        """The entry of a policy."""
+        use_threads(self.settings.threads)
+        recorders = {backend: self.record(contestant, backend) for backend in contestant.policies}
+        use_threads(THREADS)
+        methods = [method for method in contestant.methods if recorders[TORCH].seconds[method]]
+        if not methods:
+            raise PolicyError(
+                f"policy {contestant.name!r} decided nothing on {len(self.prompts)} prompts: it defines none of begin, "
+                "select, extend and truncate, or outputs end at once (--limit, --max-new-tokens)"
+            )
+        self.progress.start(f"{contestant.name}: timing", len(methods) * len(self.settings.batch_sizes))
+        return {
+            "asks": contestant.asks,
+            "why_not": contestant.why_not,
+            "methods": {method: self.method(contestant, method, recorders) for method in methods},
+        }
+
+    def record(self, contestant: Contestant, backend: str) -> Recorder:
+        """Decode the prompts under a backend of the policy."""
+        recorder = Recorder(contestant.policies[backend], contestant.wants)
+        decoder = self.decoder.with_policy(recorder)
+        decoder.strict = True  # a decision that was mended is none to be timed
+        self.progress.start(f"{contestant.name}: decoding under {backend}", len(self.prompts))
+        for index, prompt in enumerate(self.prompts):
+            run = decoder.run(
+                prompt.text, stream_id=index, max_new_tokens=self.settings.max_new_tokens, temperature=0.0
+            )
+            run.finish()
+            self.progress.tick()
+        return recorder
+
+    @torch.inference_mode()
+    def method(self, contestant: Contestant, method: Method, recorders: dict[str, Recorder]) -> dict[str, Any]:
+        """The entry of one of its methods."""
+        rows = recorders[TORCH].of(method)
+        made = {size: batches(rows, size) for size in self.settings.batch_sizes}
+        spent = {str(size): self.timed(contestant, method, of_size) for size, of_size in made.items()}
+        found: dict[str, Any] = {"rows": len(rows)}
+        for backend, recorder in recorders.items():
+            times = {size: each[backend] for size, each in spent.items()}
+            found[backend] = {
+                "p50_us": {size: percentile(each, 50) for size, each in times.items()},
+                "p99_us": {size: percentile(each, 99) for size, each in times.items()},
+                "calls": {size: each.size for size, each in times.items()},
+                **self.shares(percentile(times[str(min(made))], 50)),
+                "in_loop": self.in_loop(recorder.seconds[method]),
+            }
+        if ONNXRUNTIME in recorders:
+            found["torch_over_onnxruntime"] = {s: ratio(each[TORCH], each[ONNXRUNTIME]) for s, each in spent.items()}
+            found["agreement"] = agreement(contestant, method, [b for each in made.values() for b in each])
+        return found
+
+    def timed(self, contestant: Contestant, method: Method, made: Sequence[Row]) -> dict[str, Nanoseconds]:
+        """The backends in turn on batches of one size."""
+        spent = interleave(
+            {backend: asker(policy, method, made) for backend, policy in contestant.policies.items()},
+            calls=self.settings.calls,
+            warm_up=self.settings.warm_up,
+            device=self.device,
+        )
+        self.progress.tick()
+        return spent
+
+    def shares(self, p50_us: float) -> dict[str, float]:
+        """Of a prefill and of a step."""
+        return {f"share_of_{what}": p50_us / 1e3 / self.pair[f"{what}_ms"]["p50"] for what in ("prefill", "step")}
+
+    def in_loop(self, seconds: Sequence[float]) -> dict[str, float] | None:
+        """Of single decisions while decoding, those of the first prompts included; None if there were none."""
+        if not seconds:
+            return None
+        p50, p99 = (1e6 * float(np.percentile(seconds, which)) for which in (50, 99))
+        return {"p50_us": p50, "p99_us": p99, "calls": len(seconds), **self.shares(p50)}
+
+
+def asker(policy: Policy, method: Method, made: Sequence[Row]) -> Ask:
+    """Calls a method of the policy, with the batches in turn."""
+    questions = [partial(ask, policy, method, prepared(policy, method, batch), batch) for batch in made]
+    count = len(questions)
+    return lambda number: questions[number % count]()
+
+
+def agreement(contestant: Contestant, method: Method, made: Sequence[Row]) -> dict[str, int]:
+    """How many rows of the batches both backends decide alike."""
+    rows = agree = near_ties = 0
+    for batch in made:
+        ours = decide(contestant.policies[TORCH], method, batch).cpu()
+        theirs = decide(contestant.policies[ONNXRUNTIME], method, batch).cpu()
+        same = ours == theirs
+        rows, agree = rows + len(same), agree + int(same.sum())
+        if not bool(same.all()):
+            near = margins(contestant, method, batch) < contestant.cores[method].tolerance
+            near_ties += int((~same & near).sum())
+    return {"rows": rows, "agree": agree, "near_ties": near_ties}
+
+
+def margins(contestant: Contestant, method: Method, batch: Row) -> torch.Tensor:
+    """How clear each row's decision is: float32 [batch]."""
+    core: Core = contestant.cores[method]
+    policy: Any = contestant.policies[ONNXRUNTIME]
+    source = batch.draft if method in ("extend", "truncate") else batch.begin if method == "begin" else batch.context
+    given = policy.inputs[method](source, prepared(policy, method, batch))
+    module = deepcopy(core.module).cpu()
+    outputs = module(*(given[port.name].cpu() for port in core.inputs))
+    margin: torch.Tensor = outputs[[port.name for port in core.outputs].index(core.margin)]
+    return margin

@@ -1,0 +1,252 @@
+"""Who takes part in a bench: plain decoding, the policies, and decoders of other libraries.
+
+All are timed alike: wall clock from token ids in to the finished output, preparations of `generate` included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bpkit.decode.clock import WallClock
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.result import Generation
+from bpkit.decode.sampling import Draw
+from bpkit.draft.base import GoOn, Proposal
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.registry.resolve import PolicyLike
+from bpkit.types import Feature
+
+LOOP, TRANSFORMERS = "bpkit loop", "transformers generate"
+"""The two ways of plain decoding; the faster one is `plain`."""
+TRANSFORMERS_DFLASH = "transformers-dflash"
+PEERS = (TRANSFORMERS_DFLASH,)
+"""Decoders of other libraries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One finished call.
+
+    Attributes:
+        tokens: the output.
+        seconds: wall clock of the call.
+        steps: target passes after prefill.
+        target_seconds, drafter_seconds, policy_seconds: of `seconds`; None where they cannot be told apart.
+        near_ties: output positions whose top-2 gap was below tolerance. Of a step that yields several tokens only
+            the first position is known: the tie is there or a little later.
+    """
+
+    tokens: tuple[int, ...]
+    seconds: float
+    steps: int
+    target_seconds: float | None
+    drafter_seconds: float | None
+    policy_seconds: float | None
+    fallbacks: int = 0
+    near_ties: tuple[int, ...] = ()
+
+
+class Contestant(Protocol):
+    """Something that decodes."""
+
+    name: str
+
+    def run(self, ids: Tensor, stream_id: int) -> Outcome:
+        """Decode the prompt `ids`, int64 [1, length]; `stream_id` is its own number."""
+        ...
+
+
+def wall_clock(device: torch.device) -> float:
+    """Seconds from any origin, after the work that was queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class DecoderContestant:
+    """A SpeculativeDecoder under one policy.
+
+    Args:
+        options: of `generate`, with `temperature`; 0 is greedy.
+        seed: of the sampling noise.
+    """
+
+    def __init__(self, name: str, decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> None:
+        self.name, self.decoder = name, decoder
+        self.options = {**options, "seed": seed}
+
+    def run(self, ids: Tensor, stream_id: int) -> Outcome:
+        device = self.decoder.target.device
+        started = wall_clock(device)
+        result = self.decoder.run(ids, stream_id=stream_id, **self.options).finish()
+        seconds = wall_clock(device) - started - result.observer_seconds
+        parts, clock = result.seconds, self.decoder.clock
+        known = clock.tells_parts if isinstance(clock, WallClock) else True
+        return Outcome(
+            tokens=tuple(result.tokens[0].tolist()),
+            seconds=seconds,
+            steps=len(result.steps),
+            target_seconds=parts.verify if known else None,
+            drafter_seconds=parts.draft if known else None,
+            policy_seconds=parts.policy,
+            fallbacks=result.fallbacks,
+            near_ties=_near_ties(result),
+        )
+
+
+def _near_ties(result: Generation) -> tuple[int, ...]:
+    of_prefill = (0,) * result.prefill.near_ties
+    return of_prefill + tuple(step.position for step in result.steps for _ in range(step.near_ties))
+
+
+class TransformersContestant:
+    """transformers' own `generate`, plain or with keyword arguments that choose an assistant."""
+
+    def __init__(
+        self,
+        name: str,
+        target: PreTrainedModel,
+        options: dict[str, Any],
+        seed: int,
+        *,
+        drafter: nn.Module | None = None,
+        **assistant: Any,
+    ) -> None:
+        self.name, self.target, self.seed, self.drafter, self.assistant = name, target, seed, drafter, assistant
+        self.options = {k: v for k, v in options.items() if k != "temperature"}
+        self.options["do_sample"] = options["temperature"] > 0
+        if self.options["do_sample"]:
+            self.options["temperature"] = float(options["temperature"])
+
+    def run(self, ids: Tensor, stream_id: int) -> Outcome:
+        device = self.target.device
+        mask = torch.ones_like(ids)
+        if self.options["do_sample"]:
+            torch.manual_seed(self.seed + stream_id)
+        with watched(self.target) as target, watched(self.drafter) as drafter:
+            started = wall_clock(device)
+            output = self.target.generate(input_ids=ids, attention_mask=mask, **self.options, **self.assistant)
+            seconds = wall_clock(device) - started
+        on_cpu = device.type == "cpu"  # a GPU works on after the call returned: the time of a call says nothing
+        return Outcome(
+            tokens=tuple(output[0, ids.shape[1] :].tolist()),
+            seconds=seconds,
+            steps=target.calls - 1,
+            target_seconds=target.seconds if on_cpu else None,
+            drafter_seconds=drafter.seconds if on_cpu else None,
+            policy_seconds=0.0 if on_cpu else None,
+        )
+
+
+@dataclass
+class Calls:
+    """Forward calls of a module and the wall-clock seconds that they took."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    _started: float = field(default=0.0, repr=False)
+
+
+@contextmanager
+def watched(module: nn.Module | None) -> Iterator[Calls]:
+    """Count and time the forward calls of `module`, none if it is None."""
+    calls = Calls()
+    if module is None:
+        yield calls
+        return
+
+    def before(*_: Any) -> None:
+        calls._started = time.perf_counter()
+
+    def after(*_: Any) -> None:
+        calls.calls += 1
+        calls.seconds += time.perf_counter() - calls._started
+
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class NoDrafter:
+    """Plain decoding in the loop must not pay for hidden states that a real drafter would ask for."""
+
+    name, kind = "none", "none"
+    trained_block_size = max_block_size = 1
+    feature_layers: tuple[int, ...] = ()
+    provides: frozenset[Feature] = frozenset()
+
+    waiting = 0
+
+    def begin(self) -> NoDrafter:
+        return self
+
+    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+        """Nothing to remember."""
+
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        raise NotImplementedError("block size 1 never asks for a draft")
+
+
+def plain_contestants(decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> list[Contestant]:
+    """Plain decoding in the loop and, if greedy, by transformers: sampling there has other noise and other texts."""
+    loop = SpeculativeDecoder(decoder.target, NoDrafter(), "fixed:1", tokenizer=decoder.tokenizer, rule=decoder.rule)
+    found: list[Contestant] = [DecoderContestant(LOOP, loop, options, seed)]
+    if options["temperature"] == 0:
+        found.append(TransformersContestant(TRANSFORMERS, decoder.target, options, seed))
+    return found
+
+
+def policy_contestants(
+    decoder: SpeculativeDecoder, policies: dict[str, PolicyLike], options: dict[str, Any], seed: int
+) -> list[Contestant]:
+    """One for each policy, all with the same models. A policy's memory lives as long as its contestant."""
+    return [DecoderContestant(name, decoder.with_policy(p), options, seed) for name, p in policies.items()]
+
+
+def check_peers(peers: Sequence[str]) -> None:
+    """Raise ValueError for a peer that nobody knows."""
+    for peer in peers:
+        if peer not in PEERS:
+            raise ValueError(f"there is nothing to compare against called {peer!r}; known: {', '.join(PEERS)}")
+
+
+def peer_contestants(
+    decoder: SpeculativeDecoder, peers: Sequence[str], options: dict[str, Any], seed: int
+) -> list[Contestant]:
+    """Decoders of other libraries with the same models. Raises ValueError for one that cannot run with them."""
+    check_peers(peers)
+    return [_PEERS[peer](decoder, options, seed) for peer in peers]
+
+
+def _transformers_dflash(decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> Contestant:
+    if not isinstance(decoder.drafter, BlockDiffusionDrafter):
+        raise ValueError(
+            f"{TRANSFORMERS_DFLASH} runs block-diffusion drafters only; {decoder.drafter.name!r} is "
+            f"{decoder.drafter.kind}: name a DFlash drafter with --drafter, or leave --against out"
+        )
+    model = decoder.drafter.model
+    return TransformersContestant(
+        TRANSFORMERS_DFLASH,
+        decoder.target,
+        options,
+        seed,
+        drafter=model,
+        assistant_model=model,
+        speculation_type="dflash",
+    )
+
+
+_PEERS: dict[str, Callable[[SpeculativeDecoder, dict[str, Any], int], Contestant]] = {
+    TRANSFORMERS_DFLASH: _transformers_dflash
+}

@@ -1,0 +1,108 @@
+"""The recipe of an autoregressive drafter for any target: a few of the target's own layers, distilled on its answers.
+
+The drafter starts as the target's embedding, its first layers, its final norm and its head, and learns to give the
+target's distribution after every token of the target's own answers: forward KL on data of the target, as in DistillSpec
+(Zhou et al. 2023, 2310.08461).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from bpkit.learn.training.outputs import write_outputs
+from bpkit.learn.training.provenance import fingerprint
+from bpkit.learn.training.run import RunOptions, autocast, run_recipe
+
+
+class DistillationLoss(nn.Module):
+    """Mean KL(target || drafter) of the next token over a batch of sequences, in nats."""
+
+    def __init__(self, drafter: PreTrainedModel, target: PreTrainedModel) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self._frozen = (target.eval().requires_grad_(False),)  # in a tuple, to stay out of checkpoints and DDP
+
+    def forward(self, ids: Tensor, prompt_length: Tensor, length: Tensor) -> Tensor:
+        """ids: int64 [batch, time], right-padded; prompt_length, length: int64 [batch]. Returns a scalar."""
+        target = self._frozen[0].to(ids.device)
+        with autocast(ids.device):
+            with torch.no_grad():
+                wanted = target(ids, use_cache=False).logits
+            given = self.drafter(ids, use_cache=False).logits
+        real = torch.arange(ids.shape[1], device=ids.device) < length[:, None]
+        each = F.kl_div(
+            given.float().log_softmax(-1), wanted.float().log_softmax(-1), reduction="none", log_target=True
+        )
+        mean: Tensor = (each.sum(-1) * real).sum() / real.sum()
+        return mean
+
+
+def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A copy of a causal language model that keeps its first `layers` transformer layers, in float32.
+
+    Raises:
+        ValueError: the target has fewer layers, or does not keep them in `model.layers`.
+    """
+    body = getattr(target, "model", None)
+    depth = target.config.get_text_config().num_hidden_layers
+    if not isinstance(getattr(body, "layers", None), nn.ModuleList) or not 1 <= layers < depth:
+        raise ValueError(
+            f"an autoregressive drafter is cut from a target that keeps its {depth} layers in `model.layers`, and has "
+            f"fewer of them; {type(target).__name__} with {layers} layers cannot be cut so"
+        )
+    config = copy.deepcopy(target.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    drafter = type(target)(config)
+    kept = drafter.state_dict()
+    drafter.load_state_dict({name: value for name, value in target.state_dict().items() if name in kept})
+    return drafter.float()
+
+
+def train_assistant(
+    target_path: str,
+    out: Path,
+    *,
+    prompts: list[str],
+    options: RunOptions,
+    layers: int = 2,
+    sequences: int = 6000,
+    new_tokens: int = 160,
+    batch_size: int = 8,
+) -> None:
+    """Let the target answer prompts, train an autoregressive drafter on the answers and write it to the folder `out`.
+
+    Args:
+        prompts: texts; they are cycled until there are `sequences` of them, every other one sampled at temperature 1.
+        layers: transformer layers of the drafter, fewer than the target's.
+        new_tokens: tokens that the target generates for each prompt.
+
+    Raises:
+        ValueError: the target cannot be cut (`first_layers`).
+    """
+    torch.manual_seed(options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    target = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.bfloat16)
+    drafter = first_layers(target, layers)
+    outputs = write_outputs(target, tokenizer, prompts, out, count=sequences, new_tokens=new_tokens, seed=options.seed)
+    data = load_file(outputs)
+    columns = (data["ids"].long(), data["prompt_length"], data["length"])
+    run_recipe(
+        "train_assistant",
+        drafter,
+        DistillationLoss(drafter, target),
+        columns,
+        out,
+        batch_size=batch_size,
+        options=options,
+        arguments={"layers": layers, "sequences": sequences, "new_tokens": new_tokens},
+        fingerprints={"prompts": fingerprint(prompts)},
+    )

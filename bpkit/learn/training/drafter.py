@@ -1,0 +1,175 @@
+"""The recipe of a DFlash drafter for any target (Chen et al., 2602.06036), on the target's own outputs.
+
+Many blocks are trained in one pass over a sequence: block *i* starts at a random anchor, sees the target's features
+strictly before the anchor and its own positions, and learns the tokens that followed. Position k of a block weighs
+exp(-(k-1)/gamma). Block sizes are mixed, because a policy will ask for many.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from bpkit.draft.blocks import block_attention_mask
+from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
+from bpkit.learn.training.outputs import write_outputs
+from bpkit.learn.training.provenance import fingerprint
+from bpkit.learn.training.run import RunOptions, autocast, run_recipe
+
+BLOCK_SIZES = (4, 8, 16, 16, 16, 32)
+"""Drawn at random, relative to a trained block size of 16: mostly the trained one."""
+NOISE_POSITIONS = 512
+"""Block positions in one sequence: 32 blocks of 16, or 128 of 4."""
+
+
+def position_weights(block_size: int, device: torch.device) -> Tensor:
+    """exp(-(k-1)/gamma) for k = 1 .. block_size - 1; gamma is the paper's 7, 5, 4 at 16, 10, 8, and linear between."""
+    gamma = 1 + 3 * block_size / 8
+    return torch.exp(-torch.arange(block_size - 1, device=device) / gamma)
+
+
+class BlockScorer(nn.Module):
+    """Drafter, target head and cross-entropy: the part worth compiling."""
+
+    def __init__(self, drafter: DFlashModel) -> None:
+        super().__init__()
+        self.drafter = drafter
+
+    def forward(
+        self, noise: Tensor, features: Tensor, positions: Tensor, mask: Tensor, head: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Cross-entropy of each block position in nats, float32 [batch, blocks * block_size]; 0 at label -100."""
+        with autocast(noise.device):
+            hidden = self.drafter(noise, features, positions, mask).last_hidden_state
+            logits = hidden @ head.T
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view_as(labels)
+
+
+class BlockDraftLoss(nn.Module):
+    """Weighted cross-entropy of random blocks in the responses of a batch of sequences."""
+
+    def __init__(self, drafter: DFlashModel, target: PreTrainedModel) -> None:
+        super().__init__()
+        self.scorer = BlockScorer(drafter)
+        self._frozen = (target.eval().requires_grad_(False),)  # in a tuple, to stay out of checkpoints and DDP
+
+    def compile(self, **options: Any) -> None:
+        self.scorer.compile(**options)
+
+    def forward(self, ids: Tensor, prompt_length: Tensor, length: Tensor) -> Tensor:
+        """ids: int64 [batch, time], right-padded; prompt_length, length: int64 [batch]. Returns a scalar."""
+        config, target = self.scorer.drafter.config, self._frozen[0].to(ids.device)
+        block_size = BLOCK_SIZES[int(torch.randint(len(BLOCK_SIZES), ()))] * config.block_size // 16
+        blocks = NOISE_POSITIONS // block_size
+        anchors = _random_anchors(prompt_length, length, blocks)
+        places = (anchors[..., None] + torch.arange(block_size, device=ids.device)).flatten(1)
+        inside = places < length[:, None]
+        tokens = ids.gather(1, places.clamp(max=ids.shape[1] - 1))
+        is_anchor = torch.arange(places.shape[1], device=ids.device) % block_size == 0
+        with torch.no_grad(), autocast(ids.device):
+            layers = [i + 1 for i in config.target_layer_ids or ()]
+            states = target.model(ids, use_cache=False, output_hidden_states=layers).hidden_states
+            features = torch.cat([states[i] for i in layers], dim=-1)
+            noise = target.get_input_embeddings()(torch.where(is_anchor, tokens, config.mask_token_id))
+        context = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        losses = self.scorer(
+            noise,
+            features,
+            torch.cat([context, places], dim=1),
+            block_attention_mask(anchors, block_size, ids.shape[1]),
+            target.get_output_embeddings().weight,
+            torch.where(inside & ~is_anchor, tokens, -100),
+        )
+        weights = F.pad(position_weights(block_size, ids.device), (1, 0)).repeat(blocks) * inside
+        mean: Tensor = (losses * weights).sum() / weights.sum()
+        return mean
+
+
+def _random_anchors(prompt_length: Tensor, length: Tensor, blocks: int) -> Tensor:
+    """Anchors in the response that leave at least one token to predict: int64 [batch, blocks]."""
+    span = (length - 1 - prompt_length).clamp(min=1)[:, None]
+    drawn = (torch.rand(len(length), blocks, device=length.device) * span).long()
+    return prompt_length[:, None] + drawn
+
+
+def drafter_config(
+    target: PreTrainedModel, mask_token_id: int, *, layers: int, block_size: int, target_layer_ids: list[int]
+) -> DFlashConfig:
+    """A drafter of the target's width with `layers` layers."""
+    base = target.config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return DFlashConfig(
+        **{name: getattr(base, name) for name in names},
+        rms_norm_eps=base.rms_norm_eps,
+        rope_parameters=base.rope_parameters,
+        max_position_embeddings=base.max_position_embeddings,
+        num_hidden_layers=layers,
+        tie_word_embeddings=False,
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        target_layer_ids=target_layer_ids,
+        architectures=["DFlashModel"],
+    )
+
+
+def train_drafter(
+    target_path: str,
+    out: Path,
+    *,
+    prompts: list[str],
+    options: RunOptions,
+    layers: int = 2,
+    block_size: int = 16,
+    target_layer_ids: list[int] | None = None,
+    sequences: int = 6000,
+    new_tokens: int = 160,
+    batch_size: int = 8,
+) -> None:
+    """Let the target answer prompts, train a drafter on the answers and write it to the folder `out`.
+
+    Args:
+        prompts: texts; they are cycled until there are `sequences` of them, every other one sampled at temperature 1.
+        target_layer_ids: layers that give the features; by default three spread over the target.
+        new_tokens: tokens that the target generates for each prompt.
+    """
+    torch.manual_seed(options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    target = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.bfloat16)
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"the tokenizer of {target_path} has no mask token: add one with add_special_tokens first")
+    depth = target.config.num_hidden_layers
+    outputs = write_outputs(target, tokenizer, prompts, out, count=sequences, new_tokens=new_tokens, seed=options.seed)
+    data = load_file(outputs)
+    columns = (data["ids"].long(), data["prompt_length"], data["length"])
+    config = drafter_config(
+        target,
+        tokenizer.mask_token_id,
+        layers=layers,
+        block_size=block_size,
+        target_layer_ids=target_layer_ids or [1, depth // 2, depth - 2],
+    )
+    drafter = DFlashModel(config)
+    drafter.norm.load_state_dict(target.model.norm.state_dict())
+    run_recipe(
+        "train_drafter",
+        drafter,
+        BlockDraftLoss(drafter, target),
+        columns,
+        out,
+        batch_size=batch_size,
+        options=options,
+        arguments={
+            "layers": layers,
+            "block_size": block_size,
+            "target_layer_ids": config.target_layer_ids,
+            "sequences": sequences,
+            "new_tokens": new_tokens,
+        },
+        fingerprints={"prompts": fingerprint(prompts)},
+    )

@@ -1,0 +1,108 @@
+"""Training of any `bpkit.learn.learned.LearnedPolicy`: on every position and block size of the traces."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from bpkit.learn.curves import CostCurves
+from bpkit.learn.learned import LearnedPolicy
+from bpkit.learn.learned_network import Forecaster
+from bpkit.learn.training.hazards import hazard_labels, hazard_loss, mean_yields, visited
+from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
+from bpkit.policy import PolicyError
+from bpkit.trace.records import PromptTrace
+
+OUTLOOK = 256
+"""Held-out positions whose forecasts are kept."""
+HALF = 65504.0
+"""Largest number in half precision."""
+AT_ONCE = 4096
+
+
+class LearnedOptions(TrainingOptions):
+    """Training options of every `LearnedPolicy`."""
+
+    epochs: int = Field(default=6, ge=1, description="passes over the training positions, at most")
+    weight_decay: float = Field(default=0.05, ge=0, description="of AdamW")
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="share of the network's inputs that are left out")
+
+
+class LearnedModule(PolicyModule):
+    """Cross-entropy of what stands: a token counts if all before it stood."""
+
+    Options = LearnedOptions
+    policy: LearnedPolicy
+    options: LearnedOptions
+
+    def examples(self, prompt: PromptTrace) -> dict[str, Tensor]:
+        """A row for each position at which a draft may begin; features in half precision, because there are many."""
+        drafts, rows = prompt.drafts, prompt.drafts.rows
+        features = {
+            str(name): torch.from_numpy(prompt.features[name][:rows].reshape(rows, -1).clip(-HALF, HALF)).half()
+            for name in self.policy.reads
+        }
+        return {
+            **features,
+            "accepted": torch.from_numpy(drafts.num_accepted.astype(np.int16)),
+            "visited": torch.from_numpy(visited(drafts.num_accepted)),
+            "left": torch.arange(rows - 1, -1, -1, dtype=torch.int16),  # most that can be accepted
+            "sizes": torch.from_numpy(drafts.block_sizes.astype(np.int16)).expand(rows, -1),
+        }
+
+    def prepare(self, data: dict[str, Tensor]) -> None:
+        """Facts: those of `bpkit.learn.gains.Gains`, and `inputs`, how many numbers each feature is."""
+        if not len(data["left"]):
+            raise PolicyError("no training prompt has a position to learn from: the outputs are too short")
+        sizes = [int(size) for size in data["sizes"][0]]
+        self.facts = {
+            "block_sizes": sizes,
+            "inputs": {str(name): data[str(name)].shape[1] for name in self.policy.reads},
+            "yields": mean_yields(data["accepted"], data["visited"]),
+            "outlook": [],  # known at the end
+            "curves": dataclasses.asdict(CostCurves(self.cost, sizes).typical),
+        }
+        self.networks = nn.ModuleDict(self.policy.build(self.facts))
+        forecaster, shares = self.forecaster, torch.zeros(2, sizes[-1] - 1)
+        for start in range(0, len(data["left"]), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            stands, counts = hazard_labels(data["accepted"][rows], data["left"][rows], sizes)
+            shares += torch.stack([(stands * counts).sum(dim=(0, 1)), counts.sum(dim=(0, 1))])
+        forecaster.fit(self._inputs(data), shares[0], shares[1])
+        forecaster.dropout = self.options.dropout
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        stands, counts = hazard_labels(batch["accepted"], batch["left"], self.facts["block_sizes"])
+        return hazard_loss(self.forecaster.hazards(self._inputs(batch))[:, None], stands, counts)
+
+    def calibrate(self, data: dict[str, Tensor]) -> None:
+        """Facts: `outlook`, forecasts of some held-out positions, by which a policy sees whether choosing pays."""
+        rows = len(data["left"])
+        chosen = torch.linspace(0, rows - 1, min(rows, OUTLOOK)).long()
+        x = self._inputs({name: value[chosen] for name, value in data.items()})
+        with torch.no_grad():
+            tokens = self.forecaster.eval()(x.to(self.forecaster.base.device)).cpu()
+        self.facts["outlook"] = [[round(value, 3) for value in row] for row in tokens.tolist()]
+
+    def choose(self, replay: Replay) -> None:
+        """Rate, then margin, with the most tokens per second on validation prompts, unless they were given."""
+        for name in ("rate", "margin"):
+            config = self.policy.config
+            if name not in config.model_fields_set:
+                values = dict.fromkeys((getattr(config, name), *config.grid.get(name, ())))
+                rates = {value: replay(self.finished(**{name: value})) for value in values}
+                self.set_options(**{name: max(rates, key=rates.__getitem__)})
+
+    @property
+    def forecaster(self) -> Forecaster:
+        """The author's network and what is around it."""
+        return cast("Forecaster", self.networks["forecaster"])
+
+    def _inputs(self, data: dict[str, Any]) -> Tensor:
+        """float32 [rows, inputs]."""
+        return torch.cat([data[str(name)].float() for name in self.policy.reads], dim=1)

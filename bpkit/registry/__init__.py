@@ -1,0 +1,1 @@
+"""Plug-ins: the hooks, discovery, and from names to objects."""

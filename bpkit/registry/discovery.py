@@ -1,0 +1,313 @@
+"""Loads the plug-ins that are wanted, and calls their hooks in pluggy's order. One that fails takes nobody along."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, cast
+
+import pluggy
+from pydantic import BaseModel
+
+from bpkit.installation.distribution import DISTRIBUTION
+from bpkit.policy import PolicyError
+from bpkit.registry import hookspecs
+from bpkit.registry.class_file import module_of_file, names_file
+from bpkit.registry.plugin_choice import NO_AUTOLOAD, OPTION, Choice
+
+GROUP, OURS = "bpkit", DISTRIBUTION
+"""The group of entry points, and the distribution whose plug-ins come with bpkit."""
+HOOK_OF = {
+    "policy": "bpkit_register_policies",
+    "drafter": "bpkit_register_drafters",
+    "observer": "bpkit_register_observers",
+}
+_NAME = re.compile(r"[\w.+-]+")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One plug-in, loaded or not.
+
+    Attributes:
+        name: of its entry point, after its distribution and a colon if another has that name; or of its module.
+        module: what is imported.
+        distribution, version: empty for a module that is not installed as a plug-in.
+    """
+
+    name: str
+    module: str
+    load: Callable[[], object] = field(repr=False, compare=False)
+    distribution: str = ""
+    version: str = ""
+
+    @property
+    def names(self) -> set[str]:
+        """What it may be called in `no:NAME`."""
+        own = self.name.removeprefix(f"{self.distribution}:")
+        return {own, f"{self.distribution}:{own}"} if self.distribution else {own}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name. `distribution` and `version` are empty for a plug-in that is not installed as one."""
+
+    name: str
+    target: str | Callable[..., Any]
+    summary: str
+    config: str
+    plugin: str
+    distribution: str
+    version: str = ""
+
+    @property
+    def whose(self) -> str:
+        """The plug-in and its distribution, for messages."""
+        return f"plug-in {self.plugin!r}" + (f" of distribution {self.distribution!r}" if self.distribution else "")
+
+    def load(self) -> Callable[..., Any]:
+        """Import what the entry points at. Raises PolicyError if that fails."""
+        return cast("Callable[..., Any]", _imported(self.target, self)) if isinstance(self.target, str) else self.target
+
+    def load_config(self) -> type[BaseModel] | None:
+        """Import the class of the options, without torch, or None if the plug-in names none."""
+        return cast("type[BaseModel]", _imported(self.config, self)) if self.config else None
+
+
+@dataclass
+class Registry:
+    """Everything that the plug-ins registered.
+
+    Attributes:
+        policies, drafters, observers: by name.
+        plugins: all that were found, by name, those that failed or are disabled included.
+        failures: plug-in name -> why it could not be loaded.
+        disabled: plug-in name -> what disabled it.
+        conflicts: kind of entry and name -> those that claim it. Nobody has it.
+        unheard: names that were to be disabled, which no plug-in has -> what says so.
+    """
+
+    manager: pluggy.PluginManager
+    policies: dict[str, Entry] = field(default_factory=dict)
+    drafters: dict[str, Entry] = field(default_factory=dict)
+    observers: dict[str, Entry] = field(default_factory=dict)
+    plugins: dict[str, Plugin] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    disabled: dict[str, str] = field(default_factory=dict)
+    conflicts: dict[tuple[str, str], list[Entry]] = field(default_factory=dict)
+    unheard: dict[str, str] = field(default_factory=dict)
+
+    def of_kind(self, kind: str) -> dict[str, Entry]:
+        """The entries of `policy`, `drafter` or `observer`, by name."""
+        return {"policy": self.policies, "drafter": self.drafters, "observer": self.observers}[kind]
+
+    def fail(self, plugin: str, reason: BaseException | str) -> None:
+        """Note why a plug-in is not there, and forget its hooks."""
+        text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
+        self.failures[plugin] = " ".join(text.split())
+        if self.manager.has_plugin(plugin):
+            self.manager.unregister(name=plugin)
+
+    def calls(self, hook: str) -> list[pluggy.HookImpl]:
+        """Implementations of a hook as pluggy calls them: `tryfirst` before all, else those registered last first."""
+        return list(reversed(getattr(self.manager.hook, hook).get_hookimpls()))
+
+
+def call(implementation: pluggy.HookImpl, **arguments: Any) -> None:
+    """Call one implementation with those of the hook's arguments that it asks for."""
+    implementation.function(*(arguments[name] for name in implementation.argnames))
+
+
+def build(points: Sequence[EntryPoint] | None = None, choice: Choice | None = None) -> Registry:
+    """Load the plug-ins of entry-point group `bpkit`, or those given. One that fails is noted, not raised."""
+    wanted = choice or Choice()
+    registry = Registry(pluggy.PluginManager(hookspecs.PROJECT))
+    registry.manager.add_hookspecs(hookspecs)
+    installed = list(_installed(entry_points(group=GROUP) if points is None else points))
+    ours = [plugin for plugin in installed if plugin.distribution == OURS]
+    theirs = [plugin for plugin in installed if plugin.distribution != OURS]
+    for plugin in (*ours, *_named_modules(wanted, installed), *theirs):
+        registry.plugins[plugin.name] = plugin
+        how = _disabled(plugin, wanted)
+        if how is not None:
+            registry.disabled[plugin.name] = how
+            registry.manager.set_blocked(plugin.name)
+        else:
+            _load(registry, plugin)
+    known = {name for plugin in registry.plugins.values() for name in plugin.names}
+    registry.unheard = {name: how for name, how in wanted.disabled.items() if name not in known}
+    _collect(registry)
+    return registry
+
+
+def _installed(points: Sequence[EntryPoint]) -> Iterator[Plugin]:
+    """A plug-in for each entry point, in the order of their names. The second of a name is called after its dist."""
+    taken: set[str] = set()
+    seen: set[tuple[str, str]] = set()
+    for point in sorted(points, key=_place):
+        if (point.name, point.value) in seen:
+            continue  # one module under one name: metadata of a distribution that was renamed and not uninstalled
+        seen.add((point.name, point.value))
+        distribution, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
+        name = f"{distribution}:{point.name}" if point.name in taken else point.name
+        taken.add(name)
+        yield Plugin(name, point.value, point.load, distribution, version)
+
+
+def _place(point: EntryPoint) -> tuple[str, bool, str]:
+    """By name; of one name, the plug-in that comes with bpkit first."""
+    distribution = point.dist.name if point.dist else ""
+    return point.name, distribution != OURS, distribution
+
+
+def _named_modules(choice: Choice, installed: Sequence[Plugin]) -> Iterator[Plugin]:
+    """Plug-ins for the modules that were named and are not installed as plug-ins."""
+    known = {name for plugin in installed for name in plugin.names}
+    for name in choice.named:
+        if name not in known:
+            yield Plugin(name, name, _importer(name, here=name in choice.from_flags))
+
+
+def _importer(module: str, *, here: bool) -> Callable[[], object]:
+    def load() -> object:
+        if names_file(module):
+            return module_of_file(module)
+        if here and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # last, so that it hides nothing that is installed
+        return importlib.import_module(module)
+
+    return load
+
+
+def _disabled(plugin: Plugin, choice: Choice) -> str | None:
+    """What keeps a plug-in from being loaded, or None."""
+    for name in plugin.names & set(choice.disabled):
+        return choice.disabled[name]
+    is_named = bool(plugin.names & set(choice.named))
+    return None if choice.autoload or is_named or plugin.distribution == OURS else NO_AUTOLOAD
+
+
+def _load(registry: Registry, plugin: Plugin) -> None:
+    """Import a plug-in and register its hooks with pluggy."""
+    try:
+        loaded = plugin.load()
+        check_hooks(registry.manager, loaded)
+        registry.manager.register(loaded, plugin.name)
+    except (Exception, SystemExit) as error:  # a stranger's plug-in may fail in any way, and take nobody along
+        registry.fail(plugin.name, error)
+
+
+def check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
+    """Refuse hooks that pluggy would pass over or take without a word.
+
+    Raises:
+        PolicyError: a hook without `@hookimpl`, a hook or an argument that does not exist, or a wrapper.
+    """
+    specs = hook_arguments()
+    for name in dir(plugin):
+        function = inspect.getattr_static(plugin, name, None)
+        options = manager.parse_hookimpl_opts(plugin, name)
+        if options is None:
+            is_function = inspect.isfunction(function) or isinstance(function, (staticmethod, classmethod))
+            if is_function and name.startswith("bpkit_register") and not hasattr(function, "bpkit_spec"):
+                raise PolicyError(f"{name} is not marked as a hook: put @bpkit.hookimpl before it")
+            continue
+        hook = options.get("specname") or name
+        if hook not in specs and not options.get("optionalhook"):
+            near = difflib.get_close_matches(hook, specs, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise PolicyError(f"there is no hook {hook!r}; {hint}The hooks are: {', '.join(specs)}")
+        if options.get("wrapper") or options.get("hookwrapper"):
+            raise PolicyError(f"{name} is a wrapper, with nothing to wrap: each plug-in's hooks are called alone")
+        if hook in specs:
+            _check_arguments(name, getattr(plugin, name), hook, specs[hook])
+
+
+def _check_arguments(name: str, function: Callable[..., Any], hook: str, accepted: tuple[str, ...]) -> None:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    for parameter in inspect.signature(function).parameters.values():
+        is_asked_for = parameter.kind in positional and parameter.default is parameter.empty
+        if is_asked_for and parameter.name not in accepted:
+            where = f"{name}, an implementation of {hook}," if name != hook else hook
+            listed = ", ".join(accepted)
+            raise PolicyError(f"{where} takes argument {parameter.name!r}, which does not exist; it is given: {listed}")
+
+
+def hook_arguments() -> dict[str, tuple[str, ...]]:
+    """Every hook with the names of its arguments."""
+    found = {}
+    for name, hook in vars(hookspecs).items():
+        if hasattr(hook, f"{hookspecs.PROJECT}_spec"):
+            found[name] = tuple(inspect.signature(hook).parameters)
+    return found
+
+
+def _collect(registry: Registry) -> None:
+    """Let the plug-ins register their entries, in the order of calls. Of one that fails half-way nothing counts."""
+    found: list[tuple[str, Entry]] = []
+    for kind, hook in HOOK_OF.items():
+        for implementation in registry.calls(hook):
+            try:
+                call(implementation, register=_recorder(registry, kind, implementation.plugin_name, found))
+            except (Exception, SystemExit) as error:
+                registry.failures.setdefault(implementation.plugin_name, f"{type(error).__name__}: {error}")
+    for name in registry.failures:
+        if registry.manager.has_plugin(name):
+            registry.manager.unregister(name=name)
+    for kind, entry in found:
+        if entry.plugin not in registry.failures:
+            _add(registry, kind, entry)
+
+
+def _recorder(registry: Registry, kind: str, plugin: str, found: list[tuple[str, Entry]]) -> hookspecs.Register:
+    origin = registry.plugins[plugin]
+
+    def register(name: str, target: str | Callable[..., Any], *, summary: str, config: str = "") -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise PolicyError(f"{name!r} is no name of a {kind}: letters, digits and . _ + - make one")
+        if not (callable(target) or (isinstance(target, str) and ":" in target)):
+            raise PolicyError(f"target {target!r} of {kind} {name!r} is neither 'module:Class' nor callable")
+        if any(kind == k and entry.name == name and entry.plugin == plugin for k, entry in found):
+            raise PolicyError(f"it registers {kind} {name!r} twice")
+        entry = Entry(name, target, summary, config, plugin, origin.distribution, origin.version)
+        found.append((kind, entry))
+
+    return register
+
+
+def _add(registry: Registry, kind: str, entry: Entry) -> None:
+    known, claimed = registry.of_kind(kind), registry.conflicts.get((kind, entry.name))
+    if claimed is not None:
+        claimed.append(entry)
+    elif entry.name in known:
+        registry.conflicts[kind, entry.name] = [known.pop(entry.name), entry]
+    else:
+        known[entry.name] = entry
+
+
+def explain_conflict(kind: str, claimed: Sequence[Entry]) -> str:
+    """Who claims one name, and how to settle it."""
+    who = " and by ".join(entry.whose for entry in claimed)
+    how = " or ".join(f"`{OPTION} no:{entry.plugin}`" for entry in claimed)
+    return f"{kind} {claimed[0].name!r} is registered twice: by {who}; disable one with {how}, or uninstall one"
+
+
+def _imported(target: str, entry: Entry) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        return found
+    except Exception as error:
+        raise PolicyError(
+            f"{entry.name!r} of {entry.whose} points at {target!r}, which cannot be "
+            f"imported: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,21 @@
+"""Making traces: outputs once, and every draft that could have been made."""
+
+from __future__ import annotations
+
+from bpkit.trace.collect.prompt import (
+    GENERATE_WITH,
+    PARTS,
+    TraceOptions,
+    Tracer,
+    generation_options,
+    processors_of,
+)
+
+__all__ = [
+    "GENERATE_WITH",
+    "PARTS",
+    "TraceOptions",
+    "Tracer",
+    "generation_options",
+    "processors_of",
+]

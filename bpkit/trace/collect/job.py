@@ -1,0 +1,113 @@
+"""The whole job of a trace: what is missing is traced, by one process or many, and written as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
+
+from bpkit import __version__
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.installation.machine import describe_machine
+from bpkit.prompts import Prompt
+from bpkit.trace.collect.prompt import TraceOptions, Tracer
+from bpkit.trace.fingerprint import fingerprint_model, fingerprint_texts
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.store.lock import claimed
+from bpkit.trace.store.manifest import Manifest, ModelFacts
+from bpkit.trace.store.storage import TraceWriter
+
+
+class Progress(Protocol):
+    """Is told how far a job has come."""
+
+    def start(self, phase: str, total: int) -> None:
+        """A phase of `total` prompts begins."""
+        ...
+
+    def tick(self) -> None:
+        """A prompt is done."""
+        ...
+
+
+Traces = Generator[PromptTrace, None, None]
+
+
+class Workers(Protocol):
+    """Something that traces prompts."""
+
+    def traces(self, prompts: Sequence[tuple[int, Prompt]]) -> Traces:
+        """Trace each (index, prompt), in any order. Closing the generator ends the work."""
+        ...
+
+
+class ThisProcess:
+    """Traces one prompt after the other, here."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+
+    def traces(self, prompts: Sequence[tuple[int, Prompt]]) -> Traces:
+        for index, prompt in prompts:
+            yield self.tracer.trace(index, prompt)
+
+
+def fingerprints(decoder: SpeculativeDecoder) -> tuple[str, str | None]:
+    """Of the weights of target and drafter; None for a drafter without a model."""
+    model = getattr(decoder.drafter, "model", None)
+    return fingerprint_model(decoder.target), None if model is None else fingerprint_model(model)
+
+
+def describe(
+    decoder: SpeculativeDecoder, prompts: Sequence[Prompt], options: TraceOptions, *, command: str = ""
+) -> Manifest:
+    """The manifest of a trace that is to be made."""
+    spec, machine = decoder.spec, describe_machine(decoder.target.device)
+    of_target, of_drafter = fingerprints(decoder)
+    return Manifest(
+        target=ModelFacts(name=spec.target, fingerprint=of_target),
+        drafter=ModelFacts(name=spec.drafter, fingerprint=of_drafter),
+        drafter_kind=spec.drafter_kind,
+        trained_block_size=decoder.drafter.trained_block_size,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        stateful=spec.stateful,
+        dtype=str(decoder.target.dtype).removeprefix("torch."),
+        sampling=dict(options.sampling),
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        block_sizes=options.block_sizes,
+        features=tuple(sorted(options.features)),
+        prompt_ids=tuple(p.id for p in prompts),
+        prompts_fingerprint=fingerprint_texts(part for p in prompts for part in (p.id, p.domain, p.text)),
+        command=command,
+        versions={"bpkit": __version__, "torch": machine.pop("torch"), "transformers": machine.pop("transformers")},
+        machine={name: machine[name] for name in ("cpu", "cores", "gpu", "python", "platform")},
+    )
+
+
+def run_job(
+    folder: Path, manifest: Manifest, prompts: Sequence[Prompt], workers: Workers, progress: Progress | None = None
+) -> Manifest:
+    """Trace the prompts that are missing in `folder`, then complete it. Run again, it goes on where it was stopped.
+
+    Raises:
+        TraceError: the folder holds another trace, or another run works on it.
+    """
+    with claimed(folder):
+        return _completed(TraceWriter(folder, manifest), prompts, workers, progress)
+
+
+def _completed(writer: TraceWriter, prompts: Sequence[Prompt], workers: Workers, progress: Progress | None) -> Manifest:
+    missing = writer.missing()
+    if progress is not None:
+        progress.start("tracing", len(prompts))
+        for _ in range(len(prompts) - len(missing)):
+            progress.tick()
+    with closing(workers.traces([(i, prompts[i]) for i in missing])) as traces:
+        for trace in traces:
+            writer.write(trace)
+            if progress is not None:
+                progress.tick()
+    return writer.finish()

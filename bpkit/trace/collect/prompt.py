@@ -1,0 +1,227 @@
+"""Tracing one prompt: the output once, one target pass over it, and every draft that could have been made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bpkit.decode.clock import WallClock, Watch
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.features import OF_THE_ANCHOR
+from bpkit.decode.noise import GumbelNoise
+from bpkit.decode.result import Run
+from bpkit.decode.sampling import Processors
+from bpkit.decode.verify import Coupled
+from bpkit.prompts import Prompt
+from bpkit.trace.collect.drafting import Drafts, Finished, trace_drafts
+from bpkit.trace.collect.pieces import Positions
+from bpkit.trace.collect.reader import DraftReader
+from bpkit.trace.collect.stepwise import refuse_memory
+from bpkit.trace.collect.target_pass import TargetPass, target_pass
+from bpkit.trace.records import DraftTable, PromptTrace
+from bpkit.types import Feature
+
+GENERATE_WITH = 6
+"""Block size that outputs are made with; it decides nothing but how fast."""
+PARTS = ("generation", "target pass", "draft passes", "the rest")
+"""Where the time of tracing a prompt goes."""
+TOP = 64
+"""First tokens whose log-probabilities are kept."""
+ALWAYS = frozenset({Feature.PREFILL_HIDDEN, Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
+"""Features that every trace holds, where the drafter provides them."""
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What to trace.
+
+    Attributes:
+        block_sizes: ascending, from 2.
+        max_new_tokens: output tokens at most.
+        sampling: `temperature`, and `top_p`, `top_k`, `repetition_penalty` where wanted.
+        seed: of the noise; None for greedy outputs.
+        features: beyond those that are always kept.
+    """
+
+    block_sizes: tuple[int, ...]
+    max_new_tokens: int = 128
+    sampling: Mapping[str, float] = field(default_factory=lambda: {"temperature": 0.0})
+    seed: int | None = None
+    features: frozenset[Feature] = frozenset()
+
+
+class Tracer:
+    """Traces prompts with one decoder.
+
+    Args:
+        decoder: under the coupled rule; its policy decides only how fast the outputs are made.
+
+    Attributes:
+        watch: has spent so many seconds on each of `PARTS` since it was made.
+
+    Raises:
+        ValueError: a rule, drafter or block size for which there is no exact trace, or a feature that is not there.
+    """
+
+    def __init__(self, decoder: SpeculativeDecoder, options: TraceOptions) -> None:
+        if decoder.rule != "coupled":
+            raise ValueError(
+                "only outputs of rule 'coupled' can be traced: under 'rejection' the text depends on the policy"
+            )
+        refuse_memory(decoder.drafter)
+        largest = decoder.drafter.max_block_size
+        if not options.block_sizes or min(options.block_sizes) < 2 or max(options.block_sizes) > largest:
+            sizes = "+".join(map(str, options.block_sizes)) or "none"
+            raise ValueError(
+                f"block sizes to trace are 2 .. {largest} with this drafter (1 needs no trace); got {sizes}"
+            )
+        if Feature.DRAFT_HIDDEN in options.features - decoder.drafter.provides:
+            raise ValueError(f"drafter {decoder.drafter.name} has no hidden states: leave the feature draft_hidden out")
+        self.decoder, self.options = decoder, options
+        self.watch = Watch(WallClock(decoder.target.device, wait=True))
+
+    @torch.inference_mode()
+    def trace(self, index: int, prompt: Prompt) -> PromptTrace:
+        """Trace one prompt; `index` is its place in the trace and the stream of its noise."""
+        self.watch.resume()
+        ids = self.decoder._ids(prompt.text).to(self.decoder.target.device)
+        output = self._generate(ids, index)
+        self.watch.lap("generation")
+        return self.retrace(index, prompt, ids, output)
+
+    def _generate(self, ids: Tensor, index: int) -> tuple[Tensor, Processors]:
+        """The output, int64 [1, output length], and the logits processors that it was made under."""
+        run = self.decoder.run(ids, stream_id=index, **generation_options(self.options))
+        return run.finish().tokens, processors_of(run)
+
+    def retrace(self, index: int, prompt: Prompt, ids: Tensor, output: tuple[Tensor, Processors]) -> PromptTrace:
+        """Trace a finished output."""
+        tokens, processors = output
+        seen = target_pass(self.decoder.target, self.decoder.drafter.feature_layers, ids, tokens)
+        noise = self._noise(index, tokens.shape[1])
+        finished = Finished(
+            ids=torch.cat([ids, tokens], dim=1),
+            prompt_length=ids.shape[1],
+            features=seen.features,
+            reader=DraftReader(
+                processors, seen.vocab_size, noise, None if noise is None else seen.probabilities(processors)
+            ),
+            block_sizes=self.options.block_sizes,
+            keep_hidden=Feature.DRAFT_HIDDEN in self.options.features,
+        )
+        self.watch.lap("target pass")
+        drafts = trace_drafts(self.decoder.drafter, finished)
+        self.watch.lap("draft passes")
+        log_p = seen.first_logits().float().log_softmax(dim=-1)
+        top = log_p.topk(min(TOP, len(log_p)))
+        trace = PromptTrace(
+            index=index,
+            id=prompt.id,
+            domain=prompt.domain,
+            max_new_tokens=self.options.max_new_tokens,
+            prompt_tokens=_ints(ids[0]),
+            output_tokens=_ints(tokens[0]),
+            prefill_top_tokens=_ints(top.indices),
+            prefill_top_log_probabilities=_floats(top.values),
+            prefill_entropy=float(-(log_p.exp() * log_p.clamp(min=-1e30)).sum()),
+            near_ties=_ints(seen.near_ties(processors, noise)),
+            drafts=self._table(drafts, tokens[0].cpu()),
+            features=self._features(seen, tokens[0]),
+        )
+        self.watch.lap("the rest")
+        return trace
+
+    def _noise(self, index: int, output_length: int) -> Positions | None:
+        """Noise of every position that a draft may reach."""
+        if self.options.seed is None:
+            return None
+        count, vocab_size = output_length + max(self.options.block_sizes), self.decoder.spec.vocab_size
+        device = self.decoder.target.device
+
+        def make(piece: slice) -> Tensor:
+            noise = GumbelNoise(cast("int", self.options.seed), index, vocab_size, device)
+            noise.forget_before(piece.start)
+            return noise.at(piece.start, piece.stop - piece.start)
+
+        return Positions(count, vocab_size, make)
+
+    def _features(self, seen: TargetPass, tokens: Tensor) -> dict[Feature, NDArray[np.float32]]:
+        """Features of the target: of the first position, and of all that decided an output token."""
+        wanted = self.options.features
+        found = {Feature.PREFILL_HIDDEN: seen.last_hidden[0]}
+        if Feature.PREFILL_LOGITS in wanted:
+            found[Feature.PREFILL_LOGITS] = seen.first_logits()
+        if Feature.LAST_HIDDEN in wanted:
+            found[Feature.LAST_HIDDEN] = seen.last_hidden
+        if Feature.TARGET_FEATURES in wanted and seen.features is not None:
+            found[Feature.TARGET_FEATURES] = seen.features[0, -len(tokens) :]
+        if Feature.ANCHOR_EMBEDDING in wanted:
+            found[Feature.ANCHOR_EMBEDDING] = self.decoder.target.get_input_embeddings()(tokens)
+        if wanted & OF_THE_ANCHOR:
+            log_probability, entropy = seen.anchor_statistics()
+            both = {Feature.ANCHOR_LOG_PROBABILITY: log_probability, Feature.ANCHOR_ENTROPY: entropy}
+            found.update({name: value for name, value in both.items() if name in wanted})
+        return {name: _floats(value) for name, value in found.items()}
+
+    def _table(self, drafts: Drafts, output: Tensor) -> DraftTable:
+        # What the drafter provides decides the columns, not what this prompt has: an output of one token has no drafts.
+        provided, features = self.decoder.drafter.provides, {}
+        if Feature.DRAFT_PROBABILITY in provided:
+            features[Feature.DRAFT_PROBABILITY] = _floats(drafts.probability)
+        if Feature.DRAFT_ENTROPY in provided:
+            features[Feature.DRAFT_ENTROPY] = _floats(drafts.entropy)
+        if Feature.DRAFT_HIDDEN in self.options.features:
+            hidden = drafts.tokens.new_empty((*drafts.tokens.shape, 0)) if drafts.hidden is None else drafts.hidden
+            features[Feature.DRAFT_HIDDEN] = _floats(hidden)
+        sampled = Feature.DRAFT_PROBABILITY in provided and self.options.seed is not None
+        return DraftTable(
+            block_sizes=np.array(self.options.block_sizes, np.int32),
+            draft_length=_ints(drafts.draft_length),
+            num_accepted=_ints(num_accepted(drafts.tokens, output)),
+            tokens=_ints(drafts.tokens),
+            features=features,
+            match_probability=_floats(drafts.match_probability) if sampled else None,
+        )
+
+
+def num_accepted(drafted: Tensor, output: Tensor) -> Tensor:
+    """How much of each draft stands.
+
+    Args:
+        drafted: int64 [rows, sizes, width], -1 where nothing was drafted; row r begins at output position r + 1.
+        output: int64 [output length].
+
+    Returns:
+        int64 [rows, sizes]. The last token of a step is the target's own, so that a draft that reaches the end of the
+        output counts one less.
+    """
+    rows, _, width = drafted.shape
+    padded = torch.cat([output, output.new_full((width,), -2)])
+    right = padded[1:].unfold(0, width, 1)[:rows]  # int64 [rows, width]: the output from each row's position on
+    stands = (drafted == right[:, None]).cumprod(dim=-1).sum(dim=-1)
+    left = torch.arange(rows, 0, -1) - 1
+    return stands.minimum(left[:, None])
+
+
+def _ints(values: Tensor) -> NDArray[np.int32]:
+    return cast("NDArray[np.int32]", values.cpu().numpy().astype(np.int32))
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    return cast("NDArray[np.float32]", values.float().cpu().numpy())
+
+
+def generation_options(options: TraceOptions) -> dict[str, Any]:
+    """The options of `generate` that a trace is made under."""
+    return {"max_new_tokens": options.max_new_tokens, "seed": options.seed, **options.sampling}
+
+
+def processors_of(run: Run) -> Processors:
+    """The logits processors that a generation runs under."""
+    return cast("Coupled", run.request.rule).processors

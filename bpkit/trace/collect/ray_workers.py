@@ -1,0 +1,127 @@
+"""Tracing by the actors of a Ray cluster. Traces come back to the driver, which writes: no shared file system."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpkit.trace.collect.job import Traces
+from bpkit.trace.collect.prompt import TraceOptions
+from bpkit.trace.collect.workers import Models, Task, Worker, WorkerError
+
+LOCAL = "local"
+START_SECONDS = 600
+"""How long a cluster may take to start the first worker; one that grows on demand needs minutes."""
+
+
+class OnRay:
+    """Traces on a Ray cluster, with `count` actors of one CPU each and, for models on a GPU, their share of one.
+
+    Args:
+        address: `local` starts Ray on this machine and stops it afterwards; `auto` or an address connects. What was
+            started before, by whomever, is left running.
+    """
+
+    def __init__(self, models: Models, options: TraceOptions, count: int, address: str) -> None:
+        self.models, self.options, self.count, self.address = models, options, count, address
+
+    def traces(self, prompts: Sequence[Task]) -> Traces:
+        """Trace each (index, prompt), as they come. Raises WorkerError."""
+        if not prompts:
+            return
+        with _connected(self.address, self.count) as ray:
+            actors = [self._actor(ray) for _ in prompts[: self.count]]
+            try:
+                yield from _shared_out(ray, actors, list(prompts))
+            finally:
+                for actor in actors:
+                    ray.kill(actor)
+
+    def _actor(self, ray: Any) -> Any:
+        wanted: dict[str, float] = {"num_cpus": 1}
+        if (self.models.device or _default_device()).startswith("cuda"):
+            gpus = int(ray.cluster_resources().get("GPU", 0))
+            # As many actors on each GPU as it takes; from one without a share, Ray may hide the GPUs.
+            wanted["num_gpus"] = 1 / math.ceil(self.count / gpus) if gpus else 1
+        models = replace(self.models, target=_absolute(self.models.target), drafter=_absolute(self.models.drafter))
+        return ray.remote(Worker).options(**wanted).remote(models, self.options)
+
+
+def _shared_out(ray: Any, actors: Sequence[Any], tasks: Sequence[Task]) -> Traces:
+    """Hand out the tasks one by one. An actor that the cluster has no room for gets none, and holds nobody up."""
+    left = iter(tasks)
+    loading = {actor.load.remote(): actor for actor in actors}
+    if not ray.wait(list(loading), timeout=START_SECONDS)[0]:
+        raise WorkerError(
+            f"no worker could start within {START_SECONDS // 60} minutes; the cluster has {ray.cluster_resources()}"
+        )
+    tracing: dict[Any, tuple[Any, Task]] = {}
+    missing = len(tasks)
+    while missing:
+        for reference in ray.wait([*tracing, *loading])[0]:
+            actor, task = tracing.pop(reference, None) or (loading.pop(reference), None)
+            done = _result(ray, reference, task)
+            following = next(left, None)
+            if following is not None:
+                tracing[actor.trace.remote(*following)] = actor, following
+            if task is not None:
+                missing -= 1
+                yield done
+            del done, reference  # Ray keeps a result as long as somebody refers to it
+
+
+def _result(ray: Any, reference: Any, task: Task | None) -> Any:
+    """What an actor returned. Raises WorkerError if it failed or is gone."""
+    at = "while it loaded the models" if task is None else f"with prompt {task[1].id!r}"
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (cause if type(cause) is WorkerError else WorkerError(str(cause))) from None
+    except ray.exceptions.RayError as error:
+        said = str(error).strip().splitlines()[0]
+        raise WorkerError(
+            f"a Ray worker is gone {at} ({said}). What was traced is kept: the same command goes on from there"
+        ) from None
+
+
+@contextmanager
+def _connected(address: str, count: int) -> Iterator[Any]:
+    """Ray, connected; disconnected and, if it was started here, stopped afterwards."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of what a later version will do
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address == LOCAL:
+            ray.init(address=LOCAL, num_cpus=count, include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        raise WorkerError(
+            f"cannot work on Ray at {address!r} ({said}); start a cluster with `ray start --head`, or use --ray local"
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _absolute(name: Any) -> Any:
+    """A folder by its whole path: workers have another working directory."""
+    return str(Path(name).absolute()) if isinstance(name, str) and Path(name).is_dir() else name

@@ -1,0 +1,217 @@
+"""Tracing by several processes, here or on a Ray cluster. Workers trace; the one who asked writes.
+
+A worker loads its models once and is handed the next prompt when it has given the last one back, so that what is in
+flight is a prompt for each worker, however many prompts there are.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.prompts import Prompt
+from bpkit.trace.collect.job import Traces, fingerprints
+from bpkit.trace.collect.prompt import GENERATE_WITH, TraceOptions, Tracer
+from bpkit.trace.records import PromptTrace
+
+_GO_ON = "What was traced is kept: the same command goes on from there"
+
+Task = tuple[int, Prompt]
+
+
+class WorkerError(ChildProcessError):
+    """A worker failed or is gone; the message names the prompt and says what to do."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a worker loads; it can be sent to another process or machine.
+
+    Attributes:
+        target, drafter, device, dtype: as `SpeculativeDecoder.from_pretrained` takes them.
+        weights: fingerprints of target and drafter that must be found, so that all workers have the same; None
+            accepts any.
+    """
+
+    target: str | None
+    drafter: str | dict[str, Any] | None
+    device: str | None
+    dtype: str | None
+    weights: tuple[str, str | None] | None = None
+
+    def load(self) -> SpeculativeDecoder:
+        """Load them. Raises ValueError if the weights are others."""
+        decoder = SpeculativeDecoder.from_pretrained(
+            self.target, self.drafter, f"fixed:{GENERATE_WITH}", dtype=self.dtype, device=self.device
+        )
+        if self.weights is not None and fingerprints(decoder) != self.weights:
+            raise ValueError(
+                f"the weights of {self.target or 'the shipped target'} or its drafter are others here, or of another "
+                "dtype: give every machine the same files, and name --device and --dtype"
+            )
+        return decoder
+
+
+class Worker:
+    """Traces prompts with models of its own, on one thread."""
+
+    def __init__(self, models: Models, options: TraceOptions) -> None:
+        self.models, self.options = models, options
+
+    @cached_property
+    def _tracer(self) -> Tracer:
+        from transformers.utils import logging
+
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        torch.set_num_threads(1)
+        return Tracer(self.models.load(), self.options)
+
+    def load(self) -> None:
+        """Load the models. Raises WorkerError, which any process can read, for whatever went wrong."""
+        try:
+            _ = self._tracer
+        except Exception as error:
+            raise WorkerError(f"a worker cannot load the models: {type(error).__name__}: {error}") from error
+
+    def trace(self, index: int, prompt: Prompt) -> PromptTrace:
+        """Trace one prompt. Raises WorkerError that names it."""
+        self.load()
+        try:
+            return self._tracer.trace(index, prompt)
+        except Exception as error:
+            raise WorkerError(
+                f"prompt {prompt.id!r} cannot be traced: {type(error).__name__}: {error}. {_GO_ON}"
+            ) from error
+
+
+class Processes:
+    """Traces in `count` processes of this machine.
+
+    They are daemons on pipes of their own, rather than those of a pool: it is known which prompt was lost with a
+    process, they can be ended in the middle of a prompt, and they end by themselves when this process is gone.
+    """
+
+    def __init__(self, models: Models, options: TraceOptions, count: int) -> None:
+        self.models, self.options, self.count = models, options, count
+
+    def traces(self, prompts: Sequence[Task]) -> Traces:
+        """Trace each (index, prompt), as they come. Raises WorkerError."""
+        left = iter(prompts)
+        crew: list[_Process] = []
+        try:
+            with _uninterrupted():
+                crew += [_Process(self.models, self.options) for _ in prompts[: self.count]]
+            for process in crew:
+                process.give(next(left))
+            busy = {process.pipe: process for process in crew}
+            while busy:
+                for pipe in wait(list(busy)):
+                    assert isinstance(pipe, Connection)
+                    done = busy[pipe].take()
+                    following = next(left, None)
+                    if following is None:
+                        del busy[pipe]
+                    else:
+                        busy[pipe].give(following)
+                    yield done
+        finally:
+            for process in crew:
+                process.end()
+
+
+class _Process:
+    """One process, and the prompt that it is at."""
+
+    def __init__(self, models: Models, options: TraceOptions) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and CUDA
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs, models, options), daemon=True)
+        self.process.start()
+        theirs.close()  # ours to close: only then is the end of theirs the end of the pipe
+        self.prompt: Prompt | None = None
+
+    def give(self, task: Task) -> None:
+        """Hand over a prompt. It waits in `recv`, so that this never blocks."""
+        self.prompt = task[1]
+        try:
+            self.pipe.send(task)
+        except OSError:
+            raise self._gone() from None
+
+    def take(self) -> PromptTrace:
+        """What became of the prompt."""
+        try:
+            found = self.pipe.recv()
+        except (EOFError, OSError):
+            raise self._gone() from None
+        if isinstance(found, PromptTrace):
+            return found
+        raise found
+
+    def end(self) -> None:
+        """End it, whatever it is at."""
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+    def _gone(self) -> WorkerError:
+        self.process.join(timeout=5)
+        code = self.process.exitcode
+        said = f"exit code {code}"
+        if code is not None and code < 0:
+            said = f"{signal.Signals(-code).name}; short of memory, the system kills processes"
+        assert self.prompt is not None
+        return WorkerError(f"the process that traced prompt {self.prompt.id!r} is gone ({said}). {_GO_ON}")
+
+
+def _work(pipe: Connection, models: Models, options: TraceOptions) -> None:
+    """The whole life of a process: prompts in, traces or a WorkerError out, until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    worker = Worker(models, options)
+    try:
+        while True:
+            index, prompt = pipe.recv()
+            try:
+                pipe.send(worker.trace(index, prompt))
+            except WorkerError as error:
+                pipe.send(error)
+    except (EOFError, OSError):
+        return
+
+
+def _end_with_parent() -> None:
+    """Without this, a process whose parent was killed would first finish its prompt."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that start here are deaf to Ctrl-C, which reaches all of a terminal's: their parent ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # comes with the first process, and would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

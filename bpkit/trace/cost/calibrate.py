@@ -1,0 +1,270 @@
+"""Measures what steps cost on this device: inside the live loop, with block sizes and verify widths interleaved.
+
+Costs measured in isolation mislead: in the loop, target and drafter push each other out of the caches. So ordinary
+requests run under a policy that draws sizes at random, and every step is timed by the decoder's own clock.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field
+
+from bpkit.decode.clock import Clock, WallClock
+from bpkit.installation.machine import describe_machine
+from bpkit.policy import Policy, PolicyConfig, State
+from bpkit.prompts import Prompt
+from bpkit.trace.cost.estimate import Estimate, Steps, estimate, worst_cell
+from bpkit.trace.cost.measured import Measured
+from bpkit.trace.cost.table import CostTable
+from bpkit.types import OF_THE_DISTRIBUTION, Context, Draft, Feature, Seconds, Work
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bpkit.decode.decoder import SpeculativeDecoder
+
+CHANCE_OF_PLAIN_STEPS, MOST_PLAIN_STEPS = 0.03, 32
+REQUESTS_BETWEEN_LOOKS = 10
+
+Progress = Callable[[str, int, int], None]
+"""Is told what is going on, requests done in this round, and requests of a round."""
+
+
+class RandomSizesConfig(PolicyConfig):
+    """Options of `RandomSizes`."""
+
+    largest: int = Field(ge=2, description="largest block size and verify width")
+
+
+class RandomSizes(Policy):
+    """Draws block size and verify width at random, so that every size is timed amid all others.
+
+    Block sizes are drawn evenly. Half of the drafts are verified whole, so that no width is rare, and of the others as
+    much as is drawn. Now and then comes a run of plain steps, its length even on a logarithmic scale: the draft after
+    it has much to catch up with.
+    """
+
+    Config = RandomSizesConfig
+    wants = frozenset()
+    config: RandomSizesConfig
+
+    def begin(self, context: Context) -> State:
+        return {"width": context.full(1), "plain_steps": context.full(0)}  # int64 [batch] both
+
+    def select(self, state: State, context: Context) -> Tensor:
+        drawn = [self._draw(left, context.generator) for left in state["plain_steps"].tolist()]
+        block_size: Tensor
+        block_size, state["width"], state["plain_steps"] = context.position.new_tensor(drawn).T
+        return block_size
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        verify_length: Tensor = (state["width"] - 1).minimum(draft.draft_length)
+        return verify_length
+
+    def _draw(self, plain_steps_left: int, generator: torch.Generator) -> tuple[int, int, int]:
+        """Block size, verify width, and how many plain steps are to come."""
+
+        def between(low: int, high: int) -> int:
+            return int(torch.randint(low, high + 1, (), generator=generator))
+
+        if plain_steps_left == 0 and float(torch.rand((), generator=generator)) < CHANCE_OF_PLAIN_STEPS:
+            plain_steps_left = int(MOST_PLAIN_STEPS ** float(torch.rand((), generator=generator)))
+        if plain_steps_left > 0:
+            return 1, 1, plain_steps_left - 1
+        block_size = between(2, self.config.largest)
+        return block_size, block_size if between(0, 1) else between(1, block_size), 0
+
+
+class RandomSizesWithFeatures(RandomSizes):
+    """The same, with probabilities and entropies of every draft, where the drafter has them: they take time too."""
+
+    wants_optional = OF_THE_DISTRIBUTION
+
+
+class RandomSizesWithEntropy(RandomSizes):
+    """The same for rejection sampling, which forbids a policy to see the probabilities of drafted tokens."""
+
+    wants_optional = frozenset({Feature.DRAFT_ENTROPY})
+
+
+class Recorder:
+    """The decoder's clock, with a memory of the work and the seconds of every step."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.timed: list[tuple[Work, Seconds]] = []
+
+    def now(self) -> float:
+        return self.clock.now()
+
+    def charge(self, measured: Seconds, work: Work | None) -> Seconds:
+        seconds = self.clock.charge(measured, work)
+        if work is not None:
+            self.timed.append((work, seconds))
+        return seconds
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How long to measure, and what.
+
+    Attributes:
+        max_block_size: largest block size and verify width; the drafter's trained block size if None.
+        spread: relative standard error below which a figure is good enough.
+        max_minutes: at most; the request in hand is finished.
+        rounds: over all prompts at most; None for no limit.
+        options: of `SpeculativeDecoder.generate`, without the seed.
+        seed: of sampling noise and of the order of prompts.
+        command: to keep in the table.
+    """
+
+    max_block_size: int | None = None
+    spread: float = 0.02
+    max_minutes: float = 10.0
+    rounds: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    command: str | None = None
+
+
+def calibrate(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[Prompt],
+    settings: CalibrationSettings,
+    progress: Progress | None = None,
+) -> CostTable:
+    """Measure until every draft and every target pass is known well enough, or time is up.
+
+    The decoder's own policy does not run; its clock times the steps.
+
+    Raises:
+        ValueError: a block size that this drafter cannot draft; CostError if too little could be measured.
+    """
+    largest = largest_size(decoder, settings.max_block_size)
+    clock = decoder.clock.waiting() if isinstance(decoder.clock, WallClock) else decoder.clock
+    recorder = Recorder(clock)
+    decoders = [_timed(decoder, policy, recorder) for policy in _policies(decoder, largest, settings)]
+    machine = describe_machine(decoder.target.device)
+    for variant in decoders:  # first calls allocate and choose kernels
+        variant.run(prompts[0].text, seed=settings.seed, **settings.options).finish()
+    recorder.timed.clear()
+    started = time.time()
+    rounds, ended = _measure(decoders, recorder, prompts, settings, largest, progress)
+    steps = Steps.of(recorder.timed)
+    figures = estimate(steps, largest, decoder.spec.drafter_kind)
+    measured = Measured(
+        **_what(decoder),
+        machine=machine,
+        options=dict(settings.options),
+        command=settings.command,
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        seconds=round(time.time() - started, 3),
+        steps=len(steps),
+        prompts=len(prompts),
+        rounds=rounds,
+        ended=ended,
+        **_checks(steps, figures, largest),
+    )
+    return CostTable(name="measured", description=_description(measured), measured=measured, **vars(figures))
+
+
+def largest_size(decoder: SpeculativeDecoder, asked: int | None) -> int:
+    """The largest block size and width to measure. Raises ValueError if the drafter cannot draft it."""
+    most = decoder.spec.max_block_size
+    if asked is not None and not 2 <= asked <= most:
+        raise ValueError(f"max_block_size {asked} is not within 2 .. {most}, what drafter {decoder.spec.drafter} can")
+    return asked or max(decoder.spec.trained_block_size, 2)
+
+
+def _policies(decoder: SpeculativeDecoder, largest: int, settings: CalibrationSettings) -> list[Policy]:
+    if not decoder.drafter.provides & OF_THE_DISTRIBUTION:
+        return [RandomSizes(largest=largest)]
+    forbidden = decoder.rule == "rejection" and settings.options.get("temperature") != 0
+    featured = RandomSizesWithEntropy if forbidden else RandomSizesWithFeatures
+    return [RandomSizes(largest=largest), featured(largest=largest)]
+
+
+def _timed(decoder: SpeculativeDecoder, policy: Policy, recorder: Recorder) -> SpeculativeDecoder:
+    made = decoder.with_policy(policy)
+    made.clock, made.strict = recorder, True
+    return made
+
+
+def _measure(
+    decoders: Sequence[SpeculativeDecoder],
+    recorder: Recorder,
+    prompts: Sequence[Prompt],
+    settings: CalibrationSettings,
+    largest: int,
+    progress: Progress | None,
+) -> tuple[int, str]:
+    """Run rounds over the prompts, requests with and without features in turn. Returns rounds and why they ended."""
+    tell = progress or (lambda said, done, total: None)
+    tasks, rng = list(enumerate(prompts)), random.Random(settings.seed)
+    deadline = time.monotonic() + 60 * settings.max_minutes
+    said = ""
+    for round_ in count(1):
+        rng.shuffle(tasks)
+        for done, (index, prompt) in enumerate(tasks):
+            if done % REQUESTS_BETWEEN_LOOKS == 0:
+                said = _how_far(Steps.of(recorder.timed), largest)
+            tell(f"round {round_}, {said}", done, len(tasks))
+            variant = decoders[(round_ + done) % len(decoders)]
+            variant.run(prompt.text, seed=settings.seed, stream_id=index, **settings.options).finish()
+            if time.monotonic() > deadline:
+                return round_, f"{settings.max_minutes:g} minutes were over"
+        worst = worst_cell(Steps.of(recorder.timed), largest)
+        if worst is not None and worst.spread < settings.spread:
+            return round_, f"every draft and target pass was known to {100 * settings.spread:g}%"
+        if round_ == settings.rounds:
+            return round_, f"{round_} rounds were over" if round_ > 1 else "the round was over"
+    raise AssertionError("rounds have no end of their own")
+
+
+def _how_far(steps: Steps, largest: int) -> str:
+    worst = worst_cell(steps, largest)
+    if worst is None or worst.spread == float("inf"):
+        return "not all sizes seen yet"
+    return f"worst spread {100 * worst.spread:.1f}% ({worst.phase} {worst.size})"
+
+
+def _what(decoder: SpeculativeDecoder) -> dict[str, Any]:
+    spec, target = decoder.spec, decoder.target
+    return {
+        "target": spec.target,
+        "drafter": spec.drafter,
+        "drafter_kind": spec.drafter_kind,
+        "device": str(target.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "rule": spec.verify_rule,
+    }
+
+
+def _checks(steps: Steps, figures: Estimate, largest: int) -> dict[str, Any]:
+    """How far the figures are to be trusted: their worst spread, their sum against the clock, and drift."""
+    worst = worst_cell(steps, largest)
+    assert worst is not None  # or there would be no figures
+    modelled, measured = steps.modelled(CostTable(**vars(figures))), steps.measured
+    half = len(steps) // 2
+    early, late = (measured[part].sum() / modelled[part].sum() for part in (slice(half), slice(half, None)))
+    return {
+        "worst_spread": round(worst.spread, 5),
+        "modelled_over_measured": round(float(modelled.sum() / measured.sum()), 4),
+        "drift": round(float(late / early) - 1, 4),
+    }
+
+
+def _description(measured: Measured) -> str:
+    """What a reader should know before anything else."""
+    return (
+        f"{measured.target} with {measured.drafter} on {measured.machine.get('gpu') or measured.machine.get('cpu')}, "
+        f"{measured.dtype}, {measured.threads} thread(s)"
+    )

@@ -1,0 +1,74 @@
+"""Cost files: JSON that is checked key by key, and written at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from bpkit.files import write_at_once
+from bpkit.trace.cost.errors import CostError
+from bpkit.trace.cost.presets import PRESETS
+from bpkit.trace.cost.table import CostTable
+
+EXAMPLE = '{"verify": {"1": 1.0, "2": 1.1, "4": 1.3}}'
+
+
+def read_cost(path_or_preset: str | Path) -> CostTable:
+    """Read a cost file, or make a preset by its name.
+
+    Raises:
+        CostError: the file is no cost model; the message names file, key and what to write there.
+        FileNotFoundError: there is neither such a file nor such a preset.
+    """
+    if str(path_or_preset) in PRESETS:
+        return PRESETS[str(path_or_preset)]
+    file = Path(path_or_preset)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no cost file {str(path_or_preset)!r}, and no preset of that name; the presets are: "
+            f"{', '.join(PRESETS)}; `bpkit calibrate --out {file.name}` measures one"
+        )
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CostError(f"{file} is not valid JSON ({error}); a cost model looks like {EXAMPLE}") from None
+    if not isinstance(stated, dict):
+        raise CostError(f"{file} must hold an object such as {EXAMPLE}, not a {type(stated).__name__}")
+    try:
+        return CostTable.model_validate({"name": file.stem, **stated})
+    except ValidationError as error:
+        raise CostError(f"{file}: {'; '.join(_fault(fault) for fault in error.errors())}") from None
+
+
+def write_cost(cost: CostTable, path: str | Path) -> None:
+    """Write a cost file at once: whoever reads it sees the old file or the whole new one."""
+    write_at_once(Path(path), json.dumps(cost.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+
+
+_HOW_TO_MEND = {
+    "extra_forbidden": "is not a key of a cost model; the keys are: " + ", ".join(CostTable.model_fields),
+    "missing": f"is missing: give the cost of target passes by verified positions, such as {EXAMPLE}",
+    "too_short": f"is empty: give at least one figure, such as {EXAMPLE}",
+    "greater_than": "must be above 0",
+    "greater_than_equal": "must not be negative",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "dict_type": 'must hold figures by size, such as {"2": 0.1, "4": 0.2}',
+    "literal_error": "is another than this version of bpkit knows",
+}
+
+
+def _fault(fault: Any) -> str:
+    """One fault of a cost file: key, what is wrong, what is there."""
+    place = [str(part) for part in fault["loc"] if part not in ("one figure", "by context length")]
+    value = "" if isinstance(fault["input"], (dict, list)) else f", not {fault['input']!r}"
+    if place[-1] == "[key]":
+        where, bound = ".".join(place[:-1]), fault.get("ctx", {}).get("ge")
+        return f"{where}: keys must be whole numbers{'' if bound is None else f' from {bound}'}{value}"
+    if fault["type"] in ("extra_forbidden", "missing"):
+        value = ""
+    said = _HOW_TO_MEND.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    return f"{'.'.join(place)} {said}{value}"

@@ -1,0 +1,201 @@
+"""What a step costs on some device: a table that is measured, written by hand, or made from published figures.
+
+Costs are staircases, not lines (a kernel that is tiled by 8 costs as much for 5 positions as for 8), so nothing smooth
+is fitted: a size between two given ones costs what the next larger given one does. Times are in seconds, or in any
+other unit that the whole table shares: every comparison of policies is a ratio.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+
+from bpkit.trace.cost.errors import CostError
+from bpkit.trace.cost.lookup import Curve, Stairs, curve
+from bpkit.trace.cost.measured import Cell, Measured
+from bpkit.types import PHASES
+
+
+def _shape(value: Any) -> str:
+    return "by context length" if isinstance(value, Mapping) else "one figure"
+
+
+_Free = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+_Paid = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+_Size = Annotated[int, Field(ge=1)]
+_BlockSize = Annotated[int, Field(ge=2)]
+_ByContext = Annotated[dict[Annotated[int, Field(ge=0)], _Paid], Field(min_length=1)]
+_Verify = Annotated[
+    Annotated[_Paid, Tag("one figure")] | Annotated[_ByContext, Tag("by context length")], Discriminator(_shape)
+]
+
+
+class CostTable(BaseModel):
+    """A `bpkit.types.CostModel` as a table, and the schema of a cost file. All figures are in `unit`.
+
+    Attributes:
+        draft: by block size (autoregressive and n-gram drafters: drafted tokens plus one), one position waiting.
+        catch_up: what a draft takes longer, by waiting positions; 0 below the first given, and above the last in
+            proportion to the number of positions (the first draft of a request reads the whole prompt).
+        features: probabilities and entropies of a draft, by block size.
+        verify: by verified positions, anchor included; each one figure, or figures by context length, linear in
+            between and constant outside.
+        rest: everything else in a step.
+        spread, measured: of tables that were measured. source: of published figures.
+
+    A table that is left out costs nothing. Sizes between two given ones cost what the next larger one does.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    name: str = "custom"
+    description: str = ""
+    source: str = ""
+    unit: Literal["seconds", "plain steps"] = "seconds"
+    draft: dict[_BlockSize, _Free] = {}
+    catch_up: dict[_Size, _Free] = {}
+    features: dict[_BlockSize, _Free] = {}
+    verify: Annotated[dict[_Size, _Verify], Field(min_length=1)]
+    rest: _Free = 0.0
+    spread: tuple[Cell, ...] = ()
+    measured: Measured | None = None
+
+    @field_validator("verify")
+    @classmethod
+    def _has_plain_decoding(cls, verify: dict[int, Any]) -> dict[int, Any]:
+        if 1 not in verify:
+            raise ValueError("needs width 1, the cost of a step without drafting")
+        return verify
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> CostTable:
+        """A copy, other figures included: nothing that was looked up before is kept."""
+        copied = super().model_copy(update=update, deep=deep)
+        for kept in ("_stairs", "_widths", "_curves"):
+            copied.__dict__.pop(kept, None)
+        return copied
+
+    # The CostModel protocol
+
+    def seconds(self, phase: str, size: int, context_length: int) -> float:
+        """Cost of one of `PHASES`. Raises CostError for a size above the largest that the table gives."""
+        if phase == "verify":
+            return self._curves[self._column(size)].at(context_length)
+        if phase == "rest":
+            return self.rest
+        stairs = self._stairs_of(phase)
+        found = stairs.at(size)
+        if found is None:
+            raise self._too_large(phase, size, stairs.sizes)
+        return found
+
+    def array(self, phase: str, sizes: ArrayLike, context_lengths: ArrayLike = 0) -> NDArray[np.float64]:
+        """`seconds` of many sizes and context lengths: float64, of the shape that both broadcast to.
+
+        Raises CostError, as `seconds`.
+        """
+        wanted, contexts = np.broadcast_arrays(np.asarray(sizes), np.asarray(context_lengths))
+        if phase == "rest":
+            return np.full(wanted.shape, self.rest)
+        if phase != "verify":
+            stairs = self._stairs_of(phase)
+            if wanted.size and stairs.at(int(wanted.max())) is None:
+                raise self._too_large(phase, int(wanted.max()), stairs.sizes)
+            return stairs.array(wanted)
+        columns = np.searchsorted(self._widths, wanted)
+        for width in (int(wanted.min()), int(wanted.max())) if wanted.size else ():
+            self._column(width)
+        found = np.empty(wanted.shape)
+        for column in np.unique(columns):
+            here = columns == column
+            found[here] = self._curves[column].array(contexts[here])
+        return found
+
+    # What it says
+
+    @property
+    def largest_width(self) -> int:
+        """The largest verify width that has a cost."""
+        return self._widths[-1]
+
+    @property
+    def largest_block_size(self) -> int | None:
+        """The largest block size that has a draft cost; None if drafts cost nothing, whatever their size."""
+        return max(self.draft, default=None)
+
+    @property
+    def middle_context(self) -> int:
+        """A context length in the middle of those that verify width 1 is given for; 0 if it is given for none."""
+        plain = self.verify[1]
+        return sorted(plain)[len(plain) // 2] if isinstance(plain, dict) else 0
+
+    def target_efficiency(self, width: int, context_length: int | None = None) -> float:
+        """T(1) / T(width): what share of the ideal a verification keeps (MoESD, 2505.19645). 1 is ideal.
+
+        Args:
+            context_length: by default one in the middle.
+        """
+        at = self.middle_context if context_length is None else context_length
+        return self.seconds("verify", 1, at) / self.seconds("verify", width, at)
+
+    def break_even(self, block_size: int, context_length: int | None = None) -> float:
+        """The mean acceptance length from which drafting this block at every step beats plain decoding.
+
+        (draft + verify + rest) / (verify of width 1 + rest), with one position waiting and the whole draft verified.
+
+        Args:
+            context_length: by default one in the middle.
+        """
+        at = self.middle_context if context_length is None else context_length
+        return self.step(block_size, at) / self.step(1, at)
+
+    def step(self, block_size: int, context_length: int | None = None) -> float:
+        """Cost of a step with one position waiting whose whole draft is verified; block size 1 is a plain step."""
+        at = self.middle_context if context_length is None else context_length
+        return self.seconds("draft", block_size, at) + self.seconds("verify", block_size, at) + self.rest
+
+    # Sorted once: `seconds` is called several times in every step.
+
+    @cached_property
+    def _stairs(self) -> dict[str, Stairs]:
+        return {
+            "draft": Stairs(self.draft, free_below=2),
+            "catch_up": Stairs(self.catch_up, free_below=min(self.catch_up, default=1), in_proportion_above=True),
+            "features": Stairs(self.features, free_below=2),
+        }
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        return sorted(self.verify)
+
+    @cached_property
+    def _curves(self) -> list[Curve]:
+        """In the order of `_widths`."""
+        return [curve(self.verify[width]) for width in self._widths]
+
+    def _stairs_of(self, phase: str) -> Stairs:
+        if phase not in self._stairs:
+            raise CostError(f"there is no phase {phase!r} of a step; the phases are: {', '.join(PHASES)}")
+        return self._stairs[phase]
+
+    def _column(self, width: int) -> int:
+        column = bisect_left(self._widths, width)
+        if width < 1:
+            raise CostError(f"a step verifies at least the anchor: there is no verify width {width}")
+        if column == len(self._widths):
+            raise self._too_large("verify", width, self._widths)
+        return column
+
+    def _too_large(self, phase: str, size: int, given: list[int]) -> CostError:
+        what = "verify width" if phase == "verify" else "block size"
+        return CostError(
+            f"cost model {self.name!r} has no {phase} cost for {what} {size}: it gives {', '.join(map(str, given))}. "
+            f"Add a figure for {size} or more to its {phase!r}, measure again with `bpkit calibrate --max-block-size "
+            f"{size}`, or keep policies to block size {given[-1]}"
+        )

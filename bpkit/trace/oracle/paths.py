@@ -1,0 +1,245 @@
+"""Oracles: the least time that any choice of block sizes could have taken over a finished output, exactly.
+
+An output is one fixed sequence of tokens, so each prompt's number of tokens is given and the objective of a set of
+prompts, sum of tokens / sum of seconds, is largest when every prompt takes its least seconds: minimising prompt by
+prompt is exact for the set, whatever the set is. (A best fixed size is one choice for all, so it is chosen by the sum.)
+
+From weakest to strongest: `best_fixed` (one size for a set), `oracle_prompt` (one size for each prompt), `oracle_step`
+(a size for each step), `oracle_step_truncate` (a size, and how much of the draft to verify, for each step: the headline
+bound). All of them choose among the traced block sizes and 1. They know which drafted tokens match before they choose;
+at temperature 0 that is knowable in principle, at temperatures above it includes the luck of the noise, and
+`oracle_distributions` says what is left without it.
+
+A policy that ends autoregressive drafts early (`extend`) in effect drafts at a smaller block size: the oracles bound it
+if that size was traced too. No oracle is charged for deciding, or for features.
+
+How the least is found says `bpkit.trace.oracle.plan`. Ties go to no draft, then to the smaller block size, then to the
+smaller number of verified tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpkit.trace.oracle.plan import Choice, Plan, solve
+from bpkit.trace.oracle.steps import (
+    Float64,
+    StepTable,
+    array_cost,
+    draft_size,
+    price_steps,
+    step_table,
+    waiting_before_drafts,
+)
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.waiting import waiting_after_draft, waiting_after_no_draft
+from bpkit.types import AUTOREGRESSIVE, CostModel
+
+
+@dataclass(frozen=True)
+class Path:
+    """The steps that decided one output.
+
+    Attributes:
+        seconds: of all steps, prefill left out.
+        tokens: that the steps yielded: the output length less one.
+        position, block_size, verify_length, num_accepted: of each step, int32 [steps].
+    """
+
+    seconds: float
+    tokens: int
+    position: NDArray[np.int32]
+    block_size: NDArray[np.int32]
+    verify_length: NDArray[np.int32]
+    num_accepted: NDArray[np.int32]
+
+    @property
+    def steps(self) -> int:
+        """Turns of the loop."""
+        return len(self.position)
+
+
+@dataclass(frozen=True)
+class Hindsight:
+    """The best plan of one prompt for who knows which drafted tokens match, what it was made from, and its path."""
+
+    table: StepTable
+    plan: Plan
+    path: Path
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a plan takes on average over the noise.
+
+    Attributes:
+        seconds, steps: expected, prefill left out.
+        tokens: that the steps yield: the output length less one.
+        plan: what attains it.
+    """
+
+    seconds: float
+    steps: float
+    tokens: int
+    plan: Plan
+
+
+def fixed_path(prompt: PromptTrace, kind: str, cost: CostModel, block_size: int) -> Path:
+    """The steps of one block size throughout, everything verified that the limit on new tokens allows.
+
+    Args:
+        kind: of the drafter: `block-diffusion`, `autoregressive` or `n-gram`.
+        block_size: 1 (plain decoding) or a traced size.
+
+    Raises:
+        ValueError: the size was not traced.
+    """
+    if block_size == 1:
+        return walk(prompt, kind, cost, lambda position, waiting: (1, 0))
+    try:
+        length = prompt.drafts.draft_length[:, prompt.drafts.column(block_size)].tolist()
+    except KeyError:
+        traced = ", ".join(map(str, prompt.drafts.block_sizes.tolist()))
+        raise ValueError(f"block size {block_size} was not traced; 1 and these were: {traced}") from None
+
+    def choose(position: int, waiting: int) -> Choice:
+        return block_size, min(length[position - 1], prompt.most_verified(position))
+
+    return walk(prompt, kind, cost, choose)
+
+
+def best_fixed(prompts: Sequence[PromptTrace], kind: str, cost: CostModel) -> int:
+    """The block size, 1 or a traced one, with the most tokens per second over all prompts: sum / sum.
+
+    The size that is best on the prompts it was chosen on is too good: choose on other prompts than you judge by.
+
+    Raises:
+        ValueError: there are no prompts, or they were traced at different sizes.
+    """
+    if not prompts:
+        raise ValueError("best_fixed needs at least one prompt")
+    if len({tuple(prompt.drafts.block_sizes.tolist()) for prompt in prompts}) > 1:
+        raise ValueError("the prompts were traced at different block sizes: no one size can be compared over them")
+    prices = array_cost(cost)  # here, so that all prompts share the answers of a model that is asked pair by pair
+    seconds = {
+        size: math.fsum(fixed_path(prompt, kind, prices, size).seconds for prompt in prompts)
+        for size in _sizes(prompts[0])
+    }
+    # Every size yields the same tokens, so that the least seconds are the most tokens per second.
+    return min(seconds, key=lambda size: (seconds[size], size))
+
+
+def oracle_prompt(prompt: PromptTrace, kind: str, cost: CostModel) -> Path:
+    """The path of the best fixed block size for this prompt, 1 included."""
+    return min((fixed_path(prompt, kind, cost, size) for size in _sizes(prompt)), key=lambda path: path.seconds)
+
+
+def oracle_step(prompt: PromptTrace, kind: str, cost: CostModel) -> Path:
+    """The best path with a block size for each step; of each draft is verified what the limit on new tokens allows."""
+    return hindsight(prompt, kind, cost, truncate=False).path
+
+
+def oracle_step_truncate(prompt: PromptTrace, kind: str, cost: CostModel) -> Path:
+    """The best path with a block size for each step, and with any number of its drafted tokens verified.
+
+    No policy can be faster on this output under this cost model.
+    """
+    return hindsight(prompt, kind, cost).path
+
+
+def hindsight(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: bool = True) -> Hindsight:
+    """`oracle_step_truncate`, or without `truncate` `oracle_step`, with the plan that it follows."""
+    table = step_table(prompt, kind, cost, truncate=truncate)
+    stands = np.arange(table.draft.shape[2] - 1) < prompt.drafts.num_accepted[:, :, None]
+    plan = solve(table, stands.astype(np.float64))
+    return Hindsight(table, plan, walk(prompt, kind, cost, plan.choose))
+
+
+def oracle_distributions(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: bool = True) -> Expectation:
+    """The least expected seconds if the distributions are known but the noise is not: sampled traces only.
+
+    The clairvoyant oracles know which drafted tokens match. Here each choice is made knowing only the chance of it,
+    `match_probability`, at this and every later position; how much was accepted is then drawn, the plan sees it and
+    chooses again. Each noise value decides one step at most, so that draws are independent from step to step.
+
+    What it bounds: the mean, over many prompts or seeds, of any policy that decides before it sees anything that the
+    noise did to the draft: one whose `select` and `truncate` read contexts, the target's hidden states and the
+    entropies of a block-diffusion drafter. One prompt may well be decided in less than its bound: compare means.
+
+    Hindsight that it still has: the distributions of target and drafter at every later position along the text that
+    was realised, and the length of the output. No policy knows either, so that the bound is not attainable.
+
+    Two limits. It does not bound a policy that reads the drafted tokens or their probabilities (or, of an
+    autoregressive drafter, what was computed from earlier drafted tokens): under the coupled rule they show part of the
+    noise, and so more than the chance of a match. And it takes the text as given but the chance of a match over all
+    tokens that could have come, as if matches did not go with texts: where a match makes easier continuations likelier,
+    the mean over realised texts is an estimate of the bound, not the bound itself.
+
+    Args:
+        kind: of the drafter.
+        truncate: whether fewer drafted tokens may be verified than there are.
+
+    Raises:
+        ValueError: the trace has no match probabilities, or lacks one of a drafted token.
+    """
+    table = step_table(prompt, kind, cost, truncate=truncate)
+    plan = solve(table, _match_probability(prompt, kind, table))
+    return Expectation(float(plan.seconds[0, 0]), float(plan.steps[0, 0]), prompt.decided_by_steps, plan)
+
+
+def _sizes(prompt: PromptTrace) -> list[int]:
+    return [1, *map(int, prompt.drafts.block_sizes)]
+
+
+def walk(prompt: PromptTrace, kind: str, cost: CostModel, choose: Callable[[int, int], Choice]) -> Path:
+    """The path of `choose`, which is asked with position and waiting, and answers what was traced or (1, 0)."""
+    table, position = prompt.drafts, 1
+    waiting = waiting_before_drafts(kind, prompt.prompt_length, position)
+    columns = {size: column for column, size in enumerate(table.block_sizes.tolist())}
+    steps: list[tuple[int, int, int, int]] = []
+    sizes: list[int] = []
+    waited: list[int] = []
+    while position < prompt.output_length:
+        block_size, verify_length = choose(position, waiting)
+        at = (position - 1, columns[block_size]) if block_size > 1 else None
+        length, standing = (int(table.draft_length[at]), int(table.num_accepted[at])) if at else (0, 0)
+        accepted = min(standing, verify_length)
+        sizes.append(draft_size(kind, block_size, length))
+        waited.append(waiting)
+        steps.append((position, block_size, verify_length, accepted))
+        drafted = sizes[-1] > 0
+        waiting = waiting_after_draft(kind, length, accepted) if drafted else waiting_after_no_draft(kind, waiting)
+        position += accepted + 1
+    fields = np.ascontiguousarray(np.array(steps, np.int32).reshape(-1, 4).T)
+    seconds = price_steps(prompt, cost, fields[0], sizes, waited, fields[2])
+    return Path(math.fsum(seconds), prompt.decided_by_steps, *fields)
+
+
+def _match_probability(prompt: PromptTrace, kind: str, table: StepTable) -> Float64:
+    """Chance that a drafted token matches if those before it did: float64 [rows, sizes, width], 0 where there is none.
+
+    Raises:
+        ValueError: the trace has no match probabilities, or lacks one of a drafted token.
+    """
+    traced, width = prompt.drafts.match_probability, table.draft.shape[2] - 1
+    if traced is None:
+        raise ValueError(
+            f"the trace of prompt {prompt.id!r} has no match probabilities, which oracle_distributions needs: they are "
+            "traced at temperatures above 0, of drafters that have a distribution"
+        )
+    chance, k = traced[:, :, :width].astype(np.float64), np.arange(width)
+    if kind == AUTOREGRESSIVE and width:
+        # Once a token differs, the traced draft goes on from another text than the output. Had all matched, the drafter
+        # would have stood where the draft at that later position begins, so that one's first token has the chance.
+        rows = np.arange(len(chance))[:, None]
+        chance = np.broadcast_to(chance[np.minimum(rows + k, len(chance) - 1), 0, 0][:, None, :], chance.shape)
+    # The last token of the output is yielded whether a drafted token matches it or not.
+    needed = (k < prompt.drafts.draft_length[:, :, None]) & (k < table.room[:, None, None])
+    if not ((chance[needed] >= 0) & (chance[needed] <= 1)).all():
+        raise ValueError(f"match probabilities of prompt {prompt.id!r} are not all between 0 and 1 where it drafted")
+    return np.where(needed, chance, 0.0)

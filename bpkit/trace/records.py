@@ -1,0 +1,107 @@
+"""What a trace says of one prompt: numpy arrays, ready for replay, oracles and statistics.
+
+Positions count output tokens decided before a draft: the draft at position *t* has output token *t - 1* as its anchor,
+and its *k*-th token (from 0) stands for output token *t + k*. Position 0 is decided by prefill, so drafts begin at
+position 1; **row `t - 1` of every table is position *t***.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpkit.types import Feature
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DraftTable:
+    """Every draft that could have been made while this output was decided.
+
+    `rows` is the output length less one, `sizes` the number of block sizes, `width` the longest draft.
+
+    Attributes:
+        block_sizes: int32 [sizes], ascending, from 2.
+        draft_length: tokens that the drafter proposed, int32 [rows, sizes]; an n-gram drafter may propose none.
+        num_accepted: of them, those that stand if all are verified, without the step's last token: int32
+            [rows, sizes]. At most `output_length - position - 1`.
+        tokens: int32 [rows, sizes, width], -1 where nothing was drafted.
+        features: `draft_probability`, `draft_entropy` (float32 [rows, sizes, width]) and, where they were asked for,
+            `draft_hidden` (float32 [rows, sizes, width, drafter hidden]); NaN where nothing was drafted.
+        match_probability: chance that the drafted token is the target's, given the drafter's distribution and the
+            target's along the realised text, but not the noise: float32 [rows, sizes, width], NaN where nothing was
+            drafted or beyond the output. None for greedy traces and for drafters without a distribution. An
+            autoregressive draft goes on from its own tokens, so that after one that does not match this is no longer
+            the chance given that all earlier ones matched; `bpkit.trace.oracle` says what to take instead.
+    """
+
+    block_sizes: Ints
+    draft_length: Ints
+    num_accepted: Ints
+    tokens: Ints
+    features: dict[Feature, Floats] = field(default_factory=dict)
+    match_probability: Floats | None = None
+
+    @property
+    def rows(self) -> int:
+        """Positions at which a draft could begin."""
+        return int(self.draft_length.shape[0])
+
+    def column(self, block_size: int) -> int:
+        """Index of a block size. Raises KeyError if it was not traced."""
+        place = int(np.searchsorted(self.block_sizes, block_size))
+        if place == len(self.block_sizes) or self.block_sizes[place] != block_size:
+            raise KeyError(block_size)
+        return place
+
+
+@dataclass(frozen=True)
+class PromptTrace:
+    """One prompt with its output.
+
+    Attributes:
+        index: place in the trace, and the `stream_id` of the noise.
+        id, domain: as the prompts have them.
+        max_new_tokens: the limit that the output was made under.
+        prompt_tokens, output_tokens: int32 [prompt length], [output length].
+        features: `prefill_hidden` float32 [hidden]; where asked for `prefill_logits` float32 [vocab], and
+            `last_hidden` float32 [output length, hidden], whose row *t* predicted output token *t*.
+        prefill_top_tokens, prefill_top_log_probabilities: the 64 likeliest first tokens by the target's raw logits
+            (no temperature), int32 [64] and float32 [64], in falling order.
+        prefill_entropy: of the same distribution, in nats.
+        near_ties: output positions where the two best candidates are closer than the tolerance, int32 [count].
+    """
+
+    index: int
+    id: str
+    domain: str
+    max_new_tokens: int
+    prompt_tokens: Ints
+    output_tokens: Ints
+    prefill_top_tokens: Ints
+    prefill_top_log_probabilities: Floats
+    prefill_entropy: float
+    near_ties: Ints
+    drafts: DraftTable
+    features: dict[Feature, Floats] = field(default_factory=dict)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def output_length(self) -> int:
+        return len(self.output_tokens)
+
+    @property
+    def decided_by_steps(self) -> int:
+        """Tokens that steps yield: all but the first, which prefill decides."""
+        return self.output_length - 1
+
+    def most_verified(self, position: int) -> int:
+        """Drafted tokens that may be verified at a position: a step yields one token more than it verifies."""
+        return self.max_new_tokens - position - 1

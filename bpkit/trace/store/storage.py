@@ -1,0 +1,198 @@
+"""A trace on disk: written prompt by prompt, read prompt by prompt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bpkit.trace.fingerprint import fingerprint_values
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.store.lock import LOCK
+from bpkit.trace.store.manifest import MANIFEST, Manifest, TraceError, read_manifest, write_manifest
+from bpkit.trace.store.parquet import from_tables, to_tables
+from bpkit.types import DecoderSpec
+
+NAMES = ("prompts", "drafts")
+UNFINISHED = ".tmp"
+"""Suffix of files that are being written; those that are done have another name."""
+COMPRESSION = "zstd"
+
+
+class TraceWriter:
+    """Writes a trace so that it can be killed at any moment: a prompt is there whole, or not at all.
+
+    Each prompt goes into `parts/` first. When all are there, the parts become the two tables, a row group for each
+    prompt, in the order of the prompts whatever order they came in. One writer at a time: see
+    `bpkit.trace.store.lock`.
+
+    Raises:
+        TraceError: the folder holds another trace.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.parts = folder, folder / "parts"
+        self.manifest = self._opened(manifest)
+
+    def _opened(self, manifest: Manifest) -> Manifest:
+        if not (self.folder / MANIFEST).exists():
+            # Whoever was killed before the manifest was there left at most a hidden file.
+            found = list(self.folder.iterdir()) if self.folder.exists() else []
+            if any(path.suffix != UNFINISHED and path.name != LOCK for path in found):
+                raise TraceError(f"{self.folder} is not empty and holds no trace; name a new folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_manifest(self.folder, manifest)
+            self.parts.mkdir()
+            return manifest
+        there = read_manifest(self.folder)
+        different = there.differences(manifest)
+        if different:
+            raise TraceError(
+                f"{self.folder} holds a trace of something else ({'; '.join(different)}); name a new folder, or give "
+                "the arguments of the trace that is there"
+            )
+        if there.complete:
+            self._clear()
+        else:
+            self.parts.mkdir(exist_ok=True)
+        return there
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest.complete
+
+    def missing(self) -> list[int]:
+        """Indices of prompts that are not written yet."""
+        if self.complete:
+            return []
+        return [i for i in range(len(self.manifest.prompt_ids)) if not self._part(i, "prompts").exists()]
+
+    def write(self, trace: PromptTrace) -> None:
+        """Write one prompt. The row of the prompt comes last: where it is, the drafts are."""
+        tables = dict(zip(NAMES, to_tables(trace), strict=True))
+        for name in ("drafts", "prompts"):
+            part = self._part(trace.index, name)
+            partial = part.with_suffix(f".{os.getpid()}{UNFINISHED}")
+            pq.write_table(tables[name], partial, compression=COMPRESSION)
+            os.replace(partial, part)
+
+    def finish(self) -> Manifest:
+        """Join the parts and say that the trace is complete."""
+        if self.complete:
+            return self.manifest
+        count = len(self.manifest.prompt_ids)
+        partials = {name: self.folder / f".{name}.{os.getpid()}{UNFINISHED}" for name in NAMES}
+        for name, partial in partials.items():
+            _join([self._part(i, name) for i in range(count)], partial)
+        for name, partial in partials.items():
+            os.replace(partial, self.folder / f"{name}.parquet")
+        rows = pq.read_table(self.folder / "prompts.parquet", columns=["near_ties", "output_tokens"])
+        self.manifest = self.manifest.model_copy(
+            update={
+                "complete": True,
+                "near_ties": _items(rows.column("near_ties")),
+                "output_tokens": _items(rows.column("output_tokens")),
+            }
+        )
+        write_manifest(self.folder, self.manifest)
+        self._clear()
+        return self.manifest
+
+    def _clear(self) -> None:
+        """Remove the parts of a complete trace, and what runs that were killed left behind."""
+        for path in self.folder.glob(f".*{UNFINISHED}"):
+            path.unlink()
+        if self.parts.is_dir():
+            for part in self.parts.iterdir():
+                part.unlink()
+            self.parts.rmdir()
+
+    def _part(self, index: int, name: str) -> Path:
+        return self.parts / f"{index:06d}.{name}.parquet"
+
+
+def _join(parts: Sequence[Path], out: Path) -> None:
+    """Copy the parts into one file, a row group each, one in memory at a time."""
+    with pq.ParquetWriter(out, pq.read_schema(parts[0]), compression=COMPRESSION) as writer:
+        for part in parts:
+            try:
+                table = pq.read_table(part)
+            except (OSError, pa.ArrowException) as error:
+                raise TraceError(f"{part} cannot be read ({error}); delete it and run the same command again") from None
+            writer.write_table(table, row_group_size=max(1, len(table)))
+
+
+def _items(column: Any) -> int:
+    """Number of items in a list column."""
+    return sum(len(chunk.flatten()) for chunk in column.chunks)
+
+
+class Trace(Sequence[PromptTrace]):
+    """A complete trace. Prompts are read when they are asked for, so that memory stays flat."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.manifest = folder, read_manifest(folder)
+        if not self.manifest.complete:
+            parts = len(list((folder / "parts").glob("*.prompts.parquet")))
+            raise TraceError(
+                f"{folder} is not complete ({parts} of {len(self.manifest.prompt_ids)} prompts): run the same "
+                f"`bpkit trace --out {folder} ...` again, it goes on where it stopped"
+            )
+        try:
+            self._files = [pq.ParquetFile(folder / f"{name}.parquet") for name in NAMES]
+            labels = self._files[0].read(columns=["id", "domain"])
+            self.ids: list[str] = labels.column("id").to_pylist()
+            self.domains: list[str] = labels.column("domain").to_pylist()
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise TraceError(f"{folder} cannot be read ({error}); trace again into a new folder") from None
+        groups = {file.num_row_groups for file in self._files}
+        if tuple(self.ids) != self.manifest.prompt_ids or groups != {len(self.ids)}:
+            raise TraceError(f"tables and manifest of {folder} are of different traces; trace again into a new folder")
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """The decoder that this trace stands for."""
+        return self.manifest.spec
+
+    @cached_property
+    def prompt_fingerprints(self) -> list[str]:
+        """Of the tokens of each prompt, from that column alone."""
+        try:
+            column = self._files[0].read(columns=["prompt_tokens"]).column("prompt_tokens")
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise TraceError(f"{self.path} cannot be read ({error}); trace again into a new folder") from None
+        return [fingerprint_values(tokens) for tokens in column.to_pylist()]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[PromptTrace]:
+        return (self._read(i) for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, place: int) -> PromptTrace: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PromptTrace]: ...
+    def __getitem__(self, place: int | slice) -> PromptTrace | list[PromptTrace]:
+        if isinstance(place, slice):
+            return [self._read(i) for i in range(*place.indices(len(self)))]
+        return self._read(range(len(self))[place])
+
+    def _read(self, index: int) -> PromptTrace:
+        prompts, drafts = self._files
+        try:
+            tables = prompts.read_row_group(index), drafts.read_row_group(index)
+            return from_tables(*tables, self.manifest.block_sizes)
+        except (OSError, pa.ArrowException, KeyError, IndexError, ValueError) as error:
+            said = f"prompt {self.ids[index]!r} of {self.path} cannot be read ({error})"
+            raise TraceError(f"{said}; trace again into a new folder") from error
+
+
+def open_trace(folder: Path | str) -> Trace:
+    """Open a complete trace. Raises TraceError or FileNotFoundError with a sentence that says what to do."""
+    return Trace(Path(folder))
