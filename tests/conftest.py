@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from typer.testing import CliRunner, Result
 
 from bpkit.assets import shipped as shipped_folder
+from bpkit.cli.main import build_app
 from bpkit.decode.noise import GumbelNoise
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.registry.resolve import choose_plugins
 from bpkit.testing import TinyPair, tiny_pair
 
 torch.set_num_threads(1)
@@ -94,6 +97,17 @@ class PlainDecoding:
 def one_thread() -> None:
     """Models are small, and a bench or a training that chose more threads would slow every test after it tenfold."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def recipe() -> Iterator[Callable[..., Result]]:
+    """Run a command of `recipes` in this process, as `bpkit --plugin recipes` does."""
+
+    def invoke(*arguments: object) -> Result:
+        return CliRunner().invoke(build_app(["--plugin", "recipes"]), list(map(str, arguments)), prog_name="bpkit")
+
+    yield invoke
+    choose_plugins(())
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bpkit_forecast.config import ForecastConfig
 from bpkit_forecast.policy import VECTORS, Forecast
-from bpkit_mlp.fold import fold
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -20,10 +18,7 @@ from bpkit.cli.bench_policy import batch_sizes, those_that_ship
 from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.latency import agreement
-from bpkit.judge.latency import fold as latency_fold
-from bpkit.judge.latency import timing as latency_timing
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Contestant, decide, make_contestant
-from bpkit.judge.latency.fold import FoldSettings, bench_fold, weights
 from bpkit.judge.latency.pair import measure_pair
 from bpkit.judge.latency.rows import Recorder, batches
 from bpkit.judge.latency.table import sentences
@@ -301,39 +296,3 @@ def test_batch_sizes_and_the_policies_that_ship() -> None:
         with pytest.raises(ValueError, match="--batch"):
             batch_sizes(wrong)
     assert {"forecast", "blockpilot"} <= set(those_that_ship())
-
-
-# bench fold
-
-
-def test_the_fold_decides_the_same_and_says_so(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "fold.json"
-    sizes = ("--vocab-size", "600", "--hidden-size", "24", "--width", "32", "--states", "80", "--rounds", "3")
-    result = run("bench", "fold", *sizes, "--json", str(out))
-    assert result.exit_code == 0, result.stderr
-    report = json.loads(out.read_text(encoding="utf-8"))
-    decisions = report["decisions"]
-    assert decisions["clear_agree"] == decisions["clear"] > 0
-    assert decisions["clear"] + decisions["within_tolerance"] == decisions["states"] == 80
-    assert decisions["largest_difference"] < latency_fold.TOLERANCE
-    assert len(decisions["sizes_chosen"]) > 1
-    assert (report["raw"]["calls"], report["folded_cold"]["calls"], report["folded"]["calls"]) == (3, 3, 60)
-    assert "Same decision on" in result.stdout
-
-
-def test_another_fold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = FoldSettings(vocab_size=300, hidden_size=16, width=16, states=64, rounds=2)
-
-    def wrong(raw: Any, head: nn.Linear) -> Any:
-        return fold(raw, nn.Linear(16, 300, bias=False))
-
-    monkeypatch.setattr("bpkit.judge.latency.fold.fold", wrong)
-    decisions = bench_fold(settings)["decisions"]
-    assert decisions["clear_agree"] < decisions["clear"]
-    assert decisions["largest_difference"] > latency_fold.TOLERANCE
-
-
-def test_weights_are_counted() -> None:
-    found = weights(FoldSettings(vocab_size=100, hidden_size=10, width=4))
-    assert (found["raw"], found["folded"]) == (400 + 16 + 20, 40 + 16 + 20)
-    assert latency_timing.BLOCK > 1

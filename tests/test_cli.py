@@ -346,10 +346,16 @@ def test_training_without_lightning_says_how_to_get_it(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for arguments in (["target"], ["drafter", "--target", "somewhere"]):
-        result = run("train", *arguments, "--out", str(tmp_path))
-        assert result.exit_code == 1
-        assert "pip install 'block-policy-kit[train]'" in paragraph(result)
+    result = run("train", "drafter", "--target", "somewhere", "--out", str(tmp_path), "--prompts", "prompts.jsonl")
+    assert result.exit_code == 1
+    assert "pip install 'block-policy-kit[train]'" in paragraph(result)
+
+
+def test_a_drafter_is_trained_on_prompts_of_ones_own(run: Run, tmp_path: Path) -> None:
+    result = run("train", "drafter", "--target", "somewhere", "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "--prompts FILE" in paragraph(result)
+    assert '{"prompt": ' in paragraph(result)
 
 
 def test_the_defaults_shown_are_those_of_the_recipes() -> None:
@@ -357,9 +363,10 @@ def test_the_defaults_shown_are_those_of_the_recipes() -> None:
     from bpkit.cli import train
     from bpkit.learn.training.assistant import train_assistant
     from bpkit.learn.training.drafter import train_drafter
-    from bpkit.learn.training.target import train_target
+    from recipes.pair import commands
+    from recipes.pair.target import train_target
 
-    pairs = ((train.train_target, train_target), (train.drafter, train_drafter), (train.drafter, train_assistant))
+    pairs = ((commands.train_target, train_target), (train.drafter, train_drafter), (train.drafter, train_assistant))
     for command, recipe in pairs:
         shown = inspect.signature(command).parameters
         for name, parameter in inspect.signature(recipe).parameters.items():
@@ -367,29 +374,25 @@ def test_the_defaults_shown_are_those_of_the_recipes() -> None:
                 assert shown[name].default == parameter.default, name
 
 
-def test_train_passes_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("lightning")
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr("bpkit.learn.training.target.train_target", lambda out, **more: seen.update(out=out, **more))
-    result = run("train", "target", "--out", str(tmp_path), "--layers", "3", "--minutes", "2", "--devices", "2")
-    assert result.exit_code == 0, result.stderr
-    assert (seen["out"], seen["layers"], seen["maths"]) == (tmp_path, 3, None)
-    assert (seen["options"].max_minutes, seen["options"].devices, seen["options"].resume) == (2.0, 2, True)
-
-
 @pytest.mark.parametrize(("kind", "recipe"), [("block-diffusion", "drafter"), ("autoregressive", "assistant")])
 def test_the_kind_of_drafter_chooses_the_recipe(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, recipe: str
 ) -> None:
     pytest.importorskip("lightning")
-    seen: list[str] = []
+    from bpkit.learn.training.run import RunOptions
+
+    seen: dict[str, dict[str, Any]] = {}
     for name in ("drafter", "assistant"):
         monkeypatch.setattr(
-            f"bpkit.learn.training.{name}.train_{name}", lambda target, out, name=name, **more: seen.append(name)
+            f"bpkit.learn.training.{name}.train_{name}",
+            lambda target, out, name=name, **more: seen.update({name: more}),
         )
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "x"}\n', encoding="utf-8")
     arguments = ("--target", "t", "--out", str(tmp_path / "out"), "--prompts", str(prompts), "--kind", kind)
-    result = run("train", "drafter", *arguments)
+    result = run("train", "drafter", *arguments, "--minutes", "2", "--steps", "7", "--devices", "2", "--no-resume")
     assert result.exit_code == 0, result.stderr
-    assert seen == [recipe]
+    (given,) = seen.values()
+    assert list(seen) == [recipe]
+    assert (given["prompts"], given["layers"]) == (["x"], 2)
+    assert given["options"] == RunOptions(max_steps=7, max_minutes=2.0, devices=2, resume=False)

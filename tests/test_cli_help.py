@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from bpkit.cli import main
 from bpkit.cli.terminal import console, plain, shows_bars
 from bpkit.registry.hookspecs import hookimpl
-from bpkit.registry.resolve import build
+from bpkit.registry.resolve import build, choose_plugins
 
 LISTINGS = (
     ["policies"],
@@ -39,8 +39,8 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def every_command() -> Iterator[tuple[list[str], Any]]:
-    """Words of every command and group, and the command."""
+def every_command(*plugins: str) -> Iterator[tuple[list[str], Any]]:
+    """Words of every command and group, those of the modules `plugins` included, and the command."""
 
     def below(words: list[str], command: Any, context: Any) -> Iterator[tuple[list[str], Any]]:
         yield words, command
@@ -48,7 +48,8 @@ def every_command() -> Iterator[tuple[list[str], Any]]:
             child = command.get_command(context, name)
             yield from below([*words, name], child, child.context_class(child, info_name=name, parent=context))
 
-    root: Any = typer.main.get_command(main.build_app())
+    root: Any = typer.main.get_command(main.build_app([part for name in plugins for part in ("--plugin", name)]))
+    choose_plugins(())
     yield from below([], root, root.context_class(root, info_name="bpkit"))
 
 
@@ -76,7 +77,7 @@ def run_all(commands: list[list[str]], **environment: str) -> subprocess.Complet
 
 
 def test_every_value_in_the_help_is_called_by_what_it_is() -> None:
-    for words, command in every_command():
+    for words, command in every_command("recipes"):
         context = command.context_class(command, info_name="bpkit")
         for parameter in command.get_params(context):
             shown = parameter.display_type_rich(context)
@@ -89,7 +90,7 @@ def test_every_value_in_the_help_is_called_by_what_it_is() -> None:
 
 
 def test_summaries_fit_a_line_of_80_columns() -> None:
-    for words, command in every_command():
+    for words, command in every_command("recipes"):
         if len(words) == 1:
             summary = (command.short_help or command.help).split("\n\n")[0]
             assert len(" ".join(summary.split())) <= 65, words
@@ -104,7 +105,7 @@ def test_the_top_help_groups_commands_by_what_they_are_for() -> None:
     for name in root.list_commands(context):
         panels.setdefault(root.get_command(context, name).rich_help_panel, []).append(name)
     assert list(panels) == ["Decode", "Write a policy", "Measure", "Train and export", "Installation"]
-    assert panels["Measure"] == ["bench", "trace", "calibrate", "evaluate", "sweep"]
+    assert panels["Measure"] == ["bench", "trace", "calibrate", "evaluate"]
 
 
 class _Commands:

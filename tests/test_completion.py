@@ -51,7 +51,7 @@ def asked(line: str, *, shell: str = "zsh", program: str = LIGHT) -> str:
         ("bpkit evaluate TRACE --cost df", ["dflash-h200-qwen3-4b"], []),
         ("bpkit check bandi", ["bandit"], ["fixed"]),
         ("bpkit check --skip l", ["lossless"], ["sizes"]),
-        ("bpkit train ", ["forecast", "target", "drafter"], ["fixed"]),
+        ("bpkit train ", ["forecast", "drafter"], ["fixed"]),
         ("bpkit export fore", ["forecast"], []),
         ("bpkit trace --features last", ["last_hidden"], []),
     ],

@@ -1,20 +1,21 @@
-"""`bpkit prompts`: the same prompts each time, none that ships with bpkit, and no two alike."""
+"""`bpkit --plugin recipes policy-prompts`: the same prompts each time, none that ships with bpkit, and no two alike."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from bpkit import assets
-from bpkit.cli.main import build_app
-from bpkit.learn.training.policy_prompts import Sources, beginning, code_folder, draw_prompts
 from bpkit.learn.training.provenance import fingerprint
 from bpkit.prompts import read_prompts
+from recipes.pair.policy_prompts import Sources, beginning, code_folder, draw_prompts
 
+Recipe = Callable[..., Result]
 DEFINITION = '''def function_{n}(items, limit={n}):
     """Return the items of part {n} that lie below the limit, in the order they came in."""
     found = []
@@ -43,10 +44,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def all_of(sources: Path, records: int = 40) -> Sources:
     return Sources(sources / "maths.jsonl", str(sources / "package"), records, records_seed=5)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(build_app(), ["prompts", *map(str, arguments)])
 
 
 def test_the_domains_take_turns_and_prompts_are_beginnings(sources: Path) -> None:
@@ -115,15 +112,15 @@ def test_no_prompt_begins_like_a_shipped_one(tmp_path: Path) -> None:
     assert not known & {beginning(p.text) for p in draw_prompts(Sources(records=300), count=300, seed=0).prompts}
 
 
-def test_files_parts_and_provenance(sources: Path, tmp_path: Path) -> None:
+def test_files_parts_and_provenance(recipe: Recipe, sources: Path, tmp_path: Path) -> None:
     given = ("--maths", sources / "maths.jsonl", "--code", sources / "package", "--structured", 20, "--count", 9)
-    whole = run("--out", tmp_path / "whole.jsonl", *given)
+    whole = recipe("policy-prompts", "--out", tmp_path / "whole.jsonl", *given)
     assert whole.exit_code == 0, whole.stderr
     assert whole.stdout == ""
     assert "9 prompts each of maths, code, structured" in whole.stderr
     prompts = read_prompts(tmp_path / "whole.jsonl")
     assert len(prompts) == 27
-    assert run("--out", tmp_path / "part.jsonl", *given, "--parts", 2).exit_code == 0
+    assert recipe("policy-prompts", "--out", tmp_path / "part.jsonl", *given, "--parts", 2).exit_code == 0
     parts = [read_prompts(tmp_path / f"part{number}.jsonl") for number in range(2)]
     assert [len(part) for part in parts] == [12, 15]
     assert [*parts[0], *parts[1]] == prompts
@@ -146,8 +143,8 @@ def test_files_parts_and_provenance(sources: Path, tmp_path: Path) -> None:
         (["--structured", "5", "--out", "prompts.txt"], ".jsonl"),
     ],
 )
-def test_bad_input_is_told(tmp_path: Path, arguments: list[Any], said: str) -> None:
-    result = run("--out", tmp_path / "p.jsonl", *arguments)
+def test_bad_input_is_told(recipe: Recipe, tmp_path: Path, arguments: list[Any], said: str) -> None:
+    result = recipe("policy-prompts", "--out", tmp_path / "p.jsonl", *arguments)
     assert result.exit_code == 2
     assert said in result.stderr
     assert not (tmp_path / "p.jsonl").exists()

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from bpkit.cli import main
-from bpkit.judge.sweep import Sweep, read_sweep
-from bpkit.judge.sweep.chance import (
+from recipes.sweep.chance import (
     chance_tables,
     choose_by_neighbours,
     leave_one_out,
     one_sided,
     residuals,
 )
-from bpkit.judge.sweep.figures import summarise_sweep
+from recipes.sweep.figures import summarise_sweep
+from recipes.sweep.read import Sweep, read_sweep
 
 Floats = NDArray[np.float64]
+Recipe = Callable[..., Result]
 
 DATA = Path(os.environ.get("BPKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PUBLISHED = DATA / "blockpilot_gsm8k_sweep.json"
@@ -370,15 +371,11 @@ def test_the_published_gain_is_no_more_than_luck_gives() -> None:
 # The command
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main.build_app(), ["sweep", *arguments], prog_name="bpkit")
-
-
-def test_the_command_prints_says_and_writes(tmp_path: Path) -> None:
+def test_the_command_prints_says_and_writes(recipe: Recipe, tmp_path: Path) -> None:
     table = {f"p{i}": dict(zip(range(14, 19), row, strict=True)) for i, row in enumerate(noise_only(0).tolist())}
     path = write(tmp_path, "sweep.json", table)
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
-    result = run(str(path), "--sizes", "14-16+18", "--json", str(out), "--plot", str(picture))
+    result = recipe("sweep", path, "--sizes", "14-16+18", "--json", out, "--plot", picture)
     assert result.exit_code == 0, result.stderr
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report == summarise_sweep(read_sweep(path), [14, 15, 16, 18])
@@ -388,13 +385,13 @@ def test_the_command_prints_says_and_writes(tmp_path: Path) -> None:
     assert "\x1b" not in result.stdout
 
 
-def test_sizes_that_differ_in_noise_are_pointed_out(tmp_path: Path) -> None:
+def test_sizes_that_differ_in_noise_are_pointed_out(recipe: Recipe, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     noisy = 6 + rng.normal(0, [0.05, 0.05, 0.05, 1.0], (20, 4))
     path = write(
         tmp_path, "s.json", {f"p{i}": dict(zip((14, 15, 16, 17), r, strict=True)) for i, r in enumerate(noisy)}
     )
-    assert "the sizes differ in noise" in run(str(path)).stdout
+    assert "the sizes differ in noise" in recipe("sweep", path).stdout
 
 
 @pytest.mark.parametrize(
@@ -406,8 +403,10 @@ def test_sizes_that_differ_in_noise_are_pointed_out(tmp_path: Path) -> None:
         (["--plot", "sweep.txt"], ".png"),
     ],
 )
-def test_the_command_explains_what_it_cannot_use(arguments: list[str], message: str, tmp_path: Path) -> None:
-    result = run(str(write(tmp_path, "sweep.json", TABLE)), *arguments)
+def test_the_command_explains_what_it_cannot_use(
+    recipe: Recipe, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    result = recipe("sweep", write(tmp_path, "sweep.json", TABLE), *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert message in result.stderr

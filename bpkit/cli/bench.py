@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bpkit.cli import options
-from bpkit.cli.bench_fold import bench_fold
 from bpkit.cli.bench_model import bench_model
 from bpkit.cli.bench_policy import bench_policy
-from bpkit.cli.bench_reads import bench_reads
-from bpkit.cli.bench_trace import bench_trace
 from bpkit.cli.errors import nothing_written, require, when_interrupted
 from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.config import Config
@@ -30,11 +27,8 @@ DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
 
 
 app = typer.Typer(invoke_without_command=True)
-app.command("trace")(bench_trace)
 app.command("model")(bench_model)
 app.command("policy")(bench_policy)
-app.command("fold")(bench_fold)
-app.command("reads")(bench_reads)
 
 
 @app.callback()

@@ -25,8 +25,6 @@ from bpkit.cli import (
     hooks,
     new,
     plugins,
-    prompts,
-    sweep,
     trace,
     train,
 )
@@ -59,8 +57,6 @@ _COMMANDS: dict[str, tuple[Callable[..., Any] | typer.Typer, str]] = {
     "trace": (trace.trace, _MEASURE),
     "calibrate": (calibrate.calibrate, _MEASURE),
     "evaluate": (evaluate.evaluate, _MEASURE),
-    "sweep": (sweep.sweep, _MEASURE),
-    "prompts": (prompts.prompts, _TRAIN),
     "train": (train.app, _TRAIN),
     "export": (export.export, _TRAIN),
     "doctor": (doctor.doctor, _INSTALLATION),

@@ -16,7 +16,7 @@ MAX_LENGTH = 40
 """Characters of a name; with more, lines of the made files would be too long."""
 PREFIX = "bpkit_"
 """What a package may be called by and its policy is not."""
-COMMANDS = ("target", "drafter")
+COMMANDS = ("drafter",)
 """Names that mean something else after `bpkit train`."""
 
 

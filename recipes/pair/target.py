@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bpkit.learn.training.corpus import pack, training_documents
 from bpkit.learn.training.provenance import fingerprint
 from bpkit.learn.training.run import RunOptions, autocast, run_recipe
-from bpkit.learn.training.tokenizer import train_tokenizer
+from recipes.pair.corpus import pack, training_documents
+from recipes.pair.tokenizer import train_tokenizer
 
 
 class NextTokenLoss(nn.Module):

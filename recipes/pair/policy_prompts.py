@@ -10,7 +10,7 @@ import importlib.util
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 
 from bpkit import assets
 from bpkit.files import write_at_once
-from bpkit.learn.training import structured
-from bpkit.learn.training.corpus import code_documents, maths_documents
 from bpkit.learn.training.provenance import fingerprint, write_provenance
 from bpkit.prompts import Prompt
+from recipes.pair import structured
+from recipes.pair.corpus import code_documents, maths_documents
 
 SAME_BEGINNING = 80
 """Prompts whose first so many characters agree, whatever their whitespace, are one prompt."""
@@ -216,12 +216,16 @@ def write_prompts(drawn: Drawn, out: Path, *, parts: int, arguments: dict[str, A
     files = [out] if parts == 1 else [out.with_name(f"{out.stem}{part}{out.suffix}") for part in range(parts)]
     for part, file in enumerate(files):
         first, last = (part * count // parts) * domains, ((part + 1) * count // parts) * domains
-        rows = [{"id": p.id, "domain": p.domain, "prompt": p.text} for p in drawn.prompts[first:last]]
-        write_at_once(file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(({"id": p.id, "domain": p.domain, "prompt": p.text} for p in drawn.prompts[first:last]), file)
     data = {**drawn.fingerprints, "prompts": fingerprint(p.text for p in drawn.prompts)}
     recipe = f"{__name__}.{draw_prompts.__name__}"
     write_provenance(out.parent, recipe, arguments, data, name=f"{out.stem}.provenance.json")
     return files
+
+
+def write_jsonl(rows: Iterable[Mapping[str, str]], file: Path) -> None:
+    """Write an object a line, all at once."""
+    write_at_once(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def package_version(name: str | None) -> str | None:

@@ -2,7 +2,7 @@
 
 - `maths`: worked word problems from a JSONL file with `question` and `answer` (the layout of GSM8K).
 - `code`: the source of the running Python's own standard library (PSF licence), which every machine has.
-- `structured`: JSON, tables and logs from `bpkit.learn.training.structured`.
+- `structured`: JSON, tables and logs from `recipes.pair.structured`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from bpkit.learn.training import structured
+from recipes.pair import structured
 
 MATHS_TEMPLATE = "Question: {question}\nAnswer:"
 # Test suites, bundled third-party code and vendored wheels are left out of the standard library.

@@ -1,4 +1,4 @@
-"""`bpkit bench trace`: how fast prompts are traced, against brute force over the same block sizes."""
+"""`bpkit --plugin recipes bench-trace`: how fast prompts are traced, against brute force over the same block sizes."""
 
 from __future__ import annotations
 
@@ -68,18 +68,18 @@ def bench_trace(
     live decoder from every position with every block size, which is what a trace holds and so slow that it is scaled
     from a sample. Threads are torch's own choice.
 
-    `bpkit bench trace --threads 1 --json trace_bench.json`
+    `bpkit --plugin recipes bench-trace --threads 1 --json trace_bench.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
     settled = options.settled(context)
     sizes = parse_sizes(block_sizes, smallest=2)
     from bpkit.cli.models import load_decoder
     from bpkit.cli.trace import trace_options
-    from bpkit.judge.tracing import bench_tracing
-    from bpkit.judge.tracing.table import print_trace_report
     from bpkit.judge.wall_clock.report import check_writable, write_report
     from bpkit.prompts import choose_prompts
     from bpkit.trace.collect import GENERATE_WITH
+    from recipes.tracing.measure import bench_tracing
+    from recipes.tracing.table import print_trace_report
 
     if json is not None:
         check_writable(json)

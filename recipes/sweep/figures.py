@@ -15,10 +15,10 @@ A group:
     oracle         value, interval, gain over best_fixed, gain_interval: the mean over prompts of each prompt's best
                    value. A bound, in sample: it picks the luckiest of several measurements
     chance         value, value_interval, gain, gain_interval, p_value of the oracle where no prompt prefers any size
-                   (`sweep_chance.chance_tables`); spread_ratio: noise of the noisiest size over that of the quietest,
+                   (`chance.chance_tables`); spread_ratio: noise of the noisiest size over that of the quietest,
                    null where that has none
     neighbours     value, fixed, gain, gain_interval, chance_gain, chance_interval, p_value: the size is chosen by
-                   what other sizes did on the prompt (`sweep_chance.choose_by_neighbours`); null for fewer than 4 sizes
+                   what other sizes did on the prompt (`chance.choose_by_neighbours`); null for fewer than 4 sizes
                    or 3 prompts
 
 Values are means over prompts of the prompts' own figures: a table of rates has no tokens or seconds to sum. Gains are
@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.judge.resampling import RESAMPLES, central, resampled_sums
-from bpkit.judge.sweep.chance import (
+from recipes.sweep.chance import (
     FEWEST_PROMPTS,
     FEWEST_SIZES,
     chance_tables,
@@ -44,7 +44,7 @@ from bpkit.judge.sweep.chance import (
     one_sided,
     residuals,
 )
-from bpkit.judge.sweep.read import Sweep
+from recipes.sweep.read import Sweep
 
 PERMUTATIONS = 2000
 _CELLS_AT_ONCE = 1_000_000

@@ -1,6 +1,6 @@
 """A sweep: one figure of merit for each prompt and block size, however it was measured.
 
-`sweep_layouts` has the files it is read from, `sweep_figures` what the figures say.
+`layouts` has the files it is read from, `figures` what the figures say.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bpkit.judge.sweep.layouts import FIGURES, LONG, Cell, Reading, csv_cells, json_cells, listed
+from recipes.sweep.layouts import FIGURES, LONG, Cell, Reading, csv_cells, json_cells, listed
 
 
 @dataclass(frozen=True)

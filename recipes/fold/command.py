@@ -1,4 +1,4 @@
-"""`bpkit bench fold`: what folding a policy on raw logits into the target's head saves."""
+"""`bpkit --plugin recipes bench-fold`: what folding a policy on raw logits into the target's head saves."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def bench_fold(
     (`bpkit export --fold`). Weights are random, sizes those of Qwen3-4B by default: about 5 GB of memory, and a minute
     or two for the fold. Try `--vocab-size 4096 --hidden-size 256` first.
 
-    `bpkit bench fold --json fold.json`
+    `bpkit --plugin recipes bench-fold --json fold.json`
     """
     from bpkit.judge.wall_clock.report import check_writable, write_report
 
     if json is not None:
         check_writable(json)
     from bpkit.cli.train_policy import portable
-    from bpkit.judge.latency.fold import FoldSettings
-    from bpkit.judge.latency.fold import bench_fold as measure
+    from recipes.fold.measure import FoldSettings
+    from recipes.fold.measure import bench_fold as measure
 
     settings = FoldSettings(
         vocab_size=vocab_size,

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bpkit.judge.fitted import Fitted
-from bpkit.judge.sweep.read import Sweep
 from bpkit.sizes import format_sizes
+from recipes.sweep.read import Sweep
 
 NOISE_ALIKE = 2.0
 """Sizes whose noise differs by more than this factor are not interchangeable: the shuffle then overstates chance."""

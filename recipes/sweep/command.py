@@ -1,4 +1,4 @@
-"""`bpkit sweep`: what a table of prompt by block size says, and how much of it is luck."""
+"""`bpkit --plugin recipes sweep`: what a table of prompt by block size says, and how much of it is luck."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def sweep(
 
     Reads the published BlockPilot layout, and CSV or JSON of your own.
 
-    `bpkit sweep sweep.json --sizes 14-18`
+    `bpkit --plugin recipes sweep sweep.json --sizes 14-18`
 
-    `bpkit sweep rates.csv --figure tokens_per_second --json figures.json --plot sweep.png`
+    `bpkit --plugin recipes sweep rates.csv --figure tokens_per_second --json figures.json --plot sweep.png`
     """
     wanted = None if sizes is None else parse_sizes(sizes)
-    from bpkit.judge.sweep import read_sweep
-    from bpkit.judge.sweep.figures import summarise_sweep
-    from bpkit.judge.sweep.report import plot_sweep, print_sweep
     from bpkit.judge.wall_clock.report import check_writable, write_report
+    from recipes.sweep.figures import summarise_sweep
+    from recipes.sweep.read import read_sweep
+    from recipes.sweep.report import plot_sweep, print_sweep
 
     if json is not None:
         check_writable(json)

@@ -1,4 +1,4 @@
-"""`bpkit bench reads`: how often a step reads the device, by policy."""
+"""`bpkit --plugin recipes bench-reads`: how often a step reads the device, by policy."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def bench_reads(
     device, so no GPU is needed; operands on two devices are an error there as on a GPU, and texts are compared with
     plain decoding. By default all policies that are installed, with each drafter that ships.
 
-    `bpkit bench reads --json reads.json`
+    `bpkit --plugin recipes bench-reads --json reads.json`
 
-    `bpkit bench reads --policy ./my_policy.py:Cautious --temperature 1`
+    `bpkit --plugin recipes bench-reads --policy ./my_policy.py:Cautious --temperature 1`
     """
     settled = options.settled(context)
-    from bpkit.judge.reads import count_reads
     from bpkit.judge.wall_clock.report import check_writable, write_report
     from bpkit.prompts import choose_prompts
     from bpkit.registry.resolve import registry
+    from recipes.reads.count import count_reads
 
     if json is not None:
         check_writable(json)

@@ -1,0 +1,23 @@
+"""What makes the shipped pair, and what measures bpkit itself: a plug-in for a checkout, not in the wheel.
+
+`bpkit --plugin recipes COMMAND`, run in the root of the repository. README.md lists the commands.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from bpkit import hookimpl
+
+
+@hookimpl
+def bpkit_register_commands(app: typer.Typer) -> None:
+    """Add the commands of all recipes."""
+    from recipes.fold.command import bench_fold
+    from recipes.pair.commands import drafter_prompts, policy_prompts, train_target
+    from recipes.reads.command import bench_reads
+    from recipes.sweep.command import sweep
+    from recipes.tracing.command import bench_trace
+
+    for command in (train_target, drafter_prompts, policy_prompts, sweep, bench_trace, bench_reads, bench_fold):
+        app.command()(command)

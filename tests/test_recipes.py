@@ -1,0 +1,176 @@
+"""What is not in the wheel: commands of `bpkit --plugin recipes`, and that nothing of bpkit needs them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from bpkit_mlp.fold import fold
+from torch import nn
+from typer.testing import Result
+
+from bpkit.cli.main import build_app
+from bpkit.prompts import read_prompts
+from bpkit.registry.resolve import choose_plugins, registry
+from recipes.fold.measure import TOLERANCE, FoldSettings, bench_fold, weights
+
+ROOT = Path(__file__).parent.parent
+Recipe = Callable[..., Result]
+
+
+@pytest.fixture
+def commands() -> dict[str, Any]:
+    """Those that the plug-in adds, by name."""
+    ours: Any = typer.main.get_command(build_app())
+    whole: Any = typer.main.get_command(build_app(["--plugin", "recipes"]))
+    assert "recipes" not in registry().failures
+    choose_plugins(())
+    return {name: command for name, command in whole.commands.items() if name not in ours.commands}
+
+
+def test_every_command_is_documented_and_every_documented_line_is_one(commands: dict[str, Any]) -> None:
+    pages = [
+        ROOT / "README.md",
+        *(page for folder in ("docs", "recipes", "bpkit") for page in (ROOT / folder).rglob("*.md")),
+    ]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    texts += [command.help for command in commands.values()]
+    lines = [
+        shlex.split(line) for text in texts for line in re.findall(r"bpkit --plugin recipes ([a-z][^`\n#]*)", text)
+    ]
+    readme = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    assert {name for name in commands if f"| `{name}` |" in readme} == commands.keys() == {line[0] for line in lines}
+    for name, *rest in lines:
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("-")} <= known, name
+
+
+def test_the_wheel_has_no_recipes_and_bpkit_imports_none() -> None:
+    packaging = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert [name for name in (*packaging["packages"], *packaging["package-dir"]) if name.startswith("recipes")] == []
+    for file in (*(ROOT / "bpkit").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.partition(".")[0] == "recipes"], file
+
+
+@pytest.fixture
+def on(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """Options that name the tiny pair, and two prompts of each of three domains."""
+    rows = [{"id": f"{d}{i}", "domain": d, "prompt": f"{d} = {i} + 1, {d}"} for d in "abc" for i in (1, 2)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    models = ["--target", str(tiny_folder / "target"), "--drafter", str(tiny_folder / "drafter")]
+    return [*models, "--prompts", str(file), "--max-new-tokens", "9"]
+
+
+def test_reads_of_the_device_are_counted(recipe: Recipe, on: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "reads.json"
+    result = recipe(
+        "bench-reads", *on, "-p", "fixed:4", "-p", "threshold", "-p", "blockpilot", "--limit", 1, "--json", out
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert {row["policy"]: (row["mean"], row["most"]) for row in report["rows"]} == {
+        "fixed:4": (1, 1),
+        "threshold": (2, 2),
+    }
+    assert all(row["texts_equal"] for row in report["rows"])
+    assert [list(policies) for policies in report["left_out"].values()] == [["blockpilot"]]
+    assert "cannot serve blockpilot" in result.stdout
+
+
+def test_prompts_of_drafters_are_what_they_always_were(recipe: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    from recipes.pair.corpus import training_prompts
+
+    maths = tmp_path / "maths.jsonl"
+    maths.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n', encoding="utf-8")
+    out = tmp_path / "prompts.jsonl"
+    result = recipe("drafter-prompts", "--out", out, "--maths", maths, "--per-domain", 5)
+    assert result.exit_code == 0, result.stderr
+    found = [prompt.text for prompt in read_prompts(out)]
+    assert found == training_prompts(maths, per_domain=5, seed=0)
+    assert len(found) == 11
+
+
+def test_the_target_is_trained_as_its_options_say(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("lightning")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("recipes.pair.target.train_target", lambda out, **more: seen.update(out=out, **more))
+    result = recipe("train-target", "--out", tmp_path, "--layers", 3, "--minutes", 2, "--devices", 2)
+    assert result.exit_code == 0, result.stderr
+    assert (seen["out"], seen["layers"], seen["maths"]) == (tmp_path, 3, None)
+    assert (seen["options"].max_minutes, seen["options"].devices, seen["options"].resume) == (2.0, 2, True)
+
+
+def test_without_lightning_it_is_said_how_to_get_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = recipe("train-target", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "pip install 'block-policy-kit[train]'" in result.stderr
+
+
+def test_bench_trace_reports_against_both_brute_forces(recipe: Recipe, on: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "b.json"
+    more = ["--block-sizes", "2+4+8", "--positions", "2"]
+    result = recipe("bench-trace", *on, *more, "--json", str(out))
+    assert result.exit_code == 0, result.stderr
+    for part in ("tracing 6 prompts", "3 generations", "from every position (scaled)", "SCALED from 25.0%", "bounds"):
+        assert part in result.stdout
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert sum(report["trace"]["parts"].values()) == pytest.approx(1)
+    assert report["sampled_share"] == 0.25
+    for name in ("generations", "positions"):
+        entry, rows = report[name], report["measurements"]
+        assert entry["prompts_per_minute"] == pytest.approx(60 * 6 / sum(row["seconds"][name] for row in rows))
+        for key in ("ratio", "median_ratio"):
+            low, high = entry[f"{key}_interval"]
+            assert 0 < low <= entry[key] <= high
+    assert report["trace"]["prompts_per_minute"] > report["positions"]["prompts_per_minute"]
+    assert report["generation_bound"] > 1
+
+
+def test_the_fold_decides_the_same_and_says_so(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "fold.json"
+    sizes = ("--vocab-size", "600", "--hidden-size", "24", "--width", "32", "--states", "80", "--rounds", "3")
+    result = recipe("bench-fold", *sizes, "--json", str(out))
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    decisions = report["decisions"]
+    assert decisions["clear_agree"] == decisions["clear"] > 0
+    assert decisions["clear"] + decisions["within_tolerance"] == decisions["states"] == 80
+    assert decisions["largest_difference"] < TOLERANCE
+    assert len(decisions["sizes_chosen"]) > 1
+    assert (report["raw"]["calls"], report["folded_cold"]["calls"], report["folded"]["calls"]) == (3, 3, 60)
+    assert "Same decision on" in result.stdout
+
+
+def test_another_fold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = FoldSettings(vocab_size=300, hidden_size=16, width=16, states=64, rounds=2)
+
+    def wrong(raw: Any, head: nn.Linear) -> Any:
+        return fold(raw, nn.Linear(16, 300, bias=False))
+
+    monkeypatch.setattr("recipes.fold.measure.fold", wrong)
+    decisions = bench_fold(settings)["decisions"]
+    assert decisions["clear_agree"] < decisions["clear"]
+    assert decisions["largest_difference"] > TOLERANCE
+
+
+def test_weights_are_counted() -> None:
+    found = weights(FoldSettings(vocab_size=100, hidden_size=10, width=4))
+    assert (found["raw"], found["folded"]) == (400 + 16 + 20, 40 + 16 + 20)
