@@ -37,9 +37,9 @@ from bpkit.policy import State
 from bpkit.testing import TinyPair
 from bpkit.trace.collect import autoregressive as draft_autoregressive
 from bpkit.trace.collect.autoregressive import Rollouts, trace_rollouts
-from bpkit.trace.collect.drafting import Drafts, Finished
-from bpkit.trace.collect.reader import DraftReader, match_probability
-from bpkit.trace.collect.stepwise import GivenNoise, refuse_memory, trace_step_by_step
+from bpkit.trace.collect.drafts import Drafts, Finished, match_probability
+from bpkit.trace.collect.pieces import Positions
+from bpkit.trace.collect.stepwise import GivenNoise, trace_step_by_step
 from bpkit.types import Feature, Step
 
 PROMPT = "def f(a, b):"
@@ -108,11 +108,16 @@ def finish(
     noise, probabilities = None, None
     if sampling.temperature > 0:
         count = ids.shape[1] - length
-        noise = GumbelNoise(SEED, STREAM, output.logits.shape[-1], ids.device).at(0, count + max(block_sizes))
+        noise = held(GumbelNoise(SEED, STREAM, output.logits.shape[-1], ids.device).at(0, count + max(block_sizes)))
         scores = processors(output.logits[:, length - 1 :], prompt, ids[:, length:])
-        probabilities = scores[0].softmax(dim=-1)
-    reader = DraftReader(processors, output.logits.shape[-1], noise, probabilities)
-    return Finished(ids, length, features, reader, block_sizes, keep_hidden)
+        probabilities = held(scores[0].softmax(dim=-1))
+    vocab_size = output.logits.shape[-1]
+    return Finished(ids, length, features, block_sizes, processors, vocab_size, noise, probabilities, keep_hidden)
+
+
+def held(rows: Tensor) -> Positions:
+    """Rows of positions 0, 1, ..., float32 [positions, vocab], as a trace asks for them."""
+    return Positions(len(rows), rows.shape[1], rows.__getitem__)
 
 
 class OneBlock(Policy):
@@ -199,7 +204,6 @@ def check_scores(drafts: Drafts, finished: Finished, proposal: Proposal, row: in
     assert drafts.probability[row, column, length:].isnan().all()
     if proposal.scores is None:
         assert drafts.entropy[row, column].isnan().all()
-        assert not drafts.has_distribution
         return
     features = draft_features(proposal, frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY}))
     probability, entropy = features[Feature.DRAFT_PROBABILITY][0], features[Feature.DRAFT_ENTROPY][0]
@@ -209,15 +213,16 @@ def check_scores(drafts: Drafts, finished: Finished, proposal: Proposal, row: in
     assert proposal.hidden is not None
     assert (drafts.hidden[row, column, :length] - proposal.hidden[0]).abs().max() < 1e-4
     assert drafts.hidden[row, column, length:].isnan().all()
-    chances, target = drafts.match_probability[row, column, :length], finished.reader.target_probabilities
+    chances, target = drafts.match_probability[row, column, :length], finished.target_probabilities
     if target is None:
         assert chances.isnan().all()
         return
-    assert isinstance(target, Tensor)
     inside = min(length, len(target) - row - 1)
     assert chances[inside:].isnan().all()
-    wanted = matches_by_the_formula(target[row + 1 : row + 1 + inside], proposal.scores[0, :inside].softmax(dim=-1))
-    assert (chances[:inside] - wanted).abs().max() < 1e-5
+    if inside > 0:
+        true = target[torch.arange(row + 1, row + 1 + inside)]
+        wanted = matches_by_the_formula(true, proposal.scores[0, :inside].softmax(dim=-1))
+        assert (chances[:inside] - wanted).abs().max() < 1e-5
 
 
 def matches_by_the_formula(p: Tensor, q: Tensor) -> Tensor:
@@ -301,7 +306,7 @@ def test_drafts_step_by_step_equal_the_live_drafts(
 def test_an_ngram_draft_does_not_look_ahead(pair: TinyPair) -> None:
     # The second half repeats the first, so that a store that saw it all would propose what comes.
     ids, processors = pair.ids("abcdefgh" * 2 + "abc"), Processors(LogitsProcessorList())
-    finished = Finished(ids, 2, None, DraftReader(processors, len(pair.tokenizer), None, None), (2, 5))
+    finished = Finished(ids, 2, None, (2, 5), processors, len(pair.tokenizer))
     drafts = trace_step_by_step(NgramDrafter(), finished)
     assert drafts.draft_length[:6].sum() == 0
     # "abcdefgh a" is decided: what followed the first "a" is proposed, as far as it goes.
@@ -385,9 +390,7 @@ def test_hidden_states_are_kept_only_where_wanted(pair: TinyPair) -> None:
 def test_outputs_of_one_and_two_tokens(pair: TinyPair, count: int) -> None:
     processors = Processors(LogitsProcessorList())
     ids = pair.ids(PROMPT)
-    finished = Finished(
-        ids, ids.shape[1] - count, None, DraftReader(processors, len(pair.tokenizer), None, None), (2, 4)
-    )
+    finished = Finished(ids, ids.shape[1] - count, None, (2, 4), processors, len(pair.tokenizer))
     for drafts in (
         trace_rollouts(pair.autoregressive(), finished),
         trace_step_by_step(pair.agreeable(), finished),
@@ -396,20 +399,11 @@ def test_outputs_of_one_and_two_tokens(pair: TinyPair, count: int) -> None:
         assert drafts.draft_length.shape == (count - 1, 2)
 
 
-def test_a_drafter_that_remembers_requests_is_refused(pair: TinyPair) -> None:
-    drafter = NgramDrafter()
-    refuse_memory(drafter)
-    refuse_memory(pair.agreeable())
-    drafter.remembers_requests = True  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"drafter n-gram remembers earlier requests.*order of prompts"):
-        refuse_memory(drafter)
-
-
 def test_given_noise_is_handed_out_and_never_made_up() -> None:
     rows = GumbelNoise(0, 0, 7, torch.device("cpu")).at(0, 5)
-    noise = GivenNoise(rows, 7, rows.device)
+    noise = GivenNoise(held(rows), 7, rows.device)
     assert noise.at(2, 3).equal(rows[2:5])
-    with pytest.raises(IndexError, match="ends at position 5"):
+    with pytest.raises(IndexError, match="positions 4 to 5 were asked for, of 5"):
         noise.at(4, 2)
 
 

@@ -8,7 +8,7 @@ the shared prefix are never copied. Drafted tokens feed the next step: nothing i
 
 from __future__ import annotations
 
-from functools import partial
+from bisect import bisect_right
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from bpkit.draft.autoregressive import AutoregressiveDrafter
-from bpkit.trace.collect.drafting import Drafts, Finished
+from bpkit.trace.collect.drafts import Drafts, Finished
 from bpkit.trace.collect.pieces import fitting, pieces
-from bpkit.trace.collect.reader import Drafted
 from bpkit.trace.collect.stepwise import trace_step_by_step
 
 ROLLOUTS_AT_ONCE = 128
@@ -43,14 +42,8 @@ def trace_rollouts(drafter: AutoregressiveDrafter, finished: Finished) -> Drafts
     rollouts = Rollouts(drafter, finished)
     if not rollouts.begin():
         return trace_step_by_step(drafter, finished)
-    at_once = min(ROLLOUTS_AT_ONCE, fitting(4 * finished.reader.vocab_size, share=8))
-    for piece in pieces(finished.rows, at_once):
-        rows = torch.arange(piece.start, piece.stop, device=finished.ids.device)
-        steps, hidden = rollouts.roll_out(rows)
-        for column, block_size in enumerate(finished.block_sizes):
-            count = block_size - 1
-            states = torch.stack(hidden[:count], dim=1).flatten(0, 1) if hidden else None
-            drafts.put(rows.cpu(), column, Drafted.joined(steps[:count]).rearranged(count), states)
+    for rows in pieces(finished.rows, min(ROLLOUTS_AT_ONCE, fitting(4 * finished.vocab_size, share=8))):
+        rollouts.roll_out(rows, drafts)
     return drafts
 
 
@@ -91,42 +84,24 @@ class Rollouts:
         tolerance = torch.finfo(self.drafter.model.dtype).eps ** 0.5
         return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
-    def roll_out(self, rows: Tensor) -> tuple[list[Drafted], list[Tensor]]:
-        """Draft from `rows`, which follow on those before; their anchors stay in the cache.
-
-        Returns:
-            of each of `finished.width` steps the drafted tokens, one for each row, and the hidden states that drew
-            them, [rows, drafter hidden], or no states if nobody wants them.
-        """
-        finished, anchors = self.finished, self._anchors(rows)
-        steps: list[Drafted] = []
-        hidden: list[Tensor] = []
-        rolled = anchors[:, None][:, :0]  # int64 [rows, steps so far]
+    def roll_out(self, rows: slice, drafts: Drafts) -> None:
+        """Draft from `rows`, which follow on those before; their anchors stay in the cache."""
+        finished, count = self.finished, rows.stop - rows.start
+        anchors = self._anchors(torch.arange(rows.start, rows.stop, device=finished.ids.device))
         for step in range(finished.width):
             if step == 0:  # anchors are decided tokens: all rows read them at once, as a text
                 output = self._forward(finished.ids[:, anchors], anchors)
             else:
-                output = self._forward(rolled[None, :, -1], anchors + step, self._mask(anchors, step))
-            prefix = partial(self._prefix, rows, rolled)
-            logits = partial(self._scored, output.logits[0])
-            steps.append(finished.reader.read(logits, rows + 1 + step, prefix))
-            if finished.keep_hidden:
-                hidden.append(output.hidden_states[self.drafter.last_index][0])
-            rolled = torch.cat([rolled, steps[-1].tokens[:, None]], dim=1)
-        self.cache.crop(-(finished.width - 1) * len(rows))
-        return steps, hidden
-
-    def _scored(self, logits: Tensor, piece: slice) -> Tensor:
-        """Logits of some of the rows over the target's vocabulary: [rows, vocab]."""
-        return self.drafter.score(logits[piece])
+                drafted = drafts.tokens[None, rows, -1, step - 1].to(anchors.device)
+                output = self._forward(drafted, anchors + step, self._mask(anchors, step))
+            longer = slice(bisect_right(finished.block_sizes, step + 1), None)  # those that draft another token
+            hidden = output.hidden_states[self.drafter.last_index][0] if finished.keep_hidden else None
+            drafts.draw((rows, longer, slice(step, step + 1)), self.drafter.score, output.logits[0], hidden)
+        self.cache.crop(-(finished.width - 1) * count)
 
     def _anchors(self, rows: Tensor) -> Tensor:
         """Absolute positions of the rows' anchors, int64 [rows]."""
         return self.finished.prompt_length + rows
-
-    def _prefix(self, rows: Tensor, rolled: Tensor, i: int) -> Tensor:
-        """Tokens before the one that row `rows[i]` draws: decided ones, then its own. int64 [1, length]."""
-        return torch.cat([self.finished.before(int(rows[i])), rolled[i : i + 1]], dim=1)
 
     def _mask(self, last_seen: Tensor, steps: int) -> Tensor:
         """What rollouts see: decided tokens up to `last_seen`, int64 [rows], and their own of each step.

@@ -11,7 +11,7 @@ from bpkit import __version__
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
 from bpkit.prompts import Prompt
-from bpkit.trace.collect.prompt import TraceOptions, Tracer
+from bpkit.trace.collect.tracer import TraceOptions, Tracer
 from bpkit.trace.fingerprint import fingerprint_model, fingerprint_texts
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.lock import claimed

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bpkit.trace.collect.job import Traces
-from bpkit.trace.collect.prompt import TraceOptions
+from bpkit.trace.collect.tracer import TraceOptions
 from bpkit.trace.collect.workers import Models, Task, Worker, WorkerError
 
 LOCAL = "local"

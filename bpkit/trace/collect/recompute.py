@@ -6,7 +6,7 @@ import torch
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.prompts import Prompt
-from bpkit.trace.collect.prompt import TraceOptions, Tracer, generation_options, processors_of
+from bpkit.trace.collect.tracer import TraceOptions, Tracer, generation_options, processors_of
 from bpkit.trace.fingerprint import fingerprint_model
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import with_features

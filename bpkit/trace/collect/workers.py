@@ -24,7 +24,7 @@ import torch
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.prompts import Prompt
 from bpkit.trace.collect.job import Traces, fingerprints
-from bpkit.trace.collect.prompt import GENERATE_WITH, TraceOptions, Tracer
+from bpkit.trace.collect.tracer import GENERATE_WITH, TraceOptions, Tracer
 from bpkit.trace.records import PromptTrace
 
 _GO_ON = "What was traced is kept: the same command goes on from there"

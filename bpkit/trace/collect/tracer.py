@@ -18,11 +18,15 @@ from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.result import Run
 from bpkit.decode.sampling import Processors
 from bpkit.decode.verify import Coupled
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.base import Drafter
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.prompts import Prompt
-from bpkit.trace.collect.drafting import Drafts, Finished, trace_drafts
+from bpkit.trace.collect.autoregressive import trace_rollouts
+from bpkit.trace.collect.block_diffusion import trace_blocks
+from bpkit.trace.collect.drafts import Drafts, Finished, num_accepted
 from bpkit.trace.collect.pieces import Positions
-from bpkit.trace.collect.reader import DraftReader
-from bpkit.trace.collect.stepwise import refuse_memory
+from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_pass
 from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.types import Feature
@@ -74,15 +78,21 @@ class Tracer:
             raise ValueError(
                 "only outputs of rule 'coupled' can be traced: under 'rejection' the text depends on the policy"
             )
-        refuse_memory(decoder.drafter)
-        largest = decoder.drafter.max_block_size
+        drafter = decoder.drafter
+        if getattr(drafter, "remembers_requests", False):
+            raise ValueError(
+                f"drafter {drafter.name} remembers earlier requests, so that what it drafts for a prompt depends on "
+                "the prompts before it: a trace would hold for one order of prompts only. Switch its memory off to "
+                "trace it, or measure it live, with `bpkit bench`, where the order of prompts is fixed"
+            )
+        largest = drafter.max_block_size
         if not options.block_sizes or min(options.block_sizes) < 2 or max(options.block_sizes) > largest:
             sizes = "+".join(map(str, options.block_sizes)) or "none"
             raise ValueError(
                 f"block sizes to trace are 2 .. {largest} with this drafter (1 needs no trace); got {sizes}"
             )
-        if Feature.DRAFT_HIDDEN in options.features - decoder.drafter.provides:
-            raise ValueError(f"drafter {decoder.drafter.name} has no hidden states: leave the feature draft_hidden out")
+        if Feature.DRAFT_HIDDEN in options.features - drafter.provides:
+            raise ValueError(f"drafter {drafter.name} has no hidden states: leave the feature draft_hidden out")
         self.decoder, self.options = decoder, options
         self.watch = Watch(WallClock(decoder.target.device, wait=True))
 
@@ -109,10 +119,11 @@ class Tracer:
             ids=torch.cat([ids, tokens], dim=1),
             prompt_length=ids.shape[1],
             features=seen.features,
-            reader=DraftReader(
-                processors, seen.vocab_size, noise, None if noise is None else seen.probabilities(processors)
-            ),
             block_sizes=self.options.block_sizes,
+            processors=processors,
+            vocab_size=seen.vocab_size,
+            noise=noise,
+            target_probabilities=None if noise is None else seen.probabilities(processors),
             keep_hidden=Feature.DRAFT_HIDDEN in self.options.features,
         )
         self.watch.lap("target pass")
@@ -171,42 +182,38 @@ class Tracer:
 
     def _table(self, drafts: Drafts, output: Tensor) -> DraftTable:
         # What the drafter provides decides the columns, not what this prompt has: an output of one token has no drafts.
-        provided, features = self.decoder.drafter.provides, {}
-        if Feature.DRAFT_PROBABILITY in provided:
-            features[Feature.DRAFT_PROBABILITY] = _floats(drafts.probability)
-        if Feature.DRAFT_ENTROPY in provided:
-            features[Feature.DRAFT_ENTROPY] = _floats(drafts.entropy)
+        found = {Feature.DRAFT_PROBABILITY: drafts.probability, Feature.DRAFT_ENTROPY: drafts.entropy}
+        found = {name: values for name, values in found.items() if name in self.decoder.drafter.provides}
         if Feature.DRAFT_HIDDEN in self.options.features:
-            hidden = drafts.tokens.new_empty((*drafts.tokens.shape, 0)) if drafts.hidden is None else drafts.hidden
-            features[Feature.DRAFT_HIDDEN] = _floats(hidden)
-        sampled = Feature.DRAFT_PROBABILITY in provided and self.options.seed is not None
+            nothing = drafts.probability[..., None][..., :0]
+            found[Feature.DRAFT_HIDDEN] = nothing if drafts.hidden is None else drafts.hidden
+        sampled = Feature.DRAFT_PROBABILITY in found and self.options.seed is not None
         return DraftTable(
             block_sizes=np.array(self.options.block_sizes, np.int32),
             draft_length=_ints(drafts.draft_length),
             num_accepted=_ints(num_accepted(drafts.tokens, output)),
             tokens=_ints(drafts.tokens),
-            features=features,
+            features={name: _floats(values) for name, values in found.items()},
             match_probability=_floats(drafts.match_probability) if sampled else None,
         )
 
 
-def num_accepted(drafted: Tensor, output: Tensor) -> Tensor:
-    """How much of each draft stands.
+def trace_drafts(drafter: Drafter, finished: Finished) -> Drafts:
+    """All drafts of a finished output, in batches where the kind of drafter allows it.
 
-    Args:
-        drafted: int64 [rows, sizes, width], -1 where nothing was drafted; row r begins at output position r + 1.
-        output: int64 [output length].
-
-    Returns:
-        int64 [rows, sizes]. The last token of a step is the target's own, so that a draft that reaches the end of the
-        output counts one less.
+    A subclass may draft in its own way, so that only the very classes are taken at their word.
     """
-    rows, _, width = drafted.shape
-    padded = torch.cat([output, output.new_full((width,), -2)])
-    right = padded[1:].unfold(0, width, 1)[:rows]  # int64 [rows, width]: the output from each row's position on
-    stands = (drafted == right[:, None]).cumprod(dim=-1).sum(dim=-1)
-    left = torch.arange(rows, 0, -1) - 1
-    return stands.minimum(left[:, None])
+    if type(drafter) is BlockDiffusionDrafter and not _windowed(drafter):
+        return trace_blocks(drafter, finished)
+    if type(drafter) is AutoregressiveDrafter:
+        return trace_rollouts(drafter, finished)
+    return trace_step_by_step(drafter, finished)
+
+
+def _windowed(drafter: BlockDiffusionDrafter) -> bool:
+    """Whether attention depends on places in the cache, which blocks side by side do not keep."""
+    layers = drafter.model.layers
+    return bool(drafter.model.config.is_causal) or any(layer.self_attn.sliding_window is not None for layer in layers)
 
 
 def _ints(values: Tensor) -> NDArray[np.int32]:

@@ -1,0 +1,209 @@
+"""Every draft that could have been made while an output was decided: what a tracer is given, and the table it fills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpkit.decode.sampling import Processors
+from bpkit.trace.collect.pieces import Positions, pieces, positions_at_once
+
+Places = tuple[slice, slice, slice]
+"""Part of a table: rows, columns (block sizes) and places in the draft."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished output and what its drafts are traced with.
+
+    Attributes:
+        ids: prompt and output, int64 [1, length].
+        prompt_length: tokens of the prompt.
+        features: target features of every position but the last, [1, length - 1, layers * hidden], or None if the
+            drafter has no `feature_layers`.
+        block_sizes: ascending, from 2.
+        processors: that drafted tokens are drawn under.
+        vocab_size: of the target.
+        noise: Gumbel noise of output positions 0, 1, ..., [vocab] each, or None for greedy drafts.
+        target_probabilities: the target's processed distribution at each output position, [vocab] each, or None for
+            greedy drafts.
+        keep_hidden: also keep the drafter's hidden states.
+    """
+
+    ids: Tensor
+    prompt_length: int
+    features: Tensor | None
+    block_sizes: tuple[int, ...]
+    processors: Processors
+    vocab_size: int
+    noise: Positions | None = None
+    target_probabilities: Positions | None = None
+    keep_hidden: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Positions at which a draft may begin: output positions 1 .. output length - 1."""
+        return self.ids.shape[1] - self.prompt_length - 1
+
+    @property
+    def width(self) -> int:
+        """The longest draft."""
+        return max(self.block_sizes) - 1
+
+    def before(self, row: int) -> Tensor:
+        """Tokens decided before the draft of a row, anchor included: int64 [1, prompt_length + row + 1]."""
+        return self.ids[:, : self.prompt_length + row + 1]
+
+
+class Drafts:
+    """The table that a tracer fills in; places that nobody drafted stay -1 and NaN.
+
+    Attributes:
+        tokens: int64 [rows, sizes, width].
+        probability: of each token, by the drafter. entropy: of the drafter's distribution, in nats. match_probability:
+            the chance that target and drafter agree, for sampled traces. All float32 [rows, sizes, width].
+        hidden: float32 [rows, sizes, width, drafter hidden], made when the first is put.
+    """
+
+    def __init__(self, finished: Finished) -> None:
+        self.finished = finished
+        shape = (finished.rows, len(finished.block_sizes), finished.width)
+        self.tokens = torch.full(shape, -1)
+        self.probability, self.entropy, self.match_probability = torch.full((3, *shape), float("nan"))
+        self.hidden: Tensor | None = None
+
+    @property
+    def draft_length(self) -> Tensor:
+        """int64 [rows, sizes]"""
+        return (self.tokens >= 0).sum(dim=-1)
+
+    def draw(self, where: Places, score: Callable[[Tensor], Tensor], values: Tensor, hidden: Tensor | None) -> None:
+        """Draw tokens as the live decoder would, the same in all columns of `where`.
+
+        Where a processor looks at the tokens before, those of earlier places are there, and `where` has one place.
+
+        Args:
+            score: makes logits [count, vocab] of some of `values`.
+            values: what the logits are made of, [rows * places, ...], row after row.
+            hidden: as in `put`.
+        """
+        index, noise = self._index(where), self.finished.noise
+
+        def drawn(piece: slice) -> tuple[Tensor, Tensor]:
+            scores = self._processed(where, piece, score(values[piece]))
+            return scores, (scores if noise is None else scores + noise[index[piece]]).argmax(dim=-1)
+
+        self.put(where, drawn, hidden)
+
+    def put(self, where: Places, drawn: Callable[[slice], tuple[Tensor, Tensor]], hidden: Tensor | None) -> None:
+        """Enter tokens, the same in all columns of `where`, with what a trace keeps of them.
+
+        Args:
+            drawn: processed scores float32 [count, vocab] and tokens int64 [count] of a slice of rows * places, row
+                after row; as many are asked for as may be held at the same time.
+            hidden: the drafter's hidden states [rows * places, drafter hidden], or None.
+        """
+        index = self._index(where)
+        found = []
+        for piece in pieces(len(index), positions_at_once(self.finished.vocab_size)):
+            scores, tokens = drawn(piece)
+            found.append((tokens, *self._measured(scores, tokens, index[piece])))
+        tables = (self.tokens, self.probability, self.entropy, self.match_probability)
+        for table, values in zip(tables, map(torch.cat, zip(*found, strict=True)), strict=True):
+            part = table[where]
+            part.copy_(values.view(len(part), 1, -1))
+        if hidden is not None and self.finished.keep_hidden:
+            if self.hidden is None:
+                self.hidden = torch.full((*self.tokens.shape, hidden.shape[-1]), float("nan"))
+            kept = self.hidden[where]
+            kept.copy_(hidden.view(len(kept), 1, -1, hidden.shape[-1]))
+
+    def _index(self, where: Places) -> Tensor:
+        """The output position of each token, int64 [rows * places], row after row."""
+        rows, _, places = where
+        first = torch.arange(rows.start, rows.stop, device=self.finished.ids.device)[:, None]
+        return (first + torch.arange(places.start + 1, places.stop + 1, device=first.device)).flatten()
+
+    def _processed(self, where: Places, piece: slice, logits: Tensor) -> Tensor:
+        """Scores after the logits processors, float32 [count, vocab]."""
+        finished, (rows, columns, places) = self.finished, where
+        logits, processors = logits.float(), finished.processors.processors
+        if not processors:
+            return logits
+        if finished.processors.prefix_free:
+            # They look at the scores only; any prefix will do.
+            scores: Tensor = processors(logits.new_zeros((len(logits), 1), dtype=torch.long), logits)
+            return scores
+        found = []
+        for i, row in enumerate(range(rows.start + piece.start, rows.start + piece.stop)):
+            drafted = self.tokens[row, columns.start, : places.start].to(finished.ids.device)
+            prefix = torch.cat([finished.before(row), drafted[None]], dim=1)
+            found.append(processors(prefix, logits[i : i + 1].clone()))
+        return torch.cat(found)
+
+    def _measured(self, scores: Tensor, tokens: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probability, entropy and `match_probability` of tokens, float32 [count] each; NaN for no match."""
+        log_p = scores.log_softmax(dim=-1)
+        probabilities = log_p.exp()
+        # Tokens that a processor ruled out have log p = -inf and no share in the entropy.
+        entropy = -(probabilities * log_p.clamp(min=-1e30)).sum(dim=-1)
+        target, matches = self.finished.target_probabilities, entropy.new_full(entropy.shape, float("nan"))
+        if target is not None and bool((inside := index < len(target)).any()):
+            matches[inside] = match_probability(target[index[inside]], probabilities[inside])
+        return probabilities.gather(-1, tokens[:, None])[:, 0], entropy, matches
+
+
+def num_accepted(drafted: Tensor, output: Tensor) -> Tensor:
+    """How much of each draft stands.
+
+    Args:
+        drafted: int64 [rows, sizes, width], -1 where nothing was drafted; row r begins at output position r + 1.
+        output: int64 [output length].
+
+    Returns:
+        int64 [rows, sizes]. The last token of a step is the target's own, so that a draft that reaches the end of the
+        output counts one less.
+    """
+    rows, _, width = drafted.shape
+    padded = torch.cat([output, output.new_full((width,), -2)])
+    right = padded[1:].unfold(0, width, 1)[:rows]  # int64 [rows, width]: the output from each row's position on
+    stands = (drafted == right[:, None]).cumprod(dim=-1).sum(dim=-1)
+    left = torch.arange(rows, 0, -1) - 1
+    return stands.minimum(left[:, None])
+
+
+def match_probability(p: Tensor, q: Tensor) -> Tensor:
+    """Chance that two Gumbel-max draws with the same noise, one from p and one from q, are the same token.
+
+    Both are token x with probability 1 / sum_y max(p_y / p_x, q_y / q_x) (Daliri, Musco & Suresh 2024, "Coupling
+    without communication and drafter-invariant speculative decoding"). With tokens sorted by r = p / q the maximum is
+    the first term where r_y >= r_x and the second where not, so that sums from either end give all of them at once.
+
+    Args:
+        p, q: distributions, [rows, vocab].
+
+    Returns:
+        float32 [rows].
+
+    >>> match_probability(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.5]]))
+    tensor([1.])
+    """
+    p, q = p.double(), q.double()
+    order = _falling((p / q.clamp(min=1e-30)).float())
+    p, q = p.gather(-1, order), q.gather(-1, order)
+    above = p.cumsum(dim=-1)  # sum of p over tokens with r_y >= r_x, the token itself included
+    below = q.flip(-1).cumsum(dim=-1).flip(-1) - q
+    # 1 / (above / p + below / q), written so that a token that one side never draws counts nothing.
+    both = p * q / (above * q + below * p).clamp(min=1e-300)
+    return both.sum(dim=-1).clamp(max=1.0).float()
+
+
+def _falling(values: Tensor) -> Tensor:
+    """Indices that sort each row in falling order. On a CPU numpy sorts several times faster than torch."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.argsort(-values.numpy(), axis=-1))
+    return values.argsort(dim=-1, descending=True)
