@@ -12,13 +12,14 @@ Every key may be left out. Unknown keys are errors, and command-line flags win o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bpkit.names import did_you_mean
 
 
 class ConfigError(ValueError):
@@ -147,11 +148,9 @@ def _place(loc: tuple[int | str, ...]) -> tuple[list[str], type[_Section]]:
 
 
 def _unknown(place: list[str], section: type[_Section]) -> str:
-    known = list(section.model_fields)
     others = {name: other for name, other in _SECTIONS.items() if other is not section}
     elsewhere = [name for name, other in others.items() if place[-1] in other.model_fields]
     if elsewhere:
-        return f"; did you mean {elsewhere[0]}.{place[-1]}?"
-    near = difflib.get_close_matches(place[-1], known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{hint} Known keys{' there' if len(place) > 1 else ''}: {', '.join(known)}"
+        return f". Did you mean {elsewhere[0]}.{place[-1]}?"
+    hint = did_you_mean(place[-1], section.model_fields)
+    return f".{hint} Known keys{' there' if len(place) > 1 else ''}: {', '.join(section.model_fields)}"

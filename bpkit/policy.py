@@ -10,12 +10,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bpkit.names import did_you_mean
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 
 if TYPE_CHECKING:
@@ -160,9 +160,8 @@ def _features(given: Iterable[str], where: str) -> frozenset[Feature]:
         )
     for name in given:
         if name not in [*Feature]:
-            near = difflib.get_close_matches(str(name), [*Feature], n=1)
-            hint = f"did you mean {str(near[0])!r}? " if near else ""
-            raise PolicyError(f"{where} names {str(name)!r}, which is no feature; {hint}Features: {', '.join(Feature)}")
+            said = f"{where} names {str(name)!r}, which is no feature.{did_you_mean(str(name), Feature)}"
+            raise PolicyError(f"{said} Features: {', '.join(Feature)}")
     return frozenset(map(Feature, given))
 
 

@@ -23,7 +23,7 @@ from bpkit.assets import shipped as shipped_folder
 from bpkit.cli.main import build_app
 from bpkit.decode.noise import GumbelNoise
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
-from bpkit.registry.resolve import choose_plugins
+from bpkit.registry.discovery import choose_plugins
 from bpkit.testing import TinyPair, tiny_pair
 
 torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from bpkit.decode.sampling import Draw
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.draft.ngram import NgramDrafter
-from bpkit.registry.resolve import registry
+from bpkit.registry.discovery import registry
 from bpkit.testing.architectures import ARCHITECTURES, VOCABULARY, WINDOW, disturbed, tiny_dflash, tiny_model
 
 if TYPE_CHECKING:

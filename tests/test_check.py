@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from bpkit import Policy, PolicyError
 from bpkit.cli.main import build_app
 from bpkit.decode.verify import Coupled, Verdict
-from bpkit.registry.resolve import registry
+from bpkit.registry.discovery import registry
 from bpkit.testing import PolicyCheckError, check_policy, policy_checks
 from bpkit.testing.checks import subject
 from bpkit.testing.checks.fresh import FreshWeights

@@ -20,8 +20,8 @@ from bpkit.cli import generate as generate_command
 from bpkit.cli import main, models
 from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.policy import PolicyError
+from bpkit.registry.discovery import Registry, build
 from bpkit.registry.hookspecs import hookimpl
-from bpkit.registry.resolve import Registry, build
 
 Run = Callable[..., Result]
 

@@ -16,8 +16,8 @@ from rich.cells import cell_len
 
 from bpkit.cli import main
 from bpkit.cli.terminal import console, plain, shows_bars
+from bpkit.registry.discovery import build, choose_plugins
 from bpkit.registry.hookspecs import hookimpl
-from bpkit.registry.resolve import build, choose_plugins
 
 LISTINGS = (
     ["policies"],

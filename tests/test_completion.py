@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from bpkit.cli import completion
-from bpkit.registry.discovery import build
-from bpkit.registry.resolve import registry
+from bpkit.registry.discovery import build, registry
 
 MAIN = "import bpkit.cli.main; bpkit.cli.main.main()"
 LIGHT = """

@@ -100,5 +100,5 @@ def test_options_for_generate_hold_what_was_said_and_defaults() -> None:
     ("text", "meant"), [("max_new_tokens: 3", "sampling.max_new_tokens"), ("sampling: {device: cpu}", "runtime.device")]
 )
 def test_a_key_in_the_wrong_place_is_told_its_own(text: str, meant: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"did you mean {meant}\?"):
+    with pytest.raises(ConfigError, match=rf"Did you mean {meant}\?"):
         load(written(tmp_path, text))

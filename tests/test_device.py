@@ -20,7 +20,7 @@ from bpkit.decode.target import TargetSession
 from bpkit.draft.base import Drafter, Proposal
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
-from bpkit.registry.resolve import registry
+from bpkit.registry.discovery import registry
 from bpkit.testing import TinyPair
 from bpkit.testing.simulated_device import DEVICE, MovedDecoder, SimulatedDevice
 from bpkit.trace.cost import CostTable

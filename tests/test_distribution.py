@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from bpkit import __version__
 from bpkit.installation.distribution import DISTRIBUTION, install_command, requirement
-from bpkit.registry.resolve import registry
+from bpkit.registry.discovery import registry
 from bpkit.scaffold import Kind, Names, render
 
 ROOT = Path(__file__).parents[1]

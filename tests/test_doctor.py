@@ -136,11 +136,11 @@ def test_a_package_that_cannot_be_imported_is_broken(monkeypatch: pytest.MonkeyP
 
 
 def test_a_plugin_that_fails_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpkit.registry import resolve as registry
+    from bpkit.registry import discovery
 
-    made = registry.build([])
+    made = discovery.build([])
     made.failures["strange"] = "ImportError: no module named stranger"
-    monkeypatch.setattr(registry, "registry", lambda: made)
+    monkeypatch.setattr(discovery, "registry", lambda: made)
     found = {finding.name: finding for finding in doctor._bpkit()}
     assert found["plug-in strange"].state == "broken"
 

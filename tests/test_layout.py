@@ -14,7 +14,7 @@ CIRCLES = (
     {"bpkit.cli.bench", "bpkit.cli.bench_policy"},
     {"bpkit.cli.completion", "bpkit.cli.options", "bpkit.cli.trace"},
     {"bpkit.decode.decoder", "bpkit.decode.owned"},
-    {"bpkit.learn.trained", "bpkit.registry.resolve", "bpkit.registry.spec"},
+    {"bpkit.learn.trained", "bpkit.registry.resolve"},
     {"bpkit.learn.training.fit", "bpkit.learn.training.policies"},
     {"bpkit.testing.checks.check", "bpkit.testing.checks.run_all"},
     {f"bpkit.trace.collect.{name}" for name in ("autoregressive", "block_diffusion", "drafting", "stepwise")},

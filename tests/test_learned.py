@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bpkit.learn.folder import POLICY
 from bpkit.learn.learned import READABLE, LearnedConfig, LearnedPolicy
 from bpkit.learn.learned_network import Forecaster
 from bpkit.learn.trained import TrainedPolicy
@@ -22,8 +21,8 @@ from bpkit.learn.training.learned import LearnedModule, LearnedOptions
 from bpkit.learn.training.policies import train_policy
 from bpkit.learn.training.validation import Validation
 from bpkit.policy import Policy, PolicyConfig, PolicyError
-from bpkit.registry.resolve import resolve_policy
-from bpkit.registry.spec import spec_of
+from bpkit.registry.policy_folder import POLICY
+from bpkit.registry.resolve import resolve_policy, spec_of
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.cost import CostTable
 from bpkit.trace.oracle import best_fixed

@@ -34,7 +34,8 @@ from bpkit.draft.base import Drafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.draft.resolve import resolve_drafter
 from bpkit.policy import State
-from bpkit.registry.resolve import PolicyLike, registry
+from bpkit.registry.discovery import registry
+from bpkit.registry.resolve import PolicyLike
 from bpkit.testing import TinyPair
 
 if TYPE_CHECKING:

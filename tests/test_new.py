@@ -20,7 +20,8 @@ import bpkit
 from bpkit.cli import main
 from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.policy import Policy, PolicyConfig
-from bpkit.registry.resolve import build, registry, resolve_policy
+from bpkit.registry.discovery import build, registry
+from bpkit.registry.resolve import resolve_policy
 from bpkit.scaffold import Kind, Names, ScaffoldError, render, write_folder
 from bpkit.scaffold.names import MAX_LENGTH, refuse_taken
 from bpkit.scaffold.render import MAX_SUMMARY

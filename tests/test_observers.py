@@ -363,7 +363,7 @@ def test_an_observer_is_made_from_a_name_a_mapping_or_a_file(tmp_path: Path) -> 
         ("jsnol:path=x", r"no observer 'jsnol'. Did you mean 'jsonl'\? Known: jsonl, prometheus"),
         ("jsonl", r"observer 'jsonl': option 'path': Field required. Accepted options: path, tokens=False"),
         ("jsonl:path=x,token=1", r"observer 'jsonl': unknown option 'token'. Accepted options: path, tokens=False"),
-        ({"path": "x"}, r"needs a 'name', as in \{'name': 'jsonl'\}"),
+        ({"path": "x"}, r"observer \{'path': 'x'\}: a mapping needs a key 'name'"),
         ("prometheus", r"say where to read it: port=9464, or textfile=bpkit.prom"),
         ("prometheus:port=high", r"option 'port': .*integer"),
         ("prometheus:textfile=bpkit.txt", r"'bpkit.txt' does not end in .prom"),
@@ -387,7 +387,7 @@ def test_options_of_observers_are_frozen() -> None:
 def test_observers_and_their_plug_ins_import_no_torch() -> None:
     code = (
         "import sys, bpkit.decode.observers, bpkit_jsonl.observer, bpkit_prometheus.observer\n"
-        "from bpkit.registry.resolve import registry\n"
+        "from bpkit.registry.discovery import registry\n"
         "for e in registry().observers.values(): e.load_config(); e.load()\n"
         "heavy = {'torch', 'transformers', 'numpy', 'prometheus_client'} & set(sys.modules)\nassert not heavy, heavy\n"
     )

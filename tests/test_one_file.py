@@ -16,8 +16,7 @@ from bpkit.cli.train_policy import with_config
 from bpkit.config import Config
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.class_file import class_of_file
-from bpkit.registry.resolve import parse_spec, resolve_policy
-from bpkit.registry.spec import spec_of
+from bpkit.registry.resolve import parse_spec, resolve_policy, spec_of
 from bpkit.trace.cost import CostTable, write_cost
 
 MY_POLICY = """\

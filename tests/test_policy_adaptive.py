@@ -17,7 +17,8 @@ from bpkit_adaptive.goodput import Goodput
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import Policy, PolicyError
-from bpkit.registry.resolve import build, resolve_policy
+from bpkit.registry.discovery import build
+from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.trace.cost import CostTable
 from bpkit.types import Context, DecoderSpec, Seconds, Step

@@ -22,7 +22,8 @@ from bpkit_bandit.thompson import Thompson
 from bpkit_bandit.ucb import UCB
 
 from bpkit.policy import PolicyError, validated
-from bpkit.registry.resolve import build, parse_spec
+from bpkit.registry.discovery import build
+from bpkit.registry.resolve import parse_spec
 from bpkit.types import Context, DecoderSpec, Seconds, Step
 
 KINDS = [Thompson, UCB]

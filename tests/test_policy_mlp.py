@@ -32,7 +32,8 @@ from bpkit.learn.trained import TrainedConfig
 from bpkit.learn.training.policies import train_policy
 from bpkit.learn.training.policy_module import PolicyModule
 from bpkit.policy import Policy, PolicyError
-from bpkit.registry.resolve import build, resolve_policy
+from bpkit.registry.discovery import build
+from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt, synthetic_prompts
 from bpkit.trace.cost import CostTable

@@ -22,7 +22,8 @@ from bpkit_threshold.confidence import Confidence
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import Policy, PolicyError, State
-from bpkit.registry.resolve import build, resolve_policy
+from bpkit.registry.discovery import build
+from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step
 

@@ -15,7 +15,7 @@ from bpkit_threshold.svip import Svip
 from bpkit_threshold.threshold import Threshold
 
 from bpkit.policy import Policy, PolicyError, State
-from bpkit.registry.resolve import build
+from bpkit.registry.discovery import build
 from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step
 
 NAN = math.nan

@@ -19,7 +19,7 @@ from typer.testing import Result
 
 from bpkit.cli.main import build_app
 from bpkit.prompts import read_prompts
-from bpkit.registry.resolve import choose_plugins, registry
+from bpkit.registry.discovery import choose_plugins, registry
 from recipes.fold.measure import TOLERANCE, FoldSettings, bench_fold, weights
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,8 @@ from bpkit.draft.base import Drafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import Policy, PolicyError
 from bpkit.prompts import Prompt, choose_prompts
-from bpkit.registry.resolve import PolicyLike, registry
+from bpkit.registry.discovery import registry
+from bpkit.registry.resolve import PolicyLike
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.collect import TraceOptions, Tracer, generation_options

@@ -22,7 +22,6 @@ from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.evaluation import evaluate
 from bpkit.judge.evaluation.splits import split_prompts
-from bpkit.learn.folder import POLICY, WEIGHTS
 from bpkit.learn.trained import TrainedConfig, TrainedElsewhereWarning, TrainedPolicy
 from bpkit.learn.training.example_data import EpochSampler
 from bpkit.learn.training.policies import PolicyRun, train_policy
@@ -31,7 +30,9 @@ from bpkit.learn.training.prompts import prompt_record
 from bpkit.learn.training.validation import Validation
 from bpkit.policy import Policy, PolicyError, State
 from bpkit.prompts import Prompt
-from bpkit.registry.resolve import Entry, registry, resolve_policy
+from bpkit.registry.discovery import Entry, registry
+from bpkit.registry.policy_folder import POLICY, WEIGHTS
+from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.collect import TraceOptions, Tracer

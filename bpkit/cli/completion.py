@@ -5,14 +5,12 @@ A value with its help where there is one. What is no name, such as a path, is le
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from textwrap import shorten
 
 from rich.markup import escape
 
 from bpkit.policy import PolicyError
-from bpkit.registry.discovery import Entry
-from bpkit.registry.resolve import find, registry
+from bpkit.registry.discovery import registry
 
 Completions = list[tuple[str, str]]
 MOST_OF_HELP = 70
@@ -21,37 +19,37 @@ MOST_OF_HELP = 70
 
 def policies(incomplete: str) -> Completions:
     """Names of policies; after `name:`, the policy's options."""
-    return _specs(registry().policies, incomplete, what="policy")
+    return _specs("policy", incomplete)
 
 
 def drafters(incomplete: str) -> Completions:
     """Names of drafters; after `name:`, the drafter's options."""
-    return _specs(registry().drafters, incomplete, what="drafter")
+    return _specs("drafter", incomplete)
 
 
 def observers(incomplete: str) -> Completions:
     """Names of observers; after `name:`, the observer's options."""
-    return _specs(registry().observers, incomplete, what="observer")
+    return _specs("observer", incomplete)
 
 
 def policy_names() -> Completions:
     """Names alone, for `bpkit policies`."""
-    return _names(registry().policies)
+    return _names("policy")
 
 
 def drafter_names() -> Completions:
     """Names alone, for `bpkit drafters`."""
-    return _names(registry().drafters)
+    return _names("drafter")
 
 
 def observer_names() -> Completions:
     """Names alone, for `bpkit observers`."""
-    return _names(registry().observers)
+    return _names("observer")
 
 
 def hook_names() -> list[str]:
     """What plug-ins can implement."""
-    from bpkit.registry.discovery import hook_arguments
+    from bpkit.registry.hookspecs import hook_arguments
 
     return list(hook_arguments())
 
@@ -105,16 +103,17 @@ def _told(text: str) -> str:
     return escape(shorten(text, MOST_OF_HELP, placeholder=" ..."))
 
 
-def _names(entries: Mapping[str, Entry]) -> Completions:
+def _names(kind: str) -> Completions:
+    entries = registry().of_kind(kind)
     return [(name, _told(entries[name].summary)) for name in sorted(entries)]
 
 
-def _specs(entries: Mapping[str, Entry], incomplete: str, *, what: str) -> Completions:
+def _specs(kind: str, incomplete: str) -> Completions:
     name, colon, given = incomplete.partition(":")
     if not colon:
-        return _names(entries)
+        return _names(kind)
     try:
-        config = find(entries, name, what=what).load_config()
+        config = registry().find(kind, name).load_config()
     except PolicyError:  # a path, a name that nobody has, or options that do not load
         return []
     before, comma, _ = given.rpartition(",")

@@ -195,7 +195,7 @@ def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
 
 def everybody() -> dict[str, PolicyLike]:
     """All registered policies whose names alone are enough."""
-    from bpkit.registry.resolve import registry
+    from bpkit.registry.discovery import registry
 
     return {name: name for name in sorted(registry().policies) if can_be_made(name)}
 

@@ -18,7 +18,7 @@ from bpkit.cli.terminal import progress_bar, say
 from bpkit.cli.train_policy import portable
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.class_file import names_file
-from bpkit.registry.spec import name_of
+from bpkit.registry.resolve import name_of
 
 if TYPE_CHECKING:
     from bpkit.config import Config
@@ -229,7 +229,7 @@ class _Work:
 
 def summary_of(policy: Policy) -> str:
     """What the plug-in says of the policy."""
-    from bpkit.registry.resolve import registry
+    from bpkit.registry.discovery import registry
 
     name = name_of(type(policy))
     entry = registry().policies.get(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from typing import Annotated, Any
@@ -18,8 +17,7 @@ from bpkit.cli import completion
 from bpkit.cli.plugins import SCHEMA_VERSION, conflicts, say_what_is_missing
 from bpkit.cli.terminal import console
 from bpkit.registry import hookspecs
-from bpkit.registry.discovery import Registry, hook_arguments
-from bpkit.registry.resolve import registry
+from bpkit.registry.discovery import Registry, registry
 
 
 def hooks(
@@ -39,7 +37,9 @@ def hooks(
     Next: `bpkit new` starts a distribution with a plug-in in it.
     """
     known = registry()
-    found = [describe_hook(hook, known) for hook in _chosen(name)]
+    if name is not None:
+        hookspecs.check_hook_name(name)
+    found = [describe_hook(hook, known) for hook in ([name] if name is not None else hookspecs.hook_arguments())]
     if as_json:
         plugins = [describe_plugin(plugin, known) for plugin in known.plugins]
         report = {"schema_version": SCHEMA_VERSION, "hooks": found, "plugins": plugins}
@@ -50,22 +50,11 @@ def hooks(
     say_what_is_missing(known.failures, known)
 
 
-def _chosen(name: str | None) -> list[str]:
-    known = list(hook_arguments())
-    if name is None:
-        return known
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"there is no hook {name!r}{hint} The hooks are: {', '.join(known)}")
-    return [name]
-
-
 def describe_hook(hook: str, known: Registry) -> dict[str, Any]:
     """A hook and its implementations in the order of calls, as plain JSON values."""
     return {
         "name": hook,
-        "arguments": list(hook_arguments()[hook]),
+        "arguments": list(hookspecs.hook_arguments()[hook]),
         "purpose": " ".join((inspect.getdoc(getattr(hookspecs, hook)) or "").split()),
         "implementations": [_describe_call(one, known) for one in known.calls(hook)],
     }

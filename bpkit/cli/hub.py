@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bpkit.cli.terminal import say
 from bpkit.config import Config
-from bpkit.registry.resolve import parse_spec, registry
+from bpkit.registry.discovery import registry
+from bpkit.registry.resolve import parse_spec
 
 
 def announce_downloads(config: Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import sys
@@ -32,9 +31,10 @@ from bpkit.cli.errors import DEBUG, EXIT_CODES, ExplainingGroup, end_when_termin
 from bpkit.cli.plugin_commands import add_plugin_commands
 from bpkit.cli.terminal import be_plain_where_asked, say
 from bpkit.installation.doctor import installed
+from bpkit.names import did_you_mean
 from bpkit.policy import PolicyError
+from bpkit.registry.discovery import Registry, choose_plugins, registry
 from bpkit.registry.plugin_choice import PLUGINS, choice_of, plugin_flags
-from bpkit.registry.resolve import Registry, choose_plugins, registry
 
 _HELP = """Speculative decoding with block-size policies as plug-ins.
 
@@ -141,9 +141,8 @@ def check_choice(known: Registry) -> None:
     """Warn of names that no plug-in has. Raises PolicyError for a plug-in that was named and failed."""
     names = {name for plugin in known.plugins.values() for name in plugin.names}
     for name, how in known.unheard.items():
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the plug-ins are: {', '.join(sorted(known.plugins))}"
-        say(f"Warning: {how}: there is no plug-in {name!r}; {hint}")
+        hint = did_you_mean(name, names) or f" The plug-ins are: {', '.join(sorted(known.plugins))}"
+        say(f"Warning: {how}: there is no plug-in {name!r}.{hint}")
     for name, how in choice_of(plugin_flags(sys.argv[1:])).named.items():
         for plugin in known.plugins.values():
             if name in plugin.names and plugin.name in known.failures:

@@ -18,11 +18,10 @@ from rich.text import Text
 from bpkit import assets
 from bpkit.cli import completion
 from bpkit.cli.terminal import console
-from bpkit.learn.folder import is_policy_folder, read_policy_file
 from bpkit.learn.trained_config import TrainedConfig
 from bpkit.policy import PolicyError
-from bpkit.registry.discovery import explain_conflict
-from bpkit.registry.resolve import Entry, Registry, find, registry
+from bpkit.registry.discovery import Entry, Registry, explain_conflict, registry
+from bpkit.registry.policy_folder import is_policy_folder, read_policy_file
 
 SCHEMA_VERSION = 1
 """Of what `--json` prints."""
@@ -96,7 +95,7 @@ def observers(
 
 def _list(title: str, entries: Mapping[str, Entry], name: str | None, *, what: str, as_json: bool) -> None:
     known = registry()
-    chosen = [find(entries, name, what=what)] if name else [entries[n] for n in sorted(entries)]
+    chosen = [known.find(what, name)] if name else [entries[n] for n in sorted(entries)]
     failures = dict(known.failures)
     described = []
     for entry in chosen:

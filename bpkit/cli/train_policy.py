@@ -15,7 +15,7 @@ from bpkit.cli import options
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
 from bpkit.cli.terminal import progress_bar, say
-from bpkit.registry.spec import with_weights
+from bpkit.registry.resolve import with_weights
 
 if TYPE_CHECKING:
     from bpkit.config import Config

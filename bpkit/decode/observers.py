@@ -10,15 +10,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from bpkit.policy import PolicyError, validated
-from bpkit.registry.class_file import class_of_file, names_file
-from bpkit.registry.resolve import find, first_option, parse_spec, registry
+from bpkit.registry.resolve import resolve
 from bpkit.types import Seconds
 
 if TYPE_CHECKING:
@@ -133,22 +132,4 @@ def resolve_observer(observer: ObserverLike) -> Observer:
     Raises:
         PolicyError: the name or an option is unknown, or the observer refuses them.
     """
-    if isinstance(observer, Observer):
-        return observer
-    spec = parse_spec(observer) if isinstance(observer, str) else dict(observer)
-    if "name" not in spec:
-        raise ObserverError(f"an observer given as a mapping needs a 'name', as in {{'name': 'jsonl'}}; got {spec}")
-    name, value = str(spec.pop("name")), spec.pop("", None)
-    made: Callable[..., Any]
-    if names_file(name):
-        made = class_of_file(name, Observer, what="observer")
-    else:
-        made = find(registry().observers, name, what="observer").load()
-    if isinstance(made, type) and issubclass(made, Observer):
-        if value is not None:
-            spec = {first_option(made.Config, name, what="observer"): value, **spec}
-        return made(validated(made.Config, spec, owner=name, what="observer"))
-    result = made(**spec)
-    if not isinstance(result, Observer):
-        raise ObserverError(f"observer {name!r} is not a bpkit.decode.observers.Observer but a {type(result).__name__}")
-    return result
+    return resolve(observer, Observer, what="observer")

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from bpkit.draft.base import Drafter
 from bpkit.policy import validated
-from bpkit.registry.resolve import find, first_option, parse_spec, registry
+from bpkit.registry.discovery import registry
+from bpkit.registry.resolve import first_option, parse_spec
 
 
 def resolve_drafter(drafter: str | Mapping[str, Any], target: PreTrainedModel) -> Drafter:
@@ -30,7 +31,7 @@ def resolve_drafter(drafter: str | Mapping[str, Any], target: PreTrainedModel) -
         name, path = _kind_of_model(drafter), drafter
     if name not in known and "/" in str(drafter):
         raise ValueError(f"drafter {str(drafter)!r}: neither a folder with a config.json nor a model of that name")
-    entry = find(known, name, what="drafter")
+    entry = registry().find("drafter", name)
     load, config = entry.load(), entry.load_config()
     if config is not None:
         if bare:

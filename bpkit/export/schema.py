@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from bpkit.export.core import DType, Method
-from bpkit.learn.folder import TrainedFor
+from bpkit.registry.policy_folder import TrainedFor
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 FileName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*\.onnx$", max_length=64)]

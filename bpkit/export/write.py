@@ -20,9 +20,9 @@ from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison, compare
 from bpkit.files import write_at_once
 from bpkit.learn.curves import TYPICAL_CONTEXT, Curves
-from bpkit.learn.folder import TrainedFor
 from bpkit.policy import Policy, PolicyError
-from bpkit.registry.spec import name_of
+from bpkit.registry.policy_folder import TrainedFor
+from bpkit.registry.resolve import name_of
 from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DecoderSpec
 

@@ -117,7 +117,7 @@ def _python() -> Iterator[Finding]:
 
 def _bpkit() -> Iterator[Finding]:
     from bpkit.assets import shipped
-    from bpkit.registry.resolve import registry
+    from bpkit.registry.discovery import registry
 
     yield Finding("bpkit", "version", __version__)
     yield _distribution()

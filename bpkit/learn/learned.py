@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from bpkit.learn.gains import Gains
 from bpkit.learn.learned_config import LearnedConfig
 from bpkit.learn.trained import TrainedPolicy
+from bpkit.names import snake_case
 from bpkit.policy import PolicyConfig, PolicyError, State
-from bpkit.registry.spec import snake_case
 from bpkit.types import Context, CostModel, DecoderSpec, Feature
 
 if TYPE_CHECKING:

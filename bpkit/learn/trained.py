@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from bpkit.learn.folder import (
+from bpkit.learn.trained_config import TrainedConfig
+from bpkit.policy import Policy, PolicyConfig, PolicyError, validated
+from bpkit.registry.policy_folder import (
     POLICY,
     WEIGHTS,
     PolicyFile,
@@ -26,9 +28,7 @@ from bpkit.learn.folder import (
     read_weights,
     write_policy_folder,
 )
-from bpkit.learn.trained_config import TrainedConfig
-from bpkit.policy import Policy, PolicyConfig, PolicyError, validated
-from bpkit.registry.spec import registered_by_another, spec_of, with_weights
+from bpkit.registry.resolve import class_of_folder, registered_by_another, spec_of, with_weights
 from bpkit.types import CostModel, DecoderSpec
 
 if TYPE_CHECKING:
@@ -219,13 +219,13 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
     def _from_folder(cls, folder: Path, options: dict[str, Any]) -> Self:
         stored = read_policy_file(folder).policy
         if cls is TrainedPolicy:
-            made = class_of_folder(folder)
+            made = cast("type[Self]", class_of_folder(folder))
         elif cls.name != stored:
             raise PolicyError(f"{folder} holds a policy {stored!r}, not {cls.name!r}")
         else:
             made = cls
         given = {**options, "weights": str(folder)}
-        return cast("Self", made(validated(made.Config, given, owner=made.name)))
+        return made(validated(made.Config, given, owner=stored))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What `save_pretrained` and `push_to_hub` write: `policy.json` and `weights.safetensors`."""
@@ -326,23 +326,6 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         folders = [SHIPPED / name, *sorted(SHIPPED.glob(f"{name}-*"))]
         found = [folder for folder in folders if is_policy_folder(folder) and read_policy_file(folder).policy == name]
         return found if not found or registered_by_another(type(self)) is None else []
-
-
-def class_of_folder(folder: Path) -> type[TrainedPolicy]:
-    """The registered class of the policy in a folder. Raises PolicyError."""
-    from bpkit.registry.resolve import registry
-
-    name = read_policy_file(folder).policy
-    entry = registry().policies.get(name)
-    if entry is None:
-        raise PolicyError(
-            f"{folder} holds a policy {name!r}, which no installed plug-in registers: install the distribution that "
-            f"has it, or name the class with `./file.py:ClassName:{folder}`"
-        )
-    made = entry.load()
-    if not (isinstance(made, type) and issubclass(made, TrainedPolicy)):
-        raise PolicyError(f"{folder} holds weights of policy {name!r}, which takes none here")
-    return made
 
 
 def _ready(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:

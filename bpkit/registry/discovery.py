@@ -1,15 +1,17 @@
-"""Loads the plug-ins that are wanted, and calls their hooks in pluggy's order. One that fails takes nobody along."""
+"""What is registered: the plug-ins that are wanted are loaded, and their hooks called in pluggy's order.
+
+One that fails takes nobody along.
+"""
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
@@ -17,10 +19,11 @@ import pluggy
 from pydantic import BaseModel
 
 from bpkit.installation.distribution import DISTRIBUTION
+from bpkit.names import did_you_mean
 from bpkit.policy import PolicyError
 from bpkit.registry import hookspecs
 from bpkit.registry.class_file import module_of_file, names_file
-from bpkit.registry.plugin_choice import NO_AUTOLOAD, OPTION, Choice
+from bpkit.registry.plugin_choice import NO_AUTOLOAD, OPTION, Choice, choice_of
 
 GROUP, OURS = "bpkit", DISTRIBUTION
 """The group of entry points, and the distribution whose plug-ins come with bpkit."""
@@ -108,6 +111,24 @@ class Registry:
         """The entries of `policy`, `drafter` or `observer`, by name."""
         return {"policy": self.policies, "drafter": self.drafters, "observer": self.observers}[kind]
 
+    def find(self, kind: str, name: str) -> Entry:
+        """The `policy`, `drafter` or `observer` of that name. Raises PolicyError with the known names."""
+        known = self.of_kind(kind)
+        if name in known:
+            return known[name]
+        claimed = self.conflicts.get((kind, name))
+        if claimed is not None:
+            raise PolicyError(explain_conflict(kind, claimed))
+        listed = ", ".join(sorted(known)) or "none"
+        hint = did_you_mean(name, known)
+        raise PolicyError(f"there is no {kind} {name!r}.{hint} Known: {listed}.{self.not_loaded()}")
+
+    def not_loaded(self) -> str:
+        """Sentences on plug-ins that failed or are disabled, one of which may have what was not found."""
+        said = [f" Plug-in {name!r} could not be loaded ({why})." for name, why in self.failures.items()]
+        said += [f" Plug-in {name!r}, which may have it, is disabled by {how}." for name, how in self.disabled.items()]
+        return "".join(said)
+
     def fail(self, plugin: str, reason: BaseException | str) -> None:
         """Note why a plug-in is not there, and forget its hooks."""
         text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
@@ -118,6 +139,23 @@ class Registry:
     def calls(self, hook: str) -> list[pluggy.HookImpl]:
         """Implementations of a hook as pluggy calls them: `tryfirst` before all, else those registered last first."""
         return list(reversed(getattr(self.manager.hook, hook).get_hookimpls()))
+
+
+_flags: list[str] = []
+"""Values of `--plugin` of this process."""
+
+
+@cache
+def registry() -> Registry:
+    """The registry of this process."""
+    return build(choice=choice_of(_flags))
+
+
+def choose_plugins(flags: Sequence[str]) -> None:
+    """Take the values of `--plugin` that a command was given, on top of the environment's."""
+    if list(flags) != _flags:
+        _flags[:] = flags
+        registry.cache_clear()
 
 
 def call(implementation: pluggy.HookImpl, **arguments: Any) -> None:
@@ -198,55 +236,10 @@ def _load(registry: Registry, plugin: Plugin) -> None:
     """Import a plug-in and register its hooks with pluggy."""
     try:
         loaded = plugin.load()
-        check_hooks(registry.manager, loaded)
+        hookspecs.check_hooks(registry.manager, loaded)
         registry.manager.register(loaded, plugin.name)
     except (Exception, SystemExit) as error:  # a stranger's plug-in may fail in any way, and take nobody along
         registry.fail(plugin.name, error)
-
-
-def check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
-    """Refuse hooks that pluggy would pass over or take without a word.
-
-    Raises:
-        PolicyError: a hook without `@hookimpl`, a hook or an argument that does not exist, or a wrapper.
-    """
-    specs = hook_arguments()
-    for name in dir(plugin):
-        function = inspect.getattr_static(plugin, name, None)
-        options = manager.parse_hookimpl_opts(plugin, name)
-        if options is None:
-            is_function = inspect.isfunction(function) or isinstance(function, (staticmethod, classmethod))
-            if is_function and name.startswith("bpkit_register") and not hasattr(function, "bpkit_spec"):
-                raise PolicyError(f"{name} is not marked as a hook: put @bpkit.hookimpl before it")
-            continue
-        hook = options.get("specname") or name
-        if hook not in specs and not options.get("optionalhook"):
-            near = difflib.get_close_matches(hook, specs, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise PolicyError(f"there is no hook {hook!r}; {hint}The hooks are: {', '.join(specs)}")
-        if options.get("wrapper") or options.get("hookwrapper"):
-            raise PolicyError(f"{name} is a wrapper, with nothing to wrap: each plug-in's hooks are called alone")
-        if hook in specs:
-            _check_arguments(name, getattr(plugin, name), hook, specs[hook])
-
-
-def _check_arguments(name: str, function: Callable[..., Any], hook: str, accepted: tuple[str, ...]) -> None:
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    for parameter in inspect.signature(function).parameters.values():
-        is_asked_for = parameter.kind in positional and parameter.default is parameter.empty
-        if is_asked_for and parameter.name not in accepted:
-            where = f"{name}, an implementation of {hook}," if name != hook else hook
-            listed = ", ".join(accepted)
-            raise PolicyError(f"{where} takes argument {parameter.name!r}, which does not exist; it is given: {listed}")
-
-
-def hook_arguments() -> dict[str, tuple[str, ...]]:
-    """Every hook with the names of its arguments."""
-    found = {}
-    for name, hook in vars(hookspecs).items():
-        if hasattr(hook, f"{hookspecs.PROJECT}_spec"):
-            found[name] = tuple(inspect.signature(hook).parameters)
-    return found
 
 
 def _collect(registry: Registry) -> None:

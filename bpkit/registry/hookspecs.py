@@ -6,10 +6,14 @@ Hook modules are imported whenever bpkit lists what is there, so they must impor
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
+
+from bpkit.names import did_you_mean
+from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
     import typer
@@ -55,3 +59,37 @@ def bpkit_register_observers(register: Register) -> None:
 @hookspec
 def bpkit_register_commands(app: typer.Typer) -> None:
     """Add commands to the `bpkit` command line."""
+
+
+def check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
+    """Refuse hooks that pluggy would pass over or take without a word; arguments it checks itself.
+
+    Raises:
+        PolicyError: a hook without `@hookimpl`, one that does not exist, or a wrapper.
+    """
+    for name in dir(plugin):
+        function = inspect.getattr_static(plugin, name, None)
+        options = manager.parse_hookimpl_opts(plugin, name)
+        if options is None:
+            is_function = inspect.isfunction(function) or isinstance(function, (staticmethod, classmethod))
+            if is_function and name.startswith("bpkit_register") and not hasattr(function, "bpkit_spec"):
+                raise PolicyError(f"{name} is not marked as a hook: put @bpkit.hookimpl before it")
+            continue
+        hook = options.get("specname") or name
+        if not options.get("optionalhook"):
+            check_hook_name(hook)
+        if options.get("wrapper") or options.get("hookwrapper"):
+            raise PolicyError(f"{name} is a wrapper, with nothing to wrap: each plug-in's hooks are called alone")
+
+
+def check_hook_name(hook: str) -> None:
+    """Raise PolicyError unless there is a hook of that name."""
+    known = hook_arguments()
+    if hook not in known:
+        raise PolicyError(f"there is no hook {hook!r}.{did_you_mean(hook, known)} The hooks are: {', '.join(known)}")
+
+
+def hook_arguments() -> dict[str, tuple[str, ...]]:
+    """Every hook with the names of its arguments."""
+    specified = {name: hook for name, hook in globals().items() if hasattr(hook, f"{PROJECT}_spec")}
+    return {name: tuple(inspect.signature(hook).parameters) for name, hook in specified.items()}

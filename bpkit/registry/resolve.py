@@ -1,79 +1,29 @@
-"""Resolves names to policies, drafters and observers, and explains what went wrong."""
+"""From what users write to classes and objects, and back: what to type for a class.
+
+A policy or an observer is written as `name`, `name:value`, `name:key=value,...`, `./file.py:Class` or a mapping; for a
+policy, the path of a trained policy's folder may stand where the name stands.
+"""
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 
-from bpkit.learn.folder import is_policy_folder
-from bpkit.policy import Policy, PolicyConfig, PolicyError, validated
+from bpkit.names import snake_case
+from bpkit.policy import Policy, PolicyError, validated
+from bpkit.registry import discovery
 from bpkit.registry.class_file import class_of_file, names_file, split_file
-from bpkit.registry.discovery import Entry, Registry, build, explain_conflict
-from bpkit.registry.plugin_choice import choice_of
-
-__all__ = [
-    "Entry",
-    "PolicyLike",
-    "Registry",
-    "build",
-    "check_policy_name",
-    "choose_plugins",
-    "find",
-    "first_option",
-    "parse_spec",
-    "plugins_that_are_not_there",
-    "policy_class",
-    "registry",
-    "resolve_policy",
-    "written",
-]
-
-
-_flags: list[str] = []
-"""Values of `--plugin` of this process."""
-
-
-@cache
-def registry() -> Registry:
-    """The registry of this process."""
-    return build(choice=choice_of(_flags))
-
-
-def choose_plugins(flags: Sequence[str]) -> None:
-    """Take the values of `--plugin` that a command was given, on top of the environment's."""
-    if list(flags) != _flags:
-        _flags[:] = flags
-        registry.cache_clear()
-
-
-def find(known: Mapping[str, Entry], name: str, *, what: str) -> Entry:
-    """The entry of that name. Raises PolicyError that lists the known names and the nearest."""
-    if name in known:
-        return known[name]
-    claimed = registry().conflicts.get((what, name))
-    if claimed is not None:
-        raise PolicyError(explain_conflict(what, claimed))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    listed = ", ".join(sorted(known)) or "none"
-    raise PolicyError(f"there is no {what} {name!r}.{hint} Known: {listed}.{plugins_that_are_not_there()}")
-
-
-def plugins_that_are_not_there() -> str:
-    """Sentences on plug-ins that failed or are disabled, one of which may have what was not found."""
-    known = registry()
-    said = [f" Plug-in {name!r} could not be loaded ({why})." for name, why in known.failures.items()]
-    said += [f" Plug-in {name!r}, which may have it, is disabled by {how}." for name, how in known.disabled.items()]
-    return "".join(said)
-
+from bpkit.registry.policy_folder import is_policy_folder, read_policy_file
 
 PolicyLike = Policy | str | Mapping[str, Any]
+Made = TypeVar("Made")
+WEIGHTS = "weights"
+"""The option that takes the folder of a trained policy."""
 
 
 def resolve_policy(policy: PolicyLike) -> Policy:
@@ -89,17 +39,71 @@ def resolve_policy(policy: PolicyLike) -> Policy:
     Raises:
         PolicyError: the name or an option is unknown; the message lists what there is.
     """
-    if isinstance(policy, Policy):
-        return policy
-    made, options, name = policy_class(policy)
-    if isinstance(made, type) and issubclass(made, Policy):
-        config = validated(made.Config, options, owner=name)
-        _check_constructor(made, config)
-        return made(config)
-    result = made(**options)
-    if not isinstance(result, Policy):
-        raise PolicyError(f"policy {name!r} is not a bpkit.Policy but a {type(result).__name__}")
+    return resolve(policy, Policy, what="policy")
+
+
+def resolve(given: Made | str | Mapping[str, Any], base: type[Made], *, what: str) -> Made:
+    """Make an object of class `base`, a policy or an observer, unless one is given. Raises PolicyError."""
+    if isinstance(given, base):
+        return given
+    assert isinstance(given, (str, Mapping))
+    make, options, name = class_and_options(given, base, what=what)
+    config = _config_of(make, base)
+    if config is not None:
+        made = validated(config, options, owner=name, what=what)
+        _check_constructor(make, made, what)
+        result = make(made)
+    else:
+        result = make(**options)
+    if not isinstance(result, base):
+        where = "bpkit.Policy" if base is Policy else f"{base.__module__}.{base.__qualname__}"
+        raise PolicyError(f"{what} {name!r} is not a {where} but a {type(result).__name__}")
     return result
+
+
+def policy_class(policy: str | Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any], str]:
+    """What `resolve_policy` would call, the options that it would give, and the name. Raises PolicyError."""
+    return class_and_options(policy, Policy, what="policy")
+
+
+def class_and_options(
+    given: str | Mapping[str, Any], base: type, *, what: str
+) -> tuple[Callable[..., Any], dict[str, Any], str]:
+    """What `resolve` would call, the options that it would give, and the name. Raises PolicyError."""
+    spec = parse_spec(given) if isinstance(given, str) else dict(given)
+    if "name" not in spec:
+        raise PolicyError(f"{what} {spec}: a mapping needs a key 'name', as in {{'name': NAME, ...}}")
+    name, value = str(spec.pop("name")), spec.pop("", None)
+    skip = ""
+    if _names_folder(name, what):
+        if WEIGHTS in spec:
+            raise PolicyError(f"policy {name!r} is a folder with weights; leave out option {WEIGHTS!r}")
+        folder, skip = Path(name).expanduser(), WEIGHTS
+        make: Callable[..., Any] = class_of_folder(folder)
+        spec = {WEIGHTS: str(folder), **spec}
+    elif names_file(name):
+        make = class_of_file(name, base, what=what)
+    else:
+        make = discovery.registry().find(what, name).load()
+    config = _config_of(make, base)
+    if value is not None and config is not None:
+        spec = {first_option(config, name, skip=skip, what=what): value, **spec}
+    return make, spec, name
+
+
+def class_of_folder(folder: Path) -> type[Policy]:
+    """The registered class of the trained policy in a folder. Raises PolicyError."""
+    name = read_policy_file(folder).policy
+    entry = discovery.registry().policies.get(name)
+    if entry is None:
+        raise PolicyError(
+            f"{folder} holds a policy {name!r}, which no installed plug-in registers: install the distribution that "
+            f"has it, or name the class with `./file.py:ClassName:{folder}`"
+        )
+    made = entry.load()
+    if not (isinstance(made, type) and issubclass(made, Policy) and WEIGHTS in made.Config.model_fields):
+        raise PolicyError(f"{folder} holds weights of policy {name!r}, which takes none here")
+    return made
 
 
 def check_policy_name(policy: PolicyLike) -> None:
@@ -108,68 +112,36 @@ def check_policy_name(policy: PolicyLike) -> None:
         return
     spec = parse_spec(policy) if isinstance(policy, str) else dict(policy)
     name = str(spec.pop("name", ""))
-    if not name or names_file(name) or (name not in registry().policies and _is_path(name)):
+    if not name or names_file(name) or _names_folder(name, "policy"):
         return
-    config = find(registry().policies, name, what="policy").load_config()
+    config = discovery.registry().find("policy", name).load_config()
     if config is not None and "" not in spec:  # what a bare value sets, `resolve_policy` knows
         validated(config, spec, owner=name)
 
 
-def _check_constructor(made: type[Policy], config: PolicyConfig) -> None:
-    try:
-        inspect.signature(made).bind(config)
-    except TypeError:
-        raise PolicyError(
-            f"policy {made.__name__} cannot be made: leave its __init__ out, or let it be __init__(self, config=None, "
-            "**options) and call super().__init__(config, **options)"
-        ) from None
-
-
-def policy_class(policy: str | Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any], str]:
-    """What `resolve_policy` would call, the options that it would give, and the name. Raises PolicyError."""
-    spec = parse_spec(policy) if isinstance(policy, str) else dict(policy)
-    if "name" not in spec:
-        raise PolicyError(f"a policy given as a mapping needs a 'name', as in {{'name': 'fixed'}}; got {spec}")
-    name, value = str(spec.pop("name")), spec.pop("", None)
-    made, in_folder = _named(name)
-    if in_folder is not None:
-        if "weights" in spec:
-            raise PolicyError(f"policy {name!r} is a folder with weights; leave out option 'weights'")
-        spec = {"weights": in_folder, **spec}
-    if value is not None and isinstance(made, type) and issubclass(made, Policy):
-        spec = {first_option(made.Config, name, skip="weights" if in_folder is not None else ""): value, **spec}
-    return made, spec, name
-
-
-def _named(name: str) -> tuple[Callable[..., Any], str | None]:
-    """What a name stands for, and the folder of its weights if it is the path of one."""
-    policies = registry().policies
-    if names_file(name):
-        return class_of_file(name, Policy), None
-    if name in policies or not _is_path(name):
-        return find(policies, name, what="policy").load(), None
-    from bpkit.learn.trained import class_of_folder
-
-    folder = Path(name).expanduser()
-    return class_of_folder(folder), str(folder)
-
-
-def _is_path(name: str) -> bool:
+def _names_folder(name: str, what: str) -> bool:
+    """Whether a name is the path of a trained policy's folder, there or not. Registered names come first."""
+    if what != "policy" or names_file(name) or name in discovery.registry().policies:
+        return False
     return "/" in name or name.startswith((".", "~")) or is_policy_folder(name)
 
 
-def written(policy: PolicyLike) -> str:
-    """A policy as it would be typed; of an instance, the name of its class.
+def _config_of(make: Callable[..., Any], base: type) -> type[BaseModel] | None:
+    """The options of a class of this kind; None for any other callable, which checks its own."""
+    if not (isinstance(make, type) and issubclass(make, base)):
+        return None
+    return cast("type[BaseModel]", cast("Any", make).Config)
 
-    >>> written({"name": "threshold", "threshold": 0.6, "block_size": 8})
-    'threshold:threshold=0.6,block_size=8'
-    """
-    if isinstance(policy, Policy):
-        return type(policy).__name__
-    if isinstance(policy, str):
-        return policy
-    name, rest = str(policy.get("name", "")), {k: v for k, v in policy.items() if k != "name"}
-    return name + (":" + ",".join(f"{k}={v}" for k, v in rest.items()) if rest else "")
+
+def _check_constructor(make: Callable[..., Any], config: BaseModel, what: str) -> None:
+    try:
+        inspect.signature(make).bind(config)
+    except TypeError:
+        name = getattr(make, "__name__", make)
+        raise PolicyError(
+            f"{what} {name} cannot be made: leave its __init__ out, or let it be __init__(self, config=None, "
+            "**options) and call super().__init__(config, **options)"
+        ) from None
 
 
 def parse_spec(text: str) -> dict[str, Any]:
@@ -194,3 +166,64 @@ def first_option(config: type[BaseModel], name: str, *, skip: str = "", what: st
         if option != skip:
             return option
     raise PolicyError(f"{what} {name!r} takes no options")
+
+
+# Back: what to type.
+
+
+def written(policy: PolicyLike) -> str:
+    """A policy as it would be typed; of an instance, the name of its class.
+
+    >>> written({"name": "threshold", "threshold": 0.6, "block_size": 8})
+    'threshold:threshold=0.6,block_size=8'
+    """
+    if isinstance(policy, Policy):
+        return type(policy).__name__
+    if isinstance(policy, str):
+        return policy
+    name, rest = str(policy.get("name", "")), {k: v for k, v in policy.items() if k != "name"}
+    return name + (":" + ",".join(f"{k}={v}" for k, v in rest.items()) if rest else "")
+
+
+def name_of(kind: type[Policy]) -> str:
+    """The name of a policy: its attribute `name`, else its class in small letters."""
+    name = getattr(kind, "name", None)
+    return name if isinstance(name, str) and name else snake_case(kind.__name__)
+
+
+def registered_by_another(kind: type[Policy]) -> str | None:
+    """The distribution whose plug-in registers the policy's name for another class, or None."""
+    entry = discovery.registry().policies.get(name_of(kind))
+    if entry is None:
+        return None
+    made = entry.load()
+    related = not isinstance(made, type) or issubclass(kind, made)
+    return None if related else entry.distribution
+
+
+def spec_of(kind: type[Policy]) -> str:
+    """What to type for a class: the name that it is registered under, or `./file.py:ClassName`.
+
+    A path below the working directory is relative to it.
+    """
+    entry = discovery.registry().policies.get(name_of(kind))
+    if entry is not None and entry.load() is kind:
+        return entry.name
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None or "." in kind.__module__:  # a module of a package cannot be read on its own
+        return name_of(kind)
+    path, here = Path(file).resolve(), Path.cwd()
+    shown = f"./{path.relative_to(here)}" if path.is_relative_to(here) else str(path)
+    return f"{shown}:{kind.__name__}"
+
+
+def with_weights(spec: str, folder: str | Path) -> str:
+    """What to type for a policy with the weights of a folder.
+
+    >>> with_weights("./mine.py:Mine", "runs/mine"), with_weights("forecast", "mine")
+    ('./mine.py:Mine:runs/mine', './mine')
+    """
+    if names_file(spec):
+        return f"{split_file(spec)[0]}:{folder}"
+    # A bare name that a plug-in registers would be taken for that policy.
+    return str(folder) if "/" in str(folder) else f"./{folder}"

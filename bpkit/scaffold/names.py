@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Self
 
-from bpkit.registry.resolve import registry
+from bpkit.registry.discovery import registry
 from bpkit.scaffold.kinds import Kind
 
 MAX_LENGTH = 40

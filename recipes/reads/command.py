@@ -51,7 +51,7 @@ def bench_reads(
     settled = options.settled(context)
     from bpkit.judge.wall_clock.report import check_writable, write_report
     from bpkit.prompts import choose_prompts
-    from bpkit.registry.resolve import registry
+    from bpkit.registry.discovery import registry
     from recipes.reads.count import count_reads
 
     if json is not None:

@@ -20,9 +20,9 @@ from bpkit.export.session import open_session
 from bpkit.export.write import describe
 from bpkit.judge.latency.rows import Row
 from bpkit.learn.curves import TYPICAL_CONTEXT
-from bpkit.learn.folder import TrainedFor
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy, PolicyError, State, overrides
+from bpkit.registry.policy_folder import TrainedFor
 from bpkit.registry.resolve import parse_spec, resolve_policy
 from bpkit.types import DecoderSpec, Feature
 

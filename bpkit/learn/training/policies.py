@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 
 from bpkit.files import write_at_once
-from bpkit.learn.folder import POLICY, TrainedFor, is_policy_folder
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.learn.training.best import RATE, BestByReplay
 from bpkit.learn.training.example_data import ExampleData
@@ -33,6 +32,7 @@ from bpkit.learn.training.trainable import make_module
 from bpkit.learn.training.validation import Validation, judge, spread, trimmed
 from bpkit.policy import PolicyError
 from bpkit.registry.class_file import file_of
+from bpkit.registry.policy_folder import POLICY, TrainedFor, is_policy_folder
 from bpkit.trace.fingerprint import fingerprint_values
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import offered

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from bpkit.learn.trained_config import TrainedConfig
 from bpkit.policy import PolicyError, validated
 from bpkit.registry.class_file import names_file
-from bpkit.registry.resolve import Entry, policy_class, registry
-from bpkit.registry.spec import name_of, registered_by_another
+from bpkit.registry.discovery import Entry, registry
+from bpkit.registry.resolve import name_of, policy_class, registered_by_another
 
 if TYPE_CHECKING:
     from bpkit.learn.trained import TrainedPolicy
