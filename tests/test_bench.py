@@ -15,12 +15,11 @@ from bpkit.cli.bench import DEFAULT_POLICIES, named_policies, policy_name
 from bpkit.cli.main import build_app
 from bpkit.config import Config
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.judge.wall_clock.contestants import LOOP, TRANSFORMERS, Outcome
-from bpkit.judge.wall_clock.measure import Measurement, Task, measure
-from bpkit.judge.wall_clock.run import BenchSettings, run_bench
-from bpkit.judge.wall_clock.statistics import RESAMPLES, Roles, resample, summarise
-from bpkit.judge.wall_clock.texts import differences, ends_in_loop
-from bpkit.judge.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
+from bpkit.judge.statistics import RESAMPLES, resample
+from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
+from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Outcome
+from bpkit.judge.wall_clock.figures import Roles, differences, ends_in_loop, summarise
+from bpkit.judge.wall_clock.measure import Measurement, Task, best_counts, candidate_counts, measure, try_thread_counts
 from bpkit.prompts import Prompt, choose_prompts, read_prompts
 
 ROLES = Roles(plain=(LOOP, TRANSFORMERS), policies=("fixed:2", "fixed:4", "other"), against=("peer",))
@@ -44,7 +43,7 @@ LOOPING = [5] * 64
 def rows_by_hand() -> list[Measurement]:
     """Two prompts of domain `a` (one loops) and one of `b`; 11, 64 and 21 tokens; times chosen for round figures."""
     texts = {"a1": list(range(11)), "a2": LOOPING, "b1": list(range(21))}
-    seconds = {  # contestant -> seconds of each prompt
+    seconds = {  # decoder -> seconds of each prompt
         LOOP: [1.0, 4.0, 2.0],
         TRANSFORMERS: [2.0, 8.0, 4.0],
         "fixed:2": [1.0, 2.0, 1.0],
@@ -111,7 +110,7 @@ def test_intervals_are_paired_over_prompts() -> None:
     # Twice as slow on every prompt: the ratio is the same in every resample, although the rates are not.
     assert overall["plain"]["others"][0]["tokens_per_second_interval"][0] < 80 / 14
     always = summarise(
-        [row for row in rows_by_hand() if row.contestant in (LOOP, TRANSFORMERS, "other")],
+        [row for row in rows_by_hand() if row.decoder in (LOOP, TRANSFORMERS, "other")],
         Roles(plain=(LOOP, TRANSFORMERS), policies=("other",)),
         seed=0,
     )
@@ -153,7 +152,7 @@ def test_loops_are_repetitions_of_the_last_64_tokens() -> None:
 
 
 class Fake:
-    """A contestant that writes down its calls and takes as long as it is told."""
+    """A decoder that writes down its calls and takes as long as it is told."""
 
     def __init__(self, name: str, log: list[tuple[str, int]], seconds: dict[int, float] | None = None) -> None:
         self.name, self.log, self.seconds = name, log, seconds or {}
@@ -172,8 +171,8 @@ def test_runs_are_interleaved_in_an_order_that_the_seed_fixes() -> None:
     for seed in (0, 0, 1):
         log: list[tuple[str, int]] = []
         rows = measure([Fake(n, log) for n in "abc"], tasks(6), repeats=2, seed=seed, threads={})
-        assert [(r.contestant, int(r.prompt[1])) for r in rows] == log
-        for turn in range(12):  # every contestant once before the next prompt comes
+        assert [(r.decoder, int(r.prompt[1])) for r in rows] == log
+        for turn in range(12):  # every decoder once before the next prompt comes
             part = log[3 * turn : 3 * turn + 3]
             assert {name for name, _ in part} == set("abc")
             assert {prompt for _, prompt in part} == {turn % 6}
@@ -182,7 +181,7 @@ def test_runs_are_interleaved_in_an_order_that_the_seed_fixes() -> None:
     assert orders[0] != orders[2]
 
 
-def test_each_contestant_runs_with_its_own_threads() -> None:
+def test_each_decoder_runs_with_its_own_threads() -> None:
     usual = torch.get_num_threads()
     rows = measure([Fake("a", [], {1: 7.0, 2: 8.0})], tasks(1), repeats=1, seed=0, threads={"a": 2})
     assert rows[0].outcome.seconds == 8.0
@@ -329,7 +328,7 @@ def test_sampling_compares_with_plain_sampling_of_the_same_seed(pair: Path, prom
 def test_threads_are_found_by_trial_when_left_to_the_bench(
     pair: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bpkit.judge.wall_clock.run.available_cores", lambda: 2)
+    monkeypatch.setattr("bpkit.judge.wall_clock.bench.available_cores", lambda: 2)
     decoder = SpeculativeDecoder.from_pretrained(str(pair / "target"), "ngram", device="cpu")
     settings = BenchSettings({"fixed:4": "fixed:4"}, {"max_new_tokens": 4, "temperature": 0.0})
     machine = run_bench(decoder, read_prompts(prompt_file)[:1], settings)["machine"]

@@ -238,7 +238,7 @@ def test_figures_are_never_cut_off(width: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from bpkit.judge.fitted import Fitted
+    from bpkit.judge.tables import Fitted
 
     table = Table(title="overall (3 prompts)", box=box.SIMPLE_HEAD)
     for column in ("decoding", "tokens/s", "speed-up", "acceptance\nlength", "time %"):

@@ -16,11 +16,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bpkit.cli.main import build_app
-from bpkit.judge.bootstrap import Bootstrap, Gap
 from bpkit.judge.evaluation import evaluate
 from bpkit.judge.evaluation.choices import Choices
 from bpkit.judge.evaluation.report import html_report
 from bpkit.judge.evaluation.table import print_evaluation
+from bpkit.judge.statistics import Bootstrap, Gap
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable, flat, linear, write_cost
@@ -294,7 +294,7 @@ def test_resamples_are_paired_and_reproducible() -> None:
     # What a resample says is what its prompts say.
     row = bootstrap.weights[0].astype(int)
     drawn = np.repeat(tokens, row)
-    assert bootstrap.sums(tokens)[0] == drawn.sum()
+    assert bootstrap.ratios(tokens, np.ones(5))[0] == drawn.sum() / 5
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:

@@ -10,7 +10,7 @@ from bpkit.judge.evaluation import tune as tuning
 from bpkit.judge.evaluation.play import Player, Stage, knows_no_cost, trimmed_mean
 from bpkit.judge.evaluation.recipe import Recipe
 from bpkit.judge.evaluation.tune import Tuned, rounds, tune_options
-from bpkit.judge.wall_clock.measure import NoProgress
+from bpkit.judge.progress import NoProgress
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable

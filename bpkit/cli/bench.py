@@ -118,14 +118,13 @@ def policy_name(policy: str | Mapping[str, Any]) -> str:
 
 def check_outputs(json: Path | None, plot: Path | None) -> None:
     """Fail now rather than after minutes of measuring."""
-    from bpkit.judge.wall_clock.plot import SUFFIXES
-    from bpkit.judge.wall_clock.report import check_writable
+    from bpkit.files import PICTURES, check_writable
 
     if json is not None:
         check_writable(json)
     if plot is not None:
         require("matplotlib", extra="plot", purpose="A plot")
-        check_writable(plot, suffixes=SUFFIXES)
+        check_writable(plot, suffixes=PICTURES)
 
 
 def compare(
@@ -133,8 +132,8 @@ def compare(
 ) -> dict[str, Any]:
     """Load the models, measure, and return the report."""
     from bpkit.cli.models import load_decoder
-    from bpkit.judge.wall_clock.contestants import check_peers
-    from bpkit.judge.wall_clock.run import BenchSettings, run_bench
+    from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
+    from bpkit.judge.wall_clock.decoders import check_peers
     from bpkit.registry.resolve import resolve_policy
 
     check_peers(against)
@@ -170,12 +169,12 @@ def those_that_fit(decoder: SpeculativeDecoder, policies: dict[str, PolicyLike])
 
 def deliver(report: dict[str, Any], json: Path | None, plot: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
+    from bpkit.files import write_json
     from bpkit.judge.wall_clock.plot import plot_report
-    from bpkit.judge.wall_clock.report import write_report
-    from bpkit.judge.wall_clock.table import print_report
+    from bpkit.judge.wall_clock.report import print_report
 
     if json is not None:
-        write_report(report, json)
+        write_json(json, report)
     print_report(report, console())
     if plot is not None:
         plot_report(report, plot)

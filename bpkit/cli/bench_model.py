@@ -62,8 +62,8 @@ def bench_model(
     settled = options.settled(context)
     from bpkit.cli.evaluate import first_of_each
     from bpkit.cli.models import load_decoder
+    from bpkit.files import check_writable, write_json
     from bpkit.judge.evaluation.modelled import bench_model as measure
-    from bpkit.judge.wall_clock.report import check_writable, write_report
     from bpkit.trace.collect.recompute import check_models
     from bpkit.trace.cost import read_cost
     from bpkit.trace.store.storage import open_trace
@@ -85,7 +85,7 @@ def bench_model(
             progress=bar,
         )
     if json is not None:
-        write_report(report, json)
+        write_json(json, report)
         say(f"wrote {json}")
     print_model_report(report, console())
 

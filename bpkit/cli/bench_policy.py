@@ -181,12 +181,12 @@ def those_that_ship() -> list[str]:
 
 def deliver(report: dict[str, Any], json: Path | None, plot: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
+    from bpkit.files import write_json
     from bpkit.judge.latency.plot import plot_latency
     from bpkit.judge.latency.table import print_latency_report
-    from bpkit.judge.wall_clock.report import write_report
 
     if json is not None:
-        write_report(report, json)
+        write_json(json, report)
     print_latency_report(report, console())
     if plot is not None:
         plot_latency(report, plot)

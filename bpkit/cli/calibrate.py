@@ -123,14 +123,13 @@ def calibrate(
 
 def check_outputs(out: Path | None, plot: Path | None) -> None:
     """Fail now rather than after minutes of measuring."""
-    from bpkit.judge.wall_clock.plot import SUFFIXES
-    from bpkit.judge.wall_clock.report import check_writable
+    from bpkit.files import PICTURES, check_writable
 
     if out is not None:
         check_writable(out)
     if plot is not None:
         require("matplotlib", extra="plot", purpose="A plot")
-        check_writable(plot, suffixes=SUFFIXES)
+        check_writable(plot, suffixes=PICTURES)
 
 
 def measure(config: Config, prompts: list[Any], wanted: dict[str, Any]) -> CostTable:

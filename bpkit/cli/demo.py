@@ -44,7 +44,7 @@ def demo(
     out = console()
     from bpkit import assets
     from bpkit.cli.models import load_decoder
-    from bpkit.judge.wall_clock.table import print_report
+    from bpkit.judge.wall_clock.report import print_report
 
     out.print(
         "A drafter proposes a block of tokens, the target checks them in one pass, and what it would have said itself "
@@ -61,7 +61,7 @@ def demo(
 
 def _compare(out: Any, decoder: Any, limit: int, threads: int | str) -> dict[str, Any]:
     """The same prompts under several policies, and without any."""
-    from bpkit.judge.wall_clock.run import BenchSettings, run_bench
+    from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
     from bpkit.prompts import choose_prompts
 
     out.print(Rule("the same prompts under several policies, and without any", align="left"))

@@ -154,7 +154,7 @@ NO_COST = (
 
 def check_outputs(json: Path | None, report: Path | None) -> None:
     """Fail now rather than after minutes of replay."""
-    from bpkit.judge.wall_clock.report import check_writable
+    from bpkit.files import check_writable
 
     if json is not None:
         check_writable(json)
@@ -267,13 +267,12 @@ def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str
 
 def deliver(result: dict[str, Any], json: Path | None, report: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
-    from bpkit.files import write_at_once
+    from bpkit.files import write_at_once, write_json
     from bpkit.judge.evaluation.report import html_report
     from bpkit.judge.evaluation.table import print_evaluation
-    from bpkit.judge.wall_clock.report import write_report
 
     if json is not None:
-        write_report(result, json)
+        write_json(json, result)
     print_evaluation(result, console())
     if report is not None:
         write_at_once(report, html_report(result))

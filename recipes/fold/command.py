@@ -42,7 +42,7 @@ def bench_fold(
 
     `bpkit --plugin recipes bench-fold --json fold.json`
     """
-    from bpkit.judge.wall_clock.report import check_writable, write_report
+    from bpkit.files import check_writable, write_json
 
     if json is not None:
         check_writable(json)
@@ -63,7 +63,7 @@ def bench_fold(
     with when_interrupted(nothing_written(json)), progress_bar() as bar:
         report = {"command": portable(sys.argv[1:]), **measure(settings, bar)}
     if json is not None:
-        write_report(report, json)
+        write_json(json, report)
     print_fold_report(report, console())
     if json is not None:
         say(f"wrote {json}")

@@ -96,7 +96,7 @@ def drafter_prompts(
 
     Next: `bpkit train drafter --target runs/target --prompts prompts.jsonl --out runs/drafter`
     """
-    from bpkit.judge.wall_clock.report import check_writable
+    from bpkit.files import check_writable
     from recipes.pair.corpus import training_prompts
     from recipes.pair.policy_prompts import write_jsonl
 
@@ -160,7 +160,7 @@ def policy_prompts(
     from bpkit.cli.models import quiet_libraries
 
     quiet_libraries()
-    from bpkit.judge.wall_clock.report import check_writable
+    from bpkit.files import check_writable
     from recipes.pair.policy_prompts import Sources, draw_prompts, package_version, write_prompts
 
     check_writable(out, suffixes=(".jsonl",))

@@ -49,7 +49,7 @@ def bench_reads(
     `bpkit --plugin recipes bench-reads --policy ./my_policy.py:Cautious --temperature 1`
     """
     settled = options.settled(context)
-    from bpkit.judge.wall_clock.report import check_writable, write_report
+    from bpkit.files import check_writable, write_json
     from bpkit.prompts import choose_prompts
     from bpkit.registry.discovery import registry
     from recipes.reads.count import count_reads
@@ -68,7 +68,7 @@ def bench_reads(
     with when_interrupted(nothing_written(json)), progress_bar() as bar:
         report = count_reads(decoders, policies, texts, chosen, progress=bar)
     if json is not None:
-        write_report(report, json)
+        write_json(json, report)
     print_reads(report, console())
     if json is not None:
         say(f"wrote {json}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.judge.wall_clock.measure import NoProgress, Progress
+from bpkit.judge.progress import NoProgress, Progress
 from bpkit.policy import PolicyError, overrides
 from bpkit.prompts import Prompt
 from bpkit.registry.resolve import PolicyLike

@@ -11,8 +11,6 @@ from bpkit.cli.errors import require
 from bpkit.cli.terminal import console, say
 from bpkit.sizes import parse_sizes
 
-SUFFIXES = (".png", ".svg", ".pdf")
-
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="JSON or CSV: values by prompt and block size.", metavar="FILE")],
@@ -42,7 +40,7 @@ def sweep(
     `bpkit --plugin recipes sweep rates.csv --figure tokens_per_second --json figures.json --plot sweep.png`
     """
     wanted = None if sizes is None else parse_sizes(sizes)
-    from bpkit.judge.wall_clock.report import check_writable, write_report
+    from bpkit.files import PICTURES, check_writable, write_json
     from recipes.sweep.figures import summarise_sweep
     from recipes.sweep.read import read_sweep
     from recipes.sweep.report import plot_sweep, print_sweep
@@ -51,11 +49,11 @@ def sweep(
         check_writable(json)
     if plot is not None:
         require("matplotlib", extra="plot", purpose="A plot")
-        check_writable(plot, suffixes=SUFFIXES)
+        check_writable(plot, suffixes=PICTURES)
     table = read_sweep(file, figure=figure)
     report = summarise_sweep(table, wanted, seed)
     if json is not None:
-        write_report(report, json)
+        write_json(json, report)
     print_sweep(report, console())
     if plot is not None:
         plot_sweep(table, report, plot)

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bpkit.judge.resampling import RESAMPLES, central, resampled_sums
+from bpkit.judge.statistics import RESAMPLES, interval, resampled_sums
 from recipes.sweep.chance import (
     FEWEST_PROMPTS,
     FEWEST_SIZES,
@@ -125,7 +125,7 @@ def _against_chance(sweep: Sweep, fixed: float, seed: int) -> dict[str, Any]:
         if enough:
             gains.append(choose_by_neighbours(tables, sizes).gain)
     oracle = np.concatenate(oracles)
-    low, high = central(oracle)
+    low, high = interval(oracle)
     chance = {
         "value": float(oracle.mean()),
         "value_interval": [low, high],
@@ -142,7 +142,7 @@ def _against_chance(sweep: Sweep, fixed: float, seed: int) -> dict[str, Any]:
         "fixed": float(choice.fixed.mean()),
         **_gain(choice.chosen, choice.fixed, seed),
         "chance_gain": float(gain.mean()),
-        "chance_interval": central(gain),
+        "chance_interval": interval(gain),
         "p_value": one_sided(float(choice.gain), gain),
     }
     return {"chance": chance, "neighbours": neighbours}
@@ -169,7 +169,7 @@ def _mean(values: Floats, seed: int) -> dict[str, Any]:
     """Mean over prompts, with its interval."""
     return {
         "value": float(values.mean()),
-        "interval": central(resampled_sums(values[:, None], seed)[:, 0] / len(values)),
+        "interval": interval(resampled_sums(values[:, None], seed)[:, 0] / len(values)),
     }
 
 
@@ -178,5 +178,5 @@ def _gain(ours: Floats, theirs: Floats, seed: int) -> dict[str, Any]:
     sums = resampled_sums(np.stack([ours, theirs], axis=1), seed)
     return {
         "gain": float(ours.sum() / theirs.sum() - 1),
-        "gain_interval": central(sums[:, 0] / sums[:, 1] - 1),
+        "gain_interval": interval(sums[:, 0] / sums[:, 1] - 1),
     }

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bpkit.judge.fitted import Fitted
+from bpkit.judge.tables import Fitted
 from bpkit.sizes import format_sizes
 from recipes.sweep.read import Sweep
 

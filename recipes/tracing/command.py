@@ -75,7 +75,7 @@ def bench_trace(
     sizes = parse_sizes(block_sizes, smallest=2)
     from bpkit.cli.models import load_decoder
     from bpkit.cli.trace import trace_options
-    from bpkit.judge.wall_clock.report import check_writable, write_report
+    from bpkit.files import check_writable, write_json
     from bpkit.prompts import choose_prompts
     from bpkit.trace.collect import GENERATE_WITH
     from recipes.tracing.measure import bench_tracing
@@ -95,7 +95,7 @@ def bench_trace(
             progress=bar,
         )
     if json is not None:
-        write_report(report, json)
+        write_json(json, report)
     print_trace_report(report, console())
     if json is not None:
         say(f"wrote {json}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bpkit.judge.evaluation.play import Stage
 from bpkit.judge.evaluation.splits import Split, split_prompts
 from bpkit.judge.evaluation.survey import Survey, take_survey
-from bpkit.judge.wall_clock.measure import Progress
+from bpkit.judge.progress import Progress
 from bpkit.trace.cost import CostTable
 from bpkit.trace.records import PromptTrace
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from bpkit.judge.bootstrap import Array, Bootstrap, Gap
 from bpkit.judge.evaluation.play import Decision, Runs
 from bpkit.judge.evaluation.recipe import Recipe
 from bpkit.judge.evaluation.regrets import Regrets, Shares
 from bpkit.judge.evaluation.survey import Indices
 from bpkit.judge.evaluation.tune import Tuned
-from bpkit.judge.resampling import central
+from bpkit.judge.statistics import Bootstrap, Gap, interval
+from bpkit.judge.statistics import Floats as Array
 from bpkit.trace.oracle.regret import Taken
 
 HEADLINE = "step_truncate"
@@ -133,9 +133,9 @@ def _rates(runs: Runs, bootstrap: Bootstrap) -> Array:
 def _plain_figures(runs: Runs, bootstrap: Bootstrap) -> dict[str, Any]:
     return {
         "tokens_per_second": runs.rate,
-        "tokens_per_second_interval": central(_rates(runs, bootstrap)),
+        "tokens_per_second_interval": interval(_rates(runs, bootstrap)),
         "acceptance_length": runs.acceptance_length,
-        "acceptance_length_interval": central(bootstrap.ratios(runs.tokens, runs.steps)),
+        "acceptance_length_interval": interval(bootstrap.ratios(runs.tokens, runs.steps)),
         "acceptance_length_per_prompt": runs.acceptance_length_per_prompt,
     }
 
@@ -145,7 +145,7 @@ def _bound(runs: Runs, base: Runs, bootstrap: Bootstrap) -> dict[str, Any]:
     ratio = _rates(runs, bootstrap) / _rates(base, bootstrap)
     return {
         **_plain_figures(runs, bootstrap),
-        "tokens_per_second_ratio": {"value": runs.rate / base.rate, "interval": central(ratio)},
+        "tokens_per_second_ratio": {"value": runs.rate / base.rate, "interval": interval(ratio)},
     }
 
 
@@ -216,9 +216,9 @@ def _estimate(values: Sequence[float], resampled: Sequence[Array]) -> dict[str, 
     """
     mean = np.mean(np.stack(resampled), axis=0)
     if len(values) == 1:
-        return {"value": values[0], "interval": central(mean)}
+        return {"value": values[0], "interval": interval(mean)}
     return {
         "value": float(np.mean(values)),
         "interval": [min(values), max(values)],
-        "interval_over_prompts": central(mean),
+        "interval_over_prompts": interval(mean),
     }

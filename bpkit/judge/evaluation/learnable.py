@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.installation.distribution import install_command
-from bpkit.judge.resampling import central, resampled_sums
+from bpkit.judge.statistics import interval, resampled_sums
 
 if TYPE_CHECKING:
-    from bpkit.judge.wall_clock.measure import Progress
+    from bpkit.judge.progress import Progress
 
 FEWEST_PROMPTS = 20
 """With fewer, a fold trains on about a dozen curves and the answer is noise either way."""
@@ -114,9 +114,9 @@ def learnable(
     p_value = (1 + int((null >= gain - 1e-12).sum())) / (1 + permutations)
     return Learnable(
         gain=gain,
-        gain_interval=central(sums[:, 1] / sums[:, 0] - 1),
+        gain_interval=interval(sums[:, 1] / sums[:, 0] - 1),
         null_gain=float(null.mean()),
-        null_interval=central(null),
+        null_interval=interval(null),
         p_value=p_value,
         in_sample_oracle_gain=bound,
         prompts=len(x),

@@ -21,8 +21,8 @@ from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.result import Generation
 from bpkit.installation.machine import describe_machine
-from bpkit.judge.resampling import LEVEL, RESAMPLES, central, resampled_sums
-from bpkit.judge.wall_clock.measure import NoProgress, Progress
+from bpkit.judge.progress import NoProgress, Progress
+from bpkit.judge.statistics import LEVEL, RESAMPLES, interval, resampled_sums
 from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.collect import TraceOptions, generation_options
 from bpkit.trace.cost import CostTable
@@ -134,7 +134,7 @@ def _entry(rows: NDArray[np.float64], same_steps: Sequence[bool], seed: int) -> 
         "modelled_tokens_per_second": tokens / modelled,
         "modelled_over_measured": {
             "value": measured / modelled,
-            "interval": central(sums[:, 1] / sums[:, 2]),
+            "interval": interval(sums[:, 1] / sums[:, 2]),
         },
         "prompts_with_the_same_steps": int(sum(same_steps)),
     }

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from bpkit.judge.bootstrap import Bootstrap
 from bpkit.judge.evaluation.choices import Choices
 from bpkit.judge.evaluation.confidences import NAME, Bound, confidences
 from bpkit.judge.evaluation.court import Court, Settings, assemble
@@ -25,8 +24,8 @@ from bpkit.judge.evaluation.play import Runs, Stage
 from bpkit.judge.evaluation.recipe import Recipe
 from bpkit.judge.evaluation.regrets import Regrets
 from bpkit.judge.evaluation.splits import FRACTIONS, PARTS
-from bpkit.judge.resampling import LEVEL, RESAMPLES
-from bpkit.judge.wall_clock.measure import NoProgress, Progress
+from bpkit.judge.progress import NoProgress, Progress
+from bpkit.judge.statistics import LEVEL, RESAMPLES, Bootstrap
 from bpkit.policy import PolicyError
 from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.cost import CostTable

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.judge.evaluation.play import Array, Runs
-from bpkit.judge.wall_clock.measure import Progress
+from bpkit.judge.progress import Progress
 from bpkit.trace.cost import CostTable
 from bpkit.trace.oracle import fixed_path
 from bpkit.trace.records import PromptTrace

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bpkit.judge.evaluation.regrets import DECIDING, FEATURES, REASON, Shares
-from bpkit.judge.fitted import Fitted
+from bpkit.judge.tables import Fitted
 from bpkit.trace.oracle.regret import KINDS
 
 BOUNDS = (

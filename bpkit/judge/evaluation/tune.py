@@ -16,7 +16,7 @@ from typing import Any
 
 from bpkit.judge.evaluation.play import NOTHING, Decision, Player, Stage, knows_no_cost
 from bpkit.judge.evaluation.recipe import Recipe
-from bpkit.judge.wall_clock.measure import Progress
+from bpkit.judge.progress import Progress
 from bpkit.policy import PolicyError
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.manifest import TraceError

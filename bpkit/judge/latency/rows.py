@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bpkit.export.core import Method
-from bpkit.judge.wall_clock.contestants import wall_clock
+from bpkit.judge.wall_clock.decoders import wall_clock
 from bpkit.policy import Policy, PolicyConfig, State
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bpkit.judge.fitted import Fitted
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH
+from bpkit.judge.tables import Fitted
 
 
 def print_latency_report(report: dict[str, Any], console: Console) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bpkit.judge.wall_clock.statistics import interval, resample
+from bpkit.judge.statistics import interval, resample
 
 Ask = Callable[[int], Any]
 """The call of that number: it may choose its inputs by it."""

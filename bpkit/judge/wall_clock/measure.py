@@ -1,44 +1,35 @@
-"""Interleaved runs: every contestant on every prompt, one after the other, in an order shuffled for each prompt."""
+"""Interleaved runs: every decoder on every prompt, one after the other, in an order shuffled for each prompt.
+
+And the number of threads of each, found by a short interleaved run before: plain decoding, a policy and a peer may each
+be fastest at another count, and judging all at one count would favour some.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bpkit.judge.wall_clock.contestants import Contestant, Outcome
+from bpkit.judge.progress import NoProgress, Progress
+from bpkit.judge.wall_clock.decoders import Outcome, TimedDecoder
 from bpkit.prompts import Prompt
 
+HOPELESS = 1 / 3
+"""A thread count with less than this part of the best rate is not tried again."""
 
-class Progress(Protocol):
-    """Is told how far a bench has come."""
-
-    def start(self, phase: str, total: int) -> None:
-        """A phase of `total` runs begins."""
-        ...
-
-    def tick(self) -> None:
-        """A run is done."""
-        ...
-
-
-class NoProgress:
-    """Tells nobody."""
-
-    def start(self, phase: str, total: int) -> None: ...
-
-    def tick(self) -> None: ...
+ThreadTable = dict[str, dict[int, float]]
+"""decoder -> thread count -> tokens per second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One row: what one contestant did with one prompt in one repeat."""
+    """What one decoder did with one prompt in one repeat."""
 
-    contestant: str
+    decoder: str
     prompt: str
     domain: str
     repeat: int
@@ -55,7 +46,7 @@ class Task:
 
 
 def measure(
-    contestants: Sequence[Contestant],
+    decoders: Sequence[TimedDecoder],
     tasks: Sequence[Task],
     *,
     repeats: int,
@@ -66,23 +57,20 @@ def measure(
     """Run everything. Each repeat goes through all prompts, so that drift of the machine meets all of them.
 
     Args:
-        seed: of the order of contestants.
-        threads: by contestant; those that are missing run with the current number.
+        seed: of the order of decoders.
+        threads: by decoder; those that are missing run with the current number.
     """
     ticker = progress or NoProgress()
-    ticker.start("measuring", repeats * len(tasks) * len(contestants))
-    rng = random.Random(seed)
-    usual, rows = torch.get_num_threads(), []
-    try:
+    ticker.start("measuring", repeats * len(tasks) * len(decoders))
+    rng, rows = random.Random(seed), []
+    with threads_restored() as usual:
         for repeat in range(repeats):
             for task in tasks:
-                for contestant in rng.sample(contestants, len(contestants)):
-                    use_threads(threads.get(contestant.name, usual))
-                    outcome = contestant.run(task.ids, task.stream_id)
-                    rows.append(Measurement(contestant.name, task.prompt.id, task.prompt.domain, repeat, outcome))
+                for decoder in rng.sample(decoders, len(decoders)):
+                    use_threads(threads.get(decoder.name, usual))
+                    outcome = decoder.run(task.ids, task.stream_id)
+                    rows.append(Measurement(decoder.name, task.prompt.id, task.prompt.domain, repeat, outcome))
                     ticker.tick()
-    finally:
-        use_threads(usual)
     return rows
 
 
@@ -90,3 +78,57 @@ def use_threads(count: int) -> None:
     """Set torch's number of threads, if it is another."""
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
+
+
+@contextmanager
+def threads_restored() -> Iterator[int]:
+    """Torch's number of threads, as it was and, afterwards, is again."""
+    usual = torch.get_num_threads()
+    try:
+        yield usual
+    finally:
+        use_threads(usual)
+
+
+def candidate_counts(cores: int) -> list[int]:
+    """Thread counts worth trying: all up to 4, then powers of two, and all cores."""
+    return sorted({n for n in (1, 2, 3, 4, *(2**k for k in range(3, 12)), cores) if n <= cores})
+
+
+def try_thread_counts(
+    decoders: Sequence[TimedDecoder], tasks: Sequence[Task], counts: Sequence[int], progress: Progress | None = None
+) -> ThreadTable:
+    """Tokens per second of each decoder at each count that was not dropped.
+
+    A first round is not counted. On a busy machine two threads can be fifty times slower than one, and there is no
+    point in waiting for them again: a count that falls below a third of the best is dropped.
+    """
+    ticker = progress or NoProgress()
+    ticker.start("trying thread counts", len(decoders) * (len(tasks) + 1))
+    left: dict[str, dict[int, list[Outcome]]] = {d.name: {count: [] for count in counts} for d in decoders}
+    with threads_restored():
+        for number, task in enumerate([tasks[0], *tasks]):
+            for decoder in decoders:
+                tried = left[decoder.name]
+                for count, outcomes in tried.items():
+                    use_threads(count)
+                    outcomes.append(decoder.run(task.ids, task.stream_id))
+                rates = {count: _rate(outcomes) for count, outcomes in tried.items()}
+                left[decoder.name] = {
+                    count: outcomes if number else []
+                    for count, outcomes in tried.items()
+                    if rates[count] > HOPELESS * max(rates.values())
+                }
+                ticker.tick()
+    return {name: {count: _rate(outcomes) for count, outcomes in tried.items()} for name, tried in left.items()}
+
+
+def _rate(outcomes: Sequence[Outcome]) -> float:
+    """Tokens per second: a ratio of sums."""
+    seconds = sum(o.seconds for o in outcomes)
+    return sum(len(o.tokens) for o in outcomes) / seconds if seconds else 0.0
+
+
+def best_counts(table: Mapping[str, Mapping[int, float]]) -> dict[str, int]:
+    """The count with the most tokens per second; of equals, the smallest."""
+    return {name: max(sorted(rates), key=lambda n: rates[n]) for name, rates in table.items()}

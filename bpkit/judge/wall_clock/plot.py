@@ -7,7 +7,6 @@ from typing import Any
 
 from bpkit.judge.wall_clock.report import PHASES, entries, groups
 
-SUFFIXES = (".png", ".svg", ".pdf")
 COLOURS = tuple(f"C{i}" for i in range(10) if i != 7)  # C7 is grey, as plain decoding is
 PHASE_COLOURS = ("#4477aa", "#ee6677", "#ccbb44", "#bbbbbb")
 

@@ -1,6 +1,6 @@
-"""The JSON of a bench, and what it says in words.
+"""The report of a bench: what its JSON holds, the tables on the terminal, and what they say in words.
 
-    machine       cpu, cores, gpu, threads (by contestant), threads_tried (tokens/s by contestant and count), versions
+    machine       cpu, cores, gpu, threads (by decoder), threads_tried (tokens/s by decoder and count), versions
     settings      models, policies as given, options, seed, order of prompts, seconds that the runs took
     overall       a group: all prompts
     domains       DOMAIN -> a group
@@ -24,32 +24,24 @@ Rates are ratios of sums. `*_interval` is [low, high]: 95%, paired bootstrap ove
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
-from bpkit.files import write_at_once
+from rich.console import Console
+from rich.markup import escape
+
+from bpkit.judge.tables import Row, Table, bracketed
 
 PHASES = ("target", "drafter", "policy", "other")
 """Where time goes: target passes, drafting, the policy's decisions, everything else."""
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write the figures as JSON; at once."""
-    write_at_once(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
-
-
-def check_writable(path: Path, *, suffixes: tuple[str, ...] = ()) -> None:
-    """Refuse a result path before minutes of measuring. Raises ValueError or FileNotFoundError."""
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise ValueError(f"cannot write {path}: name a file that ends in {' or '.join(suffixes)}")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {str(path.parent)!r}")
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise PermissionError(f"cannot write {path}: you have no permission to")
+HEAD = (
+    "decoding",
+    "tokens/s",
+    "speed-up",
+    "acceptance\nlength",
+    "same\ntext",
+    "time %: target/\ndrafter/policy/other",
+    "fall-\nbacks",
+)
 
 
 def entries(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -61,6 +53,44 @@ def groups(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The groups of a report by title: `overall` first, then the domains if there are several."""
     domains = report["domains"] if len(report["domains"]) > 1 else {}
     return {"overall": report["overall"], **domains}
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """Print all groups, those without loops where they differ, and the sentences about them."""
+    for title, group in groups(report).items():
+        console.print(group_table(title, group).terminal())
+    rest = report["without_loops"]["overall"]
+    if rest is not None and report["overall"]["loops"]:
+        console.print(group_table("overall, without the prompts whose plain output loops", rest).terminal())
+    for sentence in what_was_measured(report):
+        console.print(escape(sentence), soft_wrap=True)
+
+
+def group_table(title: str, group: dict[str, Any]) -> Table:
+    """One group as a table."""
+    count, looping, plain = group["prompts"], group["loops"], group["plain"]
+    loops = f", of which {looping} loop{'s' * (looping == 1)}" if looping else ""
+    best = max((entry["tokens_per_second"] for entry in group["policies"].values()), default=None)
+    ways = []
+    for entry in (plain, *plain["others"]):
+        speedup = f"{entry['tokens_per_second'] / plain['tokens_per_second']:.2f}x"
+        ways.append(_row(f"plain ({entry['source']})", entry, speedup, "1.00", "-"))
+    others = []
+    for name, entry in entries(group).items():
+        ours, length = name in group["policies"], entry["acceptance_length"]
+        speedup = f"{entry['speedup']:.2f}x {bracketed(entry['speedup_interval'], '.2f')}"
+        fallbacks = str(entry["fallbacks"]) if ours else "-"
+        style = "green" if ours and entry["tokens_per_second"] == best else None
+        others.append(_row(name, entry, speedup, "-" if length is None else f"{length:.2f}", fallbacks, style))
+    return Table(f"{title} ({count} {'prompt' if count == 1 else 'prompts'}{loops})", HEAD, [ways, others])
+
+
+def _row(name: str, entry: dict[str, Any], speedup: str, length: str, fallbacks: str, style: str | None = None) -> Row:
+    rate = f"{entry['tokens_per_second']:.1f} {bracketed(entry['tokens_per_second_interval'], '.1f')}"
+    same = {None: "-", True: "yes", False: "NO"}[entry["identical_text"]]
+    share = entry["share"]
+    time = "-" if share is None else "/".join(f"{100 * share[phase]:.0f}" for phase in PHASES)
+    return Row((name, rate, speedup, length, same, time, fallbacks), style)
 
 
 def what_was_measured(report: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Who takes part in a bench: plain decoding, the policies, and decoders of other libraries.
+"""What a bench times: plain decoding, the policies, and decoders of other libraries.
 
 All are timed alike: wall clock from token ids in to the finished output, preparations of `generate` included.
 """
@@ -54,7 +54,7 @@ class Outcome:
     near_ties: tuple[int, ...] = ()
 
 
-class Contestant(Protocol):
+class TimedDecoder(Protocol):
     """Something that decodes."""
 
     name: str
@@ -71,7 +71,7 @@ def wall_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class DecoderContestant:
+class TimedPolicy:
     """A SpeculativeDecoder under one policy.
 
     Args:
@@ -107,7 +107,7 @@ def _near_ties(result: Generation) -> tuple[int, ...]:
     return of_prefill + tuple(step.position for step in result.steps for _ in range(step.near_ties))
 
 
-class TransformersContestant:
+class TimedGenerate:
     """transformers' own `generate`, plain or with keyword arguments that choose an assistant."""
 
     def __init__(
@@ -198,20 +198,20 @@ class NoDrafter:
         raise NotImplementedError("block size 1 never asks for a draft")
 
 
-def plain_contestants(decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> list[Contestant]:
+def plain_decoders(decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> list[TimedDecoder]:
     """Plain decoding in the loop and, if greedy, by transformers: sampling there has other noise and other texts."""
     loop = SpeculativeDecoder(decoder.target, NoDrafter(), "fixed:1", tokenizer=decoder.tokenizer, rule=decoder.rule)
-    found: list[Contestant] = [DecoderContestant(LOOP, loop, options, seed)]
+    found: list[TimedDecoder] = [TimedPolicy(LOOP, loop, options, seed)]
     if options["temperature"] == 0:
-        found.append(TransformersContestant(TRANSFORMERS, decoder.target, options, seed))
+        found.append(TimedGenerate(TRANSFORMERS, decoder.target, options, seed))
     return found
 
 
-def policy_contestants(
+def policy_decoders(
     decoder: SpeculativeDecoder, policies: dict[str, PolicyLike], options: dict[str, Any], seed: int
-) -> list[Contestant]:
-    """One for each policy, all with the same models. A policy's memory lives as long as its contestant."""
-    return [DecoderContestant(name, decoder.with_policy(p), options, seed) for name, p in policies.items()]
+) -> list[TimedDecoder]:
+    """One for each policy, all with the same models. A policy's memory lives as long as its decoder."""
+    return [TimedPolicy(name, decoder.with_policy(p), options, seed) for name, p in policies.items()]
 
 
 def check_peers(peers: Sequence[str]) -> None:
@@ -221,22 +221,22 @@ def check_peers(peers: Sequence[str]) -> None:
             raise ValueError(f"there is nothing to compare against called {peer!r}; known: {', '.join(PEERS)}")
 
 
-def peer_contestants(
+def peer_decoders(
     decoder: SpeculativeDecoder, peers: Sequence[str], options: dict[str, Any], seed: int
-) -> list[Contestant]:
+) -> list[TimedDecoder]:
     """Decoders of other libraries with the same models. Raises ValueError for one that cannot run with them."""
     check_peers(peers)
     return [_PEERS[peer](decoder, options, seed) for peer in peers]
 
 
-def _transformers_dflash(decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> Contestant:
+def _transformers_dflash(decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> TimedDecoder:
     if not isinstance(decoder.drafter, BlockDiffusionDrafter):
         raise ValueError(
             f"{TRANSFORMERS_DFLASH} runs block-diffusion drafters only; {decoder.drafter.name!r} is "
             f"{decoder.drafter.kind}: name a DFlash drafter with --drafter, or leave --against out"
         )
     model = decoder.drafter.model
-    return TransformersContestant(
+    return TimedGenerate(
         TRANSFORMERS_DFLASH,
         decoder.target,
         options,
@@ -247,6 +247,6 @@ def _transformers_dflash(decoder: SpeculativeDecoder, options: dict[str, Any], s
     )
 
 
-_PEERS: dict[str, Callable[[SpeculativeDecoder, dict[str, Any], int], Contestant]] = {
+_PEERS: dict[str, Callable[[SpeculativeDecoder, dict[str, Any], int], TimedDecoder]] = {
     TRANSFORMERS_DFLASH: _transformers_dflash
 }

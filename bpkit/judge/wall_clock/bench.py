@@ -1,0 +1,173 @@
+"""A whole bench: thread counts, warm-up, interleaved runs, figures."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.installation.machine import available_cores, describe_machine
+from bpkit.judge.described import describe_policies, describe_spec, utc
+from bpkit.judge.progress import Progress
+from bpkit.judge.statistics import RESAMPLES
+from bpkit.judge.wall_clock.decoders import LOOP, TimedDecoder, peer_decoders, plain_decoders, policy_decoders
+from bpkit.judge.wall_clock.figures import Roles, summarise
+from bpkit.judge.wall_clock.measure import (
+    Measurement,
+    Task,
+    ThreadTable,
+    best_counts,
+    candidate_counts,
+    measure,
+    try_thread_counts,
+)
+from bpkit.prompts import Prompt
+from bpkit.registry.resolve import PolicyLike
+
+CALIBRATION_PROMPTS, CALIBRATION_TOKENS = 3, 64
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is compared, and how.
+
+    Attributes:
+        policies: by name as typed; specs, so that each run starts with a fresh policy.
+        against: decoders of other libraries.
+        options: of `generate`, with `max_new_tokens` and `temperature`.
+        threads: a count for all, or `auto`: each kind of decoder at its own best.
+        seed: of orders, bootstrap and sampling noise.
+    """
+
+    policies: Mapping[str, PolicyLike]
+    options: Mapping[str, Any]
+    against: tuple[str, ...] = ()
+    repeats: int = 1
+    threads: int | str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TimedDecoders:
+    """All that are compared, by role."""
+
+    plain: list[TimedDecoder]
+    policies: list[TimedDecoder]
+    against: list[TimedDecoder]
+
+    @property
+    def all(self) -> list[TimedDecoder]:
+        return [*self.plain, *self.policies, *self.against]
+
+    def roles(self, *, comparable: bool) -> Roles:
+        plain, policies, against = (tuple(d.name for d in part) for part in (self.plain, self.policies, self.against))
+        return Roles(plain, policies, against, comparable)
+
+
+def timed_decoders(decoder: SpeculativeDecoder, settings: BenchSettings) -> TimedDecoders:
+    """Fresh ones each time, so that no policy learns from warm-up runs.
+
+    Raises:
+        ValueError: a policy or peer cannot run with these models.
+    """
+    options, seed = dict(settings.options), settings.seed
+    return TimedDecoders(
+        plain_decoders(decoder, options, seed),
+        policy_decoders(decoder, dict(settings.policies), options, seed),
+        peer_decoders(decoder, settings.against, options, seed),
+    )
+
+
+def run_bench(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[Prompt],
+    settings: BenchSettings,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure, and return the report as plain JSON values; `bpkit.judge.wall_clock.report` says what is in it."""
+    compared = timed_decoders(decoder, settings)
+    tasks = make_tasks(decoder, prompts, settings.seed)
+    machine = describe_machine(decoder.target.device)
+    threads, tried = choose_threads(decoder, tasks, settings, progress)
+    # A run of each that is not counted: first calls allocate and compile.
+    measure(timed_decoders(decoder, settings).all, tasks[:1], repeats=1, seed=0, threads=threads)
+    started = time.time()
+    measured = measure(
+        compared.all, tasks, repeats=settings.repeats, seed=settings.seed, threads=threads, progress=progress
+    )
+    places = {prompt.id: place for place, prompt in enumerate(prompts)}  # groups in the order that was given
+    in_order = sorted(measured, key=lambda one: places[one.prompt])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "machine": {**machine, "threads": threads, "threads_tried": tried},
+        "settings": {
+            **describe_spec(decoder.spec),
+            "dtype": str(decoder.target.dtype).removeprefix("torch."),
+            "rule": decoder.rule,
+            "policies": describe_policies(settings.policies),
+            "against": list(settings.against),
+            "options": dict(settings.options),
+            "repeats": settings.repeats,
+            "threads": settings.threads,
+            "seed": settings.seed,
+            "resamples": RESAMPLES,
+            "prompts": [task.prompt.id for task in tasks],
+            "started": utc(started),
+            "seconds": time.time() - started,
+        },
+        **summarise(in_order, compared.roles(comparable=settings.options["temperature"] == 0), settings.seed),
+        "measurements": [describe_measurement(one) for one in measured],
+    }
+
+
+def make_tasks(decoder: SpeculativeDecoder, prompts: Sequence[Prompt], seed: int) -> list[Task]:
+    """Tokenize, and shuffle: a policy that learns must not meet one domain after the other."""
+    assert decoder.tokenizer is not None
+    device = decoder.target.device
+    tasks = [Task(prompt, decoder._ids(prompt.text).to(device), stream_id=i) for i, prompt in enumerate(prompts)]
+    random.Random(seed).shuffle(tasks)
+    return tasks
+
+
+def choose_threads(
+    decoder: SpeculativeDecoder, tasks: Sequence[Task], settings: BenchSettings, progress: Progress | None
+) -> tuple[dict[str, int], ThreadTable]:
+    """Threads of each decoder, and what was tried. Plain decoding and peers are tried themselves, and the first policy
+    stands for all policies.
+    """
+    shorter = {**settings.options, "max_new_tokens": min(settings.options["max_new_tokens"], CALIBRATION_TOKENS)}
+    compared = timed_decoders(decoder, replace(settings, options=shorter))
+    names = [d.name for d in compared.all]
+    if settings.threads != "auto" or decoder.target.device.type != "cpu":
+        count = settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()
+        return dict.fromkeys(names, count), {}
+    counts = candidate_counts(available_cores())
+    if len(counts) == 1:
+        return dict.fromkeys(names, counts[0]), {}
+    first_of_domain: dict[str, Task] = {}
+    for task in tasks:
+        first_of_domain.setdefault(task.prompt.domain, task)
+    few = list(first_of_domain.values())[:CALIBRATION_PROMPTS]
+    tried = [*compared.plain, *compared.policies[:1], *compared.against]
+    table = try_thread_counts(tried, few, counts, progress)
+    best = best_counts(table)
+    stand_in = best[next(iter(settings.policies), LOOP)]
+    return {name: best.get(name, stand_in) for name in names}, table
+
+
+def describe_measurement(one: Measurement) -> dict[str, Any]:
+    """As plain JSON values, with the number of tokens instead of the tokens."""
+    return {
+        "contestant": one.decoder,
+        "prompt": one.prompt,
+        "repeat": one.repeat,
+        "tokens": len(one.outcome.tokens),
+        "steps": one.outcome.steps,
+        "seconds": round(one.outcome.seconds, 6),
+    }

@@ -1,0 +1,204 @@
+"""From measurements to figures. Every rate is a ratio of sums, and every interval a paired bootstrap over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bpkit.judge.statistics import Bootstrap, Totals, interval
+from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Outcome
+from bpkit.judge.wall_clock.measure import Measurement
+from bpkit.registry.resolve import parse_spec
+
+LOOP_TAIL, LOOP_PERIOD = 64, 32
+"""An output loops if its last 64 tokens repeat with a period of at most 32: a word, a line or a whole record."""
+OF_PLAIN = (
+    "tokens_per_second",
+    "tokens_per_second_interval",
+    "tokens",
+    "seconds",
+    "identical_text",
+    "different_prompts",
+    "share",
+    "near_ties",
+)
+"""What is said of plain decoding."""
+
+Outcomes = Mapping[str, Sequence[Outcome]]
+"""prompt id -> the outcomes of its repeats."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which decoder is what.
+
+    Attributes:
+        plain: ways of plain decoding; the faster is `plain`.
+        policies, against: names as typed.
+        comparable: whether the texts of peers and plain decoding must be equal; not when sampling.
+    """
+
+    plain: tuple[str, ...]
+    policies: tuple[str, ...]
+    against: tuple[str, ...] = ()
+    comparable: bool = True
+
+    @property
+    def reference(self) -> str:
+        """Whose texts are right: those of transformers, which share no code with ours, where they take part."""
+        return TRANSFORMERS if TRANSFORMERS in self.plain else self.plain[0]
+
+
+def summarise(measurements: Sequence[Measurement], roles: Roles, seed: int) -> dict[str, Any]:
+    """All groups of the report: `overall`, `domains`, and both again `without_loops`."""
+    figures = _Figures(measurements, roles, seed)
+
+    def groups(prompts: Sequence[str]) -> dict[str, Any]:
+        members: dict[str, list[str]] = {domain: [] for domain in figures.domains.values()}
+        for prompt in prompts:
+            members[figures.domains[prompt]].append(prompt)
+        by_domain = {domain: figures.group(inside) for domain, inside in members.items()}
+        return {"overall": figures.group(prompts), "domains": by_domain}
+
+    everything = list(figures.domains)
+    return {**groups(everything), "without_loops": groups([p for p in everything if p not in figures.loops])}
+
+
+class _Figures:
+    """What was measured, by decoder and prompt.
+
+    Attributes:
+        domains: of the prompts, by id. loops: ids of prompts whose plain output ends in a loop.
+        source: the faster way of plain decoding, over all prompts.
+    """
+
+    def __init__(self, measurements: Sequence[Measurement], roles: Roles, seed: int) -> None:
+        self.roles, self.seed = roles, seed
+        self.domains: dict[str, str] = {}
+        self.outcomes: dict[str, dict[str, list[Outcome]]] = {}
+        for one in measurements:
+            self.outcomes.setdefault(one.decoder, {}).setdefault(one.prompt, []).append(one.outcome)
+            self.domains[one.prompt] = one.domain
+        self.loops = {p for p, found in self.outcomes[roles.reference].items() if ends_in_loop(found[0].tokens)}
+        self.source = max(roles.plain, key=lambda name: totals(self.outcomes[name]).rate)
+
+    def group(self, prompts: Sequence[str]) -> dict[str, Any] | None:
+        """The figures of some prompts, or None if there are none."""
+        if not prompts:
+            return None
+        roles, bootstrap = self.roles, Bootstrap(len(prompts), self.seed)
+        plain, policies, against = (
+            {name: self._entry(name, prompts, bootstrap) for name in names}
+            for names in (roles.plain, roles.policies, roles.against)
+        )
+        if not roles.comparable:
+            for entry in against.values():
+                entry.update(identical_text=None, different_prompts=[])
+        short = {name: {"source": name, **{key: entry[key] for key in OF_PLAIN}} for name, entry in plain.items()}
+        fixed = [name for name in policies if parse_spec(name)["name"] == "fixed"]
+        return {
+            "prompts": len(prompts),
+            "loops": sum(p in self.loops for p in prompts),
+            "plain": {**short.pop(self.source), "others": list(short.values())},
+            "policies": policies,
+            "against": against,
+            "best_fixed": max(fixed, key=lambda name: policies[name]["tokens_per_second"], default=None),
+        }
+
+    def _of(self, decoder: str, prompts: Sequence[str]) -> Outcomes:
+        return {prompt: self.outcomes[decoder][prompt] for prompt in prompts}
+
+    def _entry(self, name: str, prompts: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
+        """What is said of one decoder on some prompts."""
+        outcomes, plain = self._of(name, prompts), totals(self._of(self.source, prompts))
+        mine = totals(outcomes)
+        rates = mine.rates(bootstrap)
+        every = [outcome for repeats in outcomes.values() for outcome in repeats]
+        different = differences(outcomes, self._of(self.roles.reference, prompts), self._of(LOOP, prompts))
+        of_steps = totals(outcomes, prefill=False).of(mine.steps > 0)
+        return {
+            "tokens_per_second": mine.rate,
+            "tokens_per_second_interval": interval(rates),
+            "speedup": mine.rate / plain.rate,
+            "speedup_interval": interval(rates / plain.rates(bootstrap)),
+            "acceptance_length": of_steps.acceptance_length if len(of_steps.steps) else None,
+            "acceptance_length_per_prompt": of_steps.acceptance_length_per_prompt if len(of_steps.steps) else None,
+            "identical_text": not different,
+            "different_prompts": different,
+            "share": shares(every),
+            "fallbacks": sum(o.fallbacks for o in every),
+            "near_ties": sum(len(o.near_ties) for o in every),
+            "tokens": int(mine.tokens.sum()),
+            "seconds": float(mine.seconds.sum()),
+            "steps": int(mine.steps.sum()),
+        }
+
+
+def totals(outcomes: Outcomes, *, prefill: bool = True) -> Totals:
+    """Sums over the repeats of each prompt; without `prefill` its token, which is no step's, is left out."""
+    sums = [
+        (sum(len(o.tokens) - (not prefill) for o in found), sum(o.steps for o in found), sum(o.seconds for o in found))
+        for found in outcomes.values()
+    ]
+    return Totals(*np.array(sums, dtype=np.float64).T)
+
+
+def shares(outcomes: Sequence[Outcome]) -> dict[str, float] | None:
+    """Shares of the wall-clock time; `other` is what no phase claims. None where phases cannot be told apart."""
+    total = sum(o.seconds for o in outcomes)
+    known: dict[str, float] = {}
+    for phase in ("target", "drafter", "policy"):
+        spent = [getattr(o, f"{phase}_seconds") for o in outcomes]
+        if None in spent:
+            return None
+        known[phase] = sum(spent) / total
+    return {**known, "other": 1 - sum(known.values())}
+
+
+# Texts
+
+
+def ends_in_loop(tokens: Sequence[int]) -> bool:
+    """Whether the output ended in a loop, which inflates acceptance. Shorter outputs than 64 tokens never do.
+
+    >>> ends_in_loop([7, 8, 9] * 22), ends_in_loop([7, 8, 9] * 21), ends_in_loop(range(64))
+    (True, False, False)
+    """
+    tail = list(tokens[-LOOP_TAIL:])
+    if len(tail) < LOOP_TAIL:
+        return False
+    return any(tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1))
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Output index of the first token that differs, also where one output ends early; None if they are equal.
+
+    >>> first_difference([1, 2, 3], [1, 5, 3]), first_difference([1, 2], [1, 2, 3]), first_difference([1], [1])
+    (1, 2, None)
+    """
+    shorter = min(len(a), len(b))
+    differs = next((i for i in range(shorter) if a[i] != b[i]), shorter)
+    return None if differs == len(a) == len(b) else differs
+
+
+def differences(outcomes: Outcomes, reference: Outcomes, near_ties: Outcomes) -> list[dict[str, Any]]:
+    """Prompts whose text is not that of `reference` in some repeat.
+
+    Args:
+        near_ties: outcomes of the plain loop, which knows the position of every near tie.
+
+    Returns:
+        `id`, `first_difference` (output index), and `near_tie`: whether a near tie stands there or earlier.
+    """
+    found = []
+    for prompt, repeats in outcomes.items():
+        expected = reference[prompt][0].tokens
+        places = [i for o in repeats if (i := first_difference(o.tokens, expected)) is not None]
+        if places:
+            ties = (tie for outcome in near_ties[prompt] for tie in outcome.near_ties)
+            place = min(places)
+            found.append({"id": prompt, "first_difference": place, "near_tie": any(tie <= place for tie in ties)})
+    return found
