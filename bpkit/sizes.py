@@ -1,9 +1,12 @@
-"""Sets of block sizes as people type them: `14-18`, `4+8+16`, `2-8+16`."""
+"""Block sizes as people type them, such as `14-18`, `4+8+16`, `2-8+16`, and the types of options that take them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field
 
 LARGEST = 4096
 """No drafter fills such a block; a larger number is a slip of the finger, and its range would fill the memory."""
@@ -78,3 +81,27 @@ def format_sizes(sizes: Iterable[int]) -> str:
         else:
             runs.append([size])
     return "+".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else "+".join(map(str, run)) for run in runs)
+
+
+def _read(value: object) -> object:
+    if isinstance(value, str):  # a `;` may stand for `+`; a comma separates options on the command line
+        return parse_sizes(value.replace(";", "+"))
+    return (value,) if isinstance(value, int) else value
+
+
+BlockSize = Annotated[
+    int | None,
+    Field(ge=1, description="positions to draft, anchor included; by default the trained block size"),
+]
+"""Type of an option `block_size`, with its description; None is the trained block size."""
+
+BlockSizes = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...],
+    Field(min_length=1),
+    BeforeValidator(_read),
+    AfterValidator(lambda sizes: tuple(sorted(set(sizes)))),
+]
+"""Type of an option `block_sizes`: a size, a list, or text such as `1+4+8` or `2-16`; ascending, each once."""
+
+BlockSizesWithNoDraft = Annotated[BlockSizes, AfterValidator(lambda sizes: tuple(sorted({1, *sizes})))]
+"""The same; 1 (no draft) is always among them."""

@@ -110,5 +110,5 @@ def test_imports_point_down(graph: dict[str, set[str]]) -> None:
 
 def test_few_modules_lie_at_the_top() -> None:
     found = {file.name for file in (ROOT / "bpkit").glob("*.py")}
-    assert {"types.py", "policy.py"} <= found
+    assert "types.py" in found
     assert len(found) <= 8

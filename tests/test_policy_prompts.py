@@ -151,4 +151,4 @@ def test_bad_input_is_told(recipe: Recipe, tmp_path: Path, arguments: list[Any],
 
 
 def test_a_package_is_found_by_name_without_importing_it() -> None:
-    assert (code_folder("bpkit") / "policy.py").is_file()
+    assert (code_folder("bpkit") / "policy").is_dir()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
+from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Step
-from bpkit_adaptive.sizes import BlockSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class EmaConfig(PolicyConfig):
         "interval": (1, 5),
     }
 
-    block_sizes: BlockSizes = Field(
+    block_sizes: BlockSizesWithNoDraft = Field(
         default=(1, 2, 4, 8, 16), description="the ladder: a list, or text such as 1+4+8; 1 (no draft) is always on it"
     )
     alpha: float = Field(default=0.2, gt=0, le=1, description="weight of the newest step in the moving average")
@@ -36,17 +36,15 @@ class EmaConfig(PolicyConfig):
     across_requests: bool = Field(default=True, description="begin a request where the last one ended")
 
 
-class Memory(BaseModel):
+class EmaMemory(PolicyMemory):
     """Where a row is: its block size, the moving average of accepted tokens, and the steps so far."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    block_size: Annotated[int, Field(ge=1)]
-    average: Annotated[float, Field(allow_inf_nan=False)]
+    block_size: Annotated[int, Field(ge=1)] | None = None
+    average: Annotated[float, Field(allow_inf_nan=False)] | None = None
     steps: Annotated[int, Field(ge=0)] = 0
 
 
-class Ema(Policy):
+class Ema(RememberingPolicy[EmaMemory]):
     """After `warmup` steps, every `interval` steps, climbs or descends a ladder of draft lengths d_0 < d_1 < ...
 
         average <- (1 - alpha) average + alpha num_accepted
@@ -64,12 +62,9 @@ class Ema(Policy):
     """
 
     Config = EmaConfig
+    Memory = EmaMemory
     wants = frozenset()
     config: EmaConfig
-
-    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.memory: Memory | None = None
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         self.ladder = [size for size in self.config.block_sizes if size <= decoder.max_block_size]
@@ -79,13 +74,13 @@ class Ema(Policy):
     def begin(self, context: Context) -> State:
         import torch  # here, so that options can be listed without it
 
+        known = self.memory
         # SGLang's neutral beginning: one less than the draft length.
-        begun = self.memory or Memory(block_size=self.start, average=self.start - 2)
-        size = begun.block_size if begun.block_size in self.ladder else self.start
+        average = self.start - 2 if known.average is None else known.average
         return {
-            "block_size": context.full(size),
-            "average": context.position.new_full((context.batch_size,), begun.average, dtype=torch.float64),
-            "steps": context.full(begun.steps),
+            "block_size": context.full(known.block_size if known.block_size in self.ladder else self.start),
+            "average": context.full(0).to(torch.float64) + average,
+            "steps": context.full(known.steps),
         }
 
     def select(self, state: State, context: Context) -> Tensor:
@@ -93,18 +88,18 @@ class Ema(Policy):
         return block_size
 
     def observe(self, state: State, step: Step) -> None:
-        sizes, averages, steps = (state[name].tolist() for name in ("block_size", "average", "steps"))
-        outcomes = zip(step.num_accepted.tolist(), step.verify_length.tolist(), strict=True)
-        for row, (accepted, verified) in enumerate(outcomes):
-            if verified:
-                averages[row] += self.config.alpha * (accepted - averages[row])
-            steps[row] += 1
-            late = steps[row] - self.config.warmup
-            if late > 0 and late % self.config.interval == 0:
-                sizes[row], averages[row] = self._moved(sizes[row], averages[row])
-        state["block_size"] = state["block_size"].new_tensor(sizes)
-        state["average"] = state["average"].new_tensor(averages)
-        state["steps"] = state["steps"].new_tensor(steps)
+        average = state["average"]
+        blended = average + self.config.alpha * (step.num_accepted - average)
+        state["average"] = blended.where(step.verify_length > 0, average)
+        state["steps"] = state["steps"] + 1
+        late = state["steps"] - self.config.warmup
+        due = (late > 0) & (late % self.config.interval == 0)
+        if due.any():
+            rows = zip(state["block_size"].tolist(), state["average"].tolist(), due.tolist(), strict=True)
+            moved = [self._moved(size, average) if now else (size, average) for size, average, now in rows]
+            sizes, averages = zip(*moved, strict=True)
+            state["block_size"] = state["block_size"].new_tensor(sizes)
+            state["average"] = state["average"].new_tensor(averages)
 
     def _moved(self, block_size: int, average: float) -> tuple[int, float]:
         """The block size of the next steps, and the average, which only a first draft ever changes."""
@@ -125,14 +120,4 @@ class Ema(Policy):
             # Rows of one batch end together here; the middle one stands for them, because sizes have no mean.
             rows = sorted(zip(*(state[name].tolist() for name in ("average", "block_size", "steps")), strict=True))
             average, block_size, steps = rows[len(rows) // 2]
-            self.memory = Memory(block_size=block_size, average=average, steps=steps)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.memory.model_dump() if self.memory else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back a memory; a block size that is not on the ladder is replaced. Raises PolicyError if it is none."""
-        try:
-            self.memory = Memory.model_validate(state) if state else None
-        except ValidationError as error:
-            raise PolicyError(f"this is no memory of ema: {error}") from None
+            self.memory = EmaMemory(block_size=block_size, average=average, steps=steps)

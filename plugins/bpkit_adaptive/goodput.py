@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
+from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Step
-from bpkit_adaptive.sizes import BlockSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class GoodputConfig(PolicyConfig):
         "across_requests": (False, True),
     }
 
-    block_sizes: BlockSizes = Field(
+    block_sizes: BlockSizesWithNoDraft = Field(
         default=tuple(range(1, 17)), description="sizes to choose from: a list, or text such as 1-8+16; 1 is always one"
     )
     discount: float = Field(default=0.95, gt=0, le=1, description="weight of the past after each step")
@@ -41,16 +41,14 @@ class GoodputConfig(PolicyConfig):
     )
 
 
-class Memory(BaseModel):
+class GoodputMemory(PolicyMemory):
     """Discounted counts by position in the draft: how often it was tested, and how often accepted."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    accepted: Counts
-    tested: Counts
+    accepted: Counts = []
+    tested: Counts = []
 
 
-class Goodput(Policy):
+class Goodput(RememberingPolicy[GoodputMemory]):
     """Before every draft, the block size b with the largest E[tokens](b) / cost(b).
 
         E[tokens](b) = 1 + sum over k < b of (a_1 a_2 ... a_k)
@@ -72,12 +70,9 @@ class Goodput(Policy):
     """
 
     Config = GoodputConfig
+    Memory = GoodputMemory
     wants = frozenset()
     config: GoodputConfig
-
-    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.memory: Memory | None = None
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         self.cost = cost
@@ -87,15 +82,9 @@ class Goodput(Policy):
         self._costs: dict[int, list[float]] = {}
 
     def begin(self, context: Context) -> State:
-        import torch  # here, so that options can be listed without it
-
-        counts = context.position.new_zeros((context.batch_size, self.width), dtype=torch.float64)
-        state = {"accepted": counts, "tested": counts.clone()}  # float64 [batch, longest draft]
-        if self.memory is not None:
-            for name, known in (("accepted", self.memory.accepted), ("tested", self.memory.tested)):
-                count = min(self.width, len(known))
-                state[name][:, :count] = counts.new_tensor(known[:count])
-        return state
+        # float64 [batch, longest draft]; the memory may be of shorter or longer ones.
+        counts = {name: [*known[: self.width], *[0.0] * (self.width - len(known))] for name, known in self.memory}
+        return GoodputMemory(**counts).rows(context)
 
     def select(self, state: State, context: Context) -> Tensor:
         rows = zip(state["accepted"].tolist(), state["tested"].tolist(), context.context_length.tolist(), strict=True)
@@ -138,28 +127,16 @@ class Goodput(Policy):
         return drafting + self.cost.seconds("verify", size, at) + self.cost.seconds("rest", 1, at)
 
     def observe(self, state: State, step: Step) -> None:
-        accepted, tested = state["accepted"], state["tested"]
-        accepted *= self.config.discount
-        tested *= self.config.discount
-        outcomes = zip(step.num_accepted.tolist(), step.verify_length.tolist(), strict=True)
-        for row, (stood, verified) in enumerate(outcomes):
-            if verified:
-                accepted[row, :stood] += 1
-                tested[row, : stood + (stood < verified)] += 1  # what follows the first wrong token was not tested
+        import torch  # here, so that options can be listed without it
+
+        place, accepted = torch.arange(self.width), step.num_accepted
+        tested = (accepted + 1).minimum(step.verify_length)  # what follows the first wrong token was not tested
+        for name, count in (("accepted", accepted), ("tested", tested)):
+            state[name] = state[name] * self.config.discount + (place < count[:, None])
 
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
-            self.memory = Memory(**{name: rows.mean(dim=0).tolist() for name, rows in state.items()})
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.memory.model_dump() if self.memory else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back a memory. Raises PolicyError if it is none."""
-        try:
-            self.memory = Memory.model_validate(state) if state else None
-        except ValidationError as error:
-            raise PolicyError(f"this is no memory of goodput: {error}") from None
+            self.memory = GoodputMemory.mean_of(state)
 
 
 def _priced(cost: CostModel | None, block_size: int) -> bool:

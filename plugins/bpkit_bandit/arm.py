@@ -1,4 +1,4 @@
-"""What is known of one block size: sums over its steps, and the tokens per second that follow from them."""
+"""What is known of one arm: sums over its steps, the rate that follows from them, and how far it may be off."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from bpkit.types import Context, Step
+
 Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FORGOTTEN = 1e-6
 """A discounted count below this is no knowledge any more."""
@@ -16,7 +18,7 @@ FORGOTTEN = 1e-6
 
 @dataclass(slots=True)
 class Arm:
-    """Sums over the steps of one block size; T is a step's tokens (its acceptance length), S its seconds.
+    """Sums over the steps of one arm; T is a step's tokens (its acceptance length), S its seconds.
 
     The rate is a ratio of sums, sum T / sum S. The mean of T/S would be the mean speed of steps and not the speed of
     the text: it rewards sizes for steps that are short, and can rank them wrongly.
@@ -76,8 +78,40 @@ class Arm:
         deviations = max(deviations, 0.0) / mean_seconds**2  # rounding may leave it just below 0
         return math.sqrt((deviations + typical_rate**2) / (self.count + 1))
 
+    def upper_bound(self, bonus: float, scale: float, log_steps: float) -> float:
+        """The rate + `bonus` * `scale` * sqrt(2 ln n / n_arm), as in UCB1 (Auer et al. 2002); ln n of all arms."""
+        return self.rate + bonus * scale * math.sqrt(2 * log_steps / self.count)
+
+    def draw(self, z: float, typical_rate: float) -> float:
+        """A draw around the rate with its standard error, from standard normal noise `z`."""
+        return self.rate + z * self.spread(typical_rate) / math.sqrt(self.count)
+
 
 def pooled_rate(arms: Collection[Arm]) -> float:
     """Tokens per second over all arms together; 0 if nothing was counted."""
     seconds = sum(arm.seconds for arm in arms)
     return sum(arm.tokens for arm in arms) / seconds if seconds > 0 else 0.0
+
+
+def log_steps(arms: Collection[Arm]) -> float:
+    """ln n of all steps that were counted."""
+    return math.log(max(1.0, sum(arm.count for arm in arms)))
+
+
+def normal_noise(context: Context, count: int) -> list[float]:
+    """Standard normal numbers from the context's generator."""
+    import torch  # here, so that options can be listed without it
+
+    of = context.generator
+    noise: list[float] = torch.randn(count, generator=of, device=of.device, dtype=torch.float64).tolist()
+    return noise
+
+
+def row_seconds(step: Step) -> float:
+    """What one row pays for a step; 0 where the clock stands still or is broken, which teaches nothing.
+
+    The rows of a batch went through one forward pass, and each pays an equal part of it. That is right for rows that
+    were given one arm.
+    """
+    seconds = step.seconds.total / len(step.block_size)
+    return seconds if 0 < seconds < math.inf else 0.0

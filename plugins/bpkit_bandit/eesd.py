@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
+from bpkit.sizes import BlockSizes
 from bpkit.types import Context, CostModel, DecoderSpec, Step
-from bpkit_bandit.sizes import BlockSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,16 +41,14 @@ class EesdConfig(PolicyConfig):
     across_requests: bool = Field(default=False, description="begin a request with the counts of the last one")
 
 
-class Memory(BaseModel):
+class EesdMemory(PolicyMemory):
     """The counts of accepted and rejected tokens: the parameters of the Beta distribution."""
-
-    model_config = ConfigDict(extra="forbid")
 
     accepted: Count
     rejected: Count
 
 
-class Eesd(Policy):
+class Eesd(RememberingPolicy[EesdMemory]):
     """Before each further token: theta ~ Beta(alpha, beta), and with probability theta the token is drafted.
 
     After a step with n verified and m accepted tokens, alpha <- alpha + m and beta <- beta + n - m. This is the
@@ -69,12 +67,12 @@ class Eesd(Policy):
     """
 
     Config = EesdConfig
+    Memory = EesdMemory
     wants = frozenset()
     config: EesdConfig
 
-    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.memory = Memory(accepted=self.config.accepted, rejected=self.config.rejected)
+    def fresh_memory(self) -> EesdMemory:
+        return EesdMemory(accepted=self.config.accepted, rejected=self.config.rejected)
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         smallest = 1 if self.config.no_draft else 2
@@ -82,15 +80,10 @@ class Eesd(Policy):
         self.sizes = sizes or [min(smallest, decoder.max_block_size)]
 
     def begin(self, context: Context) -> State:
-        import torch  # here, so that options can be listed without it
-
-        def rows(value: float) -> Tensor:
-            return context.position.new_full((context.batch_size,), value, dtype=torch.float64)
-
-        return {"accepted": rows(self.memory.accepted), "rejected": rows(self.memory.rejected)}
+        return self.memory.rows(context)
 
     def select(self, state: State, context: Context) -> Tensor:
-        import torch
+        import torch  # here, so that options can be listed without it
 
         generator = context.generator
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
@@ -115,15 +108,4 @@ class Eesd(Policy):
 
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
-            means = {name: float(rows.mean()) for name, rows in state.items()}
-            self.memory = Memory(**means)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.memory.model_dump()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back a memory. Raises PolicyError if it is none."""
-        try:
-            self.memory = Memory.model_validate(state)
-        except ValidationError as error:
-            raise PolicyError(f"this is no memory of eesd: {error}") from None
+            self.memory = EesdMemory.mean_of(state)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field
 
-from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State
 from bpkit.types import Context, CostModel, DecoderSpec, Step
-from bpkit_bandit.sizes import BlockSizes
+from bpkit_bandit.arm import Sum, row_seconds
+from bpkit_bandit.learner import Arms, Discount
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Exp3Config(PolicyConfig):
@@ -25,33 +24,21 @@ class Exp3Config(PolicyConfig):
         "discount": (1.0, 0.999, 0.99),
     }
 
-    block_sizes: BlockSizes = Field(
-        default=(1, 2, 4, 6, 8, 12, 16),
-        description="arms: a list, or text such as 1+4+8; 1 (no draft) is always among them",
-    )
+    block_sizes: Arms = (1, 2, 4, 6, 8, 12, 16)
     reward: Literal["time", "tokens"] = Field(
         default="time", description="time: tokens per second; tokens: a step's tokens, as BanditSpec counts"
     )
     learning_rate: float = Field(default=1.0, gt=0, description="factor of the textbook learning rate")
-    discount: float = Field(
-        default=1.0, gt=0, le=1, description="weight of the past after each step; 1 forgets nothing"
-    )
-
-    @field_validator("block_sizes")
-    @classmethod
-    def _with_no_draft(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sorted({1, *value}))
+    discount: Discount = 1.0
 
 
-class Memory(BaseModel):
+class Exp3Memory(PolicyMemory):
     """What outlives a request.
 
     Attributes:
         losses: estimated sum of losses by block size.
         rounds: steps learned from, discounted. tokens, seconds: sums over them.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     schema_version: Literal[1] = 1
     losses: dict[int, Sum]
@@ -60,7 +47,7 @@ class Memory(BaseModel):
     seconds: Sum = 0.0
 
 
-class Exp3(Policy):
+class Exp3(RememberingPolicy[Exp3Memory]):
     """Draws block size b with probability p_b, proportional to exp(-eta L_b); L_b is its estimated sum of losses.
 
         eta = learning_rate * sqrt(ln K / (K t))          K arms, t steps so far, at least 1
@@ -81,13 +68,16 @@ class Exp3(Policy):
     """
 
     Config = Exp3Config
+    Memory = Exp3Memory
     wants = frozenset()
     config: Exp3Config
 
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
         self.usable = self.config.block_sizes
-        self.memory = Memory(losses=dict.fromkeys(self.config.block_sizes, 0.0))
+
+    def fresh_memory(self) -> Exp3Memory:
+        return Exp3Memory(losses=dict.fromkeys(self.config.block_sizes, 0.0))
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         self.usable = tuple(size for size in self.config.block_sizes if size <= decoder.max_block_size)
@@ -119,15 +109,15 @@ class Exp3(Policy):
 
     def observe(self, state: State, step: Step) -> None:
         sizes, tokens = step.block_size.tolist(), step.acceptance_length.tolist()
-        seconds = step.seconds.total / len(sizes)  # of a row: all rows went through one pass
-        if self.config.reward == "time" and not 0 < seconds < math.inf:
-            return  # a clock that stands still teaches nothing
+        seconds = row_seconds(step)
+        if self.config.reward == "time" and not seconds:
+            return
         memory, kept = self.memory, self.config.discount
         if kept < 1:
             memory.losses = {size: loss * kept for size, loss in memory.losses.items()}
         memory.rounds = memory.rounds * kept + 1
         memory.tokens = memory.tokens * kept + sum(tokens)
-        memory.seconds = memory.seconds * kept + (seconds * len(sizes) if 0 < seconds < math.inf else 0.0)
+        memory.seconds = memory.seconds * kept + seconds * len(sizes)
         for size, count, chance in zip(sizes, tokens, state["chance"].tolist(), strict=True):
             if size in memory.losses:  # the runtime may have used another size than was asked for
                 memory.losses[size] += self.loss(count, seconds) / (chance * len(sizes))
@@ -140,18 +130,10 @@ class Exp3(Policy):
         rate = self.memory.tokens / self.memory.seconds
         return min(max(0.5 - (tokens - rate * seconds) / largest, 0.0), 1.0)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.memory.model_dump(mode="json")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back a memory; arms that it lacks start with its least loss. Raises PolicyError if it does not fit."""
-        try:
-            loaded = Memory.model_validate(state)
-        except ValidationError as error:
-            raise PolicyError(f"this is no memory of exp3: {error}") from None
-        if unknown := sorted(loaded.losses.keys() - set(self.config.block_sizes)):
+    def fitted(self, memory: Exp3Memory) -> Exp3Memory:
+        """Arms that it lacks start with its least loss: as good as the best known one, so that they are tried."""
+        if unknown := sorted(memory.losses.keys() - set(self.config.block_sizes)):
             raise PolicyError(f"the memory knows block sizes {unknown}, which option 'block_sizes' does not list")
-        # A new arm is as good as the best known one, so that it is tried.
-        fresh = min(loaded.losses.values(), default=0.0)
-        loaded.losses = {size: loaded.losses.get(size, fresh) for size in self.config.block_sizes}
-        self.memory = loaded
+        fresh = min(memory.losses.values(), default=0.0)
+        memory.losses = {size: memory.losses.get(size, fresh) for size in self.config.block_sizes}
+        return memory

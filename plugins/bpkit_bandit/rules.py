@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bpkit.policy.stop_rules import high_entropy_bound, low_entropy, sure
 from bpkit.types import Draft, Feature
 
 if TYPE_CHECKING:
@@ -40,18 +41,17 @@ class Rule:
         """Positions to draft."""
         return int(self.value) if self.kind == "fixed" and self.value is not None else usual
 
-    def trusted(self, draft: Draft) -> Tensor | None:
-        """Which positions are trusted, bool [batch, width]; None for all of them."""
+    def trusted(self, draft: Draft) -> Tensor:
+        """Which positions are trusted, bool [batch, width]."""
         if self.kind == "fixed" or self.value is None:
-            return None
+            return draft.tokens == draft.tokens  # all of them
         if self.kind == "confidence":
-            return draft[Feature.DRAFT_PROBABILITY] >= self.value
-        entropy = draft[Feature.DRAFT_ENTROPY]
+            return sure(draft, self.value)
         if self.kind == "svip":
-            return entropy <= self.value**2
+            return low_entropy(draft, self.value)
         if self.kind == "adaedl":
-            return entropy <= (1 - self.value) ** 2 / ADAEDL_GAMMA
-        root = entropy.clamp(min=0).sqrt()  # rounding may have left it just below 0
+            return high_entropy_bound(draft, self.value, ADAEDL_GAMMA)
+        root = draft[Feature.DRAFT_ENTROPY].clamp(min=0).sqrt()  # rounding may have left it just below 0
         trusted = root.isfinite()
         trusted[:, 1:] &= root.diff(dim=1) <= self.value
         return trusted

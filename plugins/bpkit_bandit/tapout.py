@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bpkit_threshold.stopping import trusted_length, trusted_whole
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State, StopRule
+from bpkit.sizes import BlockSize
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
-from bpkit_bandit.arm import Arm, pooled_rate
+from bpkit_bandit.arm import Arm, log_steps, normal_noise, pooled_rate, row_seconds
 from bpkit_bandit.rules import Rule, parse_rule
 
 if TYPE_CHECKING:
@@ -41,9 +40,7 @@ class TapOutConfig(PolicyConfig):
         default=1.0, ge=0, description="factor of UCB1's bonus, or of Thompson sampling's spread; 0: greedy"
     )
     min_pulls: int = Field(default=1, ge=1, description="steps with each rule before any comparison")
-    block_size: int | None = Field(
-        default=None, ge=1, description="positions to draft, anchor included; by default the trained block size"
-    )
+    block_size: BlockSize = None
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -57,17 +54,15 @@ class TapOutConfig(PolicyConfig):
         return tuple(dict.fromkeys(str(parse_rule(rule)) for rule in value))
 
 
-class Memory(BaseModel):
+class TapOutMemory(PolicyMemory):
     """What outlives a request: the sums of each rule's steps."""
-
-    model_config = ConfigDict(extra="forbid")
 
     schema_version: Literal[1] = 1
     reward: str
     rules: dict[str, Arm]
 
 
-class TapOut(Policy):
+class TapOut(RememberingPolicy[TapOutMemory], StopRule):
     """Before every draft, picks a stop rule (see `rules`) by what each has earned; the rule then says where to stop.
 
     The sequence-level variant of TapOut (Sridhar et al. 2025, 2511.02017), one pull a draft. A step with m accepted
@@ -92,17 +87,25 @@ class TapOut(Policy):
     """
 
     Config = TapOutConfig
+    Memory = TapOutMemory
     wants = frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
     config: TapOutConfig
 
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
         self.rules: list[Rule] = [parse_rule(text) for text in self.config.rules]
-        self.arms = [Arm() for _ in self.rules]
         self.usable = list(range(len(self.rules)))
 
+    @property
+    def arms(self) -> list[Arm]:
+        """In the order of `rules`."""
+        return list(self.memory.rules.values())
+
+    def fresh_memory(self) -> TapOutMemory:
+        return TapOutMemory(reward=self.config.reward, rules={name: Arm() for name in self.config.rules})
+
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
-        self.block_size = self.config.block_size or decoder.trained_block_size
+        super().bind(decoder, cost)
         sizes = [rule.block_size(self.block_size) for rule in self.rules]
         # A blend is earned with drafts only: an arm without one could not win, and would still be tried.
         least = 2 if self.config.reward == "blend" else 1
@@ -116,71 +119,46 @@ class TapOut(Policy):
         return context.full(self.rules[place].block_size(self.block_size))
 
     def _pick(self, context: Context) -> int:
-        for place in self.usable:
-            if not self.arms[place].tried(self.config.min_pulls):
-                return place
-        typical = pooled_rate(self.arms)
+        arms, typical_rate, factor = self.arms, pooled_rate(self.arms), self.config.exploration
+        usable = [arms[place] for place in self.usable]
+        untried = [place for place in self.usable if not arms[place].tried(self.config.min_pulls)]
+        if untried:
+            return untried[0]
         if self.config.bandit == "thompson":
-            import torch  # here, so that options can be listed without it
-
-            of = context.generator
-            noise = torch.randn(len(self.usable), generator=of, device=of.device, dtype=torch.float64).tolist()
-            scores = [self._drawn(self.arms[a], typical, z) for a, z in zip(self.usable, noise, strict=True)]
+            noise = normal_noise(context, len(usable))
+            scores = [arm.draw(factor * z, typical_rate) for arm, z in zip(usable, noise, strict=True)]
         else:
-            log_steps = math.log(max(1.0, sum(self.arms[place].count for place in self.usable)))
-            scores = [self._bound(self.arms[place], typical, log_steps) for place in self.usable]
+            blended, log_n = self.config.reward == "blend", log_steps(usable)
+            scores = [arm.upper_bound(factor, 1.0 if blended else arm.spread(typical_rate), log_n) for arm in usable]
         return self.usable[scores.index(max(scores))]
 
-    def _bound(self, arm: Arm, typical: float, log_steps: float) -> float:
-        scale = 1.0 if self.config.reward == "blend" else arm.spread(typical)
-        return arm.rate + self.config.exploration * scale * math.sqrt(2 * log_steps / arm.count)
-
-    def _drawn(self, arm: Arm, typical: float, z: float) -> float:
-        return arm.rate + self.config.exploration * z * arm.spread(typical) / math.sqrt(arm.count)
-
-    def extend(self, state: State, draft: Draft) -> Tensor:
-        rule = self._rule(state)
-        trusted = None if rule is None else rule.trusted(draft)
-        return draft.draft_length > 0 if trusted is None else trusted_whole(draft, trusted)
-
-    def truncate(self, state: State, draft: Draft) -> Tensor:
-        rule = self._rule(state)
-        trusted = None if rule is None else rule.trusted(draft)
-        return draft.draft_length if trusted is None else trusted_length(draft, trusted)
-
-    def _rule(self, state: State) -> Rule | None:
-        """The rule of all rows; None where rows of different steps were put together, and nothing is cut."""
+    def trusted(self, state: State, draft: Draft) -> Tensor:
         places = set(state["rule"].tolist())
-        return self.rules[places.pop()] if len(places) == 1 else None
+        # Rows of different steps may have been put together; then nothing is cut.
+        rule = self.rules[places.pop()] if len(places) == 1 else Rule("fixed", None)
+        return rule.trusted(draft)
 
     def observe(self, state: State, step: Step) -> None:
-        seconds = step.seconds.total / len(step.block_size)  # of a row: all rows went through one pass
-        if self.config.reward == "time" and not 0 < seconds < math.inf:
-            return  # a clock that stands still teaches nothing
+        arms, timed, seconds = self.arms, self.config.reward == "time", row_seconds(step)
+        if timed and not seconds:
+            return
         rows = zip(state["rule"].tolist(), step.num_accepted.tolist(), step.verify_length.tolist(), strict=True)
         for place, accepted, verified in rows:
-            if self.config.reward == "time":
-                self.arms[place].add(accepted + 1, seconds)
+            if timed:
+                arms[place].add(accepted + 1, seconds)
             else:
-                self.arms[place].add(self.blend(accepted, verified), 1.0)
+                arms[place].add(self.blend(accepted, verified), 1.0)
 
     def blend(self, accepted: int, verified: int) -> float:
         """The published reward, 0 .. 1."""
         share = accepted / verified if verified else 0.0
         return self.config.mix * min(accepted / self.longest, 1.0) + (1 - self.config.mix) * share
 
-    def state_dict(self) -> dict[str, Any]:
-        arms = dict(zip(self.config.rules, self.arms, strict=True))
-        return Memory(reward=self.config.reward, rules=arms).model_dump(mode="json")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back a memory. Rules that it lacks start untried. Raises PolicyError if it does not fit."""
-        try:
-            loaded = Memory.model_validate(state)
-        except ValidationError as error:
-            raise PolicyError(f"this is no memory of tapout: {error}") from None
-        if loaded.reward != self.config.reward:
-            raise PolicyError(f"the memory counted reward {loaded.reward!r}, this is {self.config.reward!r}")
-        if unknown := sorted(loaded.rules.keys() - set(self.config.rules)):
+    def fitted(self, memory: TapOutMemory) -> TapOutMemory:
+        """Rules that it lacks start untried."""
+        if memory.reward != self.config.reward:
+            raise PolicyError(f"the memory counted reward {memory.reward!r}, this is {self.config.reward!r}")
+        if unknown := sorted(memory.rules.keys() - set(self.config.rules)):
             raise PolicyError(f"the memory knows rules {unknown}, which option 'rules' does not list")
-        self.arms = [loaded.rules.get(name, Arm()) for name in self.config.rules]
+        memory.rules = {name: memory.rules.get(name, Arm()) for name in self.config.rules}
+        return memory

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from bpkit.policy import State
 from bpkit.types import Context
-from bpkit_bandit.arm import Arm, pooled_rate
+from bpkit_bandit.arm import Arm, normal_noise, pooled_rate
 from bpkit_bandit.learner import Learner
 
 if TYPE_CHECKING:
@@ -26,16 +25,11 @@ class Thompson(Learner):
     """
 
     def select(self, state: State, context: Context) -> Tensor:
-        import torch  # here, so that options can be listed without it
-
-        generator = context.generator
-        noise = torch.randn(len(self.usable), generator=generator, device=generator.device, dtype=torch.float64)
-        typical_rate = pooled_rate(self.arms.values())
-        draws = [self._draw(self.arms[b], typical_rate, z) for b, z in zip(self.usable, noise.tolist(), strict=True)]
+        typical_rate, noise = pooled_rate(self.arms.values()), normal_noise(context, len(self.usable))
+        draws = [self._draw(self.arms[size], typical_rate, z) for size, z in zip(self.usable, noise, strict=True)]
         return context.full(self.usable[draws.index(max(draws))])
 
     def _draw(self, arm: Arm, typical_rate: float, z: float) -> tuple[bool, float]:
-        """Whether the arm is untried, which outranks every rate, and its draw with standard normal noise `z`."""
-        if not arm.tried(self.config.min_pulls):
-            return True, z
-        return False, arm.rate + z * arm.spread(typical_rate) / math.sqrt(arm.count)
+        """Whether the arm is untried, which outranks every rate, and its draw."""
+        tried = arm.tried(self.config.min_pulls)
+        return not tried, arm.draw(z, typical_rate) if tried else z

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from bpkit.policy import State
 from bpkit.types import Context
-from bpkit_bandit.arm import pooled_rate
+from bpkit_bandit.arm import Arm, log_steps, pooled_rate
 from bpkit_bandit.learner import BanditConfig, Learner
 
 if TYPE_CHECKING:
@@ -42,11 +42,10 @@ class UCB(Learner):
 
     def select(self, state: State, context: Context) -> Tensor:
         typical_rate = pooled_rate(self.arms.values())
-        log_n = math.log(max(1.0, sum(self.arms[size].count for size in self.usable)))
-        return context.full(max(self.usable, key=lambda size: self._bound(size, typical_rate, log_n)))
+        log_n = log_steps([self.arms[size] for size in self.usable])
+        return context.full(max(self.usable, key=lambda size: self._bound(self.arms[size], typical_rate, log_n)))
 
-    def _bound(self, block_size: int, typical_rate: float, log_n: float) -> float:
-        arm = self.arms[block_size]
+    def _bound(self, arm: Arm, typical_rate: float, log_n: float) -> float:
         if not arm.tried(self.config.min_pulls):
             return math.inf
-        return arm.rate + self.config.exploration * arm.spread(typical_rate) * math.sqrt(2 * log_n / arm.count)
+        return arm.upper_bound(self.config.exploration, arm.spread(typical_rate), log_n)

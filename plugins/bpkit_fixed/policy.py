@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from bpkit.policy import Policy, PolicyConfig, State
+from bpkit.sizes import BlockSize
 from bpkit.types import Context, CostModel, DecoderSpec
 
 if TYPE_CHECKING:
@@ -16,9 +15,7 @@ if TYPE_CHECKING:
 class FixedConfig(PolicyConfig):
     """Options of `fixed`."""
 
-    block_size: int | None = Field(
-        default=None, ge=1, description="positions in a block, anchor included; by default the trained block size"
-    )
+    block_size: BlockSize = None
 
 
 class Fixed(Policy):

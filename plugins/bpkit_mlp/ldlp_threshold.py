@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from bpkit_threshold.stopping import trusted_length, trusted_whole
 from pydantic import Field
 
 from bpkit.export.core import Export
 from bpkit.policy import State
+from bpkit.policy.stop_rules import trusted_length, trusted_whole
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
 from bpkit_mlp.ldlp import Ldlp, LdlpConfig
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from bpkit.policy import Policy, PolicyConfig, PolicyError, State
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
-from bpkit_threshold.stopping import trusted_length, trusted_whole
+from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State, StopRule
+from bpkit.policy.stop_rules import high_entropy_bound
+from bpkit.sizes import BlockSize
+from bpkit.types import Context, Draft, Feature, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,21 +33,17 @@ class AdaEdlConfig(PolicyConfig):
     threshold_memory: Share = Field(default=0.9, description="weight of the past in the threshold (beta_2)")
     nudge: float = Field(default=0.01, ge=0, description="move of the threshold, before smoothing (epsilon)")
     across_requests: bool = Field(default=False, description="begin a request where the last one ended")
-    block_size: int | None = Field(
-        default=None, ge=1, description="positions to draft, anchor included; by default the trained block size"
-    )
+    block_size: BlockSize = None
 
 
-class Memory(BaseModel):
+class AdaEdlMemory(PolicyMemory):
     """What outlives a request: the threshold and the running share of accepted tokens."""
-
-    model_config = ConfigDict(extra="forbid")
 
     threshold: Share
     acceptance: Share
 
 
-class AdaEdl(Policy):
+class AdaEdl(RememberingPolicy[AdaEdlMemory], StopRule):
     """Keeps positions up to the first with 1 - sqrt(gamma * H) < lambda, H being the drafter's entropy in nats.
 
     The left side approximates a lower bound on the chance that the token is accepted. After each step with n verified
@@ -67,68 +64,29 @@ class AdaEdl(Policy):
     """
 
     Config = AdaEdlConfig
+    Memory = AdaEdlMemory
     wants = frozenset({Feature.DRAFT_ENTROPY})
     config: AdaEdlConfig
 
-    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.memory = Memory(threshold=self.config.threshold, acceptance=0.0)
-
-    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
-        self.block_size = self.config.block_size or decoder.trained_block_size
+    def fresh_memory(self) -> AdaEdlMemory:
+        return AdaEdlMemory(threshold=self.config.threshold, acceptance=0.0)
 
     def begin(self, context: Context) -> State:
-        import torch  # here, so that options can be listed without it
+        return self.memory.rows(context)
 
-        def rows(value: float) -> Tensor:
-            return context.position.new_full((context.batch_size,), value, dtype=torch.float64)
-
-        return {"threshold": rows(self.memory.threshold), "acceptance": rows(self.memory.acceptance)}
-
-    def select(self, state: State, context: Context) -> Tensor:
-        return context.full(self.block_size)
-
-    def extend(self, state: State, draft: Draft) -> Tensor:
-        return trusted_whole(draft, self._trusted(state, draft))
-
-    def truncate(self, state: State, draft: Draft) -> Tensor:
-        return trusted_length(draft, self._trusted(state, draft))
+    def trusted(self, state: State, draft: Draft) -> Tensor:
+        return high_entropy_bound(draft, state["threshold"][:, None], self.config.gamma)
 
     def observe(self, state: State, step: Step) -> None:
-        thresholds, acceptances = state["threshold"].tolist(), state["acceptance"].tolist()
-        outcomes = zip(step.num_accepted.tolist(), step.verify_length.tolist(), strict=True)
-        for row, (accepted, verified) in enumerate(outcomes):
-            if verified:
-                acceptances[row] = self._acceptance(acceptances[row], accepted / verified)
-                thresholds[row] = self._threshold(thresholds[row], acceptances[row])
-        state["threshold"] = state["threshold"].new_tensor(thresholds)
-        state["acceptance"] = state["acceptance"].new_tensor(acceptances)
+        past, threshold, verified = state["acceptance"], state["threshold"], step.verify_length > 0
+        now = step.num_accepted.double() / step.verify_length  # NaN, and not used, where nothing was verified
+        kept = self.config.rate_memory
+        acceptance = (kept * past + (1 - kept) * now).where(verified, past)
+        nudged = (threshold + self.config.nudge).where(acceptance <= self.config.target, threshold - self.config.nudge)
+        kept = self.config.threshold_memory
+        moved = (kept * threshold + (1 - kept) * nudged).clamp(0, 1)
+        state["acceptance"], state["threshold"] = acceptance, moved.where(verified, threshold)
 
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
-            means = {name: float(rows.mean()) for name, rows in state.items()}
-            self.memory = Memory(**means)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.memory.model_dump()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back a memory. Raises PolicyError if it is none."""
-        try:
-            self.memory = Memory.model_validate(state)
-        except ValidationError as error:
-            raise PolicyError(f"this is no memory of adaedl: {error}") from None
-
-    def _trusted(self, state: State, draft: Draft) -> Tensor:
-        # The bound, solved for the entropy: an entropy of 0 may be rounded to -1e-8, and its root would be NaN.
-        most = (1 - state["threshold"]).square() / self.config.gamma  # float64 [batch]
-        trusted: Tensor = draft[Feature.DRAFT_ENTROPY] <= most[:, None]
-        return trusted  # bool [batch, width]
-
-    def _acceptance(self, past: float, now: float) -> float:
-        return self.config.rate_memory * past + (1 - self.config.rate_memory) * now
-
-    def _threshold(self, past: float, acceptance: float) -> float:
-        nudged = past + self.config.nudge if acceptance <= self.config.target else past - self.config.nudge
-        moved = self.config.threshold_memory * past + (1 - self.config.threshold_memory) * nudged
-        return min(max(moved, 0.0), 1.0)
+            self.memory = AdaEdlMemory.mean_of(state)

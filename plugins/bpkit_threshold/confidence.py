@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from bpkit.policy import Policy, PolicyConfig, State
+from bpkit.policy import PolicyConfig, State, StopRule
+from bpkit.policy.stop_rules import sure
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
-from bpkit_threshold.stopping import trusted_length, trusted_whole
+from bpkit_threshold.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class ConfidenceConfig(PolicyConfig):
     )
 
 
-class Confidence(Policy):
+class Confidence(StopRule):
     """Drafts up to and including the first token k whose probability q(x_k) is below `threshold`.
 
     This is `assistant_confidence_threshold` of transformers (0.4), "dynamic speculation lookahead" (Mamou et al. 2024,
@@ -60,34 +61,25 @@ class Confidence(Policy):
     config: ConfidenceConfig
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
-        self.block_size = self.config.block_size or decoder.trained_block_size
-        self.largest = decoder.max_block_size - 1  # in drafted tokens, as is the state
+        super().bind(decoder, cost)
+        self.schedule: Schedule | None = None
+        if self.config.schedule != "constant":
+            self.schedule = Schedule(start=max(self.block_size - 1, 1))
+            self.schedule.bind(decoder)
 
     def begin(self, context: Context) -> State:
-        if self.config.schedule == "constant":
-            return {}
-        return {"draft_length": context.full(min(max(self.block_size - 1, 1), self.largest))}  # int64 [batch]
+        return self.schedule.begin(context) if self.schedule else {}
 
     def select(self, state: State, context: Context) -> Tensor:
-        if not state:
-            return context.full(self.block_size)
-        block_size: Tensor = state["draft_length"] + 1
-        return block_size
-
-    def extend(self, state: State, draft: Draft) -> Tensor:
-        return trusted_whole(draft, self._trusted(draft))
+        return self.schedule.select(state, context) if self.schedule else super().select(state, context)
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
-        length = trusted_length(draft, self._trusted(draft))
+        length = super().truncate(state, draft)
         return (length + 1).minimum(draft.draft_length) if self.config.keep_last else length
 
     def observe(self, state: State, step: Step) -> None:
-        if not state:
-            return
-        length: Tensor = state["draft_length"]
-        whole = step.num_accepted == step.verify_length
-        moved = (length + 2).where(whole, length - 1).clamp(min=1).clamp(max=self.largest)
-        state["draft_length"] = moved.where(step.verify_length > 0, length)
+        if self.schedule:
+            self.schedule.observe(state, step)
 
-    def _trusted(self, draft: Draft) -> Tensor:
-        return draft[Feature.DRAFT_PROBABILITY] >= self.config.threshold  # bool [batch, width]
+    def trusted(self, state: State, draft: Draft) -> Tensor:
+        return sure(draft, self.config.threshold)

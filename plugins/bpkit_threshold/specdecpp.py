@@ -10,8 +10,8 @@ from pydantic import Field
 from bpkit.export.core import Export
 from bpkit.learn.trained import TrainedConfig, TrainedPolicy
 from bpkit.policy import State
+from bpkit.policy.stop_rules import trusted_length, trusted_whole
 from bpkit.types import AUTOREGRESSIVE, Context, CostModel, DecoderSpec, Draft, Feature
-from bpkit_threshold.stopping import trusted_length, trusted_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

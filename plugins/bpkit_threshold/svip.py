@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from bpkit.policy import Policy, PolicyConfig, State
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
-from bpkit_threshold.stopping import trusted_length, trusted_whole
+from bpkit.policy import PolicyConfig, State, StopRule
+from bpkit.policy.stop_rules import low_entropy
+from bpkit.sizes import BlockSize
+from bpkit.types import Draft, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +24,10 @@ class SvipConfig(PolicyConfig):
     }
 
     h: float = Field(default=0.6, ge=0, description="largest sqrt(entropy) that is trusted; the entropy is in nats")
-    block_size: int | None = Field(
-        default=None, ge=1, description="positions to draft, anchor included; by default the trained block size"
-    )
+    block_size: BlockSize = None
 
 
-class Svip(Policy):
+class Svip(StopRule):
     """Keeps positions up to the first whose sqrt(entropy) exceeds `h`.
 
     The paper bounds the acceptance rate from below by a term in the root of the entropy. The authors' program tests
@@ -41,18 +40,5 @@ class Svip(Policy):
     wants = frozenset({Feature.DRAFT_ENTROPY})
     config: SvipConfig
 
-    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
-        self.block_size = self.config.block_size or decoder.trained_block_size
-
-    def select(self, state: State, context: Context) -> Tensor:
-        return context.full(self.block_size)
-
-    def extend(self, state: State, draft: Draft) -> Tensor:
-        return trusted_whole(draft, self._trusted(draft))
-
-    def truncate(self, state: State, draft: Draft) -> Tensor:
-        return trusted_length(draft, self._trusted(draft))
-
-    def _trusted(self, draft: Draft) -> Tensor:
-        # Squared on the other side: an entropy of 0 may be rounded to -1e-8, and its root would be NaN.
-        return draft[Feature.DRAFT_ENTROPY] <= self.config.h**2  # bool [batch, width]
+    def trusted(self, state: State, draft: Draft) -> Tensor:
+        return low_entropy(draft, self.config.h)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from bpkit.policy import Policy, PolicyConfig, State
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
-from bpkit_threshold.stopping import trusted_length, trusted_whole
+from bpkit.policy import PolicyConfig, State, StopRule
+from bpkit.policy.stop_rules import sure_together
+from bpkit.sizes import BlockSize
+from bpkit.types import Draft, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,12 +26,10 @@ class ThresholdConfig(PolicyConfig):
     threshold: float = Field(
         default=0.4, ge=0, le=1, description="least probability that the draft so far stands; 0 keeps all of it"
     )
-    block_size: int | None = Field(
-        default=None, ge=1, description="positions to draft, anchor included; by default the trained block size"
-    )
+    block_size: BlockSize = None
 
 
-class Threshold(Policy):
+class Threshold(StopRule):
     """Keeps position k while the product of the drafter's probabilities of tokens 1 .. k is >= `threshold`.
 
     A token counts only if all before it stand, hence the product: with calibrated probabilities it is the chance
@@ -43,17 +42,5 @@ class Threshold(Policy):
     wants = frozenset({Feature.DRAFT_PROBABILITY})
     config: ThresholdConfig
 
-    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
-        self.block_size = self.config.block_size or decoder.trained_block_size
-
-    def select(self, state: State, context: Context) -> Tensor:
-        return context.full(self.block_size)
-
-    def extend(self, state: State, draft: Draft) -> Tensor:
-        return trusted_whole(draft, self._trusted(draft))
-
-    def truncate(self, state: State, draft: Draft) -> Tensor:
-        return trusted_length(draft, self._trusted(draft))
-
-    def _trusted(self, draft: Draft) -> Tensor:
-        return draft[Feature.DRAFT_PROBABILITY].cumprod(dim=1) >= self.config.threshold  # bool [batch, width]
+    def trusted(self, state: State, draft: Draft) -> Tensor:
+        return sure_together(draft, self.config.threshold)
