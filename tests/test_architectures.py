@@ -24,12 +24,12 @@ from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.registry.discovery import registry
-from bpkit.testing.architectures import ARCHITECTURES, VOCABULARY, WINDOW, disturbed, tiny_dflash, tiny_model
+from tests.tiny_architectures import REPEATING, VOCABULARY, WINDOW, disturbed, repeating_causal_lm, tiny_dflash
 
 if TYPE_CHECKING:
     from tests.conftest import PlainDecoding
 
-TABLE = [name for name in ARCHITECTURES if name != "qwen3_next"]
+TABLE = [name for name in REPEATING if name != "qwen3_next"]
 """One hybrid is enough here; what their states do is tried elsewhere."""
 COUNT = 20
 SEED = 5
@@ -241,7 +241,7 @@ class Subject:
 
 @functools.cache
 def subject(architecture: str) -> Subject:
-    target = tiny_model(architecture)
+    target = repeating_causal_lm(architecture)
     return Subject(target, tiny_dflash(target), AutoregressiveDrafter(disturbed(target), target))
 
 
@@ -295,7 +295,7 @@ def test_options_do_to_the_text_what_they_do_in_plain_decoding(architecture: str
         assert ngram.shorter, "no match lay so near the end that fewer tokens followed than were asked for"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", REPEATING)
 def test_generate_keeps_its_caches_right(architecture: str, plain: PlainDecoding) -> None:
     """The oracle itself: with a cache, and sliding windows in it, the text is that without one."""
     model, prompt = subject(architecture), torch.tensor([PROMPT])
@@ -318,5 +318,5 @@ def test_windows_and_caps_of_these_models_decide_their_scores(architecture: str,
     assert len(PROMPT) > WINDOW
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
-        capped, free = (tiny_model(architecture, **values)(ids).logits for values in ({}, off))
+        capped, free = (repeating_causal_lm(architecture, **values)(ids).logits for values in ({}, off))
     assert (capped - free)[0, -1].abs().max() > 0.05

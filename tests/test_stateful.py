@@ -21,7 +21,6 @@ from bpkit.decode.snapshot import Snapshot, crop_of
 from bpkit.decode.stateful import StatefulTargetSession
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
-from bpkit.testing.architectures import tiny_dflash
 from bpkit.testing.simulated_device import MovedDecoder, SimulatedDevice
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.collect.job import describe
@@ -30,7 +29,7 @@ from bpkit.trace.replay import Replayer
 from bpkit.trace.store.manifest import Manifest
 from bpkit.types import Seconds, Work
 from tests.architecture_survey import PROMPT, ScriptedDrafter, greedy
-from tests.tiny_architectures import tiny_causal_lm, tiny_config
+from tests.tiny_architectures import tiny_causal_lm, tiny_config, tiny_dflash
 
 if TYPE_CHECKING:
     from torch import Tensor

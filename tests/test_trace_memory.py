@@ -17,12 +17,12 @@ from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.base import Drafter
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
-from bpkit.testing.architectures import ARCHITECTURES, disturbed, tiny_dflash, tiny_model
 from bpkit.trace.collect import TraceOptions, Tracer, pieces
 from bpkit.trace.collect.pieces import Positions, positions_at_once
 from bpkit.trace.collect.target_pass import target_pass
 from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
+from tests.tiny_architectures import REPEATING, disturbed, repeating_causal_lm, tiny_dflash
 
 VOCABULARY = 151_936
 FEATURES = frozenset({Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY, Feature.DRAFT_HIDDEN})
@@ -50,7 +50,7 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.fixture(scope="module")
 def large() -> PreTrainedModel:
-    return tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=1)
+    return repeating_causal_lm("llama", vocab_size=VOCABULARY, layers=1)
 
 
 @torch.inference_mode()
@@ -109,11 +109,11 @@ def test_a_trace_in_pieces_is_the_trace_in_one(
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "granite"])
+@pytest.mark.parametrize("architecture", [*REPEATING, "granite"])
 def test_logits_in_pieces_are_those_of_the_model(architecture: str) -> None:
     """Also where the model caps them after its head, or does there what only it knows."""
     options: dict[str, Any] = {"logits_scaling": 3.0} if architecture == "granite" else {}
-    model = tiny_model(architecture, **options)
+    model = repeating_causal_lm(architecture, **options)
     prompt, tokens = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[9, 2, 6, 5, 3, 5, 8]])
     with torch.inference_mode():
         seen = target_pass(model, (0,), prompt, tokens)

@@ -1,7 +1,13 @@
-"""Every architecture of causal language models that transformers has, at its smallest: random weights, no network."""
+"""Every architecture of causal language models that transformers has, at its smallest: random weights, no network.
+
+Texts of random models hardly ever repeat themselves, so that an n-gram is never right about them. Those of
+`repeating_causal_lm` do: most of the time the next token depends on the last one alone, in cycles of a few tokens,
+which attention and noise break now and then.
+"""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,8 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
+
 LARGEST = 7_000_000
 """Parameters of the largest model that is made."""
+
+WINDOW = 8
+"""Positions that sliding layers see."""
 
 _WIDTH = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "lru_width", "embedding_size", "word_embed_proj_dim")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
@@ -28,7 +40,7 @@ _COMMON: dict[str, Any] = {
     **dict.fromkeys(_POSITIONS, 256),
     **dict.fromkeys(_EXPERTS, 4),
     **dict.fromkeys(_ACTIVE, 2),
-    **dict.fromkeys(_WINDOWS, 8),
+    **dict.fromkeys(_WINDOWS, WINDOW),
     "encoder_layers": 1,
     "depth": 2,
     "image_size": 28,
@@ -239,15 +251,102 @@ def tiny_causal_lm(model_type: str, *, seed: int = 0, spread: float = 3.0, **val
         MemoryError: the smallest config that we know is too large.
     """
     config = tiny_config(_TEXT.get(model_type, model_type), **values)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
     with torch.device("meta"):
-        count = sum(weight.numel() for weight in kind(config).parameters())
+        count = sum(weight.numel() for weight in MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).parameters())
     if count > LARGEST:
         raise MemoryError(f"{count:,} parameters at its smallest")
+    return _made(config, seed, spread=spread)
+
+
+def _made(config: PreTrainedConfig, seed: int, *, spread: float = 1.0, repeating: bool = False) -> PreTrainedModel:
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model: PreTrainedModel = kind(config).float().eval()
         for name, weight in model.named_parameters():
             if weight.dim() > 1 and "embed" not in name and "lm_head" not in name:
                 weight *= spread
+        if repeating:
+            _repeat(model)
     return model
+
+
+# Texts that repeat themselves
+
+
+VOCABULARY = 96
+CYCLE = 5
+"""Tokens after which a text comes back to where it was, unless something else was likelier."""
+REPEATING: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    # Caps low enough to change these models' scores.
+    "gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 8.0},
+    "gemma3_text": {"query_pre_attn_scalar": 8},
+    "gpt2": {},
+    "qwen3_moe": {},
+    "qwen3_next": {},
+    "qwen3_5_text": {},
+}
+"""Types that are tried with all options, and values of their configs."""
+
+
+def repeating_causal_lm(model_type: str, *, seed: int = 0, layers: int = 2, **values: Any) -> PreTrainedModel:
+    """A small model whose texts repeat themselves. `values` are of its config, over those of `REPEATING`."""
+    shape: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.22, "tie_word_embeddings": False}
+    shape |= dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"))
+    config = tiny_config(model_type, **{**shape, **REPEATING.get(model_type, {}), **values})
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return _made(config, seed, repeating=True)
+
+
+def _repeat(model: PreTrainedModel) -> None:
+    """Make the head answer each token's embedding with the next token of its cycle, most of the time."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    meaning = torch.randn_like(embedding.weight)
+    # Gemma multiplies embeddings when it reads them.
+    embedding.weight.copy_(1.5 * meaning / getattr(embedding, "scalar_embed_scale", 1.0))
+    tokens = torch.arange(len(meaning))
+    following = tokens - tokens % CYCLE + (tokens + 1) % CYCLE
+    cycled = following < len(tokens)  # the last tokens have no whole cycle
+    answers = torch.randn_like(meaning)
+    answers[following[cycled]] += 2 * meaning[cycled]
+    head.weight.copy_(0.2 * answers)
+
+
+# Drafters
+
+
+@torch.no_grad()
+def disturbed(model: PreTrainedModel, *, noise: float = 0.15, seed: int = 0) -> PreTrainedModel:
+    """A copy with noise on its weights, a share of each weight's own spread: it agrees with the model now and then."""
+    made = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in made.parameters():
+        spread = weight.std(correction=0) * noise
+        weight += torch.randn(weight.shape, generator=generator) * spread
+    return made
+
+
+def tiny_dflash(target: PreTrainedModel, *, block_size: int = 8, seed: int = 0) -> BlockDiffusionDrafter:
+    """An untrained DFlash drafter of one layer for a target; its mask token is the last of the vocabulary."""
+    text = target.config.get_text_config()
+    config = DFlashConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        block_size=block_size,
+        mask_token_id=text.vocab_size - 1,
+        target_layer_ids=list(range(text.num_hidden_layers)),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DFlashModel(config).float().eval()
+    return BlockDiffusionDrafter(model, target)
