@@ -22,7 +22,7 @@ from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
 from bpkit.registry.discovery import registry
 from bpkit.testing import TinyPair
-from bpkit.testing.simulated_device import DEVICE, MovedDecoder, SimulatedDevice
+from bpkit.testing.simulated_device import DEVICE, SimulatedDevice
 from bpkit.trace.cost import CostTable
 from bpkit.types import Draft, Feature
 
@@ -86,14 +86,14 @@ def test_steps_of_every_policy_read_the_device_twice_at_most(
 ) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 5}
     host = SpeculativeDecoder(pair.target, drafter_of(pair, drafter), "fixed:1", tokenizer=pair.tokenizer)
-    plain, moved = tuple(host.generate(PROMPT, **options).tokens[0].tolist()), MovedDecoder(device, host)
+    plain, moved = tuple(host.generate(PROMPT, **options).tokens[0].tolist()), device.decoder(host)
     tried = 0
     for name in sorted(registry().policies.keys() - WITH_WEIGHTS):
         wants = registry().policies[name].load().wants  # type: ignore[attr-defined]
         if wants - host.drafter.provides:
             continue
-        decoder = moved.under(name)
-        reads = moved.reads(decoder, PROMPT, **options)
+        decoder = moved.with_policy(name)
+        reads = device.count(decoder, PROMPT, **options)
         asks = drafter == "autoregressive" and type(decoder.policy).extend is not Policy.extend
         assert reads.tokens == plain, name
         assert max(reads.steps) <= (decoder.spec.trained_block_size + 1 if asks else NEEDED), (name, reads)
@@ -120,8 +120,8 @@ def test_texts_on_the_device_are_those_of_the_host(pair: TinyPair, device: Simul
         "repetition_penalty": 1.2,
     }
     host = SpeculativeDecoder(pair.target, pair.agreeable(), "fixed:5", tokenizer=pair.tokenizer, rule=rule)
-    moved = MovedDecoder(device, host)
-    assert moved.reads(moved.under("fixed:5"), PROMPT, **options).tokens == tuple(
+    moved = device.decoder(host)
+    assert device.count(moved.with_policy("fixed:5"), PROMPT, **options).tokens == tuple(
         host.generate(PROMPT, **options).tokens[0].tolist()
     )
 
@@ -193,8 +193,8 @@ def test_a_strangers_policy_needs_no_thought_of_devices(
     pair: TinyPair, device: SimulatedDevice, policy: type[Policy], reads: int
 ) -> None:
     host = SpeculativeDecoder(pair.target, pair.block_diffusion(), "fixed:1", tokenizer=pair.tokenizer)
-    moved = MovedDecoder(device, host)
-    counted = moved.reads(moved.under(policy()), PROMPT, max_new_tokens=8, temperature=0)
+    moved = device.decoder(host)
+    counted = device.count(moved.with_policy(policy()), PROMPT, max_new_tokens=8, temperature=0)
     assert set(counted.steps) == {reads}
 
 

@@ -21,7 +21,7 @@ from bpkit.decode.snapshot import Snapshot, crop_of
 from bpkit.decode.stateful import StatefulTargetSession
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
-from bpkit.testing.simulated_device import MovedDecoder, SimulatedDevice
+from bpkit.testing.simulated_device import SimulatedDevice
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.collect.job import describe
 from bpkit.trace.cost import CostTable
@@ -149,8 +149,8 @@ def test_going_back_does_not_wait_for_the_device(kind: str) -> None:
     model = tiny_causal_lm(kind)
     text = greedy(model, PROMPT, 20)
     with SimulatedDevice() as device:
-        moved = MovedDecoder(device, SpeculativeDecoder(model, scripted(model, text, 4), "fixed:6"))
-        reads = moved.reads(moved.under("fixed:6"), PROMPT, max_new_tokens=20, temperature=0)
+        moved = device.decoder(SpeculativeDecoder(model, scripted(model, text, 4), "fixed:6"))
+        reads = device.count(moved.with_policy("fixed:6"), PROMPT, max_new_tokens=20, temperature=0)
     assert list(reads.tokens) == text
     assert set(reads.steps) == {1}
 

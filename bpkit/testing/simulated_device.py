@@ -9,19 +9,16 @@ from __future__ import annotations
 import copy
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from bpkit.decode.decoder import SpeculativeDecoder
-    from bpkit.registry.resolve import PolicyLike
 
 DEVICE = torch.device("cuda:0")
 """Its name, which libraries know."""
@@ -66,20 +63,52 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         torch._C._set_only_lift_cpu_tensors(self._lifted)
         torch.cuda._lazy_init = self._initialise
 
-    def put(self, model: nn.Module) -> nn.Module:
+    def put(self, model: nn.Module) -> None:
         """Move a model here, in place: its parameters and buffers."""
         for module in model.modules():
-            for name, parameter in list(module._parameters.items()):
+            for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(self.tensor(parameter.detach()), requires_grad=False)
-            for name, buffer in list(module._buffers.items()):
+            for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = self.tensor(buffer)
-        return model
 
     def tensor(self, value: Tensor) -> Tensor:
         """A tensor here."""
-        return value if isinstance(value, _Away) else _Away(value, self)
+        return value if isinstance(value, DeviceTensor) else DeviceTensor(value, self)
+
+    def decoder(self, like: SpeculativeDecoder) -> SpeculativeDecoder:
+        """A decoder with copies of another's models here, strict, under the policy `fixed:1`."""
+        from bpkit.decode.decoder import SpeculativeDecoder
+
+        memo: dict[int, Any] = {}
+        target, drafter = copy.deepcopy(like.model, memo), copy.deepcopy(like.drafter, memo)
+        for model in {id(value): value for value in (target, *vars(drafter).values())}.values():
+            if isinstance(model, nn.Module):
+                self.put(model)
+        return SpeculativeDecoder(
+            target,
+            drafter,
+            "fixed:1",
+            tokenizer=like.tokenizer,
+            rule=like.rule,
+            clock=like.clock if like.cost is not None else None,
+            strict=True,
+            max_block_size=like.spec.max_block_size,
+            cost=like.cost,
+        )
+
+    def count(self, decoder: SpeculativeDecoder, prompt: str | Tensor, **options: Any) -> DeviceReads:
+        """Generate with a decoder whose models are here, and count its reads."""
+        self.places.clear()
+        tokens: list[int] = []
+        counts: list[int] = []
+        before = self.reads
+        for record in decoder.run(prompt, **options):
+            counts.append(self.reads - before)
+            before = self.reads
+            tokens += record.tokens[0].tolist()
+        return DeviceReads(tuple(tokens), counts[0], tuple(counts[1:]), Counter(self.places))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._run(func, args, kwargs or {})
@@ -87,32 +116,31 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
         args, kwargs = _by_name(func, "device", args, kwargs)
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-        away = [value for value in tensors if isinstance(value, _Away)]
+        tensors = _tensors((*args, *kwargs.values()))
+        here = any(isinstance(value, DeviceTensor) for value in tensors)
         wanted = kwargs.get("device")
-        if away and name not in _MAY_CROSS:
+        if here and name not in _MAY_CROSS:
             self._refuse_two_devices(name, tensors)
         if name == "aten::_fused_sdp_choice":
             return 0  # the plain products, which every device has
-        stays = bool(away) if wanted is None else torch.device(wanted).type in (DEVICE.type, "meta")
+        stays = here if wanted is None else torch.device(wanted).type in (DEVICE.type, "meta")
         if name == "aten::copy_":
-            stays = isinstance(args[0], _Away)
-        if away and (name in _WAITS or not stays or self._by_mask(name, args)):
+            stays = isinstance(args[0], DeviceTensor)
+        if here and (name in _WAITS or not stays or self._by_mask(name, args)):
             self._count(name)
-        plain = tree_map(_inner, args), tree_map(_inner, kwargs)
         if wanted is not None:
-            plain[1]["device"] = torch.device("cpu")
-        result = func(*plain[0], **plain[1])
+            kwargs["device"] = torch.device("cpu")
+        result = func(*map(_on_host, args), **{key: _on_host(value) for key, value in kwargs.items()})
         if not stays:
             return result
         if func._schema.is_mutable and tensors and name.endswith("_"):
             return args[0] if func._schema.returns else None
-        return tree_map(lambda value: _Away(value, self) if isinstance(value, Tensor) else value, result)
+        return _mapped(result, Tensor, self.tensor)
 
     @staticmethod
     def _refuse_two_devices(name: str, tensors: list[Tensor]) -> None:
         for value in tensors:
-            if not isinstance(value, _Away) and value.ndim > 0:
+            if not isinstance(value, DeviceTensor) and value.ndim > 0:
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but {name} got one on {DEVICE} and one of shape "
                     f"{list(value.shape)} on {value.device}"
@@ -127,21 +155,24 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, name: str) -> None:
         self.reads += 1
-        ours = [frame for frame in traceback.extract_stack() if "torch/" not in frame.filename.replace("\\", "/")]
-        ours = [frame for frame in ours if frame.filename != __file__]
-        self.places[f"{ours[-1].filename}:{ours[-1].lineno} {name}" if ours else name] += 1
+        for frame, line in traceback.walk_stack(None):
+            file = frame.f_code.co_filename
+            if file != __file__ and "torch/" not in file.replace("\\", "/"):
+                self.places[f"{file}:{line} {name}"] += 1
+                return
+        self.places[name] += 1
 
 
-class _Away(Tensor):
+class DeviceTensor(Tensor):
     """A tensor that says it is on `DEVICE`; `on_host` has its numbers."""
 
     on_host: Tensor
-    device_of: SimulatedDevice
+    simulated: SimulatedDevice
 
     @staticmethod
-    def __new__(cls, inner: Tensor, device_of: SimulatedDevice) -> _Away:
+    def __new__(cls, inner: Tensor, simulated: SimulatedDevice) -> DeviceTensor:
         with torch.inference_mode(False):  # views of a tensor that was made outside must be as it is
-            made: _Away = Tensor._make_wrapper_subclass(
+            made: DeviceTensor = Tensor._make_wrapper_subclass(
                 cls,
                 inner.size(),
                 strides=inner.stride(),
@@ -150,7 +181,7 @@ class _Away(Tensor):
                 device=torch.device("meta"),  # to torch's core, which has guards for the devices that it was built for
                 requires_grad=False,
             )
-        made.on_host, made.device_of = inner, device_of
+        made.on_host, made.simulated = inner, simulated
         return made
 
     @property
@@ -169,8 +200,9 @@ class _Away(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        device = next(v for v in tree_flatten((args, kwargs))[0] if isinstance(v, _Away)).device_of
-        return device._run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        simulated = next(v.simulated for v in _tensors((*args, *kwargs.values())) if isinstance(v, DeviceTensor))
+        return simulated._run(func, args, kwargs)
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -192,12 +224,28 @@ def _nothing() -> None:
     """There is no device to initialise."""
 
 
-def _inner(value: Any) -> Any:
-    return value.on_host if isinstance(value, _Away) else value
+def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among arguments, those in lists of them as well."""
+    found = [value for value in values if isinstance(value, Tensor)]
+    for value in values:
+        if isinstance(value, list | tuple):
+            found += [each for each in value if isinstance(each, Tensor)]
+    return found
+
+
+def _mapped(value: Any, kind: type[Tensor], change: Callable[[Any], Tensor]) -> Any:
+    """A value, or a list of them, with all tensors of a kind changed."""
+    if isinstance(value, kind):
+        return change(value)
+    return type(value)(_mapped(each, kind, change) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _on_host(value: Any) -> Any:
+    return _mapped(value, DeviceTensor, lambda here: here.on_host)
 
 
 @dataclass(frozen=True)
-class Reads:
+class DeviceReads:
     """How often the host waited for the device in one generation.
 
     Attributes:
@@ -210,46 +258,3 @@ class Reads:
     prefill: int
     steps: tuple[int, ...]
     places: Counter[str]
-
-
-class MovedDecoder:
-    """A copy of a decoder's models on a simulated device, for use inside a `with` block of it."""
-
-    def __init__(self, device: SimulatedDevice, decoder: SpeculativeDecoder) -> None:
-        self.device, self.decoder = device, decoder
-        memo: dict[int, Any] = {}
-        self.target = device.put(copy.deepcopy(decoder.model, memo))
-        self.drafter = copy.deepcopy(decoder.drafter, memo)  # bound to the copy of the target
-        for value in vars(self.drafter).values():
-            if isinstance(value, nn.Module) and value is not self.target:
-                device.put(value)
-
-    def under(self, policy: PolicyLike, *, strict: bool = True) -> SpeculativeDecoder:
-        """The moved models under a policy."""
-        from bpkit.decode.decoder import SpeculativeDecoder
-
-        like = self.decoder
-        return SpeculativeDecoder(
-            cast("PreTrainedModel", self.target),
-            self.drafter,
-            policy,
-            tokenizer=like.tokenizer,
-            rule=like.rule,
-            clock=like.clock if like.cost is not None else None,
-            strict=strict,
-            max_block_size=like.spec.max_block_size,
-            cost=like.cost,
-        )
-
-    def reads(self, decoder: SpeculativeDecoder, prompt: str | Tensor, **options: Any) -> Reads:
-        """Generate and count."""
-        run = decoder.run(prompt, **options)
-        self.device.places.clear()
-        tokens: list[int] = []
-        counts: list[int] = []
-        before = self.device.reads
-        for record in run:
-            counts.append(self.device.reads - before)
-            before = self.device.reads
-            tokens += record.tokens[0].tolist()
-        return Reads(tuple(tokens), counts[0], tuple(counts[1:]), Counter(self.device.places))

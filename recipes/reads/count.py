@@ -11,7 +11,7 @@ from bpkit.judge.progress import NoProgress, Progress
 from bpkit.policy import PolicyError, overrides
 from bpkit.prompts import Prompt
 from bpkit.registry.resolve import PolicyLike
-from bpkit.testing.simulated_device import MovedDecoder, SimulatedDevice
+from bpkit.testing.simulated_device import SimulatedDevice
 from bpkit.types import AUTOREGRESSIVE
 
 SCHEMA_VERSION = 1
@@ -44,10 +44,10 @@ def count_reads(
             plain.generate(prompt.text, stream_id=i, **options).tokens[0].tolist() for i, prompt in enumerate(prompts)
         ]
         with SimulatedDevice() as device:
-            moved = MovedDecoder(device, host)
+            moved = device.decoder(host)
             for name, policy in policies.items():
                 try:
-                    rows.append(_row(moved, name, policy, prompts, texts, options))
+                    rows.append(_row(device, name, moved.with_policy(policy), prompts, texts, options))
                 except PolicyError as error:
                     left_out.setdefault(host.spec.drafter, {})[name] = str(error)
                 ticker.tick()
@@ -64,19 +64,18 @@ def count_reads(
 
 
 def _row(
-    moved: MovedDecoder,
+    device: SimulatedDevice,
     name: str,
-    policy: PolicyLike,
+    decoder: SpeculativeDecoder,
     prompts: Sequence[Prompt],
     texts: Sequence[list[int]],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    decoder = moved.under(policy)
     steps: list[int] = []
     places: Counter[str] = Counter()
     equal = True
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        reads = moved.reads(decoder, prompt.text, stream_id=i, **options)
+        reads = device.count(decoder, prompt.text, stream_id=i, **options)
         equal &= list(reads.tokens) == text
         steps += reads.steps
         places += reads.places

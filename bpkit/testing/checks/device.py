@@ -9,7 +9,7 @@ from bpkit.policy import overrides
 from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.stage import stage
 from bpkit.testing.checks.subject import Subject
-from bpkit.testing.simulated_device import DEVICE, MovedDecoder, SimulatedDevice
+from bpkit.testing.simulated_device import DEVICE, SimulatedDevice
 from bpkit.types import AUTOREGRESSIVE
 
 CASES = 2
@@ -23,12 +23,12 @@ def device(subject: Subject, out: Findings) -> None:
     said = []
     for drafter, runs in subject.clean().items():
         with SimulatedDevice() as simulated:
-            moved = MovedDecoder(simulated, stage().decoder(drafter, "fixed:1"))
-            decoder = moved.under(subject.fresh(drafter))
+            moved = simulated.decoder(stage().decoder(drafter, "fixed:1"))
+            decoder = moved.with_policy(subject.fresh(drafter))
             steps: list[int] = []
             for run in runs[:CASES]:
                 try:
-                    reads = moved.reads(decoder, run.case.prompt, **run.case.options())
+                    reads = simulated.count(decoder, run.case.prompt, **run.case.options())
                 except Exception as error:
                     _failed(subject.name, str(run), error, drafter, out)
                     break
