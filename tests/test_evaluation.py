@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from bpkit.cli.main import build_app
 from bpkit.judge.evaluation import evaluate
-from bpkit.judge.evaluation.choices import Choices
-from bpkit.judge.evaluation.report import html_report
-from bpkit.judge.evaluation.table import print_evaluation
+from bpkit.judge.evaluation.oracles import Choices
+from bpkit.judge.evaluation.page import html_report
+from bpkit.judge.evaluation.tables import print_evaluation
 from bpkit.judge.statistics import Bootstrap, Gap
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from bpkit.judge.evaluation import tune as tuning
-from bpkit.judge.evaluation.play import Player, Stage, knows_no_cost, trimmed_mean
-from bpkit.judge.evaluation.recipe import Recipe
+from bpkit.judge.evaluation.candidate import Candidate
+from bpkit.judge.evaluation.replays import PolicyReplay
 from bpkit.judge.evaluation.tune import Tuned, rounds, tune_options
 from bpkit.judge.progress import NoProgress
+from bpkit.judge.statistics import trimmed_mean
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable
@@ -18,7 +19,6 @@ from bpkit.trace.store.manifest import TraceError
 from bpkit.types import BLOCK_DIFFUSION, DecoderSpec
 
 SPEC = DecoderSpec("t", "d", BLOCK_DIFFUSION, trained_block_size=8, max_block_size=8, hidden_size=8, vocab_size=64)
-STAGE = Stage(SPEC)
 PROMPTS = synthetic_prompts(6, output_length=20, max_new_tokens=20)
 TRACED = (2, 3, 4, 6, 8)
 FREE = CostTable(name="free", unit="plain steps", verify={1: 1.0, 8: 1.0})
@@ -72,33 +72,44 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuned(spec: object, *costs: CostTable) -> dict[str, Tuned]:
-    recipe = Recipe(spec)  # type: ignore[arg-type]
+    candidate = Candidate(spec)  # type: ignore[arg-type]
     models = {cost.name: cost for cost in costs or (FREE,)}
-    charged = dict.fromkeys(models, False)
-    return tune_options(recipe, STAGE, models, PROMPTS, charged=charged, progress=NoProgress())
+    return tune_options(candidate, SPEC, models, PROMPTS, progress=NoProgress())
+
+
+def replayed(spec: str | Candidate, *costs: CostTable) -> dict[str, tuple[int, list[float]]]:
+    """Tokens in all, and modelled seconds of each prompt, by cost model."""
+    candidate = spec if isinstance(spec, Candidate) else Candidate(spec)
+    replay = PolicyReplay(candidate, SPEC, {cost.name: cost for cost in costs})
+    for prompt in PROMPTS:
+        replay.run(prompt)
+    done = {cost.name: replay.prompts(cost.name) for cost in costs}
+    return {
+        name: (sum(one.tokens for one in prompts), [one.modelled for one in prompts]) for name, prompts in done.items()
+    }
 
 
 def test_all_combinations_are_tried_and_the_policy_as_it_stands(file: Path) -> None:
-    tried = Recipe(f"{file}:Sized").variations(TRACED)
-    assert [recipe.options for recipe in tried] == [
+    tried = Candidate(f"{file}:Sized").variations(TRACED)
+    assert [one.options for one in tried] == [
         {},
         *({"size": size, "name": name} for size in (2, 4, 5, 8) for name in "ab"),
     ]
 
 
 def test_what_the_user_set_is_not_tuned(file: Path) -> None:
-    tried = Recipe(f"{file}:Sized:size=2").variations(TRACED)
-    assert [recipe.options for recipe in tried] == [{}, {"name": "b"}]  # `a` is what it is already
-    assert all(recipe.describe()["size"] == 2 for recipe in tried)
-    assert len(Recipe("fixed:4").variations(TRACED)) == 1
-    assert len(Recipe("fixed").variations(TRACED)) == 1
+    tried = Candidate(f"{file}:Sized:size=2").variations(TRACED)
+    assert [one.options for one in tried] == [{}, {"name": "b"}]  # `a` is what it is already
+    assert all(candidate.describe()["size"] == 2 for candidate in tried)
+    assert len(Candidate("fixed:4").variations(TRACED)) == 1
+    assert len(Candidate("fixed").variations(TRACED)) == 1
 
 
 def test_block_sizes_are_those_of_the_trace() -> None:
-    tried = Recipe("threshold:0.5").variations(TRACED)
-    assert [recipe.options.get("block_size") for recipe in tried] == [None, *TRACED]
-    assert Recipe("bandit").fitted(TRACED).describe()["block_sizes"] == [1, 2, 4, 6, 8]
-    assert Recipe("bandit:block_sizes=4+16").fitted(TRACED).describe()["block_sizes"] == [1, 4, 16]
+    tried = Candidate("threshold:0.5").variations(TRACED)
+    assert [candidate.options.get("block_size") for candidate in tried] == [None, *TRACED]
+    assert Candidate("bandit").fitted(TRACED).describe()["block_sizes"] == [1, 2, 4, 6, 8]
+    assert Candidate("bandit:block_sizes=4+16").fitted(TRACED).describe()["block_sizes"] == [1, 4, 16]
 
 
 def test_the_best_is_chosen_under_each_cost_model(file: Path) -> None:
@@ -106,20 +117,17 @@ def test_the_best_is_chosen_under_each_cost_model(file: Path) -> None:
     rates = {}
     for cost in (FREE, DEAR):
         for size in (2, 3, 4, 8):
-            player = Player(STAGE, Recipe(f"{file}:Sized:{size}"), {cost.name: cost})
-            for prompt in PROMPTS:
-                player.run(prompt)
-            tally = player.tallies[cost.name]
-            rates[cost.name, size] = sum(tally.tokens) / sum(tally.modelled)
+            tokens, seconds = replayed(f"{file}:Sized:{size}", cost)[cost.name]
+            rates[cost.name, size] = tokens / sum(seconds)
         best = max((2, 3, 4, 8), key=lambda size: rates[cost.name, size])
-        assert found[cost.name].recipe.describe()["size"] == best
-    assert found["free"].recipe != found["dear"].recipe
+        assert found[cost.name].candidate.describe()["size"] == best
+    assert found["free"].candidate != found["dear"].candidate
     assert found["free"].method == "exhaustive"
     assert (found["free"].candidates, found["free"].prompts) == (9, 6)
 
 
 def test_a_combination_that_was_not_traced_drops_out(file: Path) -> None:
-    assert tuned(f"{file}:Sized")["free"].recipe.describe()["size"] != 5
+    assert tuned(f"{file}:Sized")["free"].candidate.describe()["size"] != 5
     with pytest.raises(TraceError, match=r"block size [57] was asked for"):
         tuned(f"{file}:Nowhere")
 
@@ -133,11 +141,7 @@ def test_halving_goes_through_with_the_best(file: Path, monkeypatch: pytest.Monk
     halved = tuned("threshold", DEAR)["dear"]
     assert halved.method == "successive halving"
     assert halved.candidates == whole.candidates == 51
-    players = [Player(STAGE, choice.recipe, {"dear": DEAR}) for choice in (whole, halved)]
-    for player in players:
-        for prompt in PROMPTS:
-            player.run(prompt)
-    spent = [sum(player.tallies["dear"].modelled) for player in players]
+    spent = [sum(replayed(choice.candidate, DEAR)["dear"][1]) for choice in (whole, halved)]
     assert spent[0] <= spent[1] <= 1.05 * spent[0]
 
 
@@ -152,26 +156,22 @@ def test_rounds_end_with_one_and_never_exceed_the_prompts() -> None:
 
 def test_who_can_know_the_cost_model(file: Path) -> None:
     for spec in ("fixed", "threshold", "svip", f"{file}:Sized", f"{file}:Looks"):
-        assert knows_no_cost(Recipe(spec), SPEC), spec
+        assert Candidate(spec).knows_no_cost(SPEC), spec
     for spec in ("bandit", "ucb", "schedule", f"{file}:Keeps", f"{file}:Asks", f"{file}:Learns"):
-        assert not knows_no_cost(Recipe(spec), SPEC), spec
+        assert not Candidate(spec).knows_no_cost(SPEC), spec
 
 
 def test_one_replay_is_priced_like_a_replay_of_its_own() -> None:
-    both = Player(STAGE, Recipe("threshold"), {"free": FREE, "dear": DEAR})
-    alone = Player(STAGE, Recipe("threshold"), {"dear": DEAR})
-    for prompt in PROMPTS:
-        both.run(prompt)
-        alone.run(prompt)
-    assert both.tallies["dear"].modelled == alone.tallies["dear"].modelled
-    assert both.tallies["free"].modelled != alone.tallies["dear"].modelled
+    both, alone = replayed("threshold", FREE, DEAR), replayed("threshold", DEAR)
+    assert both["dear"] == alone["dear"]
+    assert both["free"] != alone["dear"]
 
 
 def test_made_policies_and_memory_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="made already"):
-        Recipe(Recipe("fixed").make()).make()
+        Candidate(Candidate("fixed").make()).make()
     with pytest.raises(PolicyError, match="without memory"):
-        Recipe(f"bandit:memory={tmp_path}/m.json").fitted(TRACED)
+        Candidate(f"bandit:memory={tmp_path}/m.json").fitted(TRACED)
 
 
 def test_hiccups_are_trimmed() -> None:
@@ -184,7 +184,7 @@ def test_hiccups_are_trimmed() -> None:
 
 
 def test_a_policy_remembers_only_what_outlives_a_request() -> None:
-    assert Recipe("bandit").remembers
-    assert Recipe("goodput:across_requests=true").remembers
-    assert not Recipe("goodput:across_requests=false").remembers
-    assert not Recipe("threshold").remembers
+    assert Candidate("bandit").remembers
+    assert Candidate("goodput:across_requests=true").remembers
+    assert not Candidate("goodput:across_requests=false").remembers
+    assert not Candidate("threshold").remembers

@@ -230,7 +230,7 @@ def first_of_each(trace: Trace, limit: int | None) -> Any:
     """The first prompts of each domain, read when they are asked for."""
     if limit is None:
         return trace
-    from bpkit.judge.evaluation.subset import Subset
+    from torch.utils.data import Subset
 
     seen: dict[str, int] = {}
     places = []
@@ -238,7 +238,8 @@ def first_of_each(trace: Trace, limit: int | None) -> Any:
         seen[domain] = seen.get(domain, 0) + 1
         if seen[domain] <= limit:
             places.append(place)
-    return Subset(trace, places)
+    whole: Any = trace  # a map-style dataset in all but name
+    return Subset(whole, places)
 
 
 def filler(context: typer.Context, trace: Trace) -> Fill:
@@ -268,8 +269,8 @@ def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str
 def deliver(result: dict[str, Any], json: Path | None, report: Path | None) -> None:
     """Print the tables and write the files that were asked for."""
     from bpkit.files import write_at_once, write_json
-    from bpkit.judge.evaluation.report import html_report
-    from bpkit.judge.evaluation.table import print_evaluation
+    from bpkit.judge.evaluation.page import html_report
+    from bpkit.judge.evaluation.tables import print_evaluation
 
     if json is not None:
         write_json(json, result)

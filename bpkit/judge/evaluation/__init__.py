@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from bpkit.judge.evaluation.run import (
-    evaluate,
-)
+from bpkit.judge.evaluation.run import evaluate
 
-__all__ = [
-    "evaluate",
-]
+__all__ = ["evaluate"]

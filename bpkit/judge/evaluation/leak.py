@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bpkit.judge.evaluation.recipe import Recipe
+from bpkit.judge.evaluation.candidate import Candidate
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.learn.training.prompts import PROMPTS
 from bpkit.policy import PolicyError
@@ -129,7 +129,7 @@ def leak_notes(leaks: Mapping[str, Leak], silent: Sequence[str]) -> list[str]:
 def _folder(policy: PolicyLike, spec: DecoderSpec, cost: CostModel) -> Path | None:
     """Of a trained policy. A policy that cannot be made or bound is no leak: that is told where it is used."""
     try:
-        made = Recipe(policy).make()
+        made = Candidate(policy).make()
     except PolicyError:
         return None
     if not isinstance(made, TrainedPolicy):

@@ -7,8 +7,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bpkit.judge.evaluation.regrets import DECIDING, FEATURES, REASON
-from bpkit.judge.evaluation.table import LOST, bounds, contestants
+from bpkit.judge.evaluation.oracles import REASON
+from bpkit.judge.evaluation.tables import LOST, RATIO, bounds, compared, lost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,8 +84,8 @@ def cost_curves(result: Mapping[str, Any]) -> Figure:
 
 def ratios(group: Mapping[str, Any]) -> Figure:
     """Tokens/s over the best fixed size: the policies close up, and below the bounds on their own scale."""
-    policies = {name: entry["tokens_per_second_ratio"] for name, entry in group["policies"].items()}
-    hindsight = {name: entry["tokens_per_second_ratio"] for name, entry in bounds(group).items()}
+    policies = {name: entry[RATIO] for name, entry in group["policies"].items()}
+    hindsight = {name: entry[RATIO] for name, entry in bounds(group).items()}
     heights = [max(1, len(policies)), len(hindsight)]
     figure, (near, far) = _figure(2.0 + 0.34 * sum(heights), rows=2, height_ratios=heights)
     _forest(near, policies, POLICY)
@@ -115,18 +115,16 @@ def _forest(axes: Any, entries: Mapping[str, Any], colour: str) -> None:
     axes.set_axisbelow(True)
 
 
-LOST_COLOURS = (*DOMAINS[:4], ORACLE)
-"""Of `LOST`, and of deciding."""
+LOST_COLOURS = dict(zip((*LOST.values(), "deciding"), (*DOMAINS[:4], ORACLE), strict=True))
 
 
 def regrets(group: Mapping[str, Any]) -> Figure:
     """Of each one's time, what the step oracle does not take: a bar for the best fixed size and for each policy."""
-    known = {who: e["regret"] for who, e in contestants(group).items() if REASON not in e["regret"]}
-    parts = {title: [100 * shares[kind] for shares in known.values()] for kind, title in LOST.items()}
-    parts["deciding"] = [100 * (shares[DECIDING] + shares[FEATURES]) for shares in known.values()]
+    known = {who: lost(e["regret"]) for who, e in compared(group).items() if REASON not in e["regret"]}
     figure, axes = _figure(1.8 + 0.36 * len(known))
     left = [0.0] * len(known)
-    for (title, values), colour in zip(parts.items(), LOST_COLOURS, strict=True):
+    for title, colour in LOST_COLOURS.items():
+        values = [percents[title] for percents in known.values()]
         axes.barh(range(len(known)), values, left=left, height=0.7, color=colour, label=title)
         left = [before + value for before, value in zip(left, values, strict=True)]
     axes.set_yticks(range(len(known)), list(map(_short, known)))

@@ -1,226 +1,143 @@
-"""An evaluation as one HTML file: pictures, tables, terms and where it all comes from. No script, nothing from outside.
+"""What an evaluation's JSON says beside its figures: terms, costs, and what to know before believing it.
 
-Needs matplotlib.
+`docs/evaluation.md` lists its keys.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bpkit.judge.evaluation import plots
-from bpkit.judge.evaluation.table import (
-    LOST,
-    about,
-    bounds,
-    decision,
-    figure,
-    options,
-    regret_rows,
-    sentences,
-    share,
-)
-from bpkit.judge.html import PAGE, figure_element, paragraphs, table
+from bpkit.judge.evaluation.setup import charged
+from bpkit.judge.statistics import Ints
+from bpkit.trace.cost import CostTable
+
+SCHEMA_VERSION = 1
+FEW = 20
+"""Test prompts below which intervals are too narrow to be believed."""
+UNEVEN = 2.0
+"""Times that the plain mean of decision times may exceed the trimmed one before a note says so."""
+
+DEFINITIONS = {
+    "tokens_per_second": (
+        "Tokens that steps yield over seconds of steps, sums over prompts. Prefill and the first token, which it "
+        "decides, are left out on both sides. Where a cost model is in plain steps, so are its seconds."
+    ),
+    "seconds": (
+        "What the cost model says of each step; for policies also their decision time, as measured during replay on "
+        "the machine that evaluates: the 10% trimmed mean of all steps, times the steps, and of all `begin` calls, "
+        "times the prompts. Best fixed size and oracles are charged no decision time."
+    ),
+    "best_fixed": (
+        "The one block size, of all traced ones and 1, with the most tokens/s on the validation prompts of all domains."
+    ),
+    "best_fixed_of_domain": "The same, chosen on the validation prompts of the domain alone.",
+    "tokens_per_second_ratio": "Tokens/s over those of the best fixed size on the same prompts.",
+    "acceptance_length": "Tokens of steps over steps. `acceptance_length_per_prompt`: mean of the prompts' own.",
+    "oracle.prompt": "A bound: each prompt at its own best fixed size, known afterwards.",
+    "oracle.step": "A bound: the best block size for each step, known afterwards.",
+    "oracle.step_truncate": "A bound: the best block size and verify length for each step, known afterwards.",
+    "oracle.distributions": (
+        "A bound for sampled traces: the best expectation of a chooser that knows the distributions of target and "
+        "drafter along the text, but not the noise."
+    ),
+    "bounds.confidences": (
+        "What the drafter's confidences could win if those of drafts of all sizes were known before drafting, which "
+        "they are not: for each step the block size and verify length of most expected tokens less the worth of their "
+        "time. Expectations are a logistic regression's from training prompts; what a second is worth is `factor` "
+        "times the best fixed size's tokens/s, chosen on validation prompts. Charged neither decisions nor features. "
+        "An estimate of a bound, for greedy traces."
+    ),
+    "regret": (
+        "Where the time goes that oracle.step_truncate does not take, as shares of the policy's own seconds, all "
+        "orders together. Of each step Q(b, v) - V, where V is the least time from there to the end and Q(b, v) that "
+        "after drafting at its block size and verifying its verify length; these sum to the policy's seconds less the "
+        "oracle's. `verified_too_much` and `verified_too_little`: Q(b, v) less the least Q at the same block size. "
+        "`drafted_too_small` (no draft included) and `drafted_too_large`: that least Q less V. `features` and "
+        "`deciding`: what the policy is charged for them. `oracle`: the rest, which the oracle takes too. Only "
+        "`reason` where drafts were ended at lengths that were not traced."
+    ),
+    "gap_share": (
+        "(policy - best fixed) / (oracle.step_truncate - best fixed) in tokens/s. Null where the interval of the gap "
+        "itself touches zero."
+    ),
+    "interval": (
+        "95%, paired bootstrap over test prompts: all contestants on the same resampled prompts. For policies with a "
+        "memory: from the lowest to the highest of several recorded orders of the test prompts, which says nothing of "
+        "other prompts; `interval_over_prompts` does."
+    ),
+    "memory": "Policies with a memory begin the test prompts without one, in each order.",
+    "orders": "Seeds of the orders: `random.Random(seed).sample(range(n), n)` over the test prompts of the split.",
+    "oracle_choices": (
+        "What oracle.step_truncate chooses on all test prompts, by output tokens decided before the step. `differs`: "
+        "share of steps with another block size, or another number of verified drafted tokens, than the best fixed "
+        "size. Where choices cost the same, it takes no draft, then the smaller block, then the shorter verification."
+    ),
+    "learnable": (
+        "On train and validation prompts: whether the block size can be chosen per prompt from the target's hidden "
+        "state and entropy after prefill, against the same with features dealt out anew among prompts."
+    ),
+}
 
 
-def html_report(report: Mapping[str, Any]) -> str:
-    """The whole page."""
-    settings = report["settings"]
-    title = f"{settings['target']} with {settings['drafter']}"
-    models = report["cost_models"]
-    first = next(iter(models.values()))
-    body = [
-        f"<h1>Block-size policies on {escape(title)}</h1>",
-        _summary(report),
-        "<h2>Acceptance length by block size</h2>",
-        figure_element(
-            plots.data_uri(plots.acceptance_lengths(first)),
-            "Test prompts; the same under every cost model. Bands: 95%, bootstrap over prompts. A larger block yields "
-            "more tokens a step, and each step costs more: which size is fastest depends on the costs below.",
-        ),
-        *(_model(name, result) for name, result in models.items()),
-        _terms(report),
-        _origin(report),
-    ]
-    return PAGE.format(title=escape(title), body="\n".join(body))
+def describe_cost(cost: CostTable, sizes: Sequence[int]) -> dict[str, Any]:
+    """A cost model: its unit, and what a step costs by block size at a middle context length."""
+    at = cost.middle_context
+    drafted = [size for size in sizes if size > 1]
+    return {
+        "unit": cost.unit,
+        "description": cost.description,
+        "source": cost.source,
+        "decision_time_charged": charged(cost),
+        "curves": {
+            "context_length": at,
+            "block_size": list(sizes),
+            "draft": [0.0 if size == 1 else cost.seconds("draft", size, at) for size in sizes],
+            "verify": [cost.seconds("verify", size, at) for size in sizes],
+            "rest": cost.seconds("rest", 1, at),
+            "step": [cost.step(size, at) for size in sizes],
+            "break_even": {str(size): cost.break_even(size, at) for size in drafted},
+            "target_efficiency": {str(size): cost.target_efficiency(size, at) for size in sizes},
+        },
+    }
 
 
-def _summary(report: Mapping[str, Any]) -> str:
-    """What came out, in a few sentences, and what to be careful with."""
-    settings = report["settings"]
-    counts = settings["prompts"]
-    parts = {part: sum(domain[part] for domain in counts.values()) for part in ("train", "validation", "test")}
-    of_domains = ", ".join(f"{domain}: {count['test']}" for domain, count in counts.items())
-    sizes = ", ".join(map(str, settings["block_sizes"]))
-    said = [
-        f"{parts['test']} test prompts ({of_domains}); "
-        f"{parts['validation']} others to tune on and {parts['train']} to train on. Block sizes "
-        f"{sizes}; the drafter was trained with {settings['trained_block_size']}.",
-        *(_headline(name, result) for name, result in report["cost_models"].items()),
-        about(dict(report)),
-    ]
-    careful = [f"Left out: {name}: {why}" for name, why in report["left_out"].items()] + list(report["notes"])
-    warning = f'<div class="note">{paragraphs(careful)}</div>' if careful else ""
-    return paragraphs(said) + warning
-
-
-def _headline(name: str, result: Mapping[str, Any]) -> str:
-    """One sentence on one cost model: who is certainly faster than the best fixed size, and who slower."""
-    group = result["overall"]
-    ratio = {policy: entry["tokens_per_second_ratio"] for policy, entry in group["policies"].items()}
-    faster = [f"{p} {figure(r)}" for p, r in ratio.items() if r["interval"][0] > 1]
-    slower = [f"{p} {figure(r)}" for p, r in ratio.items() if r["interval"][1] < 1]
-    most = group["oracle"]["step_truncate"]["tokens_per_second_ratio"]
-    return (
-        f"Under {name} costs the best fixed size is {group['best_fixed']['block_size']}. Faster, with an interval "
-        f"above 1: {', '.join(faster) or 'no policy'}. Slower: {', '.join(slower) or 'none'}. The bound of choosing "
-        f"size and verify length at every step is {figure(most)}."
-    )
-
-
-def _model(name: str, result: Mapping[str, Any]) -> str:
-    """The section of one cost model."""
-    group, domains = result["overall"], result["domains"]
-    curves = result["curves"]
-    charged = "charged" if result["decision_time_charged"] else "measured, but not charged"
-    at = f" at a context of {curves['context_length']} tokens" if curves["context_length"] else ""
-    learnable = result["learnable"]
-    tested = "" if learnable is None else f"<h3>Is a size per prompt learnable?</h3>{paragraphs([learnable['note']])}"
-    parts = [
-        f"<h2>Under {escape(name)} costs</h2>",
-        paragraphs([p for p in (result["description"], result["source"]) if p]),
-        '<div class="pair">',
-        figure_element(
-            plots.data_uri(plots.ratios(group)),
-            f"Tokens/s on {group['prompts']} test prompts, with intervals; decision time is {charged}.",
-        ),
-        figure_element(
-            plots.data_uri(plots.cost_curves(result)),
-            f"What a step costs{at}. The size where a token costs least depends on how many are accepted.",
-        ),
-        "</div>",
-        _overall(group, result["unit"]),
-        _regrets(group),
-        _domains(domains) if len(domains) > 1 else "",
-        "<h3>Where the step oracle chooses otherwise</h3>",
-        figure_element(
-            plots.data_uri(plots.choices(result)),
-            f"{sentences(dict(result))[0]} Ties go to no draft, the smaller block, the shorter verification.",
-        ),
-        tested,
-        _sizes(group),
-    ]
-    return "\n".join(parts)
-
-
-def _overall(group: Mapping[str, Any], unit: str) -> str:
-    best = group["best_fixed"]
-    rate = "tokens/s" if unit == "seconds" else "tokens per plain step"
-    head = [
-        "",
-        rate,
-        "over best fixed",
-        "acceptance length",
-        "share of the gap",
-        "decision, us (time %)",
-        "options chosen",
-    ]
-    rows: list[Sequence[str]] = [
-        [f"best fixed: {best['block_size']}", _rate(best), "1", _length(best), "0", "", "chosen on validation prompts"]
-    ]
-    for name, entry in group["policies"].items():
-        rows.append(
-            [
-                name + (" *" if entry["memory"] else ""),
-                _rate(entry),
-                figure(entry["tokens_per_second_ratio"]),
-                figure(entry["acceptance_length"], digits=2),
-                share(entry["gap_share"]),
-                decision(entry),
-                options(entry),
-            ]
+def notes(results: Mapping[str, Any], near_ties: Ints, without_steps: int) -> list[str]:
+    """What a reader should know before believing the figures."""
+    first = next(iter(results.values()))
+    counts = {title: group["prompts"] for title, group in {"overall": first["overall"], **first["domains"]}.items()}
+    few = [f"{title} {count}" for title, count in counts.items() if count < FEW]
+    said = [f"Few test prompts ({', '.join(few)}): intervals from fewer than {FEW} are too narrow."] if few else []
+    if near_ties.any():
+        said.append(
+            f"{int((near_ties > 0).sum())} of {len(near_ties)} test prompts have near ties ({int(near_ties.sum())} "
+            "output tokens): live decoding may write another text there, and take other steps."
         )
-    hindsight = [
-        [f"{title} (bound)", _rate(entry), figure(entry["tokens_per_second_ratio"]), _length(entry), "", "", ""]
-        for title, entry in bounds(group).items()
-    ]
-    return table(head, rows, dim=hindsight, last_is_text=True)
+    if without_steps:
+        said.append(f"{without_steps} prompts are left out: their output has one token, so no step decides anything.")
+    for cost, result in results.items():
+        if not result["decision_time_charged"]:
+            said.append(f"{cost}: in {result['unit']}, not in seconds; decision time is measured but not charged.")
+    return said + _about_policies(results)
 
 
-def _regrets(group: Mapping[str, Any]) -> str:
-    """Where the time goes that the step oracle does not take."""
-    picture = figure_element(
-        plots.data_uri(plots.regrets(group)),
-        "Of each one's own time, what oracle.step_truncate does not take, by the choice that took it. A draft that was "
-        "too large only because too much of it was verified counts as verified too much.",
-    )
-    head = ["% of one's own time", *LOST.values(), "deciding", "together"]
-    return f"<h3>Where the gap is</h3>{picture}{table(head, ([who, *cells] for who, cells in regret_rows(group)))}"
-
-
-def _domains(domains: Mapping[str, Any]) -> str:
-    """Tokens/s over the best fixed size, policies by domains."""
-    head = ["over best fixed", *(f"{name} ({group['prompts']})" for name, group in domains.items())]
-    first = next(iter(domains.values()))
-    own = [group.get("best_fixed_of_domain") for group in domains.values()]
-    rows = [
-        [
-            "best fixed of the domain",
-            *("" if o is None else f"{o['block_size']}: {figure(o['tokens_per_second_ratio'])}" for o in own),
-        ]
-    ]
-
-    def line(title: str, entries: Iterable[Mapping[str, Any]]) -> list[str]:
-        return [title, *(figure(entry["tokens_per_second_ratio"]) for entry in entries)]
-
-    for name, entry in first["policies"].items():
-        rows.append(
-            line(name + (" *" if entry["memory"] else ""), (group["policies"][name] for group in domains.values()))
-        )
-    hindsight = [line(f"{title} (bound)", (bounds(g)[title] for g in domains.values())) for title in bounds(first)]
-    return f"<h3>By domain</h3>{table(head, rows, dim=hindsight)}"
-
-
-def _sizes(group: Mapping[str, Any]) -> str:
-    """Every fixed size on the test prompts."""
-    rows = [
-        [size, _rate(entry), figure(entry["tokens_per_second_ratio"]), _length(entry)]
-        for size, entry in group["fixed"].items()
-    ]
-    head = ["block size", "tokens/s", "over best fixed", "acceptance length"]
-    return f"<details><summary>Every fixed size on the test prompts</summary>{table(head, rows)}</details>"
-
-
-def _terms(report: Mapping[str, Any]) -> str:
-    items = "".join(f"<dt>{escape(t)}</dt><dd>{escape(text)}</dd>" for t, text in report["definitions"].items())
-    return f"<h2>Terms</h2><dl>{items}</dl>"
-
-
-def _origin(report: Mapping[str, Any]) -> str:
-    """Provenance, settings and split, to be unfolded."""
-    settings = report["settings"]
+def _about_policies(results: Mapping[str, Any]) -> list[str]:
+    mended: dict[str, int] = {}
+    uneven = []
+    for result in results.values():
+        for name, policy in result["overall"]["policies"].items():
+            mended[name] = mended.get(name, 0) + policy["fallbacks"]
+            usual, mean = policy["decision_seconds_per_step"], policy["decision_seconds_per_step_untrimmed"]
+            if mean > UNEVEN * usual > 0 and name not in uneven:
+                uneven.append(name)
     said = [
-        f"Seed {settings['seed']}; prompt orders: {settings['orders']}; resamples: {settings['resamples']}; "
-        f"permutations: {settings['permutations']}; options tuned: {'yes' if settings['tune'] else 'no'}."
+        f"Policy {name} made {count} decisions that had to be mended (`fallbacks`); the figures are of the mended ones."
+        for name, count in mended.items()
+        if count
     ]
-    command = report.get("provenance", {}).get("command")
-    if command:
-        said.append(f"Made by: {command}")
-    folded = {"provenance": report.get("provenance"), "settings": settings, "split": report["split"]}
-    details = "".join(
-        f"<details><summary>{name}</summary><pre>{escape(json.dumps(value, indent=1))}</pre></details>"
-        for name, value in folded.items()
-        if value
-    )
-    return f"<h2>Where this comes from</h2>{paragraphs(said)}{details}"
-
-
-def _rate(entry: Mapping[str, Any]) -> str:
-    return f"{entry['tokens_per_second']:.4g}"
-
-
-def _length(entry: Mapping[str, Any]) -> str:
-    low, high = entry["acceptance_length_interval"]
-    return f"{entry['acceptance_length']:.2f} ({low:.2f}..{high:.2f})"
+    if uneven:
+        said.append(
+            f"A few decisions took so long that the mean decision time is over {UNEVEN:g} times the trimmed one that "
+            f"is charged ({', '.join(uneven)}): the machine was busy, or these policies work in bursts."
+        )
+    return said

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from bpkit.judge.evaluation.play import NOTHING, Decision, Player, Stage, knows_no_cost
-from bpkit.judge.evaluation.recipe import Recipe
+from bpkit.judge.evaluation.candidate import Candidate
+from bpkit.judge.evaluation.replays import NOTHING, DecisionTime, PolicyReplay, totals
+from bpkit.judge.evaluation.setup import charged
 from bpkit.judge.progress import Progress
 from bpkit.policy import PolicyError
+from bpkit.trace.cost import CostTable
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.manifest import TraceError
-from bpkit.types import CostModel
+from bpkit.types import DecoderSpec
 
 EXHAUSTIVE, A_ROUND = 1500, 900
 """Replays up to which everything is tried, and replays of each round of successive halving beyond."""
@@ -35,57 +37,52 @@ class Tuned:
     """What was chosen.
 
     Attributes:
-        recipe: with the chosen options.
+        candidate: with the chosen options.
         candidates: combinations that were tried. prompts: of the last round.
         method: `as given` if there was nothing to choose, `exhaustive` or `successive halving`.
     """
 
-    recipe: Recipe
-    candidates: int
-    prompts: int
-    method: str
+    candidate: Candidate
+    candidates: int = 1
+    prompts: int = 0
+    method: str = "as given"
 
     def as_json(self) -> dict[str, Any]:
+        options = self.candidate.options
         return {
-            "chosen": {name: _plain(value) for name, value in self.recipe.options.items()},
+            "chosen": {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
             "candidates": self.candidates,
             "prompts": self.prompts,
             "method": self.method,
         }
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def tune_options(
-    recipe: Recipe,
-    stage: Stage,
-    costs: Mapping[str, CostModel],
+    candidate: Candidate,
+    spec: DecoderSpec,
+    costs: Mapping[str, CostTable],
     prompts: Sequence[PromptTrace],
     *,
-    charged: Mapping[str, bool],
+    seed: int | None = None,
     progress: Progress,
 ) -> dict[str, Tuned]:
     """Choose options under each cost model.
 
     Args:
         prompts: for validation, in an order that mixes the domains.
-        charged: by cost model, whether decision time counts.
+        seed: of the trace.
 
     Raises:
         PolicyError, TraceError: the trace cannot serve the policy with any of its options.
     """
-    traced = prompts[0].drafts.block_sizes.tolist()
-    candidates = recipe.variations(traced)
-    if len(candidates) == 1:
-        return {name: Tuned(recipe, 1, 0, "as given") for name in costs}
-    blind = knows_no_cost(recipe, stage.spec)
+    variations = candidate.variations(prompts[0].drafts.block_sizes.tolist())
+    if len(variations) == 1:
+        return {name: Tuned(candidate) for name in costs}
     # One that knows no cost model is replayed once for all of them.
-    together = [costs] if blind else [{name: cost} for name, cost in costs.items()]
+    together = [costs] if candidate.knows_no_cost(spec) else [{name: cost} for name, cost in costs.items()]
     chosen: dict[str, Tuned] = {}
     for some in together:
-        chosen |= _race(candidates, stage, some, prompts, charged, progress)
+        chosen |= _race(variations, spec, some, prompts, seed, progress)
     return chosen
 
 
@@ -110,11 +107,11 @@ def rounds(candidates: int, prompts: int) -> list[tuple[int, int]]:
 
 
 def _race(
-    candidates: list[Recipe],
-    stage: Stage,
-    costs: Mapping[str, CostModel],
+    candidates: list[Candidate],
+    spec: DecoderSpec,
+    costs: Mapping[str, CostTable],
     prompts: Sequence[PromptTrace],
-    charged: Mapping[str, bool],
+    seed: int | None,
     progress: Progress,
 ) -> dict[str, Tuned]:
     """Rounds of trials; each cost model keeps its own best, and all that any of them keeps run on."""
@@ -125,25 +122,25 @@ def _race(
         f"tuning {candidates[0].spec}", sum(n * (b - a) for n, (a, b) in zip(trying, pairwise(ends), strict=False))
     )
     racing = dict(enumerate(candidates))
-    players: dict[int, Player] = {}
+    replays: dict[int, PolicyReplay] = {}
     alive = {name: list(racing) for name in costs}
     refused: Exception | None = None
     done = 0
     for keep, until in plan:
         for number in sorted(set().union(*alive.values())):
             try:
-                if number not in players:
-                    players[number] = Player(stage, racing[number], costs)
+                if number not in replays:
+                    replays[number] = PolicyReplay(racing[number], spec, costs, seed)
                 for prompt in prompts[done:until]:
-                    players[number].run(prompt)
+                    replays[number].run(prompt)
                     progress.tick()
             except (PolicyError, TraceError) as error:
                 refused = error  # a combination may ask for what was not traced; others need not
                 del racing[number]
-        for name in costs:
-            alive[name] = [number for number in alive[name] if number in racing]
-            alive[name].sort(key=lambda n: -_rate(players[n], name, charged[name]))
-            alive[name] = alive[name][:keep]
+        for name, cost in costs.items():
+            left = [number for number in alive[name] if number in racing]
+            rates = {number: _rate(replays[number], name, cost) for number in left}
+            alive[name] = sorted(left, key=lambda number: -rates[number])[:keep]
         if not racing:
             assert refused is not None
             raise refused
@@ -152,7 +149,7 @@ def _race(
     return {name: Tuned(racing[alive[name][0]], len(candidates), done, method) for name in costs}
 
 
-def _rate(player: Player, cost: str, charged: bool) -> float:
+def _rate(replay: PolicyReplay, name: str, cost: CostTable) -> float:
     """Tokens per second of what a candidate did so far."""
-    tally = player.tallies[cost]
-    return tally.runs(Decision.measured([tally]) if charged else NOTHING).rate
+    prompts = replay.prompts(name)
+    return totals(prompts, DecisionTime.measured(prompts) if charged(cost) else NOTHING).rate

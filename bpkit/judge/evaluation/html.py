@@ -1,8 +1,8 @@
-"""Pieces of a self-contained page: its frame and style, tables, pictures and paragraphs. Texts are escaped here."""
+"""The frame and style of a page that is whole by itself, its paragraphs and pictures. Texts are escaped here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 
 STYLE = """
@@ -51,21 +51,3 @@ def figure_element(data_uri: str, caption: str) -> str:
     """A picture that is part of the page, with a caption that also says it to those who cannot see it."""
     said = escape(caption)
     return f'<figure><img src="{data_uri}" alt="{said}"><figcaption>{said}</figcaption></figure>'
-
-
-def table(
-    head: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    dim: Iterable[Sequence[str]] = (),
-    last_is_text: bool = False,
-) -> str:
-    """A table that scrolls sideways where it is too wide; the rows `dim` come last, in grey."""
-    header = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(_row(row, "") for row in rows) + "".join(_row(row, ' class="dim"') for row in dim)
-    kind = ' class="text"' if last_is_text else ""
-    return f'<div class="wide"><table{kind}><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _row(cells: Sequence[str], attributes: str) -> str:
-    return f"<tr{attributes}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"

@@ -1,14 +1,17 @@
-"""How to make a policy again and again, always fresh: its spec as typed, and options chosen for it."""
+"""A policy as it is judged: its spec as typed and options chosen for it, made afresh for each run."""
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bpkit.policy import Policy, PolicyError, overrides, validated
 from bpkit.registry.resolve import PolicyLike, resolve_policy
+from bpkit.types import DecoderSpec
 
 BLOCK_SIZE, BLOCK_SIZES, MEMORY, ACROSS_REQUESTS = "block_size", "block_sizes", "memory", "across_requests"
 """Options with a meaning of their own: a block size, several, a file to learn from and to save to, and whether what was
@@ -17,7 +20,7 @@ learned outlives a request.
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Candidate:
     """A policy that can be made as often as needed; no two share a memory.
 
     Attributes:
@@ -42,11 +45,11 @@ class Recipe:
         made = type(policy)
         return made(validated(made.Config, {**given, **self.options}, owner=made.__name__))
 
-    def with_options(self, options: dict[str, Any]) -> Recipe:
+    def with_options(self, options: dict[str, Any]) -> Candidate:
         """The same policy with these options too."""
-        return Recipe(self.spec, {**self.options, **options})
+        return Candidate(self.spec, {**self.options, **options})
 
-    def fitted(self, traced: Sequence[int]) -> Recipe:
+    def fitted(self, traced: Sequence[int]) -> Candidate:
         """The same policy, its list of block sizes limited to those that the trace holds and 1.
 
         A list that was given with the spec stays: asking for a size that is not there is an error to be told.
@@ -66,18 +69,15 @@ class Recipe:
         kept = tuple(size for size in sizes if size == 1 or size in traced)
         return self if kept == tuple(sizes) else self.with_options({BLOCK_SIZES: kept})
 
-    def variations(self, traced: Sequence[int]) -> list[Recipe]:
-        """This recipe first, then all combinations of what its Config declares in `grid` and the spec leaves open."""
+    def variations(self, traced: Sequence[int]) -> list[Candidate]:
+        """This one first, then all combinations of what its Config declares in `grid` and the spec leaves open."""
         config = self.make().config
-        axes = {}
-        for name, values in type(config).grid.items():
-            if name in config.model_fields_set:
-                continue
-            usable = [v for v in values if name != BLOCK_SIZE or v in traced]
-            if usable:
-                axes[name] = usable
-        if not axes:
-            return [self]
+        axes = {
+            name: [v for v in values if name != BLOCK_SIZE or v in traced]
+            for name, values in type(config).grid.items()
+            if name not in config.model_fields_set
+        }
+        axes = {name: usable for name, usable in axes.items() if usable}
         combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         others = [c for c in combinations if any(value != getattr(config, name) for name, value in c.items())]
         return [self, *(self.with_options(options) for options in others)]
@@ -88,6 +88,40 @@ class Recipe:
         policy = self.make()
         return overrides(policy, "state_dict") and getattr(policy.config, ACROSS_REQUESTS, True)
 
+    def knows_no_cost(self, spec: DecoderSpec) -> bool:
+        """Whether the policy's choices cannot depend on the cost model.
+
+        Time reaches a policy in two ways: the steps that `observe` is given, and the cost model in `bind`. One that
+        defines neither knows nothing of it; nor does one whose `bind` leaves the cost model alone and does not keep it.
+        """
+        policy = self.make()
+        if overrides(policy, "observe"):
+            return False
+        if not overrides(policy, "bind"):
+            return True
+        cost = _WatchedCost()
+        policy.bind(spec, cost)
+        touched, kept = cost.touched, weakref.ref(cost)
+        del cost
+        if kept() is not None:
+            gc.collect()
+        return not touched and kept() is None
+
     def describe(self) -> dict[str, Any]:
         """All options with their values, as plain JSON."""
         return self.make().config.model_dump(mode="json")
+
+
+class _WatchedCost:
+    """A cost model that notices when it is touched."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "touched", False)
+
+    def __getattribute__(self, name: str) -> object:
+        if name not in ("touched", "__class__"):
+            object.__setattr__(self, "touched", True)
+        return object.__getattribute__(self, name)
+
+    def seconds(self, phase: str, size: int, context_length: int) -> float:
+        return 1.0

@@ -1,0 +1,144 @@
+"""An evaluation as one HTML file: pictures, tables, terms and where it all comes from. No script, nothing from outside.
+
+Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from bpkit.judge.evaluation import plots
+from bpkit.judge.evaluation.html import PAGE, figure_element, paragraphs
+from bpkit.judge.evaluation.tables import (
+    RATIO,
+    about,
+    domain_table,
+    figure,
+    overall_table,
+    regret_table,
+    sentences,
+    size_table,
+)
+
+
+def html_report(report: Mapping[str, Any]) -> str:
+    """The whole page."""
+    settings = report["settings"]
+    title = f"{settings['target']} with {settings['drafter']}"
+    models = report["cost_models"]
+    first = next(iter(models.values()))
+    body = [
+        f"<h1>Block-size policies on {escape(title)}</h1>",
+        _summary(report),
+        "<h2>Acceptance length by block size</h2>",
+        figure_element(
+            plots.data_uri(plots.acceptance_lengths(first)),
+            "Test prompts; the same under every cost model. Bands: 95%, bootstrap over prompts. A larger block yields "
+            "more tokens a step, and each step costs more: which size is fastest depends on the costs below.",
+        ),
+        *(_model(name, result) for name, result in models.items()),
+        _terms(report),
+        _origin(report),
+    ]
+    return PAGE.format(title=escape(title), body="\n".join(body))
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    """What came out, in a few sentences, and what to be careful with."""
+    settings = report["settings"]
+    counts = settings["prompts"]
+    parts = {part: sum(domain[part] for domain in counts.values()) for part in ("train", "validation", "test")}
+    of_domains = ", ".join(f"{domain}: {count['test']}" for domain, count in counts.items())
+    sizes = ", ".join(map(str, settings["block_sizes"]))
+    said = [
+        f"{parts['test']} test prompts ({of_domains}); "
+        f"{parts['validation']} others to tune on and {parts['train']} to train on. Block sizes "
+        f"{sizes}; the drafter was trained with {settings['trained_block_size']}.",
+        *(_headline(name, result) for name, result in report["cost_models"].items()),
+        about(report),
+    ]
+    careful = [f"Left out: {name}: {why}" for name, why in report["left_out"].items()] + list(report["notes"])
+    warning = f'<div class="note">{paragraphs(careful)}</div>' if careful else ""
+    return paragraphs(said) + warning
+
+
+def _headline(name: str, result: Mapping[str, Any]) -> str:
+    """One sentence on one cost model: who is certainly faster than the best fixed size, and who slower."""
+    group = result["overall"]
+    ratio = {policy: entry[RATIO] for policy, entry in group["policies"].items()}
+    faster = [f"{p} {figure(r)}" for p, r in ratio.items() if r["interval"][0] > 1]
+    slower = [f"{p} {figure(r)}" for p, r in ratio.items() if r["interval"][1] < 1]
+    most = group["oracle"]["step_truncate"][RATIO]
+    return (
+        f"Under {name} costs the best fixed size is {group['best_fixed']['block_size']}. Faster, with an interval "
+        f"above 1: {', '.join(faster) or 'no policy'}. Slower: {', '.join(slower) or 'none'}. The bound of choosing "
+        f"size and verify length at every step is {figure(most)}."
+    )
+
+
+def _model(name: str, result: Mapping[str, Any]) -> str:
+    """The section of one cost model."""
+    group, domains = result["overall"], result["domains"]
+    curves = result["curves"]
+    charged = "charged" if result["decision_time_charged"] else "measured, but not charged"
+    at = f" at a context of {curves['context_length']} tokens" if curves["context_length"] else ""
+    learnable = result["learnable"]
+    tested = "" if learnable is None else f"<h3>Is a size per prompt learnable?</h3>{paragraphs([learnable['note']])}"
+    parts = [
+        f"<h2>Under {escape(name)} costs</h2>",
+        paragraphs([p for p in (result["description"], result["source"]) if p]),
+        '<div class="pair">',
+        figure_element(
+            plots.data_uri(plots.ratios(group)),
+            f"Tokens/s on {group['prompts']} test prompts, with intervals; decision time is {charged}.",
+        ),
+        figure_element(
+            plots.data_uri(plots.cost_curves(result)),
+            f"What a step costs{at}. The size where a token costs least depends on how many are accepted.",
+        ),
+        "</div>",
+        overall_table(name, result).html(),
+        "<h3>Where the gap is, % of one's own time</h3>",
+        figure_element(
+            plots.data_uri(plots.regrets(group)),
+            "Of each one's own time, what oracle.step_truncate does not take, by the choice that took it. A draft that "
+            "was too large only because too much of it was verified counts as verified too much.",
+        ),
+        regret_table(name, group).html(),
+        f"<h3>By domain, over best fixed</h3>{domain_table(name, domains).html()}" if len(domains) > 1 else "",
+        "<h3>Where the step oracle chooses otherwise</h3>",
+        figure_element(
+            plots.data_uri(plots.choices(result)),
+            f"{sentences(result)[0]} Ties go to no draft, the smaller block, the shorter verification.",
+        ),
+        tested,
+        f"<details><summary>Every fixed size on the test prompts</summary>{size_table(group).html()}</details>",
+    ]
+    return "\n".join(parts)
+
+
+def _terms(report: Mapping[str, Any]) -> str:
+    items = "".join(f"<dt>{escape(t)}</dt><dd>{escape(text)}</dd>" for t, text in report["definitions"].items())
+    return f"<h2>Terms</h2><dl>{items}</dl>"
+
+
+def _origin(report: Mapping[str, Any]) -> str:
+    """Provenance, settings and split, to be unfolded."""
+    settings = report["settings"]
+    said = [
+        f"Seed {settings['seed']}; prompt orders: {settings['orders']}; resamples: {settings['resamples']}; "
+        f"permutations: {settings['permutations']}; options tuned: {'yes' if settings['tune'] else 'no'}."
+    ]
+    command = report.get("provenance", {}).get("command")
+    if command:
+        said.append(f"Made by: {command}")
+    folded = {"provenance": report.get("provenance"), "settings": settings, "split": report["split"]}
+    details = "".join(
+        f"<details><summary>{name}</summary><pre>{escape(json.dumps(value, indent=1))}</pre></details>"
+        for name, value in folded.items()
+        if value
+    )
+    return f"<h2>Where this comes from</h2>{paragraphs(said)}{details}"

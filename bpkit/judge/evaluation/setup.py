@@ -1,0 +1,207 @@
+"""What all parts of an evaluation share: what a pass over the trace says, its split, and the prompts that are held."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bpkit.judge.evaluation.splits import Split, split_prompts
+from bpkit.judge.progress import Progress
+from bpkit.judge.statistics import Floats, Ints, Totals
+from bpkit.trace.cost import CostTable
+from bpkit.trace.oracle import fixed_path
+from bpkit.trace.records import PromptTrace
+from bpkit.types import DecoderSpec, Feature
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an evaluation is made.
+
+    Attributes:
+        seed: of split, orders, bootstrap and permutations.
+        fractions: of train, validation and test prompts.
+        orders: of the test prompts, for policies with a memory.
+        tune: whether options that the user left open are chosen on validation prompts.
+        permutations: of the test whether per-prompt choice is learnable; 0 leaves it out.
+        second_test: judge on the prompts that were left for training, and leave the test prompts alone.
+    """
+
+    seed: int
+    fractions: Sequence[float]
+    orders: int
+    tune: bool
+    permutations: int
+    second_test: bool = False
+
+
+@dataclass(frozen=True)
+class TraceSummary:
+    """Of all prompts whose output has at least two tokens: in the others nothing is left to decide.
+
+    Attributes:
+        places: of the prompts in the trace.
+        sizes: 1 and every traced block size.
+        tokens: that steps yield, float64 [prompts].
+        steps, seconds: of each fixed size, float64 [prompts, sizes]; seconds by cost model.
+        features: `prefill_hidden` and `prefill_entropy`, float64 [prompts, dims].
+        near_ties: output positions that another verify width might decide otherwise, int64 [prompts].
+        left_out: prompts with shorter outputs.
+        sampled: whether the trace knows the chance of a match.
+    """
+
+    places: list[int]
+    ids: list[str]
+    domains: list[str]
+    sizes: tuple[int, ...]
+    tokens: Floats
+    steps: Floats
+    seconds: dict[str, Floats]
+    features: Floats
+    near_ties: Ints
+    left_out: int
+    sampled: bool
+
+    def fixed(self, cost: str, prompts: Sequence[int], size: int | None = None) -> Totals:
+        """A fixed size on some prompts; without a size each prompt at the one that was fastest on it."""
+        rows = np.asarray(prompts, np.int64)
+        seconds = self.seconds[cost][rows]
+        columns = seconds.argmin(axis=1) if size is None else self.sizes.index(size)
+        return Totals(self.tokens[rows], self.steps[rows, columns], self.seconds[cost][rows, columns])
+
+    def best_fixed(self, cost: str, prompts: Sequence[int]) -> int:
+        """The size with the most tokens per second on these prompts; the smaller of equals."""
+        return self.sizes[int(self.seconds[cost][np.asarray(prompts, np.int64)].sum(axis=0).argmin())]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all parts of an evaluation share.
+
+    Attributes:
+        spec: of the decoder that the trace stands for. trace_seed: for the policies' own random numbers.
+        costs: by name.
+        validation, test: prompts in memory; the first in a mixed order, the second in the trace's.
+    """
+
+    spec: DecoderSpec
+    trace_seed: int | None
+    costs: Mapping[str, CostTable]
+    settings: Settings
+    progress: Progress
+    summary: TraceSummary
+    split: Split
+    validation: Sequence[PromptTrace]
+    test: Sequence[PromptTrace]
+
+    @property
+    def kind(self) -> str:
+        """Of the drafter."""
+        return self.spec.drafter_kind
+
+    def best_fixed(self, cost: str, domain: str | None = None) -> int | None:
+        """The fastest size on all validation prompts or on those of a domain; None if it has none."""
+        chosen_on = [i for i in self.split.validation if domain in (None, self.summary.domains[i])]
+        return self.summary.best_fixed(cost, chosen_on) if chosen_on else None
+
+
+def charged(cost: CostTable) -> bool:
+    """Whether decision time, which is in seconds, can be added to a cost model's figures."""
+    return cost.unit == "seconds"
+
+
+def prepare(
+    prompts: Sequence[PromptTrace],
+    spec: DecoderSpec,
+    cost_models: Sequence[CostTable],
+    settings: Settings,
+    *,
+    trace_seed: int | None,
+    progress: Progress,
+    filled: Callable[[PromptTrace], PromptTrace],
+) -> Setup:
+    """Read the trace, split it, and hold what will be needed again, `filled`. Raises ValueError, CostError."""
+    costs = {cost.name: cost for cost in cost_models}
+    if len(costs) < len(cost_models) or not costs:
+        raise ValueError(f"cost models need names of their own: {', '.join(c.name for c in cost_models) or 'none'}")
+    summary = summarise_trace(prompts, spec.drafter_kind, costs, progress)
+    split = split_prompts(summary.ids, summary.domains, seed=settings.seed, fractions=settings.fractions)
+    if settings.second_test:
+        split = split.exchanged()
+    for part in ("validation", "test"):
+        if not getattr(split, part):
+            raise ValueError(
+                f"no prompt is left for {part} ({len(summary.ids)} prompts, split "
+                f"{','.join(f'{f:g}' for f in split.fractions)}): trace more prompts, or split otherwise"
+            )
+    mixed = list(split.validation)
+    random.Random(settings.seed).shuffle(mixed)
+    progress.start("reading prompts", len(mixed) + len(split.test))
+    held = []
+    for i in (*mixed, *split.test):
+        held.append(filled(prompts[summary.places[i]]))
+        progress.tick()
+    validation, test = held[: len(mixed)], held[len(mixed) :]
+    return Setup(spec, trace_seed, costs, settings, progress, summary, split, validation, test)
+
+
+def summarise_trace(
+    prompts: Sequence[PromptTrace], kind: str, costs: Mapping[str, CostTable], progress: Progress
+) -> TraceSummary:
+    """Read every prompt once; none is kept.
+
+    Args:
+        kind: of the drafter.
+
+    Raises:
+        ValueError: no prompt has an output of two tokens, or prompts were traced at different sizes.
+        CostError: a cost model lacks a traced size.
+    """
+    rows: list[tuple[Any, ...]] = []
+    progress.start("fixed sizes", len(prompts))
+    for place, prompt in enumerate(prompts):
+        if prompt.decided_by_steps:
+            rows.append((place, *_summarise(prompt, kind, costs)))
+        progress.tick()
+    if not rows:
+        raise ValueError("no output of this trace has a second token: there is nothing to decide; trace longer outputs")
+    places, ids, domains, sizes, tokens, steps, seconds, features, near_ties, sampled = map(
+        list, zip(*rows, strict=True)
+    )
+    if len(set(sizes)) > 1:
+        raise ValueError("the prompts were traced at different block sizes: no one size can be compared over them")
+    return TraceSummary(
+        places=places,
+        ids=ids,
+        domains=domains,
+        sizes=sizes[0],
+        tokens=np.array(tokens, np.float64),
+        steps=np.array(steps, np.float64),
+        seconds=dict(zip(costs, np.array(seconds).swapaxes(0, 1), strict=True)),
+        features=np.stack(features),
+        near_ties=np.array(near_ties),
+        left_out=len(prompts) - len(rows),
+        sampled=all(sampled),
+    )
+
+
+def _summarise(prompt: PromptTrace, kind: str, costs: Mapping[str, CostTable]) -> tuple[Any, ...]:
+    """What `TraceSummary` holds of one prompt, in its order."""
+    sizes = (1, *prompt.drafts.block_sizes.tolist())
+    paths = [[fixed_path(prompt, kind, cost, size) for size in sizes] for cost in costs.values()]
+    hidden = prompt.features.get(Feature.PREFILL_HIDDEN, np.zeros(0, np.float32))
+    return (
+        prompt.id,
+        prompt.domain,
+        sizes,
+        prompt.decided_by_steps,
+        [path.steps for path in paths[0]],
+        [[path.seconds for path in found] for found in paths],
+        np.append(hidden.astype(np.float64), prompt.prefill_entropy),
+        len(prompt.near_ties),
+        prompt.drafts.match_probability is not None,
+    )
