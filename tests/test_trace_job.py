@@ -30,10 +30,10 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.prompts import Prompt, read_dataset, read_prompts
 from bpkit.testing import TinyPair, tiny_pair
-from bpkit.trace.collect import TraceOptions, Tracer, ray_workers
+from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.collect.job import ThisProcess, Traces, describe, run_job
 from bpkit.trace.collect.ray_workers import OnRay
-from bpkit.trace.collect.workers import Models, Processes, WorkerError
+from bpkit.trace.collect.workers import Models, Processes, Task, WorkerError
 from bpkit.trace.fingerprint import fingerprint_model
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store import parquet as tables
@@ -626,7 +626,7 @@ def test_a_process_that_dies_is_told_with_its_prompt_and_the_others_end(tiny_fol
     children = own_children()
     assert len(children) == 2
     os.kill(children[0], signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"traced prompt 'p\d' is gone \(SIGKILL.*same command goes on"):
+    with pytest.raises(WorkerError, match=r"worker process is gone with prompt 'p\d' \(SIGKILL.*same command goes on"):
         list(traces)
     assert own_children() == []
 
@@ -728,16 +728,17 @@ def test_a_cluster_that_is_not_there_says_how_to_start_one(monkeypatch: pytest.M
 
 
 class FakeActor:
-    """Stands for an actor: what its methods return is known at once, or never."""
+    """Stands for an actor: what it returns is known at once, or never."""
 
     def __init__(self, number: int, ready: bool, dies_at: str | None = None) -> None:
         self.number, self.ready, self.dies_at = number, ready, dies_at
-        self.load = types.SimpleNamespace(remote=lambda: Reference(self.ready, None))
-        self.trace = types.SimpleNamespace(remote=self._trace)
+        self.run = types.SimpleNamespace(remote=self._run)
 
-    def _trace(self, index: int, prompt: Prompt) -> Reference:
-        gone = FakeRay.exceptions.RayError("The actor died.\nlong story") if prompt.id == self.dies_at else None
-        return Reference(True, gone or (self.number, index))
+    def _run(self, task: Task | None) -> Reference:
+        if task is None:
+            return Reference(self.ready, None)
+        gone = FakeRay.exceptions.RayError("The actor died.\nlong story") if task[1].id == self.dies_at else None
+        return Reference(True, gone or (self.number, task[0]))
 
 
 class Reference:
@@ -746,41 +747,52 @@ class Reference:
 
 
 class FakeRay:
-    """As much of Ray as sharing out needs."""
+    """As much of Ray as workers need; it is connected, and its actors are those that it was made with."""
 
     class exceptions:  # noqa: N801
         class RayError(Exception): ...
 
         class RayTaskError(RayError): ...
 
-    @staticmethod
-    def wait(references: list[Reference], timeout: float | None = None) -> tuple[list[Reference], list[Reference]]:
+    def __init__(self, *actors: FakeActor) -> None:
+        self.actors = iter(actors)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def remote(self, worker: type) -> Any:
+        return types.SimpleNamespace(options=lambda **_: types.SimpleNamespace(remote=lambda *_: next(self.actors)))
+
+    def kill(self, actor: FakeActor) -> None: ...
+
+    def wait(self, references: list[Reference], timeout: float | None = None) -> tuple[list[Reference], list[Any]]:
         return [r for r in references if r.ready][:1], []
 
-    @staticmethod
-    def get(reference: Reference) -> Any:
+    def get(self, reference: Reference) -> Any:
         if isinstance(reference.result, Exception):
             raise reference.result
         return reference.result
 
-    @staticmethod
-    def cluster_resources() -> dict[str, float]:
+    def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 1.0}
 
 
-def test_actors_without_room_hold_nobody_up() -> None:
-    tasks = list(enumerate(PROMPTS))
-    actors = [FakeActor(0, False), FakeActor(1, True)]
-    found: list[Any] = list(ray_workers._shared_out(FakeRay, actors, tasks))
+def on_fake_ray(monkeypatch: pytest.MonkeyPatch, *actors: FakeActor) -> list[Any]:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(*actors))
+    models = Models(None, None, "cpu", None)
+    return list(OnRay(models, TraceOptions(SIZES), len(actors), address="auto").traces(list(enumerate(PROMPTS))))
+
+
+def test_actors_without_room_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = on_fake_ray(monkeypatch, FakeActor(0, False), FakeActor(1, True))
     assert sorted(found) == [(1, i) for i in range(6)]
     with pytest.raises(WorkerError, match="no worker could start within 10 minutes; the cluster has"):
-        list(ray_workers._shared_out(FakeRay, [FakeActor(0, False)], tasks))
+        on_fake_ray(monkeypatch, FakeActor(0, False))
 
 
-def test_an_actor_that_is_gone_is_told_with_its_prompt() -> None:
-    traces = ray_workers._shared_out(FakeRay, [FakeActor(0, True, dies_at="p2")], list(enumerate(PROMPTS)))
+def test_an_actor_that_is_gone_is_told_with_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkerError, match=r"gone with prompt 'p2' \(The actor died\.\)\. .*the same command goes on"):
-        list(traces)
+        on_fake_ray(monkeypatch, FakeActor(0, True, dies_at="p2"))
 
 
 # Prompts

@@ -191,15 +191,16 @@ def chosen_workers(
 ) -> Workers:
     """This process, several, or a Ray cluster."""
     from bpkit.trace.collect import Tracer
-    from bpkit.trace.collect.job import ThisProcess, fingerprints
+    from bpkit.trace.collect.job import ThisProcess
 
     here = ThisProcess(Tracer(decoder, settings))  # refuses what cannot be traced, whoever works
     if num_workers == 1 and ray is None:
         return here
     from bpkit.trace.collect.workers import Models, Processes
+    from bpkit.trace.fingerprint import fingerprint_models
 
     runtime = config.runtime
-    models = Models(config.target, config.drafter, runtime.device, runtime.dtype, fingerprints(decoder))
+    models = Models(config.target, config.drafter, runtime.device, runtime.dtype, fingerprint_models(decoder))
     if ray is None:
         return Processes(models, settings, num_workers)
     require("ray", extra="ray", purpose="--ray")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from bpkit.decode.decoder import SpeculativeDecoder
 
 VALUES = 4096
 """Values of each tensor that count: enough to tell training runs apart, few enough for large models."""
@@ -23,6 +26,12 @@ def fingerprint_model(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(some.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def fingerprint_models(decoder: SpeculativeDecoder) -> tuple[str, str | None]:
+    """Of the weights of target and drafter; None for a drafter without a model."""
+    model = getattr(decoder.drafter, "model", None)
+    return fingerprint_model(decoder.target), None if model is None else fingerprint_model(model)
 
 
 def fingerprint_texts(texts: Iterable[str]) -> str:

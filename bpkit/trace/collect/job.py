@@ -12,7 +12,7 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
 from bpkit.prompts import Prompt
 from bpkit.trace.collect.tracer import TraceOptions, Tracer
-from bpkit.trace.fingerprint import fingerprint_model, fingerprint_texts
+from bpkit.trace.fingerprint import fingerprint_models, fingerprint_texts
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.lock import claimed
 from bpkit.trace.store.manifest import Manifest, ModelFacts
@@ -53,18 +53,12 @@ class ThisProcess:
             yield self.tracer.trace(index, prompt)
 
 
-def fingerprints(decoder: SpeculativeDecoder) -> tuple[str, str | None]:
-    """Of the weights of target and drafter; None for a drafter without a model."""
-    model = getattr(decoder.drafter, "model", None)
-    return fingerprint_model(decoder.target), None if model is None else fingerprint_model(model)
-
-
 def describe(
     decoder: SpeculativeDecoder, prompts: Sequence[Prompt], options: TraceOptions, *, command: str = ""
 ) -> Manifest:
     """The manifest of a trace that is to be made."""
     spec, machine = decoder.spec, describe_machine(decoder.target.device)
-    of_target, of_drafter = fingerprints(decoder)
+    of_target, of_drafter = fingerprint_models(decoder)
     return Manifest(
         target=ModelFacts(name=spec.target, fingerprint=of_target),
         drafter=ModelFacts(name=spec.drafter, fingerprint=of_drafter),
@@ -96,18 +90,15 @@ def run_job(
         TraceError: the folder holds another trace, or another run works on it.
     """
     with claimed(folder):
-        return _completed(TraceWriter(folder, manifest), prompts, workers, progress)
-
-
-def _completed(writer: TraceWriter, prompts: Sequence[Prompt], workers: Workers, progress: Progress | None) -> Manifest:
-    missing = writer.missing()
-    if progress is not None:
-        progress.start("tracing", len(prompts))
-        for _ in range(len(prompts) - len(missing)):
-            progress.tick()
-    with closing(workers.traces([(i, prompts[i]) for i in missing])) as traces:
-        for trace in traces:
-            writer.write(trace)
-            if progress is not None:
+        writer = TraceWriter(folder, manifest)
+        missing = writer.missing()
+        if progress is not None:
+            progress.start("tracing", len(prompts))
+            for _ in range(len(prompts) - len(missing)):
                 progress.tick()
-    return writer.finish()
+        with closing(workers.traces([(i, prompts[i]) for i in missing])) as traces:
+            for trace in traces:
+                writer.write(trace)
+                if progress is not None:
+                    progress.tick()
+        return writer.finish()

@@ -14,7 +14,8 @@ import torch
 
 from bpkit.trace.collect.job import Traces
 from bpkit.trace.collect.tracer import TraceOptions
-from bpkit.trace.collect.workers import Models, Task, Worker, WorkerError
+from bpkit.trace.collect.workers import Models, Task, Worker, WorkerError, gone, share_out
+from bpkit.trace.records import PromptTrace
 
 LOCAL = "local"
 START_SECONDS = 600
@@ -39,7 +40,13 @@ class OnRay:
         with _connected(self.address, self.count) as ray:
             actors = [self._actor(ray) for _ in prompts[: self.count]]
             try:
-                yield from _shared_out(ray, actors, list(prompts))
+                if not ray.wait([actor.run.remote(None) for actor in actors], timeout=START_SECONDS)[0]:
+                    raise WorkerError(
+                        f"no worker could start within {START_SECONDS // 60} minutes; the cluster has "
+                        f"{ray.cluster_resources()}"
+                    )
+                workers = [Actor(ray, actor) for actor in actors]
+                yield from share_out(workers, prompts, lambda references: ray.wait(references)[0])
             finally:
                 for actor in actors:
                     ray.kill(actor)
@@ -54,42 +61,24 @@ class OnRay:
         return ray.remote(Worker).options(**wanted).remote(models, self.options)
 
 
-def _shared_out(ray: Any, actors: Sequence[Any], tasks: Sequence[Task]) -> Traces:
-    """Hand out the tasks one by one. An actor that the cluster has no room for gets none, and holds nobody up."""
-    left = iter(tasks)
-    loading = {actor.load.remote(): actor for actor in actors}
-    if not ray.wait(list(loading), timeout=START_SECONDS)[0]:
-        raise WorkerError(
-            f"no worker could start within {START_SECONDS // 60} minutes; the cluster has {ray.cluster_resources()}"
-        )
-    tracing: dict[Any, tuple[Any, Task]] = {}
-    missing = len(tasks)
-    while missing:
-        for reference in ray.wait([*tracing, *loading])[0]:
-            actor, task = tracing.pop(reference, None) or (loading.pop(reference), None)
-            done = _result(ray, reference, task)
-            following = next(left, None)
-            if following is not None:
-                tracing[actor.trace.remote(*following)] = actor, following
-            if task is not None:
-                missing -= 1
-                yield done
-            del done, reference  # Ray keeps a result as long as somebody refers to it
+class Actor:
+    """A worker of the cluster."""
 
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self.ray, self.actor = ray, actor
 
-def _result(ray: Any, reference: Any, task: Task | None) -> Any:
-    """What an actor returned. Raises WorkerError if it failed or is gone."""
-    at = "while it loaded the models" if task is None else f"with prompt {task[1].id!r}"
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise (cause if type(cause) is WorkerError else WorkerError(str(cause))) from None
-    except ray.exceptions.RayError as error:
-        said = str(error).strip().splitlines()[0]
-        raise WorkerError(
-            f"a Ray worker is gone {at} ({said}). What was traced is kept: the same command goes on from there"
-        ) from None
+    def give(self, task: Task | None) -> Any:
+        return self.actor.run.remote(task)
+
+    def take(self, given: Any, task: Task | None) -> PromptTrace:
+        try:
+            found: PromptTrace = self.ray.get(given)
+        except self.ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise (cause if type(cause) is WorkerError else WorkerError(str(cause))) from None
+        except self.ray.exceptions.RayError as error:
+            raise gone("a Ray worker", task, str(error).strip().splitlines()[0]) from None
+        return found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.prompts import Prompt
 from bpkit.trace.collect.tracer import TraceOptions, Tracer, generation_options, processors_of
-from bpkit.trace.fingerprint import fingerprint_model
+from bpkit.trace.fingerprint import fingerprint_models
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import with_features
 from bpkit.trace.store.manifest import Manifest, TraceError
@@ -16,9 +16,8 @@ from bpkit.types import Feature
 
 def check_models(decoder: SpeculativeDecoder, manifest: Manifest) -> None:
     """Raise TraceError unless the decoder's models are those of the trace."""
-    model = getattr(decoder.drafter, "model", None)
-    for role, module, facts in (("target", decoder.target, manifest.target), ("drafter", model, manifest.drafter)):
-        found = None if module is None else fingerprint_model(module)
+    roles = ("target", manifest.target), ("drafter", manifest.drafter)
+    for (role, facts), found in zip(roles, fingerprint_models(decoder), strict=True):
         if found != facts.fingerprint:
             raise TraceError(
                 f"the {role} is not the one that was traced ({facts.name}, fingerprint {facts.fingerprint}; this one "

@@ -10,30 +10,66 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any
+from multiprocessing.connection import wait
+from typing import Any, Protocol
 
 import torch
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.prompts import Prompt
-from bpkit.trace.collect.job import Traces, fingerprints
+from bpkit.trace.collect.job import Traces
 from bpkit.trace.collect.tracer import GENERATE_WITH, TraceOptions, Tracer
+from bpkit.trace.fingerprint import fingerprint_models
 from bpkit.trace.records import PromptTrace
 
-_GO_ON = "What was traced is kept: the same command goes on from there"
+GO_ON = "What was traced is kept: the same command goes on from there"
 
 Task = tuple[int, Prompt]
+"""A prompt and its place in the trace."""
 
 
 class WorkerError(ChildProcessError):
     """A worker failed or is gone; the message names the prompt and says what to do."""
+
+
+def gone(worker: str, task: Task | None, said: str) -> WorkerError:
+    """What is raised for a worker that is gone with a task, or while it loaded the models."""
+    at = "while it loaded the models" if task is None else f"with prompt {task[1].id!r}"
+    return WorkerError(f"{worker} is gone {at} ({said}). {GO_ON}")
+
+
+class Remote(Protocol):
+    """A worker elsewhere."""
+
+    def give(self, task: Task | None) -> Any:
+        """Hand over a prompt, or nothing, to have the models loaded. Returns what to wait for, which can be hashed."""
+        ...
+
+    def take(self, given: Any, task: Task | None) -> PromptTrace:
+        """What became of it. Raises WorkerError."""
+        ...
+
+
+def share_out(workers: Iterable[Remote], tasks: Sequence[Task], wait: Callable[[list[Any]], Iterable[Any]]) -> Traces:
+    """Hand out the tasks one by one. A worker that does not get to loading its models has none, and holds nobody up."""
+    left, missing = iter(tasks), len(tasks)
+    busy: dict[Any, tuple[Remote, Task | None]] = {worker.give(None): (worker, None) for worker in workers}
+    while missing:
+        for given in wait(list(busy)):
+            worker, task = busy.pop(given)
+            trace = worker.take(given, task)
+            following = next(left, None)
+            if following is not None:
+                busy[worker.give(following)] = worker, following
+            if task is not None:
+                missing -= 1
+                yield trace
+            del trace, given  # Ray keeps a result as long as somebody refers to it
 
 
 @dataclass(frozen=True)
@@ -57,7 +93,7 @@ class Models:
         decoder = SpeculativeDecoder.from_pretrained(
             self.target, self.drafter, f"fixed:{GENERATE_WITH}", dtype=self.dtype, device=self.device
         )
-        if self.weights is not None and fingerprints(decoder) != self.weights:
+        if self.weights is not None and fingerprint_models(decoder) != self.weights:
             raise ValueError(
                 f"the weights of {self.target or 'the shipped target'} or its drafter are others here, or of another "
                 "dtype: give every machine the same files, and name --device and --dtype"
@@ -81,21 +117,19 @@ class Worker:
         torch.set_num_threads(1)
         return Tracer(self.models.load(), self.options)
 
-    def load(self) -> None:
-        """Load the models. Raises WorkerError, which any process can read, for whatever went wrong."""
+    def run(self, task: Task | None) -> PromptTrace | None:
+        """Trace one prompt, or only load the models. Raises WorkerError, which any process can read, whatever fails."""
         try:
-            _ = self._tracer
+            tracer = self._tracer
         except Exception as error:
             raise WorkerError(f"a worker cannot load the models: {type(error).__name__}: {error}") from error
-
-    def trace(self, index: int, prompt: Prompt) -> PromptTrace:
-        """Trace one prompt. Raises WorkerError that names it."""
-        self.load()
+        if task is None:
+            return None
         try:
-            return self._tracer.trace(index, prompt)
+            return tracer.trace(*task)
         except Exception as error:
             raise WorkerError(
-                f"prompt {prompt.id!r} cannot be traced: {type(error).__name__}: {error}. {_GO_ON}"
+                f"prompt {task[1].id!r} cannot be traced: {type(error).__name__}: {error}. {GO_ON}"
             ) from error
 
 
@@ -111,57 +145,42 @@ class Processes:
 
     def traces(self, prompts: Sequence[Task]) -> Traces:
         """Trace each (index, prompt), as they come. Raises WorkerError."""
-        left = iter(prompts)
-        crew: list[_Process] = []
+        processes: list[_Process] = []
         try:
             with _uninterrupted():
-                crew += [_Process(self.models, self.options) for _ in prompts[: self.count]]
-            for process in crew:
-                process.give(next(left))
-            busy = {process.pipe: process for process in crew}
-            while busy:
-                for pipe in wait(list(busy)):
-                    assert isinstance(pipe, Connection)
-                    done = busy[pipe].take()
-                    following = next(left, None)
-                    if following is None:
-                        del busy[pipe]
-                    else:
-                        busy[pipe].give(following)
-                    yield done
+                processes += [_Process(self.models, self.options) for _ in prompts[: self.count]]
+            yield from share_out(processes, prompts, wait)
         finally:
-            for process in crew:
+            for process in processes:
                 process.end()
 
 
 class _Process:
-    """One process, and the prompt that it is at."""
+    """A worker in a process of its own."""
 
     def __init__(self, models: Models, options: TraceOptions) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and CUDA
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(theirs, models, options), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, models, options), daemon=True)
         self.process.start()
         theirs.close()  # ours to close: only then is the end of theirs the end of the pipe
-        self.prompt: Prompt | None = None
 
-    def give(self, task: Task) -> None:
-        """Hand over a prompt. It waits in `recv`, so that this never blocks."""
-        self.prompt = task[1]
+    def give(self, task: Task | None) -> Any:
+        """Hand it over. The process waits in `recv`, so that this never blocks."""
         try:
             self.pipe.send(task)
         except OSError:
-            raise self._gone() from None
+            raise self._gone(task) from None
+        return self.pipe
 
-    def take(self) -> PromptTrace:
-        """What became of the prompt."""
+    def take(self, given: Any, task: Task | None) -> PromptTrace:
         try:
-            found = self.pipe.recv()
+            found: PromptTrace | WorkerError = self.pipe.recv()
         except (EOFError, OSError):
-            raise self._gone() from None
-        if isinstance(found, PromptTrace):
-            return found
-        raise found
+            raise self._gone(task) from None
+        if isinstance(found, WorkerError):
+            raise found
+        return found
 
     def end(self) -> None:
         """End it, whatever it is at."""
@@ -169,26 +188,25 @@ class _Process:
         self.process.kill()
         self.process.join()
 
-    def _gone(self) -> WorkerError:
+    def _gone(self, task: Task | None) -> WorkerError:
         self.process.join(timeout=5)
         code = self.process.exitcode
         said = f"exit code {code}"
         if code is not None and code < 0:
             said = f"{signal.Signals(-code).name}; short of memory, the system kills processes"
-        assert self.prompt is not None
-        return WorkerError(f"the process that traced prompt {self.prompt.id!r} is gone ({said}). {_GO_ON}")
+        return gone("a worker process", task, said)
 
 
-def _work(pipe: Connection, models: Models, options: TraceOptions) -> None:
+def _work(pipe: Any, models: Models, options: TraceOptions) -> None:
     """The whole life of a process: prompts in, traces or a WorkerError out, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     worker = Worker(models, options)
     try:
         while True:
-            index, prompt = pipe.recv()
+            task = pipe.recv()
             try:
-                pipe.send(worker.trace(index, prompt))
+                pipe.send(worker.run(task))
             except WorkerError as error:
                 pipe.send(error)
     except (EOFError, OSError):
