@@ -14,9 +14,8 @@ from bpkit.prompts import Prompt
 from bpkit.trace.collect.tracer import TraceOptions, Tracer
 from bpkit.trace.fingerprint import fingerprint_models, fingerprint_texts
 from bpkit.trace.records import PromptTrace
-from bpkit.trace.store.lock import claimed
 from bpkit.trace.store.manifest import Manifest, ModelFacts
-from bpkit.trace.store.storage import TraceWriter
+from bpkit.trace.store.storage import TraceWriter, claimed
 
 
 class Progress(Protocol):

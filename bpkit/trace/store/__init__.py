@@ -1,1 +1,1 @@
-"""A trace on disk: its manifest, its parquet tables, and the lock of the run that writes them."""
+"""A trace on disk: its manifest, its parquet tables, and how they are written and read."""

@@ -18,63 +18,49 @@ from numpy.typing import NDArray
 from bpkit.trace.records import DraftTable, Floats, Ints, PromptTrace
 from bpkit.types import Feature
 
-
-def _field(name: str, kind: Any, meaning: str) -> Any:
-    return pa.field(name, kind, nullable=False, metadata={"meaning": meaning})
-
-
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-PROMPTS = pa.schema(
-    [
-        _field("index", pa.int32(), "place in the trace, and the stream_id of the noise"),
-        _field("id", pa.string(), "of the prompt"),
-        _field("domain", pa.string(), "kind of text"),
-        _field("max_new_tokens", pa.int32(), "limit on the output, tokens"),
-        _field("prompt_tokens", _INTS, "token ids"),
-        _field("output_tokens", _INTS, "token ids; the first is decided by prefill"),
-        _field("prefill_top_tokens", _INTS, "the 64 likeliest first tokens by raw logits, ids in falling order"),
-        _field("prefill_top_log_probabilities", _FLOATS, "their log-probabilities, nats"),
-        _field("prefill_entropy", pa.float32(), "of that distribution over the whole vocabulary, nats"),
-        _field("near_ties", _INTS, "output positions whose top-2 gap is below tolerance"),
-        _field("prefill_hidden", _FLOATS, "final-norm hidden state of the last prompt token [hidden]"),
-    ]
+
+
+def _schema(*columns: tuple[str, Any, str]) -> Any:
+    """A schema of names, types and meanings."""
+    return pa.schema([pa.field(name, kind, nullable=False, metadata={"meaning": said}) for name, kind, said in columns])
+
+
+PROMPTS = _schema(
+    ("index", pa.int32(), "place in the trace, and the stream_id of the noise"),
+    ("id", pa.string(), "of the prompt"),
+    ("domain", pa.string(), "kind of text"),
+    ("max_new_tokens", pa.int32(), "limit on the output, tokens"),
+    ("prompt_tokens", _INTS, "token ids"),
+    ("output_tokens", _INTS, "token ids; the first is decided by prefill"),
+    ("prefill_top_tokens", _INTS, "the 64 likeliest first tokens by raw logits, ids in falling order"),
+    ("prefill_top_log_probabilities", _FLOATS, "their log-probabilities, nats"),
+    ("prefill_entropy", pa.float32(), "of that distribution over the whole vocabulary, nats"),
+    ("near_ties", _INTS, "output positions whose top-2 gap is below tolerance"),
+    ("prefill_hidden", _FLOATS, "final-norm hidden state of the last prompt token [hidden]"),
 )
-DRAFTS = pa.schema(
-    [
-        _field("index", pa.int32(), "of the prompt"),
-        _field("position", pa.int32(), "output tokens decided before the draft, from 1"),
-        _field("block_size", pa.int32(), "positions in the block, anchor included"),
-        _field("draft_length", pa.int32(), "tokens that the drafter proposed"),
-        _field("num_accepted", pa.int32(), "of them, those that stand, without the step's last token"),
-        _field("tokens", _INTS, "proposed token ids [draft_length]"),
-    ]
+DRAFTS = _schema(
+    ("index", pa.int32(), "of the prompt"),
+    ("position", pa.int32(), "output tokens decided before the draft, from 1"),
+    ("block_size", pa.int32(), "positions in the block, anchor included"),
+    ("draft_length", pa.int32(), "tokens that the drafter proposed"),
+    ("num_accepted", pa.int32(), "of them, those that stand, without the step's last token"),
+    ("tokens", _INTS, "proposed token ids [draft_length]"),
 )
-OPTIONAL = {
-    Feature.PREFILL_LOGITS: _field("prefill_logits", _FLOATS, "raw logits after the prompt [vocab]"),
-    Feature.LAST_HIDDEN: _field(
-        "last_hidden", _FLOATS, "final-norm hidden state that predicted each output token [output length * hidden]"
-    ),
-    Feature.TARGET_FEATURES: _field(
-        "target_features", _FLOATS, "the drafter's layers of the target there [output length * layers * hidden]"
-    ),
-    Feature.ANCHOR_EMBEDDING: _field(
-        "anchor_embedding", _FLOATS, "the target's embedding of each output token [output length * hidden]"
-    ),
-    Feature.ANCHOR_LOG_PROBABILITY: _field(
-        "anchor_log_probability", _FLOATS, "of each output token by raw logits, nats [output length]"
-    ),
-    Feature.ANCHOR_ENTROPY: _field("anchor_entropy", _FLOATS, "of that distribution, nats [output length]"),
-    Feature.DRAFT_PROBABILITY: _field(
-        "draft_probability", _FLOATS, "drafter's probability of each proposed token [draft_length]"
-    ),
-    Feature.DRAFT_ENTROPY: _field(
-        "draft_entropy", _FLOATS, "entropy of its distribution at each place, nats [draft_length]"
-    ),
-    Feature.DRAFT_HIDDEN: _field("draft_hidden", _FLOATS, "its last hidden states [draft_length * drafter hidden]"),
-}
-MATCH = _field(
-    "match_probability", _FLOATS, "chance that proposed and target token agree, noise unknown [draft_length]"
+_ADDED = _schema(
+    ("prefill_logits", _FLOATS, "raw logits after the prompt [vocab]"),
+    ("last_hidden", _FLOATS, "final-norm hidden state that predicted each output token [output length * hidden]"),
+    ("target_features", _FLOATS, "the drafter's layers of the target there [output length * layers * hidden]"),
+    ("anchor_embedding", _FLOATS, "the target's embedding of each output token [output length * hidden]"),
+    ("anchor_log_probability", _FLOATS, "of each output token by raw logits, nats [output length]"),
+    ("anchor_entropy", _FLOATS, "of that distribution, nats [output length]"),
+    ("draft_probability", _FLOATS, "drafter's probability of each proposed token [draft_length]"),
+    ("draft_entropy", _FLOATS, "entropy of its distribution at each place, nats [draft_length]"),
+    ("draft_hidden", _FLOATS, "its last hidden states [draft_length * drafter hidden]"),
+    ("match_probability", _FLOATS, "chance that proposed and target token agree, noise unknown [draft_length]"),
 )
+MATCH = _ADDED.field("match_probability")
+OPTIONAL = {Feature(column.name): column for column in _ADDED if column.name != MATCH.name}
 _MATRICES = frozenset({Feature.LAST_HIDDEN, Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING})
 _VECTORS = frozenset({Feature.PREFILL_LOGITS, Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY})
 OF_PROMPTS = _MATRICES | _VECTORS
@@ -87,14 +73,13 @@ def to_tables(trace: PromptTrace) -> tuple[pa.Table, pa.Table]:
 
 
 def _prompt_table(trace: PromptTrace) -> pa.Table:
-    names = [field.name for field in PROMPTS if field.name != "prefill_hidden"]
-    columns = {name: [getattr(trace, name)] for name in names}
-    columns["prefill_hidden"] = [trace.features[Feature.PREFILL_HIDDEN]]
+    values = {name: getattr(trace, name, None) for name in PROMPTS.names}
+    values["prefill_hidden"] = trace.features[Feature.PREFILL_HIDDEN]
     schema = PROMPTS
     for name in sorted(OF_PROMPTS & set(trace.features)):
         schema = schema.append(OPTIONAL[name])
-        columns[str(name)] = [trace.features[name].ravel()]
-    return pa.table(columns, schema=schema)
+        values[str(name)] = trace.features[name].ravel()
+    return pa.table({name: [value] for name, value in values.items()}, schema=schema)
 
 
 def _draft_table(trace: PromptTrace) -> pa.Table:
@@ -107,19 +92,19 @@ def _draft_table(trace: PromptTrace) -> pa.Table:
         "block_size": np.tile(drafts.block_sizes, rows),
         "draft_length": length,
         "num_accepted": drafts.num_accepted.ravel(),
-        "tokens": _lists(drafts.tokens, length, pa.int32()),
+        "tokens": _lists(drafts.tokens, length),
     }
     schema = DRAFTS
-    for name in sorted(drafts.features):
-        schema = schema.append(OPTIONAL[name])
-        columns[str(name)] = _lists(drafts.features[name], length, pa.float32())
+    added = [(OPTIONAL[name], drafts.features[name]) for name in sorted(drafts.features)]
     if drafts.match_probability is not None:
-        schema = schema.append(MATCH)
-        columns[MATCH.name] = _lists(drafts.match_probability, length, pa.float32())
+        added.append((MATCH, drafts.match_probability))
+    for column, values in added:
+        schema = schema.append(column)
+        columns[column.name] = _lists(values, length)
     return pa.table(columns, schema=schema)
 
 
-def _lists(padded: NDArray[Any], length: Ints, kind: Any) -> Any:
+def _lists(padded: NDArray[Any], length: Ints) -> Any:
     """A list column from an array [rows, sizes, width, ...]: the first `length` places of each draft."""
     width, depth = padded.shape[2], math.prod(padded.shape[3:])
     flat = padded.reshape(len(length), width, depth)
@@ -127,36 +112,24 @@ def _lists(padded: NDArray[Any], length: Ints, kind: Any) -> Any:
     offsets = np.concatenate([[0], np.cumsum(length.astype(np.int64) * depth)])
     if offsets[-1] > np.iinfo(np.int32).max:
         raise ValueError("one prompt's drafts are too large for a table: trace fewer block sizes or features")
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(flat[inside].ravel(), kind))
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(flat[inside].ravel()))
 
 
 def from_tables(prompt: pa.Table, drafts: pa.Table, block_sizes: Sequence[int]) -> PromptTrace:
     """The prompt that `to_tables` wrote."""
-    row = {name: prompt.column(name).chunk(0)[0] for name in prompt.column_names}
-    output = _array(row["output_tokens"])
-    features = {Feature.PREFILL_HIDDEN: _array(row["prefill_hidden"])}
-    features.update({name: _array(row[name]) for name in _VECTORS if name in row})
-    features.update({name: _array(row[name]).reshape(len(output), -1) for name in _MATRICES if name in row})
-    return PromptTrace(
-        index=row["index"].as_py(),
-        id=row["id"].as_py(),
-        domain=row["domain"].as_py(),
-        max_new_tokens=row["max_new_tokens"].as_py(),
-        prompt_tokens=_array(row["prompt_tokens"]),
-        output_tokens=output,
-        prefill_top_tokens=_array(row["prefill_top_tokens"]),
-        prefill_top_log_probabilities=_array(row["prefill_top_log_probabilities"]),
-        prefill_entropy=row["prefill_entropy"].as_py(),
-        near_ties=_array(row["near_ties"]),
-        drafts=_draft_arrays(drafts, len(output) - 1, np.array(block_sizes, np.int32)),
-        features=features,
-    )
+    values = {name: _value(prompt.column(name).chunk(0)[0]) for name in prompt.column_names}
+    output_length = len(values["output_tokens"])
+    features = {name: values[name] for name in (Feature.PREFILL_HIDDEN, *OF_PROMPTS) if name in values}
+    for name in _MATRICES & features.keys():
+        features[name] = features[name].reshape(output_length, -1)
+    drafted = _draft_arrays(drafts, output_length - 1, np.array(block_sizes, np.int32))
+    given = {name: values[name] for name in PROMPTS.names if name not in features}
+    return PromptTrace(drafts=drafted, features=features, **given)
 
 
-def _array(scalar: Any) -> NDArray[Any]:
-    """The values of a list scalar."""
-    values: NDArray[Any] = scalar.values.to_numpy(zero_copy_only=False)
-    return values
+def _value(scalar: Any) -> Any:
+    """A number, a string, or the numpy array of a list."""
+    return scalar.values.to_numpy(zero_copy_only=False) if pa.types.is_list(scalar.type) else scalar.as_py()
 
 
 def _draft_arrays(table: pa.Table, rows: int, sizes: Ints) -> DraftTable:

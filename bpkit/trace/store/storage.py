@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from bpkit.trace.fingerprint import fingerprint_values
 from bpkit.trace.records import PromptTrace
-from bpkit.trace.store.lock import LOCK
 from bpkit.trace.store.manifest import MANIFEST, Manifest, TraceError, read_manifest, write_manifest
 from bpkit.trace.store.parquet import from_tables, to_tables
 from bpkit.types import DecoderSpec
@@ -22,14 +24,48 @@ NAMES = ("prompts", "drafts")
 UNFINISHED = ".tmp"
 """Suffix of files that are being written; those that are done have another name."""
 COMPRESSION = "zstd"
+LOCK = ".lock"
+_UNREADABLE = (OSError, pa.ArrowException, KeyError, IndexError, ValueError)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if need be, for as long as the context lasts or this process lives.
+
+    Raises:
+        TraceError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TraceError(
+            f"{folder} is being traced by another run: two runs on one folder would get in each other's way. Wait for "
+            "it, or name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # some systems cannot remove what is open
+            (folder / LOCK).unlink()  # before it is released: later it may be another run's
+        lock.release()
+
+
+@contextmanager
+def _readable(what: str, remedy: str = "trace again into a new folder") -> Iterator[None]:
+    """Raise TraceError for what goes wrong while `what` is read."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise TraceError(f"{what} cannot be read ({error}); {remedy}") from error
 
 
 class TraceWriter:
     """Writes a trace so that it can be killed at any moment: a prompt is there whole, or not at all.
 
     Each prompt goes into `parts/` first. When all are there, the parts become the two tables, a row group for each
-    prompt, in the order of the prompts whatever order they came in. One writer at a time: see
-    `bpkit.trace.store.lock`.
+    prompt, in the order of the prompts whatever order they came in. One writer at a time: see `claimed`.
 
     Raises:
         TraceError: the folder holds another trace.
@@ -120,10 +156,8 @@ def _join(parts: Sequence[Path], out: Path) -> None:
     """Copy the parts into one file, a row group each, one in memory at a time."""
     with pq.ParquetWriter(out, pq.read_schema(parts[0]), compression=COMPRESSION) as writer:
         for part in parts:
-            try:
+            with _readable(str(part), "delete it and run the same command again"):
                 table = pq.read_table(part)
-            except (OSError, pa.ArrowException) as error:
-                raise TraceError(f"{part} cannot be read ({error}); delete it and run the same command again") from None
             writer.write_table(table, row_group_size=max(1, len(table)))
 
 
@@ -143,13 +177,11 @@ class Trace(Sequence[PromptTrace]):
                 f"{folder} is not complete ({parts} of {len(self.manifest.prompt_ids)} prompts): run the same "
                 f"`bpkit trace --out {folder} ...` again, it goes on where it stopped"
             )
-        try:
+        with _readable(str(folder)):
             self._files = [pq.ParquetFile(folder / f"{name}.parquet") for name in NAMES]
             labels = self._files[0].read(columns=["id", "domain"])
             self.ids: list[str] = labels.column("id").to_pylist()
             self.domains: list[str] = labels.column("domain").to_pylist()
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise TraceError(f"{folder} cannot be read ({error}); trace again into a new folder") from None
         groups = {file.num_row_groups for file in self._files}
         if tuple(self.ids) != self.manifest.prompt_ids or groups != {len(self.ids)}:
             raise TraceError(f"tables and manifest of {folder} are of different traces; trace again into a new folder")
@@ -162,10 +194,8 @@ class Trace(Sequence[PromptTrace]):
     @cached_property
     def prompt_fingerprints(self) -> list[str]:
         """Of the tokens of each prompt, from that column alone."""
-        try:
+        with _readable(str(self.path)):
             column = self._files[0].read(columns=["prompt_tokens"]).column("prompt_tokens")
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise TraceError(f"{self.path} cannot be read ({error}); trace again into a new folder") from None
         return [fingerprint_values(tokens) for tokens in column.to_pylist()]
 
     def __len__(self) -> int:
@@ -185,12 +215,10 @@ class Trace(Sequence[PromptTrace]):
 
     def _read(self, index: int) -> PromptTrace:
         prompts, drafts = self._files
-        try:
+        with _readable(f"prompt {self.ids[index]!r} of {self.path}"):
             tables = prompts.read_row_group(index), drafts.read_row_group(index)
-            return from_tables(*tables, self.manifest.block_sizes)
-        except (OSError, pa.ArrowException, KeyError, IndexError, ValueError) as error:
-            said = f"prompt {self.ids[index]!r} of {self.path} cannot be read ({error})"
-            raise TraceError(f"{said}; trace again into a new folder") from error
+            trace = from_tables(*tables, self.manifest.block_sizes)
+        return trace
 
 
 def open_trace(folder: Path | str) -> Trace:
