@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bpkit.cli import completion, options
 from bpkit.cli.errors import nothing_written, require, when_interrupted
@@ -60,7 +58,7 @@ def bench_model(
     """
     require("pyarrow", extra="traces", purpose="A trace")
     settled = options.settled(context)
-    from bpkit.cli.evaluate import first_of_each
+    from bpkit.cli.evaluate import first_prompts
     from bpkit.cli.models import load_decoder
     from bpkit.files import check_writable, write_json
     from bpkit.judge.evaluation.modelled import bench_model as measure
@@ -78,7 +76,7 @@ def bench_model(
         report = measure(
             decoder,
             opened.manifest,
-            first_of_each(opened, limit),
+            first_prompts(opened, limit),
             dict(zip(names, names, strict=True)),
             table,
             seed=seed,
@@ -92,19 +90,22 @@ def bench_model(
 
 def print_model_report(report: dict[str, Any], out: Console) -> None:
     """A row for each policy."""
+    from bpkit.judge.tables import Row, Table, bracketed
+
     prompts = len(report["settings"]["prompts"])
-    table = Table(title=f"{prompts} prompts, time of steps", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("policy", style="bold")
-    for name in ("measured\ntokens/s", "modelled\ntokens/s", "modelled / measured", "same steps"):
-        table.add_column(name, justify="right")
+    rows = []
     for name, entry in report["policies"].items():
         ratio = entry["modelled_over_measured"]
-        low, high = ratio["interval"]
-        table.add_row(
-            name,
-            f"{entry['measured_tokens_per_second']:.1f}",
-            f"{entry['modelled_tokens_per_second']:.1f}",
-            f"{ratio['value']:.3f} ({low:.3f}..{high:.3f})",
-            f"{entry['prompts_with_the_same_steps']}/{prompts}",
+        rows.append(
+            Row(
+                (
+                    name,
+                    f"{entry['measured_tokens_per_second']:.1f}",
+                    f"{entry['modelled_tokens_per_second']:.1f}",
+                    f"{ratio['value']:.3f} {bracketed(ratio['interval'], '.3f')}",
+                    f"{entry['prompts_with_the_same_steps']}/{prompts}",
+                )
+            )
         )
-    out.print(table)
+    head = ("policy", "measured\ntokens/s", "modelled\ntokens/s", "modelled / measured", "same steps")
+    out.print(Table(f"{prompts} prompts, time of steps", head, [rows]).terminal())

@@ -17,6 +17,7 @@ from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
     from bpkit.config import Config
+    from bpkit.learn.training.prompts import Part
     from bpkit.registry.resolve import PolicyLike
     from bpkit.trace.cost import CostTable
     from bpkit.trace.replay import Fill
@@ -124,7 +125,7 @@ def evaluate(
     fill = filler(context, opened) if recompute else None
     with when_interrupted(nothing_written(json, report)), progress_bar() as bar:
         result = judge(
-            first_of_each(opened, limit),
+            first_prompts(opened, limit),
             opened.spec,
             named or everybody(),
             costs,
@@ -226,20 +227,11 @@ def cost_models(given: str | None, largest: int) -> list[CostTable]:
     return [cost, flat(cost), linear(cost)]
 
 
-def first_of_each(trace: Trace, limit: int | None) -> Any:
+def first_prompts(trace: Trace, limit: int | None) -> Part:
     """The first prompts of each domain, read when they are asked for."""
-    if limit is None:
-        return trace
-    from torch.utils.data import Subset
+    from bpkit.learn.training.prompts import Part, first_of_each
 
-    seen: dict[str, int] = {}
-    places = []
-    for place, domain in enumerate(trace.domains):
-        seen[domain] = seen.get(domain, 0) + 1
-        if seen[domain] <= limit:
-            places.append(place)
-    whole: Any = trace  # a map-style dataset in all but name
-    return Subset(whole, places)
+    return Part(trace, first_of_each(trace, range(len(trace)), limit))
 
 
 def filler(context: typer.Context, trace: Trace) -> Fill:
@@ -255,10 +247,11 @@ def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str
     import torch
 
     from bpkit.installation.machine import describe_machine
+    from bpkit.judge.described import utc
 
     return {
         "command": shlex.join(["bpkit", *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "started": utc(started),
         "seconds": time.time() - started,
         "machine": describe_machine(torch.device("cpu")),
         "trace": trace.manifest.model_dump(mode="json", exclude={"prompt_ids"}),

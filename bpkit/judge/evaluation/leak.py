@@ -12,17 +12,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bpkit.judge.evaluation.candidate import Candidate
 from bpkit.learn.trained import TrainedPolicy
-from bpkit.learn.training.prompts import PROMPTS
+from bpkit.learn.training.prompts import PROMPTS, fingerprints
 from bpkit.policy import PolicyError
 from bpkit.registry.resolve import PolicyLike
-from bpkit.trace.fingerprint import fingerprint_values
 from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DecoderSpec
 
 SHOWN = 3
 
 
-class Record(BaseModel):
+class SeenPrompts(BaseModel):
     """What `prompts.json` says.
 
     Attributes:
@@ -43,14 +42,14 @@ class Leak:
 
     Attributes:
         folder: of the policy.
-        trained_on: of the evaluation's validation and test prompts, by these names.
+        trained_on: of the evaluation's test and validation prompts, by these names.
         chosen_on: test prompts that its epoch and options were chosen on.
         by_tokens: how prompts were compared; by id if False.
     """
 
     folder: Path
-    trained_on: Mapping[str, Sequence[str]]
-    chosen_on: Sequence[str]
+    trained_on: Mapping[str, list[str]]
+    chosen_on: list[str]
     by_tokens: bool
 
     def __bool__(self) -> bool:
@@ -58,9 +57,8 @@ class Leak:
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        trained_on = {part: list(ids) for part, ids in self.trained_on.items()}
         compared_by = "tokens" if self.by_tokens else "id"
-        return {"trained_on": trained_on, "chosen_on": {"test": list(self.chosen_on)}, "compared_by": compared_by}
+        return {"trained_on": self.trained_on, "chosen_on": {"test": self.chosen_on}, "compared_by": compared_by}
 
     def __str__(self) -> str:
         """What it has seen, to go on from "policy NAME"."""
@@ -99,10 +97,10 @@ def find_leaks(
         folder = _folder(policy, spec, cost)
         if folder is None:
             continue
-        record = _read(folder)
-        if record is None:
+        seen = _seen(folder)
+        if seen is None:
             silent.append(name)
-        elif leak := _compare(folder, record, evaluated):
+        elif leak := _leak(folder, seen, evaluated):
             leaks[name] = leak
     return leaks, silent
 
@@ -139,10 +137,10 @@ def _folder(policy: PolicyLike, spec: DecoderSpec, cost: CostModel) -> Path | No
     return made.folder
 
 
-def _read(folder: Path) -> Record | None:
+def _seen(folder: Path) -> SeenPrompts | None:
     path = folder / PROMPTS
     try:
-        return Record.model_validate_json(path.read_bytes())
+        return SeenPrompts.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValidationError):
@@ -152,18 +150,15 @@ def _read(folder: Path) -> Record | None:
         ) from None
 
 
-def _compare(folder: Path, record: Record, evaluated: Mapping[str, Sequence[PromptTrace]]) -> Leak:
-    by_tokens = {"train", "validation"} <= record.fingerprints.keys()
-    train, validation = (
-        set(record.fingerprints[part] if by_tokens else getattr(record, part)) for part in ("train", "validation")
-    )
+def _leak(folder: Path, seen: SeenPrompts, evaluated: Mapping[str, Sequence[PromptTrace]]) -> Leak:
+    by_tokens = {"train", "validation"} <= seen.fingerprints.keys()
 
-    def among(known: set[str], part: str) -> list[str]:
-        return [p.id for p in evaluated[part] if (_fingerprint(p) if by_tokens else p.id) in known]
+    def both(part: str, of: str) -> list[str]:
+        """Ids of the prompts of a part of the evaluation that the policy has seen as `of`."""
+        known = set(seen.fingerprints[of] if by_tokens else getattr(seen, of))
+        prompts = evaluated[part]
+        keys = fingerprints(prompts) if by_tokens else [prompt.id for prompt in prompts]
+        return [prompt.id for prompt, key in zip(prompts, keys, strict=True) if key in known]
 
-    trained_on = {part: among(train, part) for part in ("test", "validation")}
-    return Leak(folder, trained_on, among(validation, "test"), by_tokens)
-
-
-def _fingerprint(prompt: PromptTrace) -> str:
-    return fingerprint_values(prompt.prompt_tokens.tolist())
+    trained_on = {part: both(part, "train") for part in ("test", "validation")}
+    return Leak(folder, trained_on, both("test", "validation"), by_tokens)

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.installation.distribution import install_command
-from bpkit.judge.statistics import interval, resampled_sums
-
-if TYPE_CHECKING:
-    from bpkit.judge.progress import Progress
+from bpkit.judge.progress import NoProgress, Progress
+from bpkit.judge.statistics import Floats, Ints, interval, resampled_sums
 
 FEWEST_PROMPTS = 20
 """With fewer, a fold trains on about a dozen curves and the answer is noise either way."""
@@ -32,9 +30,6 @@ COMPONENTS = 128
 """Principal components at most, to bound the time of a fit; for fewer training prompts than this none is lost."""
 ALPHAS = tuple(float(alpha) for alpha in np.logspace(0, 6, 13))
 """Ridge penalties to choose from. The largest predicts the same curve for all prompts, which is the fixed size."""
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -101,15 +96,13 @@ def learnable(
     bound = float(s.sum(axis=0).min() / s.min(axis=1).sum() - 1) if s.size else None
     if reason:
         return Learnable(None, None, None, None, None, bound, len(x), 0, folds, reason)
-    trial = _Trial(list(_folds(x, folds, seed)), s, t)
-    observed = trial.run(np.arange(len(x)))
-    rng, null = np.random.default_rng(seed), np.empty(permutations)
-    if progress is not None:
-        progress.start("permutation test", permutations)
+    split, ticker, rng = list(_folds(x, folds, seed)), progress or NoProgress(), np.random.default_rng(seed)
+    observed, null = _held_out(split, s, t), np.empty(permutations)
+    ticker.start("permutation test", permutations)
     for i in range(permutations):
-        null[i] = _gain(trial.run(rng.permutation(len(x))))
-        if progress is not None:
-            progress.tick()
+        order = rng.permutation(len(x))
+        null[i] = _gain(_held_out(split, s[order], t[order]))
+        ticker.tick()
     gain, sums = _gain(observed), resampled_sums(observed, seed)
     p_value = (1 + int((null >= gain - 1e-12).sum())) / (1 + permutations)
     return Learnable(
@@ -190,36 +183,27 @@ def _folds(x: Floats, folds: int, seed: int) -> Iterator[_Fold]:
         yield _Fold(train, test, reduce.fit_transform(x[train]), reduce.transform(x[test]))
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Learn and judge once for all folds."""
+def _held_out(folds: Sequence[_Fold], seconds: Floats, tokens: Floats) -> Floats:
+    """Learn and judge once for all folds.
 
-    folds: Sequence[_Fold]
-    seconds: Floats
-    tokens: Floats
+    Returns:
+        seconds of each prompt at the size chosen for it, and at the training folds' best fixed size: [prompts, 2].
+    """
+    from sklearn.linear_model import RidgeCV
 
-    def run(self, order: Ints) -> Floats:
-        """Seconds of each prompt, [prompts, 2]: at the size chosen for it, and at the training folds' best fixed size.
-
-        Args:
-            order: prompt *i*'s features go with the curve of prompt `order[i]`.
-        """
-        from sklearn.linear_model import RidgeCV
-
-        seconds, tokens = self.seconds[order], self.tokens[order]
-        curves = seconds / tokens[:, None]
-        # Its own level says nothing of a prompt's best size, but would rule the choice of the penalty.
-        curves -= curves.mean(axis=1, keepdims=True)
-        result = np.empty((len(order), 2))
-        for fold in self.folds:
-            # Weighted by tokens, the curve that is predicted where features say nothing is total seconds over total
-            # tokens, less a constant: its lowest point is the best fixed size, and the choice falls back to that.
-            x, y, weight = fold.train_features, curves[fold.train], tokens[fold.train]
-            chosen = RidgeCV(alphas=ALPHAS).fit(x, y, sample_weight=weight).predict(fold.test_features).argmin(axis=1)
-            fixed = seconds[fold.train].sum(axis=0).argmin()
-            result[fold.test, 0] = seconds[fold.test, chosen]
-            result[fold.test, 1] = seconds[fold.test, fixed]
-        return result
+    curves = seconds / tokens[:, None]
+    # Its own level says nothing of a prompt's best size, but would rule the choice of the penalty.
+    curves -= curves.mean(axis=1, keepdims=True)
+    result = np.empty((len(seconds), 2))
+    for fold in folds:
+        # Weighted by tokens, the curve that is predicted where features say nothing is total seconds over total tokens,
+        # less a constant: its lowest point is the best fixed size, and the choice falls back to that.
+        x, y, weight = fold.train_features, curves[fold.train], tokens[fold.train]
+        chosen = RidgeCV(alphas=ALPHAS).fit(x, y, sample_weight=weight).predict(fold.test_features).argmin(axis=1)
+        fixed = seconds[fold.train].sum(axis=0).argmin()
+        result[fold.test, 0] = seconds[fold.test, chosen]
+        result[fold.test, 1] = seconds[fold.test, fixed]
+    return result
 
 
 def _gain(seconds: Floats) -> float:

@@ -10,31 +10,28 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.decode.result import Generation
 from bpkit.installation.machine import describe_machine
+from bpkit.judge.described import utc
 from bpkit.judge.progress import NoProgress, Progress
 from bpkit.judge.statistics import LEVEL, RESAMPLES, interval, resampled_sums
 from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.collect import TraceOptions, generation_options
 from bpkit.trace.cost import CostTable
 from bpkit.trace.records import PromptTrace
-from bpkit.trace.replay import Replayed, Replayer
+from bpkit.trace.replay import Replayer
 from bpkit.trace.store.manifest import Manifest
 
 SCHEMA_VERSION = 1
 
 
-@dataclass
-class Pair:
+class _LiveAndReplayed:
     """One policy, twice.
 
     Attributes:
@@ -42,25 +39,34 @@ class Pair:
         same_steps: of each prompt, whether both took the same steps.
     """
 
-    live: SpeculativeDecoder
-    replayer: Replayer
-    rows: list[tuple[float, float, float]]
-    same_steps: list[bool]
+    def __init__(self, decoder: SpeculativeDecoder, manifest: Manifest, policy: PolicyLike, cost: CostTable) -> None:
+        clock, largest = WallClock(decoder.target.device), max(manifest.block_sizes)
+        self.live = SpeculativeDecoder(decoder.target, decoder.drafter, policy, clock=clock, max_block_size=largest)
+        self.replayer, self.cost = Replayer(self.live.spec, policy, cost, seed=manifest.seed), cost
+        self.rows: list[tuple[float, float, float]] = []
+        self.same_steps: list[bool] = []
 
-    def run(self, prompt: PromptTrace, options: dict[str, Any], cost: CostTable) -> None:
+    def run(self, prompt: PromptTrace, options: dict[str, Any]) -> None:
         ids = torch.tensor(prompt.prompt_tokens).long()[None].to(self.live.target.device)
         result = self.live.run(ids, stream_id=prompt.index, **options).finish()
         replayed = self.replayer.run(prompt)
         measured = sum(step.seconds.total for step in result.steps)
         deciding = replayed.begin_seconds + float(np.median(replayed.step_seconds)) * replayed.steps
-        self.rows.append((float(prompt.decided_by_steps), measured, replayed.seconds(cost) + deciding))
-        self.same_steps.append(_same(result, replayed))
+        self.rows.append((float(prompt.decided_by_steps), measured, replayed.seconds(self.cost) + deciding))
+        live = [(int(s.block_size), int(s.num_accepted)) for s in result.steps]
+        modelled = zip(replayed.block_size.tolist(), replayed.num_accepted.tolist(), strict=True)
+        self.same_steps.append(live == list(modelled))
 
-
-def _same(result: Generation, replayed: Replayed) -> bool:
-    return [(int(s.block_size), int(s.num_accepted)) for s in result.steps] == list(
-        zip(replayed.block_size.tolist(), replayed.num_accepted.tolist(), strict=True)
-    )
+    def figures(self, seed: int) -> dict[str, Any]:
+        rows = np.array(self.rows)
+        tokens, measured, modelled = rows.sum(axis=0)
+        sums = resampled_sums(rows, seed)
+        return {
+            "measured_tokens_per_second": tokens / measured,
+            "modelled_tokens_per_second": tokens / modelled,
+            "modelled_over_measured": {"value": measured / modelled, "interval": interval(sums[:, 1] / sums[:, 2])},
+            "prompts_with_the_same_steps": int(sum(self.same_steps)),
+        }
 
 
 def bench_model(
@@ -80,19 +86,19 @@ def bench_model(
         policies: by name, as specs.
     """
     ticker = progress or NoProgress()
-    pairs = {name: _pair(decoder, manifest, policy, cost) for name, policy in policies.items()}
+    pairs = {name: _LiveAndReplayed(decoder, manifest, policy, cost) for name, policy in policies.items()}
     options = generation_options(
         TraceOptions(manifest.block_sizes, manifest.max_new_tokens, manifest.sampling, manifest.seed)
     )
     for pair in pairs.values():  # not counted: first calls allocate
-        pair.run(prompts[0], options, cost)
+        pair.run(prompts[0], options)
         pair.rows.clear()
         pair.same_steps.clear()
     started, order = time.time(), random.Random(seed)
     ticker.start("decoding and replaying", len(prompts) * len(pairs))
     for prompt in prompts:
         for name in order.sample(list(pairs), len(pairs)):
-            pairs[name].run(prompt, options, cost)
+            pairs[name].run(prompt, options)
             ticker.tick()
     return {
         "schema_version": SCHEMA_VERSION,
@@ -107,34 +113,8 @@ def bench_model(
             "seed": seed,
             "resamples": RESAMPLES,
             "level": LEVEL,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "started": utc(started),
             "seconds": time.time() - started,
         },
-        "policies": {name: _entry(np.array(pair.rows), pair.same_steps, seed) for name, pair in pairs.items()},
-    }
-
-
-def _pair(decoder: SpeculativeDecoder, manifest: Manifest, policy: PolicyLike, cost: CostTable) -> Pair:
-    live = SpeculativeDecoder(
-        decoder.target,
-        decoder.drafter,
-        policy,
-        clock=WallClock(decoder.target.device),
-        max_block_size=max(manifest.block_sizes),
-    )
-    return Pair(live, Replayer(live.spec, policy, cost, seed=manifest.seed), [], [])
-
-
-def _entry(rows: NDArray[np.float64], same_steps: Sequence[bool], seed: int) -> dict[str, Any]:
-    """Figures of one policy; `rows` is [prompts, (tokens, measured, modelled)]."""
-    tokens, measured, modelled = rows.sum(axis=0)
-    sums = resampled_sums(rows, seed)
-    return {
-        "measured_tokens_per_second": tokens / measured,
-        "modelled_tokens_per_second": tokens / modelled,
-        "modelled_over_measured": {
-            "value": measured / modelled,
-            "interval": interval(sums[:, 1] / sums[:, 2]),
-        },
-        "prompts_with_the_same_steps": int(sum(same_steps)),
+        "policies": {name: pair.figures(seed) for name, pair in pairs.items()},
     }

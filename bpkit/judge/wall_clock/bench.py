@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from bpkit.installation.machine import available_cores, describe_machine
 from bpkit.judge.described import describe_policies, describe_spec, utc
 from bpkit.judge.progress import Progress
 from bpkit.judge.statistics import RESAMPLES
-from bpkit.judge.wall_clock.decoders import LOOP, TimedDecoder, peer_decoders, plain_decoders, policy_decoders
+from bpkit.judge.wall_clock.decoders import LOOP, TimedDecoders, timed_decoders
 from bpkit.judge.wall_clock.figures import Roles, summarise
 from bpkit.judge.wall_clock.measure import (
     Measurement,
@@ -52,36 +52,9 @@ class BenchSettings:
     threads: int | str = "auto"
     seed: int = 0
 
-
-@dataclass(frozen=True)
-class TimedDecoders:
-    """All that are compared, by role."""
-
-    plain: list[TimedDecoder]
-    policies: list[TimedDecoder]
-    against: list[TimedDecoder]
-
-    @property
-    def all(self) -> list[TimedDecoder]:
-        return [*self.plain, *self.policies, *self.against]
-
-    def roles(self, *, comparable: bool) -> Roles:
-        plain, policies, against = (tuple(d.name for d in part) for part in (self.plain, self.policies, self.against))
-        return Roles(plain, policies, against, comparable)
-
-
-def timed_decoders(decoder: SpeculativeDecoder, settings: BenchSettings) -> TimedDecoders:
-    """Fresh ones each time, so that no policy learns from warm-up runs.
-
-    Raises:
-        ValueError: a policy or peer cannot run with these models.
-    """
-    options, seed = dict(settings.options), settings.seed
-    return TimedDecoders(
-        plain_decoders(decoder, options, seed),
-        policy_decoders(decoder, dict(settings.policies), options, seed),
-        peer_decoders(decoder, settings.against, options, seed),
-    )
+    def decoders(self, decoder: SpeculativeDecoder, **options: Any) -> TimedDecoders:
+        """Fresh ones; `options` replace those of the settings. Raises ValueError."""
+        return timed_decoders(decoder, self.policies, self.against, {**self.options, **options}, self.seed)
 
 
 def run_bench(
@@ -91,17 +64,19 @@ def run_bench(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure, and return the report as plain JSON values; `bpkit.judge.wall_clock.report` says what is in it."""
-    compared = timed_decoders(decoder, settings)
+    compared = settings.decoders(decoder)
     tasks = make_tasks(decoder, prompts, settings.seed)
     machine = describe_machine(decoder.target.device)
     threads, tried = choose_threads(decoder, tasks, settings, progress)
     # A run of each that is not counted: first calls allocate and compile.
-    measure(timed_decoders(decoder, settings).all, tasks[:1], repeats=1, seed=0, threads=threads)
+    measure(settings.decoders(decoder).all, tasks[:1], repeats=1, seed=0, threads=threads)
     started = time.time()
     measured = measure(
         compared.all, tasks, repeats=settings.repeats, seed=settings.seed, threads=threads, progress=progress
     )
     places = {prompt.id: place for place, prompt in enumerate(prompts)}  # groups in the order that was given
+    plain, policies, against = (tuple(d.name for d in p) for p in (compared.plain, compared.policies, compared.against))
+    roles = Roles(plain, policies, against, comparable=settings.options["temperature"] == 0)
     in_order = sorted(measured, key=lambda one: places[one.prompt])
     return {
         "schema_version": SCHEMA_VERSION,
@@ -121,7 +96,7 @@ def run_bench(
             "started": utc(started),
             "seconds": time.time() - started,
         },
-        **summarise(in_order, compared.roles(comparable=settings.options["temperature"] == 0), settings.seed),
+        **summarise(in_order, roles, settings.seed),
         "measurements": [describe_measurement(one) for one in measured],
     }
 
@@ -141,8 +116,8 @@ def choose_threads(
     """Threads of each decoder, and what was tried. Plain decoding and peers are tried themselves, and the first policy
     stands for all policies.
     """
-    shorter = {**settings.options, "max_new_tokens": min(settings.options["max_new_tokens"], CALIBRATION_TOKENS)}
-    compared = timed_decoders(decoder, replace(settings, options=shorter))
+    shorter = min(settings.options["max_new_tokens"], CALIBRATION_TOKENS)
+    compared = settings.decoders(decoder, max_new_tokens=shorter)
     names = [d.name for d in compared.all]
     if settings.threads != "auto" or decoder.target.device.type != "cpu":
         count = settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()

@@ -6,7 +6,7 @@ All are timed alike: wall clock from token ids in to the finished output, prepar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.decode.result import Generation
 from bpkit.decode.sampling import Draw
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
@@ -27,8 +26,7 @@ from bpkit.types import Feature
 LOOP, TRANSFORMERS = "bpkit loop", "transformers generate"
 """The two ways of plain decoding; the faster one is `plain`."""
 TRANSFORMERS_DFLASH = "transformers-dflash"
-PEERS = (TRANSFORMERS_DFLASH,)
-"""Decoders of other libraries."""
+"""A decoder of another library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +96,9 @@ class TimedPolicy:
             drafter_seconds=parts.draft if known else None,
             policy_seconds=parts.policy,
             fallbacks=result.fallbacks,
-            near_ties=_near_ties(result),
+            near_ties=(0,) * result.prefill.near_ties
+            + tuple(step.position for step in result.steps for _ in range(step.near_ties)),
         )
-
-
-def _near_ties(result: Generation) -> tuple[int, ...]:
-    of_prefill = (0,) * result.prefill.near_ties
-    return of_prefill + tuple(step.position for step in result.steps for _ in range(step.near_ties))
 
 
 class TimedGenerate:
@@ -121,10 +115,9 @@ class TimedGenerate:
         **assistant: Any,
     ) -> None:
         self.name, self.target, self.seed, self.drafter, self.assistant = name, target, seed, drafter, assistant
-        self.options = {k: v for k, v in options.items() if k != "temperature"}
-        self.options["do_sample"] = options["temperature"] > 0
-        if self.options["do_sample"]:
-            self.options["temperature"] = float(options["temperature"])
+        sampled = options["temperature"] > 0
+        temperature = {"temperature": float(options["temperature"])} if sampled else {}
+        self.options = {k: v for k, v in options.items() if k != "temperature"} | {"do_sample": sampled, **temperature}
 
     def run(self, ids: Tensor, stream_id: int) -> Outcome:
         device = self.target.device
@@ -198,20 +191,44 @@ class NoDrafter:
         raise NotImplementedError("block size 1 never asks for a draft")
 
 
-def plain_decoders(decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> list[TimedDecoder]:
-    """Plain decoding in the loop and, if greedy, by transformers: sampling there has other noise and other texts."""
-    loop = SpeculativeDecoder(decoder.target, NoDrafter(), "fixed:1", tokenizer=decoder.tokenizer, rule=decoder.rule)
-    found: list[TimedDecoder] = [TimedPolicy(LOOP, loop, options, seed)]
+@dataclass(frozen=True)
+class TimedDecoders:
+    """All that are compared, by role."""
+
+    plain: list[TimedDecoder]
+    policies: list[TimedDecoder]
+    against: list[TimedDecoder]
+
+    @property
+    def all(self) -> list[TimedDecoder]:
+        return [*self.plain, *self.policies, *self.against]
+
+
+def timed_decoders(
+    decoder: SpeculativeDecoder,
+    policies: Mapping[str, PolicyLike],
+    against: Sequence[str],
+    options: dict[str, Any],
+    seed: int,
+) -> TimedDecoders:
+    """Fresh ones each time, so that no policy learns from warm-up runs. All share the models of `decoder`.
+
+    Plain decoding is by the loop and, if greedy, by transformers: sampling there has other noise and other texts.
+
+    Raises:
+        ValueError: a policy or peer cannot run with these models.
+    """
+    target, tokenizer, rule = decoder.target, decoder.tokenizer, decoder.rule
+    loop = SpeculativeDecoder(target, NoDrafter(), "fixed:1", tokenizer=tokenizer, rule=rule)
+    plain: list[TimedDecoder] = [TimedPolicy(LOOP, loop, options, seed)]
     if options["temperature"] == 0:
-        found.append(TimedGenerate(TRANSFORMERS, decoder.target, options, seed))
-    return found
-
-
-def policy_decoders(
-    decoder: SpeculativeDecoder, policies: dict[str, PolicyLike], options: dict[str, Any], seed: int
-) -> list[TimedDecoder]:
-    """One for each policy, all with the same models. A policy's memory lives as long as its decoder."""
-    return [TimedPolicy(name, decoder.with_policy(p), options, seed) for name, p in policies.items()]
+        plain.append(TimedGenerate(TRANSFORMERS, target, options, seed))
+    check_peers(against)
+    return TimedDecoders(
+        plain,
+        [TimedPolicy(name, decoder.with_policy(policy), options, seed) for name, policy in policies.items()],
+        [PEERS[peer](decoder, options, seed) for peer in against],
+    )
 
 
 def check_peers(peers: Sequence[str]) -> None:
@@ -221,14 +238,6 @@ def check_peers(peers: Sequence[str]) -> None:
             raise ValueError(f"there is nothing to compare against called {peer!r}; known: {', '.join(PEERS)}")
 
 
-def peer_decoders(
-    decoder: SpeculativeDecoder, peers: Sequence[str], options: dict[str, Any], seed: int
-) -> list[TimedDecoder]:
-    """Decoders of other libraries with the same models. Raises ValueError for one that cannot run with them."""
-    check_peers(peers)
-    return [_PEERS[peer](decoder, options, seed) for peer in peers]
-
-
 def _transformers_dflash(decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> TimedDecoder:
     if not isinstance(decoder.drafter, BlockDiffusionDrafter):
         raise ValueError(
@@ -236,17 +245,11 @@ def _transformers_dflash(decoder: SpeculativeDecoder, options: dict[str, Any], s
             f"{decoder.drafter.kind}: name a DFlash drafter with --drafter, or leave --against out"
         )
     model = decoder.drafter.model
-    return TimedGenerate(
-        TRANSFORMERS_DFLASH,
-        decoder.target,
-        options,
-        seed,
-        drafter=model,
-        assistant_model=model,
-        speculation_type="dflash",
-    )
+    more = {"drafter": model, "assistant_model": model, "speculation_type": "dflash"}
+    return TimedGenerate(TRANSFORMERS_DFLASH, decoder.target, options, seed, **more)
 
 
-_PEERS: dict[str, Callable[[SpeculativeDecoder, dict[str, Any], int], TimedDecoder]] = {
+PEERS: dict[str, Callable[[SpeculativeDecoder, dict[str, Any], int], TimedDecoder]] = {
     TRANSFORMERS_DFLASH: _transformers_dflash
 }
+"""Decoders of other libraries."""
