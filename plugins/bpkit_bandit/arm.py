@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 
+from bpkit.policy import PolicyError
 from bpkit.types import Context, Step
 
 Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -115,3 +116,17 @@ def row_seconds(step: Step) -> float:
     """
     seconds = step.seconds.total / len(step.block_size)
     return seconds if 0 < seconds < math.inf else 0.0
+
+
+Name = TypeVar("Name", int, str)
+Known = TypeVar("Known")
+
+
+def configured(
+    known: Mapping[Name, Known], names: Sequence[Name], new: Callable[[], Known], what: str
+) -> dict[Name, Known]:
+    """What a memory knows of each arm, with a new one for each that it lacks. PolicyError if it knows of others."""
+    if unknown := sorted(known.keys() - set(names)):
+        option = what.replace(" ", "_")
+        raise PolicyError(f"the memory knows {what} {unknown}, which option {option!r} does not list")
+    return {name: known[name] if name in known else new() for name in names}

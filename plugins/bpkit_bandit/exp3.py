@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State
+from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
 from bpkit.types import Context, CostModel, DecoderSpec, Step
-from bpkit_bandit.arm import Sum, row_seconds
+from bpkit_bandit.arm import Sum, configured, row_seconds
 from bpkit_bandit.learner import Arms, Discount
 
 if TYPE_CHECKING:
@@ -72,10 +72,6 @@ class Exp3(RememberingPolicy[Exp3Memory]):
     wants = frozenset()
     config: Exp3Config
 
-    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.usable = self.config.block_sizes
-
     def fresh_memory(self) -> Exp3Memory:
         return Exp3Memory(losses=dict.fromkeys(self.config.block_sizes, 0.0))
 
@@ -132,8 +128,6 @@ class Exp3(RememberingPolicy[Exp3Memory]):
 
     def fitted(self, memory: Exp3Memory) -> Exp3Memory:
         """Arms that it lacks start with its least loss: as good as the best known one, so that they are tried."""
-        if unknown := sorted(memory.losses.keys() - set(self.config.block_sizes)):
-            raise PolicyError(f"the memory knows block sizes {unknown}, which option 'block_sizes' does not list")
-        fresh = min(memory.losses.values(), default=0.0)
-        memory.losses = {size: memory.losses.get(size, fresh) for size in self.config.block_sizes}
+        least = min(memory.losses.values(), default=0.0)
+        memory.losses = configured(memory.losses, self.config.block_sizes, lambda: least, "block sizes")
         return memory

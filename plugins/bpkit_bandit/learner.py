@@ -10,7 +10,7 @@ from pydantic import Field
 from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import CostModel, DecoderSpec, Step
-from bpkit_bandit.arm import Arm, row_seconds
+from bpkit_bandit.arm import Arm, configured, row_seconds
 
 Discount = Annotated[float, Field(gt=0, le=1, description="weight of the past after each step; 1 forgets nothing")]
 Arms = Annotated[
@@ -58,11 +58,7 @@ class Learner(RememberingPolicy[BanditMemory]):
     Memory = BanditMemory
     wants = frozenset()
     config: BanditConfig
-
-    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.usable = self.config.block_sizes
-        self._unsaved_steps = 0
+    _unsaved_steps = 0
 
     @property
     def arms(self) -> dict[int, Arm]:
@@ -107,9 +103,7 @@ class Learner(RememberingPolicy[BanditMemory]):
     def fitted(self, memory: BanditMemory) -> BanditMemory:
         """Arms that it lacks start untried."""
         known, loaded = self.memory.learned_with, memory.learned_with
-        if unknown := sorted(memory.arms.keys() - set(self.config.block_sizes)):
-            raise PolicyError(f"the memory knows block sizes {unknown}, which option 'block_sizes' does not list")
+        arms = configured(memory.arms, self.config.block_sizes, Arm, "block sizes")
         if known and loaded and known != loaded:
             raise PolicyError(f"the memory was learned with {loaded}, this is {known}")
-        arms = {size: memory.arms.get(size, Arm()) for size in self.config.block_sizes}
         return BanditMemory(learned_with=known, arms=arms)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State, StopRule
 from bpkit.sizes import BlockSize
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
-from bpkit_bandit.arm import Arm, log_steps, normal_noise, pooled_rate, row_seconds
+from bpkit_bandit.arm import Arm, configured, log_steps, normal_noise, pooled_rate, row_seconds
 from bpkit_bandit.rules import Rule, parse_rule
 
 if TYPE_CHECKING:
@@ -77,24 +77,14 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
     the bonus, because tokens per second are not in [0, 1]. Only then is `fixed@1` an arm, which drafts nothing and
     would earn no blend.
 
-    Differences from the paper: the logit margin is not among the rules, because drafters do not offer the second-best
-    token; `adaedl` has a constant threshold here, so that an arm's worth does not drift with it; fixed blocks and no
-    draft are arms too; thresholds are those the rules are commonly run with, and the token at which a rule stops is not
-    verified. With a block-diffusion drafter, which drafts its whole block first, rules trim what is verified. There was
-    no program of the authors to compare details with.
-
-    One pick serves all rows of a batch: they share what is known, and the time of a step.
+    One pick serves all rows of a batch: they share what is known, and the time of a step. What differs from the paper,
+    docs/policies/bandits.md says.
     """
 
     Config = TapOutConfig
     Memory = TapOutMemory
     wants = frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
     config: TapOutConfig
-
-    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.rules: list[Rule] = [parse_rule(text) for text in self.config.rules]
-        self.usable = list(range(len(self.rules)))
 
     @property
     def arms(self) -> list[Arm]:
@@ -106,6 +96,7 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
+        self.rules = [parse_rule(text) for text in self.config.rules]
         sizes = [rule.block_size(self.block_size) for rule in self.rules]
         # A blend is earned with drafts only: an arm without one could not win, and would still be tried.
         least = 2 if self.config.reward == "blend" else 1
@@ -158,7 +149,5 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
         """Rules that it lacks start untried."""
         if memory.reward != self.config.reward:
             raise PolicyError(f"the memory counted reward {memory.reward!r}, this is {self.config.reward!r}")
-        if unknown := sorted(memory.rules.keys() - set(self.config.rules)):
-            raise PolicyError(f"the memory knows rules {unknown}, which option 'rules' does not list")
-        memory.rules = {name: memory.rules.get(name, Arm()) for name in self.config.rules}
+        memory.rules = configured(memory.rules, self.config.rules, Arm, "rules")
         return memory

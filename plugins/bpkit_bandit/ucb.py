@@ -31,10 +31,7 @@ class UCB(Learner):
     no such scale, so the arm's own spread gives it, as in UCB-V and UCB1-tuned. All rows of a batch get the same block
     size: they share what is known. Arms with fewer than `min_pulls` steps come first, smallest first.
 
-    BanditSpec (2505.15141) brought UCB to speculative decoding. Its program (`ucb_length_spec_generate` of
-    sail-sg/BanditSpec) has draft lengths 1 to 4 as arms, and tries each once or twice first. Then it differs: an
-    arm's value there is the mean of its steps' tokens per second, not a ratio of sums, and the bonus, sqrt(6 ln t / n)
-    with the pulls n of *all* arms, is the same for each of them, so that it never decides.
+    BanditSpec (2505.15141) brought UCB to speculative decoding; how its program differs, docs/policies/bandits.md says.
     """
 
     Config = UCBConfig
