@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,11 @@ class Matcher:
         self.states["at"][0] += 1
 
 
+class Copied(Matcher):
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
 _calls = 0
 
 
@@ -209,8 +215,16 @@ CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "a global": (lambda: with_a_global, "with_a_global keeps state: a call changed _calls"),
     "an attribute of the class": (OnTheClass, "OnTheClass keeps state: a call changed OnTheClass.seen"),
     "a tensor": (lambda: WithState(torch.zeros(3), lambda t: t.add_(1)), "a call changed state"),
-    "an object inside": (lambda: WithState(Matcher(), Matcher.advance), r"a call changed state.states"),
+    "an object inside": (lambda: WithState(Matcher(), Matcher.advance), "a call changed state"),
     "a dictionary of lists": (lambda: WithState({1: [2]}, lambda d: d[1].append(3)), "a call changed state"),
+    "an object that leaves it out when it is copied": (
+        lambda: WithState(Copied(), Matcher.advance),
+        "a call changed state",
+    ),
+    "an object of a compiled extension": (
+        lambda: WithState(threading.Lock(), lambda lock: None),
+        r"holds state \(lock\)",
+    ),
     "an iterator": (lambda: WithState(iter([1, 2]), lambda i: None), r"holds state \(list_iterator\)"),
     "a counter of itertools": (lambda: WithState(itertools.count(), next), r"holds state \(count\)"),
     "random numbers": (lambda: WithState(torch.Generator(), lambda g: None), r"holds state \(Generator\)"),
