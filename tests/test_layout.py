@@ -13,7 +13,6 @@ ROOMS = ("cli", "judge", "learn", "export", "trace", "engines", "decode", "draft
 CIRCLES = (
     {"bpkit.cli.bench", "bpkit.cli.bench_policy"},
     {"bpkit.cli.completion", "bpkit.cli.options", "bpkit.cli.trace"},
-    {"bpkit.decode.decoder", "bpkit.decode.owned"},
     {"bpkit.learn.trained", "bpkit.registry.resolve"},
     {"bpkit.learn.training.fit", "bpkit.learn.training.policies"},
     {"bpkit.testing.checks.check", "bpkit.testing.checks.run_all"},

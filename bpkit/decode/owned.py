@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from bpkit.draft.base import Drafter
@@ -14,17 +14,15 @@ from bpkit.policy import Policy, PolicyError, validated
 from bpkit.registry.class_file import names_file
 from bpkit.registry.resolve import PolicyLike, parse_spec, policy_class, resolve_policy
 
-if TYPE_CHECKING:
-    from bpkit.decode.decoder import SpeculativeDecoder
-
 DrafterLike = Drafter | str | dict[str, Any]
 MOST = 16
 """Pairs of a policy and a drafter that a decoder keeps for `generate(policy=..., drafter=...)`."""
-_decoders: WeakSet[SpeculativeDecoder] = WeakSet()
+_decoders: WeakSet[Any] = WeakSet()
 """Those in use."""
+Decoder = TypeVar("Decoder")
 
 
-def policy_for(policy: PolicyLike, decoder: SpeculativeDecoder) -> Policy:
+def policy_for(policy: PolicyLike, decoder: object) -> Policy:
     """A policy for this decoder alone.
 
     What is written as text or as a mapping is made anew. An instance is taken as it is, unless it serves another
@@ -58,14 +56,11 @@ class KeptDecoders:
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Hashable, Hashable], SpeculativeDecoder] = OrderedDict()
+        self._kept: OrderedDict[tuple[Hashable, Hashable], Any] = OrderedDict()
 
     def get(
-        self,
-        policy: PolicyLike | None,
-        drafter: DrafterLike | None,
-        make: Callable[[Drafter | None], SpeculativeDecoder],
-    ) -> SpeculativeDecoder:
+        self, policy: PolicyLike | None, drafter: DrafterLike | None, make: Callable[[Drafter | None], Decoder]
+    ) -> Decoder:
         """The decoder of this pair, made at the first call.
 
         Args:
@@ -73,7 +68,7 @@ class KeptDecoders:
         """
         by_drafter = drafter_key(drafter)
         key = (policy_key(policy), by_drafter)
-        found = self._kept.pop(key, None)
+        found: Decoder | None = self._kept.pop(key, None)
         if found is None:
             same = (d.drafter for (_, other), d in self._kept.items() if other == by_drafter)
             found = make(next(same, None) if drafter is not None else None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bpkit.files import write_at_once
+from bpkit.files import write_json
 from bpkit.policy.policy import Policy, PolicyConfig, PolicyError, State
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class RememberingPolicy(Policy, Generic[M]):
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a JSON file, at once: a reader sees the old one or the new one."""
-        write_at_once(Path(path).expanduser(), json.dumps(self.state_dict(), indent=1) + "\n")
+        write_json(Path(path).expanduser(), self.state_dict())
 
     def load(self, path: str | Path) -> None:
         """Take the memory from a JSON file. Raises PolicyError that names the file if it holds none that fits."""
