@@ -85,6 +85,15 @@ def _refuse_caches(config: GenerationConfig, cache: Cache | None) -> None:
         )
 
 
+_DROPPED = {
+    "assistant_model": "the decoder has its drafter; pass it as SpeculativeDecoder(target, drafter)",
+    "negative_prompt_ids": "only classifier-free guidance reads it, which keeps state; leave it out",
+    "negative_prompt_attention_mask": "only classifier-free guidance reads it, which keeps state; leave it out",
+    "synced_gpus": "requests draft and verify in passes of their own number; leave it out",
+    "streamer": "transformers does not hand it to custom decoders; use SpeculativeDecoder(..., streamer=...)",
+}
+
+
 def refuse_what_generate_dropped() -> None:
     """Refuse arguments of `generate` that it does not pass on to a callable.
 
@@ -97,14 +106,7 @@ def refuse_what_generate_dropped() -> None:
     caller = frame.f_back if frame is not None else None
     if caller is None or caller.f_code.co_name != "generate":
         return
-    if caller.f_locals.get("assistant_model") is not None:
-        raise ValueError("assistant_model: the decoder has its drafter; pass it as SpeculativeDecoder(target, drafter)")
-    for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
-        if caller.f_locals.get(name) is not None:
-            raise ValueError(f"{name}: only classifier-free guidance reads it, which keeps state; leave it out")
-    if caller.f_locals.get("synced_gpus"):
-        raise ValueError("synced_gpus: requests draft and verify in passes of their own number; leave it out")
-    if caller.f_locals.get("streamer") is not None:
-        raise ValueError(
-            "streamer: transformers does not hand it to custom decoders; use SpeculativeDecoder(..., streamer=...)"
-        )
+    for name, instead in _DROPPED.items():
+        value = caller.f_locals.get(name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name}: {instead}")

@@ -53,12 +53,8 @@ class Ema(RememberingPolicy[EmaMemory]):
 
     A length is kept as long as nearly all of a block of the next smaller one is accepted, and left upwards when nearly
     all of its own is. From the no-draft arm it tries the smallest draft at the next decision: without a draft
-    nothing is learned. Rule and constants are SGLang's (`--speculative-adaptive`, `AdaptiveStepSlot`), where the
-    lengths are "steps", 0, 1, 3 and 7 of them; 15 is added here for drafters with long blocks.
-
-    Differences: every row has an average of its own (in SGLang, the whole batch has one, and one for each range of
-    batch sizes); steps that verified nothing leave the average alone; there is no ceiling coefficient, which is off by
-    default there. The rule knows no cost: where a longer draft is not free, raise `up` and `down`.
+    nothing is learned. Rule and constants are SGLang's (`--speculative-adaptive`, `AdaptiveStepSlot`); what differs,
+    docs/policies/adaptive.md says. Every row has an average of its own, which steps that verified nothing leave alone.
     """
 
     Config = EmaConfig

@@ -60,13 +60,9 @@ class Goodput(RememberingPolicy[GoodputMemory]):
     taken to be as good as the one before it, so that longer drafts are tried when short ones are accepted whole; and as
     the counts fade the rates return to `prior`, so that no draft is not for ever.
 
-    The objective is TurboSpec's goodput (2406.14066), which has one acceptance rate for all positions and chooses for
-    the whole batch. Rates by position are those of proposals for vLLM (pull requests 44336 and 47111), which divide by
-    a cost that grows by the same amount with each token. The costs here are those that `bpkit calibrate` measured, with
-    one position waiting. Without a cost model a step costs 1 + slope (b - 1) plain steps.
-
-    The rates are pooled over block sizes, although a block-diffusion drafter drafts other tokens at another size.
-    Every row counts for itself.
+    The objective is TurboSpec's goodput (2406.14066), the rates by position are those of proposals for vLLM;
+    docs/policies/adaptive.md compares. Costs are for one position waiting; without a cost model a step costs
+    1 + slope (b - 1) plain steps. The rates are pooled over block sizes. Every row counts for itself.
     """
 
     Config = GoodputConfig

@@ -52,16 +52,12 @@ class Eesd(RememberingPolicy[EesdMemory]):
     """Before each further token: theta ~ Beta(alpha, beta), and with probability theta the token is drafted.
 
     After a step with n verified and m accepted tokens, alpha <- alpha + m and beta <- beta + n - m. This is the
-    Beta-Bernoulli variant (Beta-TS) of the Thompson sampling control of EESD (Liu et al. 2024, 2406.03853); there was
-    no program of the authors to compare details with, such as the prior. Its other variant, Calibration-TS, begins
-    from the predictions of EESD's own early-exit head, which no drafter here has.
+    Beta-Bernoulli variant (Beta-TS) of the Thompson sampling control of EESD (Liu et al. 2024, 2406.03853).
 
     - The draws look at no token, so the whole length is drawn before the draft, by `select`: the same distribution, and
       it also serves block-diffusion drafters.
     - Tokens after the first rejected one were never tested, yet count as rejected in n - m. `counts=tested` takes
       the first one only, as the likelihood of a run of Bernoulli trials says.
-    - A draft has at least one token, as published, unless `no_draft`.
-    - The rule knows acceptance, and nothing of time: `bandit` and `goodput` do.
 
     Every row has counts and draws of its own.
     """

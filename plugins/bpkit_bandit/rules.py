@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bpkit.policy.stop_rules import high_entropy_bound, low_entropy, sure
@@ -11,16 +14,23 @@ from bpkit.types import Draft, Feature
 if TYPE_CHECKING:
     from torch import Tensor
 
-DEFAULTS: dict[str, float | None] = {
-    "fixed": None,
-    "confidence": 0.8,
-    "svip": 0.6,
-    "svip_difference": 0.2,
-    "adaedl": 0.7,
-}
-"""Kinds of rules, and the value where none is given; `fixed` then takes the block size of the policy."""
 
-ADAEDL_GAMMA = 0.2
+def small_rise(draft: Draft, most: float) -> Tensor:
+    """The root of the entropy exceeds that of the position before by at most `most`: bool [batch, width]."""
+    root = draft[Feature.DRAFT_ENTROPY].clamp(min=0).sqrt()  # rounding may have left it just below 0
+    trusted = root.isfinite()
+    trusted[:, 1:] &= root.diff(dim=1) <= most
+    return trusted
+
+
+FIXED = "fixed"
+THRESHOLDS: dict[str, tuple[float, float, Callable[[Draft, float], Tensor]]] = {
+    "confidence": (0.8, 1.0, sure),
+    "svip": (0.6, math.inf, low_entropy),
+    "svip_difference": (0.2, math.inf, small_rise),
+    "adaedl": (0.7, 1.0, partial(high_entropy_bound, gamma=0.2)),
+}
+"""Kinds of rules with a threshold: where none is given, the largest, and which positions are trusted."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +49,13 @@ class Rule:
 
     def block_size(self, usual: int) -> int:
         """Positions to draft."""
-        return int(self.value) if self.kind == "fixed" and self.value is not None else usual
+        return int(self.value) if self.kind == FIXED and self.value is not None else usual
 
     def trusted(self, draft: Draft) -> Tensor:
         """Which positions are trusted, bool [batch, width]."""
-        if self.kind == "fixed" or self.value is None:
+        if self.kind == FIXED or self.value is None:
             return draft.tokens == draft.tokens  # all of them
-        if self.kind == "confidence":
-            return sure(draft, self.value)
-        if self.kind == "svip":
-            return low_entropy(draft, self.value)
-        if self.kind == "adaedl":
-            return high_entropy_bound(draft, self.value, ADAEDL_GAMMA)
-        root = draft[Feature.DRAFT_ENTROPY].clamp(min=0).sqrt()  # rounding may have left it just below 0
-        trusted = root.isfinite()
-        trusted[:, 1:] &= root.diff(dim=1) <= self.value
-        return trusted
+        return THRESHOLDS[self.kind][2](draft, self.value)
 
     def __str__(self) -> str:
         return self.kind if self.value is None else f"{self.kind}@{self.value:g}"
@@ -67,14 +68,15 @@ def parse_rule(text: str) -> Rule:
     'svip@0.6'
     """
     kind, _, value = text.strip().partition("@")
-    if kind not in DEFAULTS:
-        raise ValueError(f"there is no rule {kind!r}; the rules are: {', '.join(DEFAULTS)}")
+    if kind != FIXED and kind not in THRESHOLDS:
+        raise ValueError(f"there is no rule {kind!r}; the rules are: {', '.join((FIXED, *THRESHOLDS))}")
+    default, most, _ = THRESHOLDS.get(kind, (None, math.inf, None))
     try:
-        number = float(value) if value else DEFAULTS[kind]
+        number = float(value) if value else default
     except ValueError:
         raise ValueError(f"rule {text!r}: {value!r} is not a number") from None
-    if number is not None and kind == "fixed" and (number < 1 or number != int(number)):
+    if number is not None and kind == FIXED and (number < 1 or number != int(number)):
         raise ValueError(f"rule {text!r}: a block size is a whole number from 1")
-    if number is not None and not (0 <= number <= 1 or kind in ("fixed", "svip", "svip_difference")):
+    if number is not None and most == 1 and not 0 <= number <= 1:
         raise ValueError(f"rule {text!r}: the threshold is between 0 and 1")
     return Rule(kind, number)

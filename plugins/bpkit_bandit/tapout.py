@@ -10,7 +10,7 @@ from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPol
 from bpkit.sizes import BlockSize
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 from bpkit_bandit.arm import Arm, configured, log_steps, normal_noise, pooled_rate, row_seconds
-from bpkit_bandit.rules import Rule, parse_rule
+from bpkit_bandit.rules import FIXED, Rule, parse_rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +126,7 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
     def trusted(self, state: State, draft: Draft) -> Tensor:
         places = set(state["rule"].tolist())
         # Rows of different steps may have been put together; then nothing is cut.
-        rule = self.rules[places.pop()] if len(places) == 1 else Rule("fixed", None)
+        rule = self.rules[places.pop()] if len(places) == 1 else Rule(FIXED, None)
         return rule.trusted(draft)
 
     def observe(self, state: State, step: Step) -> None:

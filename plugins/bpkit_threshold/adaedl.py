@@ -53,14 +53,10 @@ class AdaEdl(RememberingPolicy[AdaEdlMemory], StopRule):
         lambda <- beta_2 lambda + (1 - beta_2) (lambda + epsilon   if r <= alpha,
                                                 lambda - epsilon   otherwise)
 
-    so that too few accepted tokens make the drafter stop sooner. The update is that of Draft & Verify (2309.08168),
-    with its constants; r begins at 0, as in its program (`decoding.py` of dilab-zju/self-speculative-decoding). The
-    first lambda is open (here 0.7; 0.8 for greedy and 0.5 for sampled texts there).
-
-    Differences from that program: a step that verified nothing has no m / n, and changes nothing; lambda stays within
-    [0, 1], and falls also after a draft of the full length; the token at which the rule stops is not verified. With a
-    block-diffusion drafter the rule trims what is verified. In one step lambda moves by at most (1 - beta_2) epsilon =
-    0.001, which says little within one short request: with `across_requests` it lives on.
+    so that too few accepted tokens make the drafter stop sooner. Lambda stays within [0, 1]; a step that verified
+    nothing has no m / n, and changes nothing. The update is that of Draft & Verify (2309.08168), with its constants and
+    r = 0 to begin with; docs/policies/thresholds.md says how its program differs. Lambda moves by at most
+    (1 - beta_2) epsilon = 0.001 a step, which says little within one short request: `across_requests` lets it live on.
     """
 
     Config = AdaEdlConfig

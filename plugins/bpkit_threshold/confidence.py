@@ -45,15 +45,8 @@ class Confidence(StopRule):
 
     This is `assistant_confidence_threshold` of transformers (0.4), "dynamic speculation lookahead" (Mamou et al. 2024,
     2405.04304, train a classifier for the same decision): each token is judged alone, and the token that stops the
-    draft is verified. `threshold` judges the draft as a whole instead. With a block-diffusion drafter, which has
-    drafted its block by then, the rule trims what is verified.
-
-    Differences from transformers:
-
-    - It starts from the trained block size, not from 20 tokens.
-    - The threshold is constant. transformers moves it along a ROC curve of the request's drafted tokens where
-      scikit-learn is installed, so that the same call decides differently on two machines.
-    - `heuristic`, the schedule that outlives a request, is left out; see `schedule` for the one by itself.
+    draft is verified. `threshold` judges the draft as a whole instead. What differs from transformers,
+    docs/policies/thresholds.md says. With `schedule`, the policy of that name chooses how much to draft.
     """
 
     Config = ConfidenceConfig
