@@ -20,7 +20,7 @@ from bpkit.judge.evaluation import evaluate
 from bpkit.judge.evaluation.oracles import Choices
 from bpkit.judge.evaluation.page import html_report
 from bpkit.judge.evaluation.tables import print_evaluation
-from bpkit.judge.statistics import Bootstrap, Gap
+from bpkit.judge.statistics import Bootstrap, shares_of_gap
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable, flat, linear, write_cost
@@ -308,9 +308,8 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 
 
 def test_shares_skip_resamples_without_a_gap() -> None:
-    gap = Gap(1.0, 2.0, np.array([2.0, 1.0]), np.array([4.0, 1.0]))
-    assert gap.share(1.25) == pytest.approx(0.25)
-    assert gap.shares(np.array([3.0, 1.5])).tolist() == [0.5]
+    rates, fixed, oracle = (np.array(values) for values in ([3.0, 1.5], [2.0, 1.0], [4.0, 1.0]))
+    assert shares_of_gap(rates, fixed, oracle).tolist() == [0.5]
 
 
 # Where the oracle differs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bpkit.judge.evaluation.learnable import FEWEST_PROMPTS, Learnable, learnable
+from bpkit.judge.evaluation.learnable import FEWEST_PROMPTS, learnable
 
 Floats = NDArray[np.float64]
 
@@ -33,26 +33,22 @@ def data(prompts: int, effect: float, seed: int, noise: float = 0.08) -> tuple[F
 
 def test_planted_structure_is_found() -> None:
     found = learnable(*data(100, 1.0, 0), SIZES, permutations=39)
-    assert found.p_value == 1 / 40
-    assert found.gain is not None
-    assert found.gain > 0.02
-    assert found.gain_interval is not None
-    assert found.gain_interval[0] > 0
-    assert found.null_interval is not None
-    assert found.null_interval[1] < found.gain
-    assert found.in_sample_oracle_gain is not None
-    assert found.in_sample_oracle_gain > found.gain
-    assert "learnable" in found.note
+    assert found["p_value"] == 1 / 40
+    assert found["gain"] > 0.02
+    assert found["gain_interval"][0] > 0
+    assert found["null_interval"][1] < found["gain"]
+    assert found["in_sample_oracle_gain"] > found["gain"]
+    assert "learnable" in found["note"]
 
 
 def test_p_values_are_honest_where_features_say_nothing() -> None:
     """At most as many small p-values as their size says, though the in-sample oracle promises 4% each time."""
     found = [learnable(*data(60, 0.0, seed), SIZES, permutations=19, seed=seed) for seed in range(16)]
-    p_values = np.array([f.p_value for f in found])
+    p_values = np.array([f["p_value"] for f in found])
     assert (p_values <= 0.1).sum() <= 4  # 1.6 expected; more than 4 has a chance of 1%
     assert np.unique(p_values).size > 3
-    assert abs(np.mean([f.gain for f in found if f.gain is not None])) < 0.005
-    assert all(f.in_sample_oracle_gain is not None and f.in_sample_oracle_gain > 0.02 for f in found)
+    assert abs(np.mean([f["gain"] for f in found])) < 0.005
+    assert all(f["in_sample_oracle_gain"] is not None and f["in_sample_oracle_gain"] > 0.02 for f in found)
 
 
 def test_what_is_learned_on_all_prompts_alike_is_no_gain() -> None:
@@ -60,10 +56,10 @@ def test_what_is_learned_on_all_prompts_alike_is_no_gain() -> None:
     features, seconds, tokens = data(40, 0.0, 0, noise=0.01)
     seconds[:, 2] /= 3
     found = learnable(features, seconds, tokens, SIZES, permutations=9)
-    assert found.gain == 0
-    assert found.p_value == 1
-    assert found.in_sample_oracle_gain == pytest.approx(0)
-    assert "nothing was learned" in found.note
+    assert found["gain"] == 0
+    assert found["p_value"] == 1
+    assert found["in_sample_oracle_gain"] == pytest.approx(0)
+    assert "nothing was learned" in found["note"]
 
 
 def test_the_score_is_a_ratio_of_sums_on_held_out_prompts() -> None:
@@ -73,44 +69,42 @@ def test_the_score_is_a_ratio_of_sums_on_held_out_prompts() -> None:
     seconds = np.where(kind[:, None] == [0, 1], 1.0, 2.0) * tokens[:, None]
     found = learnable(np.eye(2)[kind], seconds, tokens, (4, 8), permutations=19)
     # Best fixed is size 8, as its prompts are longer: 30 * (200 + 300) seconds against 30 * (100 + 300).
-    assert found.gain == pytest.approx(500 / 400 - 1)
-    assert found.in_sample_oracle_gain == pytest.approx(500 / 400 - 1)
-    assert found.p_value == 1 / 20
+    assert found["gain"] == pytest.approx(500 / 400 - 1)
+    assert found["in_sample_oracle_gain"] == pytest.approx(500 / 400 - 1)
+    assert found["p_value"] == 1 / 20
 
 
 def test_units_and_order_of_features_do_not_matter() -> None:
     features, seconds, tokens = data(50, 1.0, 3)
     plain = learnable(features, seconds, tokens, SIZES, permutations=5)
     scaled = learnable(features * 1000 + 7, seconds * 60, tokens, SIZES, permutations=5)
-    assert plain.gain == pytest.approx(scaled.gain)
+    assert plain["gain"] == pytest.approx(scaled["gain"])
 
 
 def test_more_features_than_prompts_are_no_trouble() -> None:
     features, seconds, tokens = data(40, 0.0, 1)
     wide = np.concatenate([features, np.random.default_rng(0).normal(size=(40, 400))], axis=1)
     found = learnable(wide, seconds, tokens, SIZES, permutations=9)
-    assert found.p_value is not None
-    assert found.p_value > 0.1
+    assert found["p_value"] > 0.1
 
 
 def test_the_same_seed_gives_the_same_answer_as_plain_json() -> None:
     first = learnable(*data(40, 0.5, 0), SIZES, permutations=9, seed=4)
     again = learnable(*data(40, 0.5, 0), SIZES, permutations=9, seed=4)
-    assert json.loads(json.dumps(first.as_json(), allow_nan=False)) == again.as_json()
-    assert isinstance(first, Learnable)
-    assert (first.prompts, first.permutations, first.folds) == (40, 9, 5)
+    assert json.loads(json.dumps(first, allow_nan=False)) == again
+    assert (first["prompts"], first["permutations"], first["folds"]) == (40, 9, 5)
 
 
 def test_too_little_to_tell_is_said_and_not_guessed() -> None:
     features, seconds, tokens = data(FEWEST_PROMPTS - 1, 1.0, 0)
     few = learnable(features, seconds, tokens, SIZES)
-    assert (few.gain, few.p_value, few.null_interval, few.permutations) == (None, None, None, 0)
-    assert f"{FEWEST_PROMPTS - 1} prompts are too few" in few.note
+    assert (few["gain"], few["p_value"], few["null_interval"], few["permutations"]) == (None, None, None, 0)
+    assert f"{FEWEST_PROMPTS - 1} prompts are too few" in few["note"]
     features, seconds, tokens = data(30, 1.0, 0)
-    assert "too few" in learnable(features, seconds, tokens, SIZES, folds=20).note
-    assert "one block size" in learnable(features, seconds[:, :1], tokens, SIZES[:1]).note
-    assert "the same for all" in learnable(np.ones_like(features), seconds, tokens, SIZES).note
-    assert learnable(features[:0], seconds[:0], tokens[:0], SIZES).gain is None
+    assert "too few" in learnable(features, seconds, tokens, SIZES, folds=20)["note"]
+    assert "one block size" in learnable(features, seconds[:, :1], tokens, SIZES[:1])["note"]
+    assert "the same for all" in learnable(np.ones_like(features), seconds, tokens, SIZES)["note"]
+    assert learnable(features[:0], seconds[:0], tokens[:0], SIZES)["gain"] is None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -180,7 +181,7 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
 
 
 def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
-    """The contestants of the flags by name, else the config's one. Raises PolicyError for one that nobody knows."""
+    """The policies of the flags by name, else the config's one. Raises PolicyError for one that nobody knows."""
     from bpkit.registry.resolve import resolve_policy, written
 
     repeated = {name for name in given if given.count(name) > 1}
@@ -197,19 +198,14 @@ def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
 def everybody() -> dict[str, PolicyLike]:
     """All registered policies whose names alone are enough."""
     from bpkit.registry.discovery import registry
-
-    return {name: name for name in sorted(registry().policies) if can_be_made(name)}
-
-
-def can_be_made(name: str) -> bool:
-    """Whether a policy's name alone is enough."""
     from bpkit.registry.resolve import resolve_policy
 
-    try:
-        resolve_policy(name)
-    except PolicyError:
-        return False
-    return True
+    enough: dict[str, PolicyLike] = {}
+    for name in sorted(registry().policies):
+        with suppress(PolicyError):
+            resolve_policy(name)
+            enough[name] = name
+    return enough
 
 
 def cost_models(given: str | None, largest: int) -> list[CostTable]:

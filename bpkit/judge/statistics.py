@@ -5,6 +5,7 @@ Pairing cancels what makes a prompt slow for everybody. numpy alone, so that wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,37 +116,14 @@ class Totals:
         return bootstrap.ratios(self.tokens, self.seconds)
 
 
-@dataclass(frozen=True)
-class Gap:
-    """Tokens per second from the best fixed size up to the oracle, and which part of it a policy takes.
+def totals_of(rows: Sequence[Sequence[float]]) -> Totals:
+    """From tokens, steps and seconds of each prompt."""
+    return Totals(*np.array(rows, np.float64).T)
 
-    Attributes:
-        fixed, oracle: tokens per second on all prompts.
-        fixed_resampled, oracle_resampled: in each resample, float64 [resamples].
-    """
 
-    fixed: float
-    oracle: float
-    fixed_resampled: Floats
-    oracle_resampled: Floats
-
-    @property
-    def interval(self) -> list[float]:
-        """Of the gap, in tokens per second."""
-        return interval(self.oracle_resampled - self.fixed_resampled)
-
-    @property
-    def touches_zero(self) -> bool:
-        """Whether there may be nothing to take: a share of nothing has no meaning."""
-        return self.interval[0] <= TOUCHES_ZERO * self.fixed
-
-    def share(self, rate: float) -> float:
-        """Share of the gap that a speed of `rate` takes; below 0 if it is slower than the best fixed size."""
-        return (rate - self.fixed) / (self.oracle - self.fixed)
-
-    def shares(self, rates: Floats) -> Floats:
-        """The share in each resample that has a gap; `rates` is float64 [resamples]."""
-        gap = self.oracle_resampled - self.fixed_resampled
-        some = gap > TOUCHES_ZERO * self.fixed_resampled
-        shares: Floats = (rates - self.fixed_resampled)[some] / gap[some]
-        return shares
+def shares_of_gap(rates: Floats, fixed: Floats, oracle: Floats) -> Floats:
+    """(rates - fixed) / (oracle - fixed) in each resample that has a gap: float64 [resamples with one]."""
+    gap = oracle - fixed
+    some = gap > TOUCHES_ZERO * fixed
+    shares: Floats = (rates - fixed)[some] / gap[some]
+    return shares

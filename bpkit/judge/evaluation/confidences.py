@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from bpkit.judge.evaluation.setup import Setup
-from bpkit.judge.statistics import Totals
+from bpkit.judge.statistics import Totals, totals_of
 from bpkit.trace.oracle.informed import Informed, calibrate, has_confidences
 from bpkit.trace.records import PromptTrace
 
@@ -76,6 +74,5 @@ def confidence_bounds(setup: Setup, prompts: Sequence[PromptTrace]) -> dict[str,
     factor = {name: min(FACTORS, key=lambda f: (seconds[name, f], abs(f - 1))) for name in setup.costs}
     judged = paths(setup.test, {name: (chosen,) for name, chosen in factor.items()})
     return {
-        name: ConfidenceBound(Totals(*np.array(rows, np.float64).T), chosen, calibration.tokens)
-        for (name, chosen), rows in judged.items()
+        name: ConfidenceBound(totals_of(rows), chosen, calibration.tokens) for (name, chosen), rows in judged.items()
     }

@@ -2,68 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from bpkit.judge.evaluation.oracles import HEADLINE, Oracles
+from bpkit.judge.evaluation.oracles import HEADLINE, Results
 from bpkit.judge.evaluation.policies import PolicyResult
-from bpkit.judge.statistics import Bootstrap, Floats, Gap, Ints, Totals, interval
+from bpkit.judge.statistics import TOUCHES_ZERO, Bootstrap, Floats, Ints, Totals, interval, shares_of_gap
 
 NO_GAP = (
     "the interval of the gap between the best fixed size and the oracle touches zero: a share of it would mean nothing"
 )
 
 
-@dataclass(frozen=True)
-class Results:
-    """Everything on the test prompts under one cost model.
-
-    Attributes:
-        best_fixed: the block size chosen on all validation prompts.
-        fixed: by block size. bounds: by name, other than oracles.
-    """
-
-    best_fixed: int
-    fixed: Mapping[int, Totals]
-    oracles: Oracles
-    bounds: Mapping[str, Totals]
-    policies: Mapping[str, PolicyResult]
-
-
-def describe_group(results: Results, prompts: Ints, seed: int, *, own_best: int | None = None) -> dict[str, Any]:
-    """The figures of some test prompts, by index among them.
+class GroupFigures:
+    """Figures of some test prompts.
 
     Args:
+        prompts: by index among the test prompts.
         seed: of the bootstrap.
-        own_best: the size that is best on this domain's own validation prompts, if there are any.
+
+    Attributes:
+        base, oracle: the best fixed size, and the oracle that gaps are measured up to, on these prompts.
+        base_rates, oracle_rates: their tokens per second in each resample.
     """
-    return _Group(results, prompts, seed).describe(own_best)
-
-
-class _Group:
-    """Some test prompts, and what the others are compared with on them: the best fixed size and the oracle."""
 
     def __init__(self, results: Results, prompts: Ints, seed: int) -> None:
         self.results, self.prompts = results, prompts
         self.bootstrap = Bootstrap(len(prompts), seed)
-        self.base = results.fixed[results.best_fixed].of(prompts)
-        oracle = results.oracles.totals[HEADLINE].of(prompts)
-        self.gap = Gap(self.base.rate, oracle.rate, self.base.rates(self.bootstrap), oracle.rates(self.bootstrap))
+        self.base, self.oracle = results.fixed[results.best_fixed].of(prompts), results.oracles[HEADLINE].of(prompts)
+        self.base_rates, self.oracle_rates = self.base.rates(self.bootstrap), self.oracle.rates(self.bootstrap)
+        self.gap_interval = interval(self.oracle_rates - self.base_rates)
 
-    def describe(self, own_best: int | None) -> dict[str, Any]:
+    def as_json(self, own_best: int | None = None) -> dict[str, Any]:
+        """Plain JSON values.
+
+        Args:
+            own_best: the size that is best on this domain's own validation prompts, if there are any.
+        """
         results, base = self.results, self.base
-        regret = results.oracles.fixed_regret.shares(self.prompts, float(base.seconds.sum()), 0.0)
+        regret = results.fixed_regret.shares(self.prompts, float(base.seconds.sum()), 0.0)
         described = {
             "prompts": len(base.tokens),
             "tokens": int(base.tokens.sum()),
             "best_fixed": {"block_size": results.best_fixed, **self._figures(base), "regret": regret},
             "fixed": {str(size): self._compared(totals) for size, totals in results.fixed.items()},
-            "oracle": {name: self._compared(totals) for name, totals in results.oracles.totals.items()},
+            "oracle": {name: self._compared(totals) for name, totals in results.oracles.items()},
             "bounds": {name: self._compared(totals) for name, totals in results.bounds.items()},
-            "gap": {"tokens_per_second": self.gap.oracle - self.gap.fixed, "interval": self.gap.interval},
+            "gap": {"tokens_per_second": self.oracle.rate - base.rate, "interval": self.gap_interval},
             "policies": {name: self._policy(name, result) for name, result in results.policies.items()},
         }
         if own_best is not None:
@@ -83,27 +70,24 @@ class _Group:
     def _compared(self, totals: Totals) -> dict[str, Any]:
         """A fixed size or a bound: its figures, and how it compares with the best fixed size."""
         totals = totals.of(self.prompts)
-        ratio = totals.rates(self.bootstrap) / self.gap.fixed_resampled
+        ratio = totals.rates(self.bootstrap) / self.base_rates
         return {
             **self._figures(totals),
             "tokens_per_second_ratio": {"value": totals.rate / self.base.rate, "interval": interval(ratio)},
         }
 
     def _policy(self, name: str, result: PolicyResult) -> dict[str, Any]:
-        orders, bootstrap, gap = [one.of(self.prompts) for one in result.replays], self.bootstrap, self.gap
+        orders, bootstrap = [one.of(self.prompts) for one in result.replays], self.bootstrap
         rates = [one.rates(bootstrap) for one in orders]
         each = np.ones(len(self.prompts))
-        share: dict[str, Any] = {"value": None, "interval": None, "reason": NO_GAP}
-        if not gap.touches_zero:
-            share = _estimate([gap.share(one.rate) for one in orders], [gap.shares(some) for some in rates])
         steps = sum(float(one.steps.sum()) for one in orders)
         spent = result.decision.per_step * steps + result.decision.per_begin * (len(orders) * len(self.prompts))
         total = sum(float(one.seconds.sum()) for one in orders)
-        regret = self.results.oracles.regrets[name].shares(self.prompts, total, spent if result.charged else 0.0)
+        regret = self.results.regrets[name].shares(self.prompts, total, spent if result.charged else 0.0)
         return {
             "tokens_per_second": float(np.mean([one.rate for one in orders])),
             "tokens_per_second_ratio": _estimate(
-                [one.rate / self.base.rate for one in orders], [some / gap.fixed_resampled for some in rates]
+                [one.rate / self.base.rate for one in orders], [some / self.base_rates for some in rates]
             ),
             "acceptance_length": _estimate(
                 [one.acceptance_length for one in orders], [bootstrap.ratios(one.tokens, one.steps) for one in orders]
@@ -112,7 +96,7 @@ class _Group:
                 [one.acceptance_length_per_prompt for one in orders],
                 [bootstrap.ratios(one.tokens / one.steps, each) for one in orders],
             ),
-            "gap_share": share,
+            "gap_share": self._gap_share(orders, rates),
             "decision_seconds_per_step": result.decision.per_step,
             "decision_seconds_per_step_untrimmed": result.decision.mean_per_step,
             "decision_seconds_per_prompt": result.decision.per_begin,
@@ -125,6 +109,14 @@ class _Group:
             "orders": result.order_seeds,
             "regret": regret,
         }
+
+    def _gap_share(self, orders: Sequence[Totals], rates: Sequence[Floats]) -> dict[str, Any]:
+        """Below 0 where a policy is slower than the best fixed size."""
+        base, oracle = self.base.rate, self.oracle.rate
+        if self.gap_interval[0] <= TOUCHES_ZERO * base:
+            return {"value": None, "interval": None, "reason": NO_GAP}
+        shares = [(one.rate - base) / (oracle - base) for one in orders]
+        return _estimate(shares, [shares_of_gap(some, self.base_rates, self.oracle_rates) for some in rates])
 
 
 def _estimate(values: Sequence[float], resampled: Sequence[Floats]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ prompts, which no such average gives, so the loop over permutations is written o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,37 +32,6 @@ ALPHAS = tuple(float(alpha) for alpha in np.logspace(0, 6, 13))
 """Ridge penalties to choose from. The largest predicts the same curve for all prompts, which is the fixed size."""
 
 
-@dataclass(frozen=True)
-class Learnable:
-    """Gains are shares of the tokens/s of a fixed size: 0.02 is 2% more. None where there is too little data to say.
-
-    Attributes:
-        gain: tokens/s on held-out prompts with the size chosen per prompt, over that with the size that was best on
-            the training folds.
-        gain_interval: 95%, paired bootstrap over prompts with all choices held.
-        null_gain, null_interval: mean and central 95% of the gain when features are paired with other prompts' curves.
-        p_value: (1 + permutations that gained as much) / (1 + permutations).
-        in_sample_oracle_gain: each prompt's fastest size over the fastest fixed one. A bound, in sample.
-        prompts, permutations, folds: what the above come from.
-        note: one sentence on what it means.
-    """
-
-    gain: float | None
-    gain_interval: list[float] | None
-    null_gain: float | None
-    null_interval: list[float] | None
-    p_value: float | None
-    in_sample_oracle_gain: float | None
-    prompts: int
-    permutations: int
-    folds: int
-    note: str
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values by attribute."""
-        return asdict(self)
-
-
 def learnable(
     features: NDArray[Any],
     seconds: NDArray[Any],
@@ -73,7 +42,7 @@ def learnable(
     folds: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Learnable:
+) -> dict[str, Any]:
     """Whether the block size is worth choosing per prompt, by features known after prefill.
 
     Args:
@@ -86,6 +55,19 @@ def learnable(
         seed: of folds, permutations and resamples.
         progress: is told of each permutation.
 
+    Returns:
+        Plain JSON values. Gains are shares of the tokens/s of a fixed size: 0.02 is 2% more.
+
+            gain                   tokens/s on held-out prompts with the size chosen per prompt, over that with the size
+                                   that was best on the training folds; null where there is too little data to say
+            gain_interval          95%, paired bootstrap over prompts with all choices held
+            null_gain              mean of the gain when features are paired with other prompts' curves
+            null_interval          and its central 95%
+            p_value                (1 + permutations that gained as much) / (1 + permutations)
+            in_sample_oracle_gain  each prompt's fastest size over the fastest fixed one: a bound, in sample
+            prompts, permutations, folds
+            note                   one sentence on what it means
+
     Raises:
         ValueError: shapes that do not fit, or values that are not finite, or not positive where they are times.
         ImportError: scikit-learn is not installed.
@@ -94,8 +76,10 @@ def learnable(
     _check(x, s, t, sizes, permutations, folds)
     reason = _too_little(x, sizes, max(FEWEST_PROMPTS, 2 * folds))
     bound = float(s.sum(axis=0).min() / s.min(axis=1).sum() - 1) if s.size else None
+    found: dict[str, Any] = dict.fromkeys(("gain", "gain_interval", "null_gain", "null_interval", "p_value"))
+    found |= {"in_sample_oracle_gain": bound, "prompts": len(x), "permutations": 0, "folds": folds, "note": reason}
     if reason:
-        return Learnable(None, None, None, None, None, bound, len(x), 0, folds, reason)
+        return found
     split, ticker, rng = list(_folds(x, folds, seed)), progress or NoProgress(), np.random.default_rng(seed)
     observed, null = _held_out(split, s, t), np.empty(permutations)
     ticker.start("permutation test", permutations)
@@ -105,18 +89,15 @@ def learnable(
         ticker.tick()
     gain, sums = _gain(observed), resampled_sums(observed, seed)
     p_value = (1 + int((null >= gain - 1e-12).sum())) / (1 + permutations)
-    return Learnable(
-        gain=gain,
-        gain_interval=interval(sums[:, 1] / sums[:, 0] - 1),
-        null_gain=float(null.mean()),
-        null_interval=interval(null),
-        p_value=p_value,
-        in_sample_oracle_gain=bound,
-        prompts=len(x),
-        permutations=permutations,
-        folds=folds,
-        note=_verdict(gain, p_value),
-    )
+    return found | {
+        "gain": gain,
+        "gain_interval": interval(sums[:, 1] / sums[:, 0] - 1),
+        "null_gain": float(null.mean()),
+        "null_interval": interval(null),
+        "p_value": p_value,
+        "permutations": permutations,
+        "note": _verdict(gain, p_value),
+    }
 
 
 def _check(x: Floats, s: Floats, t: Floats, sizes: Sequence[int], permutations: int, folds: int) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bpkit.judge.evaluation.policies import PolicyResult
 from bpkit.judge.evaluation.setup import Setup
-from bpkit.judge.statistics import Floats, Ints, Totals
+from bpkit.judge.statistics import Floats, Ints, Totals, totals_of
 from bpkit.trace.oracle import (
     Expectation,
     Hindsight,
@@ -37,47 +37,50 @@ Shares = Mapping[str, float | str]
 
 
 @dataclass(frozen=True)
-class Oracles:
-    """Under one cost model, on the test prompts.
+class Results:
+    """Everything on the test prompts under one cost model.
 
     Attributes:
-        totals: by name.
-        choices: where `HEADLINE` chooses otherwise than the best fixed size.
+        best_fixed: the block size chosen on all validation prompts.
+        fixed: by block size. oracles, bounds, policies: by name.
+        choices: where the oracle `HEADLINE` chooses otherwise than the best fixed size.
         regrets: of the policies, by name. fixed_regret: of the best fixed size.
     """
 
-    totals: dict[str, Totals]
+    best_fixed: int
+    fixed: dict[int, Totals]
+    oracles: dict[str, Totals]
+    bounds: dict[str, Totals]
+    policies: Mapping[str, PolicyResult]
     choices: Choices
     regrets: dict[str, Regret]
     fixed_regret: Regret
 
 
-def ask_oracles(setup: Setup, name: str, best_fixed: int, policies: Mapping[str, PolicyResult]) -> Oracles:
-    """Oracles on the test prompts, and what policies and best fixed size take beyond them."""
-    kind, cost = setup.kind, setup.costs[name]
+def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bounds: dict[str, Totals]) -> Results:
+    """Fixed sizes, oracles and policies under one cost model, and what the latter take beyond the oracle."""
+    summary, test, kind, cost = setup.summary, setup.split.test, setup.kind, setup.costs[name]
+    best_fixed = summary.best_fixed(name, setup.split.validation)
     sums: dict[str, list[tuple[float, ...]]] = {"step": [], HEADLINE: []}
-    if setup.summary.sampled:
+    if summary.sampled:
         sums["distributions"] = []
     choices, fixed_regret, regrets = Choices(best_fixed), Regret(kind, cost), {p: Regret(kind, cost) for p in policies}
-    setup.progress.start(f"oracles, {name}", len(setup.test))
+    setup.progress.start(f"oracles, {name}", len(test))
     for place, prompt in enumerate(setup.test):
         known = hindsight(prompt, kind, cost)
         choices.add(prompt, known.path)
         for policy, result in policies.items():
             regrets[policy].add(prompt, known, result.taken[place])
         fixed_regret.add(prompt, known, [Taken.by_path(prompt, fixed_path(prompt, kind, cost, best_fixed))])
-        sums["step"].append(_sums(oracle_step(prompt, kind, cost)))
-        sums[HEADLINE].append(_sums(known.path))
-        if setup.summary.sampled:
-            sums["distributions"].append(_sums(oracle_distributions(prompt, kind, cost)))
+        found: dict[str, Path | Expectation] = {"step": oracle_step(prompt, kind, cost), HEADLINE: known.path}
+        if summary.sampled:
+            found["distributions"] = oracle_distributions(prompt, kind, cost)
+        for oracle, path in found.items():
+            sums[oracle].append((path.tokens, path.steps, path.seconds))
         setup.progress.tick()
-    totals = {"prompt": setup.summary.fixed(name, setup.split.test)}
-    totals |= {oracle: Totals(*np.array(rows, np.float64).T) for oracle, rows in sums.items()}
-    return Oracles(totals, choices, regrets, fixed_regret)
-
-
-def _sums(found: Path | Expectation) -> tuple[float, ...]:
-    return found.tokens, found.steps, found.seconds
+    fixed = {size: summary.fixed(name, test, size) for size in summary.sizes}
+    oracles = {"prompt": summary.fixed(name, test), **{oracle: totals_of(rows) for oracle, rows in sums.items()}}
+    return Results(best_fixed, fixed, oracles, bounds, policies, choices, regrets, fixed_regret)
 
 
 @dataclass

@@ -62,9 +62,9 @@ DEFINITIONS = {
         "itself touches zero."
     ),
     "interval": (
-        "95%, paired bootstrap over test prompts: all contestants on the same resampled prompts. For policies with a "
-        "memory: from the lowest to the highest of several recorded orders of the test prompts, which says nothing of "
-        "other prompts; `interval_over_prompts` does."
+        "95%, paired bootstrap over test prompts: all that are compared, on the same resampled prompts. For policies "
+        "with a memory: from the lowest to the highest of several recorded orders of the test prompts, which says "
+        "nothing of other prompts; `interval_over_prompts` does."
     ),
     "memory": "Policies with a memory begin the test prompts without one, in each order.",
     "orders": "Seeds of the orders: `random.Random(seed).sample(range(n), n)` over the test prompts of the split.",

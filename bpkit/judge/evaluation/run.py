@@ -15,10 +15,10 @@ import numpy as np
 from bpkit.judge.described import describe_policies, describe_spec
 from bpkit.judge.evaluation.candidate import Candidate
 from bpkit.judge.evaluation.confidences import ConfidenceBound, confidence_bounds
-from bpkit.judge.evaluation.figures import Results, describe_group
+from bpkit.judge.evaluation.figures import GroupFigures
 from bpkit.judge.evaluation.leak import find_leaks, leak_notes, refusal
 from bpkit.judge.evaluation.learnable import learnable
-from bpkit.judge.evaluation.oracles import ask_oracles
+from bpkit.judge.evaluation.oracles import compare
 from bpkit.judge.evaluation.policies import PolicyResult, judge_policy
 from bpkit.judge.evaluation.report import DEFINITIONS, SCHEMA_VERSION, describe_cost, notes
 from bpkit.judge.evaluation.setup import Settings, Setup, prepare
@@ -106,7 +106,7 @@ def evaluate(
             left_out[name] = str(error) if known else f"{type(error).__name__}: {error}"
     bounds = confidence_bounds(setup, prompts)
     results = {
-        cost: _describe_results(setup, cost, {name: found[cost] for name, found in judged.items()}, bounds.get(cost))
+        cost: _under_costs(setup, cost, {name: found[cost] for name, found in judged.items()}, bounds.get(cost))
         for cost in setup.costs
     }
     leaks = {name: leak for name, leak in leaks.items() if name in judged}
@@ -137,26 +137,25 @@ def _filler(policies: Mapping[str, PolicyLike], fill: Fill | None) -> Callable[[
     return filled
 
 
-def _describe_results(
+def _under_costs(
     setup: Setup, cost: str, policies: Mapping[str, PolicyResult], bound: ConfidenceBound | None
 ) -> dict[str, Any]:
     """Everything that is said under one cost model."""
-    summary, test, seed = setup.summary, setup.split.test, setup.settings.seed
-    best = setup.best_fixed(cost)
-    assert best is not None  # without validation prompts there is no setup
-    oracles = ask_oracles(setup, cost, best, policies)
-    fixed = {size: summary.fixed(cost, test, size) for size in summary.sizes}
-    results = Results(best, fixed, oracles, {} if bound is None else {"confidences": bound.totals}, policies)
-    members = {domain: np.flatnonzero([summary.domains[i] == domain for i in test]) for domain in summary.domains}
+    summary, split, seed = setup.summary, setup.split, setup.settings.seed
+    results = compare(setup, cost, policies, {} if bound is None else {"confidences": bound.totals})
+    domains = {}
+    for domain in dict.fromkeys(summary.domains):
+        inside, chosen_on = (
+            [i for i in part if summary.domains[i] == domain] for part in (split.test, split.validation)
+        )
+        if inside:
+            own_best = summary.best_fixed(cost, chosen_on) if chosen_on else None
+            domains[domain] = GroupFigures(results, np.searchsorted(split.test, inside), seed).as_json(own_best)
     return {
         **describe_cost(setup.costs[cost], summary.sizes),
-        "overall": describe_group(results, np.arange(len(test)), seed),
-        "domains": {
-            domain: describe_group(results, inside, seed, own_best=setup.best_fixed(cost, domain))
-            for domain, inside in members.items()
-            if len(inside)
-        },
-        "oracle_choices": oracles.choices.as_json(),
+        "overall": GroupFigures(results, np.arange(len(split.test)), seed).as_json(),
+        "domains": domains,
+        "oracle_choices": results.choices.as_json(),
         "confidences": None if bound is None else bound.as_json(),
         "learnable": _learnable(setup, cost),
     }
@@ -175,7 +174,7 @@ def _learnable(setup: Setup, cost: str) -> dict[str, Any] | None:
         permutations=setup.settings.permutations,
         seed=setup.settings.seed,
         progress=setup.progress,
-    ).as_json()
+    )
 
 
 def _describe_settings(setup: Setup, policies: Mapping[str, PolicyLike]) -> dict[str, Any]:

@@ -103,11 +103,6 @@ class Setup:
         """Of the drafter."""
         return self.spec.drafter_kind
 
-    def best_fixed(self, cost: str, domain: str | None = None) -> int | None:
-        """The fastest size on all validation prompts or on those of a domain; None if it has none."""
-        chosen_on = [i for i in self.split.validation if domain in (None, self.summary.domains[i])]
-        return self.summary.best_fixed(cost, chosen_on) if chosen_on else None
-
 
 def charged(cost: CostTable) -> bool:
     """Whether decision time, which is in seconds, can be added to a cost model's figures."""

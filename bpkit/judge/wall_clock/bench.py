@@ -15,7 +15,7 @@ from bpkit.installation.machine import available_cores, describe_machine
 from bpkit.judge.described import describe_policies, describe_spec, utc
 from bpkit.judge.progress import Progress
 from bpkit.judge.statistics import RESAMPLES
-from bpkit.judge.wall_clock.decoders import LOOP, TimedDecoders, timed_decoders
+from bpkit.judge.wall_clock.decoders import LOOP, TimedDecoder, timed_decoders
 from bpkit.judge.wall_clock.figures import Roles, summarise
 from bpkit.judge.wall_clock.measure import (
     Measurement,
@@ -52,9 +52,14 @@ class BenchSettings:
     threads: int | str = "auto"
     seed: int = 0
 
-    def decoders(self, decoder: SpeculativeDecoder, **options: Any) -> TimedDecoders:
-        """Fresh ones; `options` replace those of the settings. Raises ValueError."""
+    def decoders(self, decoder: SpeculativeDecoder, **options: Any) -> dict[str, list[TimedDecoder]]:
+        """Fresh ones by role; `options` replace those of the settings. Raises ValueError."""
         return timed_decoders(decoder, self.policies, self.against, {**self.options, **options}, self.seed)
+
+
+def everyone(compared: Mapping[str, list[TimedDecoder]]) -> list[TimedDecoder]:
+    """All of them, whatever their role."""
+    return [decoder for of_role in compared.values() for decoder in of_role]
 
 
 def run_bench(
@@ -69,14 +74,14 @@ def run_bench(
     machine = describe_machine(decoder.target.device)
     threads, tried = choose_threads(decoder, tasks, settings, progress)
     # A run of each that is not counted: first calls allocate and compile.
-    measure(settings.decoders(decoder).all, tasks[:1], repeats=1, seed=0, threads=threads)
+    measure(everyone(settings.decoders(decoder)), tasks[:1], repeats=1, seed=0, threads=threads)
     started = time.time()
     measured = measure(
-        compared.all, tasks, repeats=settings.repeats, seed=settings.seed, threads=threads, progress=progress
+        everyone(compared), tasks, repeats=settings.repeats, seed=settings.seed, threads=threads, progress=progress
     )
     places = {prompt.id: place for place, prompt in enumerate(prompts)}  # groups in the order that was given
-    plain, policies, against = (tuple(d.name for d in p) for p in (compared.plain, compared.policies, compared.against))
-    roles = Roles(plain, policies, against, comparable=settings.options["temperature"] == 0)
+    names = {role: tuple(one.name for one in of_role) for role, of_role in compared.items()}
+    roles = Roles(**names, comparable=settings.options["temperature"] == 0)
     in_order = sorted(measured, key=lambda one: places[one.prompt])
     return {
         "schema_version": SCHEMA_VERSION,
@@ -118,7 +123,7 @@ def choose_threads(
     """
     shorter = min(settings.options["max_new_tokens"], CALIBRATION_TOKENS)
     compared = settings.decoders(decoder, max_new_tokens=shorter)
-    names = [d.name for d in compared.all]
+    names = [d.name for d in everyone(compared)]
     if settings.threads != "auto" or decoder.target.device.type != "cpu":
         count = settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()
         return dict.fromkeys(names, count), {}
@@ -129,7 +134,7 @@ def choose_threads(
     for task in tasks:
         first_of_domain.setdefault(task.prompt.domain, task)
     few = list(first_of_domain.values())[:CALIBRATION_PROMPTS]
-    tried = [*compared.plain, *compared.policies[:1], *compared.against]
+    tried = [*compared["plain"], *compared["policies"][:1], *compared["against"]]
     table = try_thread_counts(tried, few, counts, progress)
     best = best_counts(table)
     stand_in = best[next(iter(settings.policies), LOOP)]

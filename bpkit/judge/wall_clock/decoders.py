@@ -191,27 +191,16 @@ class NoDrafter:
         raise NotImplementedError("block size 1 never asks for a draft")
 
 
-@dataclass(frozen=True)
-class TimedDecoders:
-    """All that are compared, by role."""
-
-    plain: list[TimedDecoder]
-    policies: list[TimedDecoder]
-    against: list[TimedDecoder]
-
-    @property
-    def all(self) -> list[TimedDecoder]:
-        return [*self.plain, *self.policies, *self.against]
-
-
 def timed_decoders(
     decoder: SpeculativeDecoder,
     policies: Mapping[str, PolicyLike],
     against: Sequence[str],
     options: dict[str, Any],
     seed: int,
-) -> TimedDecoders:
-    """Fresh ones each time, so that no policy learns from warm-up runs. All share the models of `decoder`.
+) -> dict[str, list[TimedDecoder]]:
+    """`plain`, `policies` and `against`, fresh ones each time, so that no policy learns from warm-up runs.
+
+    All share the models of `decoder`.
 
     Plain decoding is by the loop and, if greedy, by transformers: sampling there has other noise and other texts.
 
@@ -224,11 +213,11 @@ def timed_decoders(
     if options["temperature"] == 0:
         plain.append(TimedGenerate(TRANSFORMERS, target, options, seed))
     check_peers(against)
-    return TimedDecoders(
-        plain,
-        [TimedPolicy(name, decoder.with_policy(policy), options, seed) for name, policy in policies.items()],
-        [PEERS[peer](decoder, options, seed) for peer in against],
-    )
+    return {
+        "plain": plain,
+        "policies": [TimedPolicy(name, decoder.with_policy(p), options, seed) for name, p in policies.items()],
+        "against": [PEERS[peer](decoder, options, seed) for peer in against],
+    }
 
 
 def check_peers(peers: Sequence[str]) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from bpkit.judge.statistics import Bootstrap, Totals, interval
+from bpkit.judge.statistics import Bootstrap, Totals, interval, totals_of
 from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Outcome
 from bpkit.judge.wall_clock.measure import Measurement
 from bpkit.registry.resolve import parse_spec
@@ -143,7 +141,7 @@ def totals(outcomes: Outcomes, *, prefill: bool = True) -> Totals:
         (sum(len(o.tokens) - (not prefill) for o in found), sum(o.steps for o in found), sum(o.seconds for o in found))
         for found in outcomes.values()
     ]
-    return Totals(*np.array(sums, dtype=np.float64).T)
+    return totals_of(sums)
 
 
 def shares(outcomes: Sequence[Outcome]) -> dict[str, float] | None:
