@@ -20,7 +20,7 @@ from bpkit.decode.clock import Clock, WallClock
 from bpkit.installation.machine import describe_machine
 from bpkit.policy import Policy, PolicyConfig, State
 from bpkit.prompts import Prompt
-from bpkit.trace.cost.estimate import Estimate, Steps, estimate, worst_cell
+from bpkit.trace.cost.estimate import Steps, estimate, worst_cell
 from bpkit.trace.cost.measured import Measured
 from bpkit.trace.cost.table import CostTable
 from bpkit.types import OF_THE_DISTRIBUTION, Context, Draft, Feature, Seconds, Work
@@ -82,18 +82,6 @@ class RandomSizes(Policy):
         return block_size, block_size if between(0, 1) else between(1, block_size), 0
 
 
-class RandomSizesWithFeatures(RandomSizes):
-    """The same, with probabilities and entropies of every draft, where the drafter has them: they take time too."""
-
-    wants_optional = OF_THE_DISTRIBUTION
-
-
-class RandomSizesWithEntropy(RandomSizes):
-    """The same for rejection sampling, which forbids a policy to see the probabilities of drafted tokens."""
-
-    wants_optional = frozenset({Feature.DRAFT_ENTROPY})
-
-
 class Recorder:
     """The decoder's clock, with a memory of the work and the seconds of every step."""
 
@@ -151,17 +139,24 @@ def calibrate(
     clock = decoder.clock.waiting() if isinstance(decoder.clock, WallClock) else decoder.clock
     recorder = Recorder(clock)
     decoders = [_timed(decoder, policy, recorder) for policy in _policies(decoder, largest, settings)]
-    machine = describe_machine(decoder.target.device)
+    machine, spec, target = describe_machine(decoder.target.device), decoder.spec, decoder.target
     for variant in decoders:  # first calls allocate and choose kernels
         variant.run(prompts[0].text, seed=settings.seed, **settings.options).finish()
     recorder.timed.clear()
     started = time.time()
     rounds, ended = _measure(decoders, recorder, prompts, settings, largest, progress)
     steps = Steps.of(recorder.timed)
-    figures = estimate(steps, largest, decoder.spec.drafter_kind)
+    cost = estimate(steps, largest, spec.drafter_kind)
+    dtype, threads = str(target.dtype).removeprefix("torch."), torch.get_num_threads()
     measured = Measured(
-        **_what(decoder),
+        target=spec.target,
+        drafter=spec.drafter,
+        drafter_kind=spec.drafter_kind,
+        device=str(target.device),
         machine=machine,
+        threads=threads,
+        dtype=dtype,
+        rule=spec.verify_rule,
         options=dict(settings.options),
         command=settings.command,
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
@@ -170,9 +165,11 @@ def calibrate(
         prompts=len(prompts),
         rounds=rounds,
         ended=ended,
-        **_checks(steps, figures, largest),
+        **_checks(steps, cost, largest),
     )
-    return CostTable(name="measured", description=_description(measured), measured=measured, **vars(figures))
+    on = f"on {machine['gpu'] or machine['cpu']}, {dtype}, {threads} thread(s)"
+    said = f"{spec.target} with {spec.drafter} {on}"
+    return cost.model_copy(update={"description": said, "measured": measured})
 
 
 def largest_size(decoder: SpeculativeDecoder, asked: int | None) -> int:
@@ -184,11 +181,16 @@ def largest_size(decoder: SpeculativeDecoder, asked: int | None) -> int:
 
 
 def _policies(decoder: SpeculativeDecoder, largest: int, settings: CalibrationSettings) -> list[Policy]:
+    """One that wants no features, and one that wants all that may be had: they take time too."""
     if not decoder.drafter.provides & OF_THE_DISTRIBUTION:
         return [RandomSizes(largest=largest)]
+    # Rejection sampling forbids a policy to see the probabilities of drafted tokens.
     forbidden = decoder.rule == "rejection" and settings.options.get("temperature") != 0
-    featured = RandomSizesWithEntropy if forbidden else RandomSizesWithFeatures
-    return [RandomSizes(largest=largest), featured(largest=largest)]
+
+    class WithFeatures(RandomSizes):
+        wants_optional = frozenset({Feature.DRAFT_ENTROPY}) if forbidden else OF_THE_DISTRIBUTION
+
+    return [RandomSizes(largest=largest), WithFeatures(largest=largest)]
 
 
 def _timed(decoder: SpeculativeDecoder, policy: Policy, recorder: Recorder) -> SpeculativeDecoder:
@@ -235,24 +237,11 @@ def _how_far(steps: Steps, largest: int) -> str:
     return f"worst spread {100 * worst.spread:.1f}% ({worst.phase} {worst.size})"
 
 
-def _what(decoder: SpeculativeDecoder) -> dict[str, Any]:
-    spec, target = decoder.spec, decoder.target
-    return {
-        "target": spec.target,
-        "drafter": spec.drafter,
-        "drafter_kind": spec.drafter_kind,
-        "device": str(target.device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "rule": spec.verify_rule,
-    }
-
-
-def _checks(steps: Steps, figures: Estimate, largest: int) -> dict[str, Any]:
+def _checks(steps: Steps, cost: CostTable, largest: int) -> dict[str, Any]:
     """How far the figures are to be trusted: their worst spread, their sum against the clock, and drift."""
     worst = worst_cell(steps, largest)
     assert worst is not None  # or there would be no figures
-    modelled, measured = steps.modelled(CostTable(**vars(figures))), steps.measured
+    modelled, measured = steps.modelled(cost), steps.measured
     half = len(steps) // 2
     early, late = (measured[part].sum() / modelled[part].sum() for part in (slice(half), slice(half, None)))
     return {
@@ -260,11 +249,3 @@ def _checks(steps: Steps, figures: Estimate, largest: int) -> dict[str, Any]:
         "modelled_over_measured": round(float(modelled.sum() / measured.sum()), 4),
         "drift": round(float(late / early) - 1, 4),
     }
-
-
-def _description(measured: Measured) -> str:
-    """What a reader should know before anything else."""
-    return (
-        f"{measured.target} with {measured.drafter} on {measured.machine.get('gpu') or measured.machine.get('cpu')}, "
-        f"{measured.dtype}, {measured.threads} thread(s)"
-    )

@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.decode.reread import commits
-from bpkit.trace.cost.errors import CostError
 from bpkit.trace.cost.measured import Cell
-from bpkit.trace.cost.table import CostTable
+from bpkit.trace.cost.table import CostError, CostTable
 from bpkit.types import NGRAM, Seconds, Work
 
 Floats = NDArray[np.float64]
@@ -57,14 +56,11 @@ class Steps:
     def of(cls, timed: list[tuple[Work, Seconds]]) -> Steps:
         """Columns of a list of steps, without those of two target passes. Tokens that are read again widen a pass."""
         timed = [(w, s) for w, s in timed if not commits(w.reread, w.verify_width)]
-        done = np.array(
-            [(w.draft_size, w.waiting, w.verify_width + w.reread, w.context_length) for w, _ in timed], np.int64
-        ).reshape(-1, 4)
-        spent = np.array([(s.draft, s.verify, s.policy, s.rest) for _, s in timed], np.float64).reshape(-1, 4)
-        features = np.array([w.features for w, _ in timed], np.bool_)
-        draft_size, waiting, width, context_length = done.T
-        draft, verify, policy, rest = spent.T
-        return cls(draft_size, waiting, width, context_length, features, draft, verify, policy, rest)
+        done = [(w.draft_size, w.waiting, w.verify_width + w.reread, w.context_length, w.features) for w, _ in timed]
+        spent = [(s.draft, s.verify, s.policy, s.rest) for _, s in timed]
+        draft_size, waiting, width, context_length, features = np.array(done, np.int64).reshape(-1, 5).T
+        draft, verify, policy, rest = np.array(spent, np.float64).reshape(-1, 4).T
+        return cls(draft_size, waiting, width, context_length, features > 0, draft, verify, policy, rest)
 
     def __len__(self) -> int:
         return len(self.width)
@@ -101,49 +97,36 @@ class Steps:
         return drafts + cost.array("verify", self.width, self.context_length) + cost.rest
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """The figures of a table, and all that is known of their spread."""
-
-    draft: dict[int, float]
-    catch_up: dict[int, float]
-    features: dict[int, float]
-    verify: dict[int, float | dict[int, float]]
-    rest: float
-    spread: tuple[Cell, ...]
-
-
-def estimate(steps: Steps, largest: int, kind: str) -> Estimate:
+def estimate(steps: Steps, largest: int, kind: str) -> CostTable:
     """The figures for block sizes and verify widths up to `largest`.
 
     Raises:
         CostError: too little was measured to say what the largest block or a plain step costs.
     """
-    apart = take_drafts_apart(steps)
-    drafts = {cell.size: cell for cell in apart.own}
-    if kind == NGRAM and drafts and largest not in drafts:
+    drafts, catch_up = draft_cells(steps)
+    if kind == NGRAM and drafts and drafts[-1].size < largest:
         # It may never have found as much, and what it does is next to free.
-        drafts[largest] = drafts[max(drafts)].model_copy(update={"size": largest})
-    contexts = list(verify_cells_by_context(steps))
-    widths = {cell.size for cell in contexts}
-    if largest not in drafts or not {1, largest} <= widths:
+        drafts.append(drafts[-1].model_copy(update={"size": largest}))
+    widths, contexts = verify_cells(steps)
+    if largest not in {cell.size for cell in drafts} or not {1, largest} <= {cell.size for cell in widths}:
         raise CostError(
             f"{len(steps)} measured steps are too few to tell the costs up to block size {largest}: give more prompts, "
             "more new tokens or more time, or a smaller largest block size"
         )
-    draft = {size: max(cell.seconds, 0.0) for size, cell in drafts.items()}
     features = list(feature_cells(steps))
-    verify: dict[int, float | dict[int, float]] = {
-        width: {cell.context_length or 0: cell.seconds for cell in contexts if cell.size == width} for width in widths
-    }
     rest = _cell("rest", 1, steps.rest_of_plain)
-    return Estimate(
-        draft=_rounded(draft),
-        catch_up=_rounded({cell.size: max(cell.seconds, 0.0) for cell in apart.catch_up}),
-        features=_rounded({cell.size: max(cell.seconds, 0.0) for cell in features}),
-        verify={w: _rounded(by) if isinstance(by, dict) else by for w, by in sorted(verify.items())},
-        rest=_shorter(rest.seconds),
-        spread=(*drafts.values(), *apart.catch_up, *features, *verify_cells(steps), *contexts, rest),
+    verify: dict[int, float | dict[int, float]] = {
+        width.size: {c.context_length or 0: _rounded(c.seconds) for c in contexts if c.size == width.size}
+        for width in widths
+    }
+    return CostTable(
+        name="measured",
+        draft=_figures(drafts),
+        catch_up=_figures(catch_up),
+        features=_figures(features),
+        verify=verify,
+        rest=_rounded(rest.seconds),
+        spread=(*drafts, *catch_up, *features, *widths, *contexts, rest),
     )
 
 
@@ -152,56 +135,42 @@ def worst_cell(steps: Steps, largest: int) -> Cell | None:
 
     None while something has not been measured at all, but for what drafters that may draft less did not do.
     """
-    widths = {cell.size: cell for cell in verify_cells(steps)}
-    drafts = take_drafts_apart(steps).own
-    if not {1, largest} <= set(widths) or not drafts:
+    widths, drafts = verify_cells(steps)[0], draft_cells(steps)[0]
+    if not drafts or not {1, largest} <= {cell.size for cell in widths}:
         return None
-    cheap = CHEAP * widths[1].seconds
-    return max((c for c in (*widths.values(), *drafts) if c.seconds > cheap), key=lambda c: c.spread)
+    cheap = CHEAP * widths[0].seconds
+    return max((c for c in (*widths, *drafts) if c.seconds > cheap), key=lambda c: c.spread)
 
 
-# Phases
+# Phases. Cells are in the order of their sizes.
 
 
-@dataclass(frozen=True)
-class Drafts:
-    """Drafts taken apart: seconds = own, by block size + catching up, by waiting positions."""
+def draft_cells(steps: Steps) -> tuple[list[Cell], list[Cell]]:
+    """What drafts take by block size, and catching up by waiting positions: a draft's time is the sum of its two.
 
-    own: list[Cell]
-    catch_up: list[Cell]
-
-
-def take_drafts_apart(steps: Steps) -> Drafts:
-    """Fit the two parts to all drafts in turn (backfitting), with nothing to catch up at one waiting position.
-
-    A cell of catching up has the largest number of waiting positions of its samples as its size.
+    Both are fitted to all drafts in turn (backfitting), with nothing to catch up at one waiting position. A cell of
+    catching up has the largest number of waiting positions of its samples as its size.
     """
     drafted = steps.drafted
     sizes, waiting, seconds = steps.draft_size[drafted], steps.waiting[drafted], steps.draft[drafted]
-    near, few = waiting <= 1, waiting <= _WAITING_LITTLE
+    near = waiting <= 1
     if not near.any():
-        return Drafts([], [])
-    by_size = dict(_each(sizes, few))
-    by_waiting = [_within(~near, part) for part in merged_ranges(waiting[~near], waiting_range, FEWEST_CATCHING_UP)]
+        return [], []
+    by_size = list(_each(sizes, waiting <= _WAITING_LITTLE))
+    places = np.flatnonzero(~near)
+    by_waiting = [places[part] for part in merged_ranges(waiting[places], waiting_range, FEWEST_CATCHING_UP)]
     own, longer = np.zeros(len(seconds)), np.zeros(len(seconds))
     for _ in range(ROUNDS_OF_FITTING):
-        for size, here in by_size.items():
+        for size, here in by_size:
             own[sizes == size] = trimmed((seconds - longer)[here])[0]
-        for here in by_waiting:
-            longer[here] = trimmed((seconds - own)[here])[0]
+        for there in by_waiting:
+            longer[there] = trimmed((seconds - own)[there])[0]
     anchor = _cell("", 1, (seconds - own)[near])  # how well the level that all sizes share is known
-    cells = [_cell("draft", size, (seconds - longer)[here]) for size, here in by_size.items()]
-    return Drafts(
+    cells = [_cell("draft", size, (seconds - longer)[here]) for size, here in by_size]
+    return (
         [cell.model_copy(update={"standard_error": _combined([cell, anchor], [1.0, 1.0])}) for cell in cells],
-        [_cell("catch_up", int(waiting[here].max()), (seconds - own)[here]) for here in by_waiting],
+        [_cell("catch_up", int(waiting[there].max()), (seconds - own)[there]) for there in by_waiting],
     )
-
-
-def _within(among: Mask, part: Mask) -> Mask:
-    """`part` says which of those `among` are meant, bool [of them]; the same as a mask over all."""
-    meant = among.copy()
-    meant[among] = part
-    return meant
 
 
 def feature_cells(steps: Steps) -> Iterator[Cell]:
@@ -219,35 +188,25 @@ def feature_cells(steps: Steps) -> Iterator[Cell]:
             )
 
 
-def verify_cells_by_context(steps: Steps) -> Iterator[Cell]:
-    """Target passes by width and context length, in ranges of powers of two."""
-    for width, here in _each(steps.width, np.ones(len(steps), np.bool_)):
-        contexts, seconds = steps.context_length[here], steps.verified[here]
-        for part in merged_ranges(contexts, lambda c: c.bit_length(), FEWEST):
-            yield _cell("verify", width, seconds[part], context_length=round(float(contexts[part].mean())))
+def verify_cells(steps: Steps) -> tuple[list[Cell], list[Cell]]:
+    """Target passes by width, and by width and context length, this in ranges of powers of two.
 
-
-def verify_cells(steps: Steps) -> list[Cell]:
-    """Target passes by width: the mean over context lengths as they came, each range with its own spread."""
-    cells: dict[int, list[Cell]] = {}
-    for cell in verify_cells_by_context(steps):
-        cells.setdefault(cell.size, []).append(cell)
-    return [_pooled(parts, steps.verified[steps.width == width]) for width, parts in cells.items()]
-
-
-def _pooled(parts: list[Cell], seconds: Floats) -> Cell:
-    shares = [part.count / len(seconds) for part in parts]
-    mean = sum(share * part.seconds for share, part in zip(shares, parts, strict=True))
-    return parts[0].model_copy(
-        update={
-            "context_length": None,
-            "count": len(seconds),
-            "seconds": mean,
-            "standard_error": _combined(parts, shares),
-            "variation": _variation(seconds),
-            "quartiles": _quartiles(seconds),
-        }
-    )
+    By width alone it is the mean over context lengths as they came, each range with its own spread.
+    """
+    widths: list[Cell] = []
+    contexts: list[Cell] = []
+    for width, here in _each(steps.width, steps.width > 0):
+        at, seconds = steps.context_length[here], steps.verified[here]
+        parts = [
+            _cell("verify", width, seconds[part], context_length=round(float(at[part].mean())))
+            for part in merged_ranges(at, lambda c: c.bit_length(), FEWEST)
+        ]
+        shares = [part.count / len(seconds) for part in parts]
+        mean = sum(share * part.seconds for share, part in zip(shares, parts, strict=True))
+        pooled = {"seconds": mean, "standard_error": _combined(parts, shares)}
+        widths.append(_cell("verify", width, seconds).model_copy(update=pooled))
+        contexts += parts
+    return widths, contexts
 
 
 # Ranges
@@ -267,20 +226,19 @@ def merged_ranges(numbers: NDArray[np.int64], range_of: Callable[[int], int], fe
 
     Yields masks, bool [numbers]; together they hold every number once.
     """
-    ranges = np.array([range_of(number) for number in numbers.tolist()], np.int64)
-    groups: list[list[int]] = []
-    count = fewest
-    for range_, members in zip(*np.unique(ranges, return_counts=True), strict=True):
+    ranges, range_at, members = np.unique(
+        np.array([range_of(number) for number in numbers.tolist()], np.int64), return_inverse=True, return_counts=True
+    )
+    groups, count = np.zeros(len(ranges), np.int64), 0
+    group = 0
+    for place, more in enumerate(members.tolist()):
+        groups[place], count = group, count + more
         if count >= fewest:
-            groups.append([])
-            count = 0
-        groups[-1].append(int(range_))
-        count += int(members)
-    if count < fewest and len(groups) > 1:
-        last = groups.pop()
-        groups[-1] += last
-    for group in groups:
-        yield np.isin(ranges, group)
+            group, count = group + 1, 0
+    if count:  # too few are left at the end
+        groups = np.minimum(groups, max(group - 1, 0))
+    for group in np.unique(groups).tolist():
+        yield groups[range_at] == group
 
 
 def _each(sizes: NDArray[np.int64], among: Mask) -> Iterator[tuple[int, Mask]]:
@@ -309,16 +267,17 @@ def trimmed(seconds: Floats) -> tuple[float, float | None]:
 
 
 def _cell(phase: str, size: int, seconds: Floats, context_length: int | None = None) -> Cell:
-    mean, error = trimmed(seconds)
+    (trimmed_mean, error), mean = trimmed(seconds), float(seconds.mean())
+    low, high = np.quantile(seconds, [0.25, 0.75]).tolist()
     return Cell(
         phase=phase,
         size=size,
         context_length=context_length,
         count=len(seconds),
-        seconds=mean,
+        seconds=trimmed_mean,
         standard_error=error,
-        variation=_variation(seconds),
-        quartiles=_quartiles(seconds),
+        variation=float(seconds.std(ddof=1)) / mean if len(seconds) > 1 and mean > 0 else None,
+        quartiles=(low, high),
     )
 
 
@@ -329,19 +288,9 @@ def _combined(cells: list[Cell], weights: list[float]) -> float | None:
     return math.hypot(*known) if len(known) == len(cells) else None
 
 
-def _variation(seconds: Floats) -> float | None:
-    mean = float(seconds.mean())
-    return float(seconds.std(ddof=1)) / mean if len(seconds) > 1 and mean > 0 else None
+def _figures(cells: list[Cell]) -> dict[int, float]:
+    return {cell.size: _rounded(max(cell.seconds, 0.0)) for cell in cells}
 
 
-def _quartiles(seconds: Floats) -> tuple[float, float]:
-    low, high = np.quantile(seconds, [0.25, 0.75]).tolist()
-    return low, high
-
-
-def _shorter(value: float) -> float:
+def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _rounded(figures: dict[int, float]) -> dict[int, float]:
-    return {size: _shorter(value) for size, value in sorted(figures.items())}

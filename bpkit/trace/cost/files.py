@@ -9,9 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from bpkit.files import write_at_once
-from bpkit.trace.cost.errors import CostError
 from bpkit.trace.cost.presets import PRESETS
-from bpkit.trace.cost.table import CostTable
+from bpkit.trace.cost.table import CostError, CostTable
 
 EXAMPLE = '{"verify": {"1": 1.0, "2": 1.1, "4": 1.3}}'
 

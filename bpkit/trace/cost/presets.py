@@ -1,4 +1,4 @@
-"""Cost models made from published figures, by name. They are relative: the unit is a plain decoding step."""
+"""Cost models that nobody measured: from published figures, by name, or made from another to compare with it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ DFLASH_SPEEDUP, DFLASH_ACCEPTANCE_LENGTH, DFLASH_BLOCK_SIZE = 4.91, 6.54, 16
 _DFLASH_STEP = DFLASH_ACCEPTANCE_LENGTH / DFLASH_SPEEDUP
 """Plain steps that a step at block size 16 takes: it yields 6.54 tokens and is 4.91 times as fast a token."""
 
+# Relative: the unit is a plain decoding step.
 PRESETS: dict[str, CostTable] = {
     table.name: table
     for table in (
@@ -30,3 +31,23 @@ PRESETS: dict[str, CostTable] = {
         ),
     )
 }
+
+
+def flat(cost: CostTable) -> CostTable:
+    """Every step costs the same, what verifying one position does: then tokens/s and acceptance length coincide."""
+    return _derived(cost, "flat", 0.0, "Every step costs what a target pass over one position does; drafts are free.")
+
+
+def linear(cost: CostTable, slope: float = 0.1) -> CostTable:
+    """A target pass over v positions costs `1 + slope * (v - 1)` times one over a single position; drafts are free."""
+    said = f"A target pass over v positions costs 1 + {slope:g} (v - 1) times one over a single position."
+    return _derived(cost, "linear", slope, f"{said} Drafts are free.")
+
+
+def _derived(cost: CostTable, name: str, slope: float, description: str) -> CostTable:
+    plain = cost.seconds("verify", 1, cost.middle_context)
+    widths = range(1, max(cost.largest_width, cost.largest_block_size or 1) + 1)
+    verify: dict[int, float | dict[int, float]] = {v: plain * (1 + slope * (v - 1)) for v in widths}
+    return CostTable(
+        name=name, description=f"{description} One position: as in {cost.name!r}.", unit=cost.unit, verify=verify
+    )

@@ -7,7 +7,6 @@ other unit that the whole table shares: every comparison of policies is a ratio.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -16,8 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
-from bpkit.trace.cost.errors import CostError
-from bpkit.trace.cost.lookup import Curve, Stairs, curve
+from bpkit.trace.cost.lookup import Figures
 from bpkit.trace.cost.measured import Cell, Measured
 from bpkit.types import PHASES
 
@@ -34,6 +32,10 @@ _ByContext = Annotated[dict[Annotated[int, Field(ge=0)], _Paid], Field(min_lengt
 _Verify = Annotated[
     Annotated[_Paid, Tag("one figure")] | Annotated[_ByContext, Tag("by context length")], Discriminator(_shape)
 ]
+
+
+class CostError(ValueError):
+    """A cost model cannot be read, or does not say what was asked; the message names the place and how to mend it."""
 
 
 class CostTable(BaseModel):
@@ -77,23 +79,16 @@ class CostTable(BaseModel):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> CostTable:
         """A copy, other figures included: nothing that was looked up before is kept."""
         copied = super().model_copy(update=update, deep=deep)
-        for kept in ("_stairs", "_widths", "_curves"):
-            copied.__dict__.pop(kept, None)
+        copied.__dict__.pop("_figures", None)
         return copied
 
     # The CostModel protocol
 
     def seconds(self, phase: str, size: int, context_length: int) -> float:
         """Cost of one of `PHASES`. Raises CostError for a size above the largest that the table gives."""
-        if phase == "verify":
-            return self._curves[self._column(size)].at(context_length)
         if phase == "rest":
             return self.rest
-        stairs = self._stairs_of(phase)
-        found = stairs.at(size)
-        if found is None:
-            raise self._too_large(phase, size, stairs.sizes)
-        return found
+        return self._reaching(phase, size, size).at(size, context_length)
 
     def array(self, phase: str, sizes: ArrayLike, context_lengths: ArrayLike = 0) -> NDArray[np.float64]:
         """`seconds` of many sizes and context lengths: float64, of the shape that both broadcast to.
@@ -101,28 +96,43 @@ class CostTable(BaseModel):
         Raises CostError, as `seconds`.
         """
         wanted, contexts = np.broadcast_arrays(np.asarray(sizes), np.asarray(context_lengths))
-        if phase == "rest":
+        if phase == "rest" or not wanted.size:
             return np.full(wanted.shape, self.rest)
-        if phase != "verify":
-            stairs = self._stairs_of(phase)
-            if wanted.size and stairs.at(int(wanted.max())) is None:
-                raise self._too_large(phase, int(wanted.max()), stairs.sizes)
-            return stairs.array(wanted)
-        columns = np.searchsorted(self._widths, wanted)
-        for width in (int(wanted.min()), int(wanted.max())) if wanted.size else ():
-            self._column(width)
-        found = np.empty(wanted.shape)
-        for column in np.unique(columns):
-            here = columns == column
-            found[here] = self._curves[column].array(contexts[here])
-        return found
+        return self._reaching(phase, int(wanted.min()), int(wanted.max())).array(wanted, contexts)
+
+    @cached_property
+    def _figures(self) -> dict[str, Figures]:
+        """Sorted once: `seconds` is called several times in every step."""
+        return {
+            "draft": Figures(self.draft, free_below=2),
+            "catch_up": Figures(self.catch_up, free_below=min(self.catch_up, default=1), in_proportion_above=True),
+            "features": Figures(self.features, free_below=2),
+            "verify": Figures(self.verify, free_below=1),
+        }
+
+    def _reaching(self, phase: str, smallest: int, largest: int) -> Figures:
+        """The figures of a phase. Raises CostError if there are none for sizes from the smallest to the largest."""
+        figures = self._figures.get(phase)
+        if figures is None:
+            raise CostError(f"there is no phase {phase!r} of a step; the phases are: {', '.join(PHASES)}")
+        if phase == "verify" and smallest < 1:
+            raise CostError(f"a step verifies at least the anchor: there is no verify width {smallest}")
+        if not figures.reach(largest):
+            what = "verify width" if phase == "verify" else "block size"
+            raise CostError(
+                f"cost model {self.name!r} has no {phase} cost for {what} {largest}: it gives "
+                f"{', '.join(map(str, figures.sizes))}. Add a figure for {largest} or more to its {phase!r}, measure "
+                f"again with `bpkit calibrate --max-block-size {largest}`, or keep policies to block size "
+                f"{figures.sizes[-1]}"
+            )
+        return figures
 
     # What it says
 
     @property
     def largest_width(self) -> int:
         """The largest verify width that has a cost."""
-        return self._widths[-1]
+        return max(self.verify)
 
     @property
     def largest_block_size(self) -> int | None:
@@ -159,43 +169,3 @@ class CostTable(BaseModel):
         """Cost of a step with one position waiting whose whole draft is verified; block size 1 is a plain step."""
         at = self.middle_context if context_length is None else context_length
         return self.seconds("draft", block_size, at) + self.seconds("verify", block_size, at) + self.rest
-
-    # Sorted once: `seconds` is called several times in every step.
-
-    @cached_property
-    def _stairs(self) -> dict[str, Stairs]:
-        return {
-            "draft": Stairs(self.draft, free_below=2),
-            "catch_up": Stairs(self.catch_up, free_below=min(self.catch_up, default=1), in_proportion_above=True),
-            "features": Stairs(self.features, free_below=2),
-        }
-
-    @cached_property
-    def _widths(self) -> list[int]:
-        return sorted(self.verify)
-
-    @cached_property
-    def _curves(self) -> list[Curve]:
-        """In the order of `_widths`."""
-        return [curve(self.verify[width]) for width in self._widths]
-
-    def _stairs_of(self, phase: str) -> Stairs:
-        if phase not in self._stairs:
-            raise CostError(f"there is no phase {phase!r} of a step; the phases are: {', '.join(PHASES)}")
-        return self._stairs[phase]
-
-    def _column(self, width: int) -> int:
-        column = bisect_left(self._widths, width)
-        if width < 1:
-            raise CostError(f"a step verifies at least the anchor: there is no verify width {width}")
-        if column == len(self._widths):
-            raise self._too_large("verify", width, self._widths)
-        return column
-
-    def _too_large(self, phase: str, size: int, given: list[int]) -> CostError:
-        what = "verify width" if phase == "verify" else "block size"
-        return CostError(
-            f"cost model {self.name!r} has no {phase} cost for {what} {size}: it gives {', '.join(map(str, given))}. "
-            f"Add a figure for {size} or more to its {phase!r}, measure again with `bpkit calibrate --max-block-size "
-            f"{size}`, or keep policies to block size {given[-1]}"
-        )
