@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,74 @@ ON_THE_HOST = frozenset(
 (hidden states, embeddings, logits) stay on the decoder's device, for `Policy.predict`."""
 
 BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM = "block-diffusion", "autoregressive", "n-gram"
-"""Kinds of drafters."""
+"""Kinds of the built-in drafters: labels for people and files. What a kind costs says its `DraftWork`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWork:
+    """What a drafter does for a draft, in counts alone: replay and oracles price drafts by it that were never made.
+
+    Positions that were decided wait for the drafter until its next draft, which reads them first.
+
+    Attributes:
+        reads: what it reads of decided positions: the target's `features` of every one; the `tokens`, of which it has
+            read those that it drafted itself, all but the last; or `nothing`.
+        passes: of its model for a draft: `one` for the whole block, one for `each` token, after which a policy may end
+            the draft (`extend`), or `none`.
+    """
+
+    reads: Literal["features", "tokens", "nothing"]
+    passes: Literal["one", "each", "none"]
+
+    @property
+    def waits(self) -> bool:
+        """Whether decided positions wait while nothing is drafted."""
+        return self.reads != "nothing"
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a policy's `extend` is asked after each token."""
+        return self.passes == "each"
+
+    def first(self, prompt_length: int) -> int:
+        """Positions that the first draft reads: the prompt, and the anchor where tokens are read."""
+        if self.reads == "nothing":
+            return 0
+        return prompt_length + (self.reads == "tokens")
+
+    def after_draft(self, draft_length: int, num_accepted: int) -> int:
+        """Positions that wait after a step that drafted `draft_length` tokens."""
+        if self.reads == "features":
+            return num_accepted + 1
+        if self.reads == "tokens":  # it lacks the anchor, and its last drafted token if that stands
+            return 2 if num_accepted == draft_length else 1
+        return 0
+
+    def after_no_draft(self, waiting: int) -> int:
+        """Positions that wait after a step at block size 1, before which `waiting` did."""
+        return waiting + 1 if self.waits else 0
+
+
+_WORK = {
+    BLOCK_DIFFUSION: DraftWork("features", "one"),
+    AUTOREGRESSIVE: DraftWork("tokens", "each"),
+    NGRAM: DraftWork("nothing", "none"),
+}
+
+
+_OF_THE_KIND = DraftWork("nothing", "none")
+"""Stands for what `work_of` says of the kind."""
+
+
+def work_of(kind: str) -> DraftWork:
+    """The work of a built-in kind of drafters. Raises ValueError for another kind, whose costs nobody has told."""
+    try:
+        return _WORK[kind]
+    except KeyError:
+        raise ValueError(
+            f"what drafts of kind {kind!r} cost is not known: give the drafter an attribute "
+            "`work = DraftWork(reads=..., passes=...)` (bpkit.types)"
+        ) from None
 
 
 class FeatureNotWanted(KeyError):
@@ -114,7 +181,7 @@ class DecoderSpec:
     Attributes:
         target: name or path, for messages and compatibility checks.
         drafter: the same of the drafter.
-        drafter_kind: `block-diffusion`, `autoregressive` or `n-gram`.
+        drafter_kind: the drafter's label, `block-diffusion`, `autoregressive`, `n-gram` or another.
         trained_block_size: the block size the drafter was trained with, or its default where it has none.
         max_block_size: the largest block size that the runtime will use.
         hidden_size: of the target.
@@ -122,6 +189,10 @@ class DecoderSpec:
         verify_rule: `coupled` or `rejection`.
         device: of the decoder, as torch writes it; networks of a policy belong there.
         stateful: whether the target has recurrent states, so that it reads accepted tokens again after a rejection.
+        work: what the drafter does for a draft; needed for kinds that are not built in.
+
+    Raises:
+        ValueError: `work` was left out and the kind is not built in.
     """
 
     target: str
@@ -134,6 +205,11 @@ class DecoderSpec:
     verify_rule: str = "coupled"
     device: str = "cpu"
     stateful: bool = False
+    work: DraftWork = _OF_THE_KIND
+
+    def __post_init__(self) -> None:
+        if self.work is _OF_THE_KIND:
+            object.__setattr__(self, "work", work_of(self.drafter_kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +217,7 @@ class Work:
     """What a step did, as far as it costs time.
 
     Attributes:
-        draft_size: 0 if nothing was drafted; else the block size of a block-diffusion drafter, which pays for the
-            whole block, and for others the tokens that were drafted plus one.
+        draft_size: 0 if nothing was drafted, else the tokens that were drafted plus one.
         waiting: positions that the drafter had to read before it drafted; 0 if nothing was drafted.
         verify_width: positions that the target verified, anchor included.
         context_length: prompt and output tokens before the step.
@@ -220,6 +295,7 @@ class Draft:
             drafters that have no distribution. For the runtime.
         predictions: what `Policy.predict` made of the features, each [batch, width, ...], on the host; None where it
             was not asked.
+        read: decided positions that the drafter read before it drafted, for the runtime.
     """
 
     context: Context
@@ -229,6 +305,7 @@ class Draft:
     logits: Tensor | None = None
     features: Mapping[Feature, Tensor] = field(default_factory=dict)
     predictions: Mapping[str, Tensor] | None = None
+    read: int = 0
 
     def full(self, value: int) -> Tensor:
         """`value` for every row: int64 [batch]."""
@@ -277,7 +354,8 @@ class Prefill:
     tokens: Tensor
     """int64 [batch, 1]"""
     seconds: Seconds
-    near_ties: int = 0
+    near_ties: tuple[int, ...] = ()
+    """Of each row, 1 if the token's top-2 gap was below tolerance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,10 +368,10 @@ class Step:
         verify_length: drafted tokens that were verified after truncation, int64 [batch].
         num_accepted: drafted tokens that stand, without the step's last token, int64 [batch].
         tokens: what the step yields, int64 [batch, acceptance_length].
-        position: output index of the first of `tokens`.
-        seconds: on the decoder's clock.
+        position: output index of the first of `tokens`, int64 [batch].
+        seconds: of all rows together, on the decoder's clock.
         fallbacks: policy faults that the runtime mended in this step.
-        near_ties: yielded positions whose top-2 gap was below tolerance.
+        near_ties: of each row, yielded positions whose top-2 gap was below tolerance.
     """
 
     block_size: Tensor
@@ -301,10 +379,10 @@ class Step:
     verify_length: Tensor
     num_accepted: Tensor
     tokens: Tensor
-    position: int
+    position: Tensor
     seconds: Seconds
     fallbacks: int = 0
-    near_ties: int = 0
+    near_ties: tuple[int, ...] = ()
 
     def clone(self) -> Step:
         """A copy with tensors of its own."""
@@ -314,7 +392,7 @@ class Step:
             self.verify_length.clone(),
             self.num_accepted.clone(),
             self.tokens.clone(),
-            self.position,
+            self.position.clone(),
             self.seconds,
             self.fallbacks,
             self.near_ties,

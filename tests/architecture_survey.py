@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bpkit import SpeculativeDecoder
 from bpkit.decode.sampling import Draw
+from bpkit.decode.text import RunningText
 from bpkit.draft.base import GoOn, Proposal
-from bpkit.types import NGRAM, Feature
+from bpkit.types import NGRAM, Feature, work_of
 from tests.tiny_architectures import model_types, tiny_causal_lm
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -35,7 +36,7 @@ NEW_TOKENS = 20
 class ScriptedDrafter:
     """Drafts a text that it was told, but for the output positions at which it is wrong."""
 
-    kind, name = NGRAM, "scripted"
+    kind, name, work = NGRAM, "scripted", work_of(NGRAM)
     provides = frozenset({Feature.DRAFT_TOKENS})
     feature_layers: tuple[int, ...] = ()
     trained_block_size, max_block_size = 4, 16
@@ -43,22 +44,20 @@ class ScriptedDrafter:
     def __init__(self, text: list[int], prompt_length: int, wrong: Collection[int], vocab_size: int) -> None:
         self.text, self.prompt_length, self.wrong, self.vocab_size = text, prompt_length, wrong, vocab_size
 
-    def begin(self) -> ScriptedSession:
-        return ScriptedSession(self)
+    def begin(self, text: RunningText) -> ScriptedSession:
+        return ScriptedSession(self, text)
 
 
 class ScriptedSession:
-    waiting = 0
+    def __init__(self, drafter: ScriptedDrafter, text: RunningText) -> None:
+        self.drafter, self.text = drafter, text
 
-    def __init__(self, drafter: ScriptedDrafter) -> None:
-        self.drafter, self.position = drafter, -drafter.prompt_length
+    def advance(self, features: Tensor | None) -> None:
+        """The text knows."""
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        self.position += tokens.shape[1]
-
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
-        told, begin = self.drafter, self.position
-        right = told.text[begin : begin + block_size - 1]
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        told, (begin,) = self.drafter, self.text.position
+        right = told.text[begin : begin + block_size[0] - 1]
         tokens = [(token + (begin + i in told.wrong)) % told.vocab_size for i, token in enumerate(right)]
         return Proposal(torch.tensor([tokens], dtype=torch.long), None, None)
 

@@ -7,7 +7,7 @@ more logits processor, which makes its greedy choice the sampled one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from bpkit import SpeculativeDecoder
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.result import Generation
 from bpkit.decode.sampling import Draw
+from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.draft.ngram import NgramDrafter
@@ -188,25 +189,21 @@ class Informed:
 
     def __init__(self, drafter: Drafter, text: list[int]) -> None:
         self.drafter, self.text = drafter, text
-        for name in ("name", "kind", "trained_block_size", "max_block_size", "feature_layers", "provides"):
+        for name in ("name", "kind", "trained_block_size", "max_block_size", "feature_layers", "provides", "work"):
             setattr(self, name, getattr(drafter, name))
 
-    def begin(self) -> DrafterSession:
-        return InformedSession(self.drafter.begin(), self.text)
+    def begin(self, text: RunningText) -> DrafterSession:
+        return InformedSession(self.drafter.begin(text), self.text)
 
 
 class InformedSession:
     def __init__(self, session: DrafterSession, text: list[int]) -> None:
         self.session, self.text = session, text
 
-    @property
-    def waiting(self) -> int:
-        return self.session.waiting
+    def advance(self, features: Tensor | None) -> None:
+        self.session.advance(features)
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        self.session.advance(tokens, features)
-
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         first = draw.position
         proposal = self.session.draft(block_size, draw, go_on)
         tokens = proposal.tokens.clone()

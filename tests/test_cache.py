@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Qwe
 from bpkit import Context, Draft, Policy, SpeculativeDecoder
 from bpkit.decode.request import Request
 from bpkit.decode.sampling import Draw, Processors
+from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
 from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionSession
@@ -54,29 +55,25 @@ class Watched:
         self.sessions: list[DrafterSession] = []
         self.drafts: list[tuple[int, Proposal]] = []
         self.advanced: list[tuple[Tensor, Tensor | None]] = []
-        for name in ("name", "kind", "trained_block_size", "max_block_size", "feature_layers", "provides"):
+        for name in ("name", "kind", "trained_block_size", "max_block_size", "feature_layers", "provides", "work"):
             setattr(self, name, getattr(drafter, name))
 
-    def begin(self) -> DrafterSession:
-        self.sessions.append(self.drafter.begin())
-        return WatchedSession(self)
+    def begin(self, text: RunningText) -> DrafterSession:
+        self.sessions.append(self.drafter.begin(text))
+        return WatchedSession(self, text)
 
 
 class WatchedSession:
-    def __init__(self, watched: Watched) -> None:
-        self.watched = watched
+    def __init__(self, watched: Watched, text: RunningText) -> None:
+        self.watched, self.text = watched, text
 
-    @property
-    def waiting(self) -> int:
-        return self.watched.sessions[-1].waiting
+    def advance(self, features: Tensor | None) -> None:
+        self.watched.advanced.append((self.text.newest, features))
+        self.watched.sessions[-1].advance(features)
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        self.watched.advanced.append((tokens, features))
-        self.watched.sessions[-1].advance(tokens, features)
-
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         proposal = self.watched.sessions[-1].draft(block_size, draw, go_on)
-        self.watched.drafts.append((block_size, proposal))
+        self.watched.drafts.append((block_size[0], proposal))
         return proposal
 
 
@@ -152,7 +149,7 @@ def test_the_targets_cache_holds_the_decided_tokens_without_the_anchor_after_eve
     records = 0
     for _ in opened:
         check_same_cache(opened.request.target.cache, fresh_cache(pair.target, opened.ids[:, :-1]))
-        assert opened.request.target.length == opened.ids.shape[1] - 1
+        assert session_of(opened.request.target).length == opened.ids.shape[1] - 1
         records += 1
     assert records > 2
     assert opened.ids.shape[1] == pair.ids(PROMPT).shape[1] + 24
@@ -206,16 +203,15 @@ def test_the_block_diffusion_cache_holds_the_context_features_of_the_decided_tok
     opened = Opened(decoder, pair.ids(PROMPT), 24, temperature=0)
     before, drafted_before = opened.ids, 0
     for record in opened:
-        session = opened.request.drafter
+        session = session_of(opened.request.drafter)
         assert isinstance(session, BlockDiffusionSession)
         waiting = torch.cat(session.unread, dim=1)
-        drafted = opened.request.target.length - waiting.shape[1]
+        drafted = session_of(opened.request.target).length - waiting.shape[1]
         # What the drafter has read, and what waits, together are the decided tokens without the anchor.
         features = features_of(pair, opened.ids[:, :-1])
         assert (waiting - features[:, drafted:]).abs().max() < CLOSE
         assert session.cache.get_seq_length() == drafted
-        assert session.anchor is not None
-        assert session.anchor.equal(opened.ids[:, -1:])
+        assert session.text.anchor.equal(opened.ids[:, -1:])
         if drafted:
             wanted = DynamicCache()
             with torch.no_grad():
@@ -229,7 +225,7 @@ def test_the_block_diffusion_cache_holds_the_context_features_of_the_decided_tok
         drew = isinstance(record, Step) and int(record.block_size) > 1
         assert drafted == (before.shape[1] - 1 if drew else drafted_before)
         before, drafted_before = opened.ids, drafted
-    assert opened.request.drafter.cache.get_seq_length() > 0  # type: ignore[attr-defined]
+    assert session_of(opened.request.drafter).cache.get_seq_length() > 0
 
 
 def counted_calls(model: PreTrainedModel) -> tuple[list[int], Any]:
@@ -265,19 +261,27 @@ def test_an_autoregressive_drafter_is_called_once_for_each_drafted_token(pair: T
 
 def test_drafting_resumes_after_steps_of_size_1_as_if_it_had_never_paused(pair: TinyPair) -> None:
     # The same decided tokens, read one by one by a drafter that drafted all along, and at once by one that paused.
-    steady, pausing = pair.block_diffusion().begin(), pair.block_diffusion().begin()
     ids = pair.ids("def f(a, b):\n    return a + b")
     features, cut = features_of(pair, ids), 12
+    text = RunningText(ids[:, :cut])
+    steady, pausing = pair.block_diffusion().begin(text), pair.block_diffusion().begin(text)
+    text.append(ids[:, cut : cut + 1], ids[:, cut : cut + 1])
     for session in (steady, pausing):
-        session.advance(ids[:, : cut + 1], features[:, :cut])
+        session.advance(features[:, :cut])
     with torch.inference_mode():
         for end in range(cut + 1, ids.shape[1]):
-            steady.draft(1 + end % 5 + 1, no_noise(ids[:, :end]), None)
+            steady.draft([1 + end % 5 + 1], no_noise(ids[:, :end]), None)
+            text.append(ids[:, end : end + 1], ids[:, end : end + 1])
             for session in (steady, pausing):
-                session.advance(ids[:, end : end + 1], features[:, end - 1 : end])
-        one, other = (session.draft(8, no_noise(ids), None) for session in (steady, pausing))
+                session.advance(features[:, end - 1 : end])
+        one, other = (session.draft([8], no_noise(ids), None) for session in (steady, pausing))
     assert_same_proposal(one, other)
     check_same_cache(steady.cache, pausing.cache)
+
+
+def session_of(timed: Any) -> Any:
+    """The session inside its timing."""
+    return timed.session
 
 
 def no_noise(prefix: Tensor) -> Draw:
@@ -313,10 +317,12 @@ def test_every_draft_equals_that_of_a_fresh_session_given_the_same_tokens(
     for record in opened:
         if len(watched.drafts) > compared:
             block_size, proposal = watched.drafts[compared]
-            fresh = drafter.begin()
-            fresh.advance(ids, features_of(pair, ids[:, :-1]) if drafter.feature_layers else None)
+            text = RunningText(ids[:, :-1])
+            fresh = drafter.begin(text)
+            text.append(ids[:, -1:], ids[:, -1:])
+            fresh.advance(features_of(pair, ids[:, :-1]) if drafter.feature_layers else None)
             with torch.inference_mode():
-                again = fresh.draft(block_size, no_noise(ids), None)
+                again = fresh.draft([block_size], no_noise(ids), None)
             if kind == "n-gram":
                 assert proposal.tokens.equal(again.tokens)
             else:
@@ -331,7 +337,7 @@ def test_the_autoregressive_cache_holds_only_tokens_that_stand(pair: TinyPair) -
     decoder = SpeculativeDecoder(pair.target, pair.autoregressive(), SCRIPTS["cut short"], strict=True)
     opened = Opened(decoder, pair.ids(PROMPT), 30, temperature=0)
     for _ in opened:
-        session = opened.request.drafter
+        session = session_of(opened.request.drafter)
         assert isinstance(session, AutoregressiveSession)
         assert session.unread is not None
         read = session.cache.get_seq_length()
@@ -346,7 +352,7 @@ def test_features_given_to_the_drafter_are_those_of_the_tokens_that_were_read(pa
     watched = Watched(pair.block_diffusion())
     decoder = SpeculativeDecoder(pair.target, watched, SCRIPTS["cut short"], strict=True)  # type: ignore[arg-type]
     made = decoder.generate(pair.ids(PROMPT), max_new_tokens=24, temperature=0)
-    tokens = torch.cat([t for t, _ in watched.advanced], dim=1)
+    tokens = torch.cat([pair.ids(PROMPT), *(t for t, _ in watched.advanced)], dim=1)
     features = torch.cat([f for _, f in watched.advanced if f is not None], dim=1)
     assert tokens.equal(made.sequences)
     assert (features - features_of(pair, made.sequences[:, :-1])).abs().max() < CLOSE

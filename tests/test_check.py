@@ -112,8 +112,8 @@ def test_every_check_has_a_policy_that_fails_it() -> None:
 def test_other_tokens_than_those_of_plain_decoding_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Coupled.verify
 
-    def trusting(self: Coupled, logits: Any, draft: Any, width: int, prefix: Any) -> Verdict:
-        verdict = original(self, logits, draft, width, prefix)
+    def trusting(self: Coupled, logits: Any, draft: Any, width: int) -> Verdict:
+        verdict = original(self, logits, draft, width)
         if width < 2:
             return verdict
         tokens = torch.cat([draft.tokens[:, :1], verdict.tokens[:, :1]], dim=1)

@@ -16,7 +16,8 @@ from bpkit import Context, Policy, SpeculativeDecoder
 from bpkit.decode.clock import ClockFaultWarning, CostClock, WallClock
 from bpkit.decode.features import draft_features
 from bpkit.decode.host import to_host
-from bpkit.decode.target import TargetSession
+from bpkit.decode.target import CachedTarget
+from bpkit.decode.text import RunningText
 from bpkit.draft.base import Drafter, Proposal
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
@@ -129,7 +130,7 @@ def test_texts_on_the_device_are_those_of_the_host(pair: TinyPair, device: Simul
 def test_what_a_target_gives_on_several_devices_comes_to_that_of_its_tokens(
     pair: TinyPair, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = TargetSession(pair.target, feature_layers=(0, 2), keep_hidden=True)
+    session = CachedTarget(pair.target, RunningText(pair.ids(PROMPT)), feature_layers=(0, 2), keep_hidden=True)
     original = session._pass
 
     def split(*given: Any, **more: Any) -> Any:
@@ -142,7 +143,7 @@ def test_what_a_target_gives_on_several_devices_comes_to_that_of_its_tokens(
 
     monkeypatch.setattr(session, "_pass", split)
     with torch.inference_mode():
-        output = session.prefill(pair.ids(PROMPT))
+        output = session.prefill()
     assert output.features is not None
     assert output.last_hidden is not None
     assert {output.logits.device.type, output.features.device.type, output.last_hidden.device.type} == {"cpu"}

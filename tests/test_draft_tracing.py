@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from bpkit import Context, Policy, SpeculativeDecoder
 from bpkit.decode.features import draft_features
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.sampling import Draw, Processors
+from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.draft.ngram import NgramDrafter
@@ -139,25 +140,21 @@ class Watched:
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
         self.proposals: list[Proposal] = []
-        for name in ("name", "kind", "trained_block_size", "max_block_size", "feature_layers", "provides"):
+        for name in ("name", "kind", "trained_block_size", "max_block_size", "feature_layers", "provides", "work"):
             setattr(self, name, getattr(drafter, name))
 
-    def begin(self) -> DrafterSession:
-        return WatchedSession(self, self.drafter.begin())
+    def begin(self, text: RunningText) -> DrafterSession:
+        return WatchedSession(self, self.drafter.begin(text))
 
 
 class WatchedSession:
     def __init__(self, watched: Watched, session: DrafterSession) -> None:
         self.watched, self.session = watched, session
 
-    @property
-    def waiting(self) -> int:
-        return self.session.waiting
+    def advance(self, features: Tensor | None) -> None:
+        self.session.advance(features)
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        self.session.advance(tokens, features)
-
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         self.watched.proposals.append(self.session.draft(block_size, draw, go_on))
         return self.watched.proposals[-1]
 

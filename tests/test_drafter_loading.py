@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from bpkit.decode.loading import load_causal_lm
 from bpkit.decode.placement import device_of, move
 from bpkit.decode.positions import position_limit
 from bpkit.decode.sampling import Draw, Processors
-from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.decode.text import RunningText
+from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
 from bpkit.draft.base import Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashModel
@@ -167,16 +169,14 @@ def test_a_prompt_that_is_longer_than_the_assistant_reads_is_decoded_without_it(
 class Always(NgramDrafter):
     """Proposes the same token as often as it is asked for."""
 
-    def begin(self) -> Always:  # type: ignore[override]
+    def begin(self, text: RunningText) -> Always:  # type: ignore[override]
         return self
 
-    waiting = 0
-
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+    def advance(self, features: Tensor | None) -> None:
         """Nothing to remember."""
 
-    def draft(self, block_size: int, draw: Draw, go_on: object) -> Proposal:
-        return Proposal(torch.full((1, block_size - 1), 5), None, None)
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: object) -> Proposal:
+        return Proposal(torch.full((1, block_size[0] - 1), 5), None, None)
 
 
 @pytest.mark.parametrize("spare", [0, 1, 3])
@@ -219,17 +219,26 @@ def test_an_assistant_with_states_drafts_what_it_would_draft_from_scratch(pair: 
     assert drafter.stateful
     decoder = SpeculativeDecoder(pair.target, drafter, policy, strict=True)
     texts(decoder, pair)
-    session, ids = drafter.begin(), pair.ids(PROMPT)
-    session.advance(ids, None)
+    ids = pair.ids(PROMPT)
+    session, text = begun(drafter, ids)
     with torch.inference_mode():
         for accepted in (0, 2, 4, 1, 0):
-            drafted = session.draft(5, no_noise(ids), None).tokens
-            fresh = drafter.begin()
-            fresh.advance(ids, None)
-            assert drafted.equal(fresh.draft(5, no_noise(ids), None).tokens)
+            drafted = session.draft([5], no_noise(ids), None).tokens
+            fresh, _ = begun(drafter, ids)
+            assert drafted.equal(fresh.draft([5], no_noise(ids), None).tokens)
             decided = torch.cat([drafted[:, :accepted], torch.tensor([[7]])], dim=1)
-            session.advance(decided, None)
+            text.append(decided, decided)
+            session.advance(None)
             ids = torch.cat([ids, decided], dim=1)
+
+
+def begun(drafter: AutoregressiveDrafter, ids: Tensor) -> tuple[AutoregressiveSession, RunningText]:
+    """A session that knows these tokens, and its text."""
+    text = RunningText(ids[:, :-1])
+    session = drafter.begin(text)
+    text.append(ids[:, -1:], ids[:, -1:])
+    session.advance(None)
+    return session, text
 
 
 def no_noise(ids: Tensor) -> Draw:

@@ -28,7 +28,7 @@ from bpkit.trace.oracle import fixed_path, oracle_step_truncate
 from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.trace.store.manifest import Manifest, ModelFacts, TraceError
 from bpkit.trace.store.storage import TraceWriter
-from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, DecoderSpec, Feature
+from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, DecoderSpec, Feature, work_of
 
 SPEC = DecoderSpec("target", "drafter", BLOCK_DIFFUSION, 4, 4, hidden_size=1, vocab_size=64)
 BY_HAND = CostTable(
@@ -318,21 +318,21 @@ def test_shares_skip_resamples_without_a_gap() -> None:
 def test_choices_of_the_oracle_are_counted_by_position() -> None:
     prompt = crafted(0, stands=True, length=13)
     choices = Choices(best_fixed=2)
-    choices.add(prompt, oracle_step_truncate(prompt, BLOCK_DIFFUSION, BY_HAND))
+    choices.add(prompt, oracle_step_truncate(prompt, SPEC.work, BY_HAND))
     said = choices.as_json()
     assert said["block_size"] == {"4": 3}
     assert said["verify_length"] == {"3": 3}
     assert said["differs"] == {"block_size": 1.0, "verify_length": 1.0, "either": 1.0}
     assert [(s["start"], s["end"], s["steps"]) for s in said["positions"]] == [(0, 2, 1), (4, 6, 1), (8, 10, 1)]
     same = Choices(best_fixed=4)
-    same.add(prompt, oracle_step_truncate(prompt, BLOCK_DIFFUSION, BY_HAND))
+    same.add(prompt, oracle_step_truncate(prompt, SPEC.work, BY_HAND))
     assert same.as_json()["differs"] == {"block_size": 0.0, "verify_length": 0.0, "either": 0.0}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_best_fixed_size_does_not_differ_from_itself_where_the_limit_cuts_it_short(size: int) -> None:
     prompt = dataclasses.replace(crafted(0, stands=True, length=12), max_new_tokens=12)
-    path = fixed_path(prompt, BLOCK_DIFFUSION, BY_HAND, size)
+    path = fixed_path(prompt, SPEC.work, BY_HAND, size)
     choices = Choices(best_fixed=size)
     choices.add(prompt, path)
     assert choices.as_json()["differs"] == {"block_size": 0, "verify_length": 0, "either": 0}
@@ -363,7 +363,7 @@ def test_where_the_time_goes_of_crafted_prompts() -> None:
 def test_where_the_time_goes_is_not_known_of_drafts_that_were_not_traced(
     policy: Callable[[str], str], tmp_path: Path
 ) -> None:
-    spec = dataclasses.replace(SPEC, drafter_kind=AUTOREGRESSIVE)
+    spec = dataclasses.replace(SPEC, drafter_kind=AUTOREGRESSIVE, work=work_of(AUTOREGRESSIVE))
     report = evaluate(
         half_and_half(20), spec, {"hasty": policy("Hasty"), "fixed:2": "fixed:2"}, [BY_HAND], permutations=0
     )

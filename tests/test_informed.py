@@ -13,7 +13,7 @@ from bpkit.trace.cost import CostTable
 from bpkit.trace.oracle import Path, best_fixed, fixed_path, oracle_step_truncate
 from bpkit.trace.oracle.informed import FROM_A_PROMPT, Informed, calibrate, has_confidences
 from bpkit.trace.records import PromptTrace
-from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Feature
+from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Feature, work_of
 
 pytest.importorskip("sklearn")
 
@@ -69,11 +69,11 @@ def test_confidences_win_something_and_less_than_the_oracle(kind: str) -> None:
     calibration = calibrate([greedy(i, honest) for i in range(20)], seed=0)
     assert calibration is not None
     test = [greedy(i, honest) for i in range(40, 70)]
-    size = best_fixed(test, kind, COST)
-    fixed = sum(fixed_path(prompt, kind, COST, size).seconds for prompt in test)
+    size = best_fixed(test, work_of(kind), COST)
+    fixed = sum(fixed_path(prompt, work_of(kind), COST, size).seconds for prompt in test)
     price = sum(prompt.decided_by_steps for prompt in test) / fixed
-    paths = [Informed(p, kind, COST, calibration.survival(p)).path(price) for p in test]
-    least = [oracle_step_truncate(prompt, kind, COST).seconds for prompt in test]
+    paths = [Informed(p, work_of(kind), COST, calibration.survival(p)).path(price) for p in test]
+    least = [oracle_step_truncate(prompt, work_of(kind), COST).seconds for prompt in test]
     assert all(path.seconds >= best - 1e-9 for path, best in zip(paths, least, strict=True))
     assert sum(path.seconds for path in paths) < 0.97 * fixed
 
@@ -82,9 +82,9 @@ def test_who_is_told_which_tokens_stand_misses_only_what_lies_beyond_the_step() 
     calibration = calibrate([greedy(i, sure) for i in range(10)], seed=0)
     assert calibration is not None
     test = [greedy(i, sure) for i in range(10, 18)]
-    least = sum(oracle_step_truncate(p, BLOCK_DIFFUSION, COST).seconds for p in test)
+    least = sum(oracle_step_truncate(p, work_of(BLOCK_DIFFUSION), COST).seconds for p in test)
     price = sum(p.decided_by_steps for p in test) / least
-    told = sum(Informed(p, BLOCK_DIFFUSION, COST, calibration.survival(p)).path(price).seconds for p in test)
+    told = sum(Informed(p, work_of(BLOCK_DIFFUSION), COST, calibration.survival(p)).path(price).seconds for p in test)
     assert least <= told < 1.15 * least
 
 
@@ -92,7 +92,7 @@ def test_the_price_of_time_decides_how_much_is_drafted() -> None:
     prompt = greedy(0)
     survival = np.zeros((*prompt.drafts.draft_length.shape, 7))
     survival[:, -1] = 0.8 ** np.arange(1, 8)  # of size 8
-    informed = Informed(prompt, BLOCK_DIFFUSION, COST, survival)
+    informed = Informed(prompt, work_of(BLOCK_DIFFUSION), COST, survival)
     assert steps_of(informed.path(0.01))[0] == (8, 7)
     # The last four tokens are worth .41 + .33 + .26 + .21 and cost .6 seconds.
     assert steps_of(informed.path(1.0))[0] == (8, 7)

@@ -19,6 +19,7 @@ from bpkit import Context, DecoderSpec, Draft, Feature, Policy, PolicyError, Spe
 from bpkit.decode import noise as noise_module
 from bpkit.decode.noise import ACCEPT_SALT, DRAFT_SALT, POLICY_SALT, TARGET_SALT, GumbelNoise, uniform
 from bpkit.decode.sampling import Processors, choose
+from bpkit.decode.text import RunningText
 from bpkit.decode.verify import Coupled, Rejection
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.base import Drafter
@@ -218,12 +219,18 @@ def test_the_uses_of_the_noise_do_not_depend_on_each_other(salts: tuple[int, int
     assert joint_of_bins(one, other) > ENOUGH
 
 
+def text_of(prompt_length: int, output_length: int) -> RunningText:
+    """Zeros."""
+    text, output = RunningText(torch.zeros(1, prompt_length, dtype=torch.long)), torch.zeros(1, output_length).long()
+    text.append(output, output)
+    return text
+
+
 def test_the_draft_is_drawn_with_the_noise_that_the_target_will_use(pair: TinyPair) -> None:
     noise = GumbelNoise(5, 1, 100, CPU)
-    rule = Coupled(Processors(LogitsProcessorList()), noise, prompt_length=4)
-    prefix = torch.zeros(1, 9, dtype=torch.long)
+    rule = Coupled(text_of(4, 5), Processors(LogitsProcessorList()), noise)
     logits = torch.randn(1, 3, 100, generator=torch.Generator().manual_seed(0))
-    tokens, _ = rule.draw(prefix)(logits)
+    tokens, _ = rule.draw()(logits)
     wanted = (logits[0] + GumbelNoise(5, 1, 100, CPU).at(5, 3)).argmax(dim=-1)
     assert tokens[0].equal(wanted)
 
@@ -240,15 +247,15 @@ DISAGREEING = {
 
 def two_tokens(rule: Rejection, p: Tensor, q: Tensor, width: int) -> tuple[int, int]:
     """The first two tokens of decoding from p with drafts from q, `width` tokens at a time."""
-    ids = torch.zeros(1, 1, dtype=torch.long)
-    none = torch.zeros(1, dtype=torch.long)
-    while ids.shape[1] < 3:
-        tokens, scores = rule.draw(ids)(q.log().expand(1, width, -1))
+    text, none = rule.text, torch.zeros(1, dtype=torch.long)
+    while text.length[0] < 3:
+        tokens, scores = rule.draw()(q.log().expand(1, width, -1))
         context = Context(SPEC, none, none, none, torch.Generator())
         draft = Draft(context, none, none, tokens, scores)
-        verdict = rule.verify(p.log().expand(1, width + 1, -1), draft, width, ids)
-        ids = torch.cat([ids, verdict.tokens[:, : int(verdict.num_accepted) + 1]], dim=1)
-    return int(ids[0, 1]), int(ids[0, 2])
+        verdict = rule.verify(p.log().expand(1, width + 1, -1), draft, width)
+        decided = verdict.tokens[:, : int(verdict.num_accepted) + 1]
+        text.append(decided, decided)
+    return text.tokens[0][1], text.tokens[0][2]
 
 
 SPEC = DecoderSpec("target", "drafter", "block-diffusion", 8, 16, hidden_size=4, vocab_size=4, verify_rule="rejection")
@@ -262,7 +269,7 @@ def test_the_rejection_rule_draws_from_the_target_whatever_the_drafter_proposes(
     draws = 2500
     for seed in range(draws):
         noise = GumbelNoise(seed, 0, 4, CPU)
-        rule = Rejection(Processors(LogitsProcessorList()), noise, prompt_length=1)
+        rule = Rejection(text_of(1, 0), Processors(LogitsProcessorList()), noise)
         counts[two_tokens(rule, p, q, width)] += 1
     likely = [i for i in range(4) if p[i] > 1e-6]
     expected = draws * np.outer(p.double(), p.double())[np.ix_(likely, likely)]
@@ -276,9 +283,11 @@ def test_the_rejection_rule_drafts_a_position_anew_with_fresh_noise() -> None:
     # first attempt which tokens they were; with the same noise it would know the second attempt before it decides.
     logits, same, seeds = torch.zeros(1, 3, 50), 0, 300
     for seed in range(seeds):
-        rule = Rejection(Processors(LogitsProcessorList()), GumbelNoise(seed, 0, 50, CPU), prompt_length=1)
-        first, _ = rule.draw(torch.zeros(1, 3, dtype=torch.long))(logits)
-        second, _ = rule.draw(torch.zeros(1, 4, dtype=torch.long))(logits)
+        text = text_of(1, 2)
+        rule = Rejection(text, Processors(LogitsProcessorList()), GumbelNoise(seed, 0, 50, CPU))
+        first, _ = rule.draw()(logits)
+        text.append(text.anchor, text.anchor)
+        second, _ = rule.draw()(logits)
         same += int((first[0, 1:] == second[0, :2]).sum())
     assert poisson.sf(same - 1, 2 * seeds / 50) > ENOUGH
 

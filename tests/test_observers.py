@@ -525,7 +525,7 @@ def test_what_is_scraped_is_what_the_steps_say(pair: TinyPair, served: Prometheu
         assert value("step_seconds_sum", phase=phase) == pytest.approx(spent)
     prefills = [*(result.prefill for result in results), prefill]
     assert value("prefill_seconds_total") == pytest.approx(sum(record.seconds.total for record in prefills))
-    assert value("near_ties_total") == sum(result.near_ties for result in results) + prefill.near_ties
+    assert value("near_ties_total") == sum(result.near_ties for result in results) + sum(prefill.near_ties)
 
 
 def test_policies_of_one_decoder_have_series_of_their_own(pair: TinyPair, served: Prometheus) -> None:

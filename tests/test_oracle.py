@@ -26,10 +26,11 @@ from bpkit.trace.oracle import (
 )
 from bpkit.trace.oracle.steps import CachedCost
 from bpkit.trace.records import DraftTable, PromptTrace
-from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, PHASES, CostModel, Work
+from bpkit.types import PHASES, CostModel, DraftWork, Work, work_of
 
-KINDS = (BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM)
-every_kind = pytest.mark.parametrize("kind", KINDS)
+NAMES = ("block-diffusion", "autoregressive", "n-gram")
+BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM = KINDS = tuple(map(work_of, NAMES))
+every_kind = pytest.mark.parametrize("work", KINDS, ids=NAMES)
 PROMPT_LENGTH = 3
 
 
@@ -90,17 +91,17 @@ def prompt_of(
     return replace(made_up, drafts=table)
 
 
-def random_prompt(seed: int, kind: str, output_length: int, sizes: tuple[int, ...], spare: int) -> PromptTrace:
+def random_prompt(seed: int, work: DraftWork, output_length: int, sizes: tuple[int, ...], spare: int) -> PromptTrace:
     """Any drafts that this kind could have made; `spare` tokens were left when the output ended."""
     rng = np.random.default_rng(seed)
     rows, width = output_length - 1, max(sizes) - 1
     length = np.tile(np.array(sizes) - 1, (rows, 1))
-    if kind == NGRAM:
+    if work == NGRAM:
         length = rng.integers(0, length + 1)
     room = (output_length - 1 - np.arange(1, rows + 1))[:, None]
     match = rng.choice([0.0, 0.3, 0.8, 1.0], size=(rows, len(sizes), width)) * rng.uniform(0.7, 1, (rows, 1, 1))
     k = np.arange(width)
-    if kind == AUTOREGRESSIVE:  # what it drafts goes by the text so far, wherever the draft began
+    if work == AUTOREGRESSIVE:  # what it drafts goes by the text so far, wherever the draft began
         match = np.tile(rng.uniform(0, 1, rows + width)[np.arange(rows)[:, None, None] + k], (1, len(sizes), 1))
     match[(k >= length[:, :, None]) | (k > room[:, :, None])] = np.nan
     accepted = rng.integers(0, np.minimum(length, room) + 1)
@@ -118,12 +119,12 @@ class State:
     last: tuple[int, int, int] | None = None
 
 
-def waiting(kind: str, state: State) -> int:
+def waiting(work: DraftWork, state: State) -> int:
     """Positions that the drafter has not read."""
     decided = PROMPT_LENGTH + state.position
-    if kind == NGRAM:
+    if work == NGRAM:
         return 0
-    if kind == BLOCK_DIFFUSION:  # everything before the anchor of the last draft was read by it
+    if work == BLOCK_DIFFUSION:  # everything before the anchor of the last draft was read by it
         return decided - 1 if state.last is None else state.position - state.last[0]
     if state.last is None:
         return decided
@@ -144,23 +145,25 @@ def length_of(prompt: PromptTrace, position: int, size: int) -> int:
     return 0 if size == 1 else int(prompt.drafts.draft_length[position - 1, prompt.drafts.column(size)])
 
 
-def step_seconds(prompt: PromptTrace, kind: str, cost: CostModel, state: State, size: int, verified: int) -> float:
+def step_seconds(
+    prompt: PromptTrace, work: DraftWork, cost: CostModel, state: State, size: int, verified: int
+) -> float:
     length = length_of(prompt, state.position, size)
-    draft_size = size if kind == BLOCK_DIFFUSION else length + 1
+    draft_size = size if work == BLOCK_DIFFUSION else length + 1
     drafted = size > 1 and draft_size > 1
-    work = Work(
+    done = Work(
         draft_size=draft_size if drafted else 0,
-        waiting=waiting(kind, state) if drafted else 0,
+        waiting=waiting(work, state) if drafted else 0,
         verify_width=verified + 1,
         context_length=prompt.prompt_length + state.position,
     )
-    return price(cost, work).total
+    return price(cost, done).total
 
 
-def after(prompt: PromptTrace, kind: str, state: State, size: int, accepted: int) -> State:
+def after(prompt: PromptTrace, work: DraftWork, state: State, size: int, accepted: int) -> State:
     """The state after a step."""
     length = length_of(prompt, state.position, size)
-    drafted = size > 1 and (kind == BLOCK_DIFFUSION or length > 0)
+    drafted = size > 1 and (work == BLOCK_DIFFUSION or length > 0)
     last = (state.position, length, accepted) if drafted else state.last
     return State(state.position + accepted + 1, last)
 
@@ -171,20 +174,20 @@ def accepted_of(prompt: PromptTrace, position: int, size: int, verified: int) ->
     return min(int(prompt.drafts.num_accepted[position - 1, prompt.drafts.column(size)]), verified)
 
 
-def exhaustive(prompt: PromptTrace, kind: str, cost: CostModel, truncate: bool, state: State = State()) -> float:
+def exhaustive(prompt: PromptTrace, work: DraftWork, cost: CostModel, truncate: bool, state: State = State()) -> float:
     """Least seconds over every sequence of choices."""
     if state.position >= prompt.output_length:
         assert state.position == prompt.output_length
         return 0.0
     least = math.inf
     for size, verified in choices(prompt, state.position, truncate):
-        then = after(prompt, kind, state, size, accepted_of(prompt, state.position, size, verified))
-        spent = step_seconds(prompt, kind, cost, state, size, verified)
-        least = min(least, spent + exhaustive(prompt, kind, cost, truncate, then))
+        then = after(prompt, work, state, size, accepted_of(prompt, state.position, size, verified))
+        spent = step_seconds(prompt, work, cost, state, size, verified)
+        least = min(least, spent + exhaustive(prompt, work, cost, truncate, then))
     return least
 
 
-def repriced(prompt: PromptTrace, kind: str, cost: CostModel, path: Path) -> float:
+def repriced(prompt: PromptTrace, work: DraftWork, cost: CostModel, path: Path) -> float:
     """Seconds of a path, after checking that the runtime could have walked it."""
     state, seconds = State(), 0.0
     fields = (path.position, path.block_size, path.verify_length, path.num_accepted)
@@ -192,23 +195,23 @@ def repriced(prompt: PromptTrace, kind: str, cost: CostModel, path: Path) -> flo
         assert position == state.position
         assert (size, verified) in choices(prompt, position, truncate=True)
         assert accepted == accepted_of(prompt, position, size, verified)
-        seconds += step_seconds(prompt, kind, cost, state, size, verified)
-        state = after(prompt, kind, state, size, accepted)
+        seconds += step_seconds(prompt, work, cost, state, size, verified)
+        state = after(prompt, work, state, size, accepted)
     assert state.position == prompt.output_length
     assert path.tokens == prompt.output_length - 1 == int((path.num_accepted + 1).sum())
     assert path.steps == len(path.position)
     return seconds
 
 
-def stepwise_fixed(prompt: PromptTrace, kind: str, cost: CostModel, size: int) -> float:
+def stepwise_fixed(prompt: PromptTrace, work: DraftWork, cost: CostModel, size: int) -> float:
     """Seconds of `fixed(size)`, walked as the loop does."""
     state, seconds = State(), 0.0
     while state.position < prompt.output_length:
         remaining = prompt.max_new_tokens - state.position
         verified = min(length_of(prompt, state.position, size), remaining - 1)
-        seconds += step_seconds(prompt, kind, cost, state, size, verified)
+        seconds += step_seconds(prompt, work, cost, state, size, verified)
         accepted = accepted_of(prompt, state.position, size, verified)
-        state = after(prompt, kind, state, size, accepted)
+        state = after(prompt, work, state, size, accepted)
     return seconds
 
 
@@ -222,49 +225,49 @@ some_sizes = st.sampled_from([(2, 3), (2, 4), (3,), (4, 6), (7,)])
 @settings(max_examples=60, deadline=None)
 @given(seed=seeds, output_length=st.integers(1, 6), sizes=some_sizes, spare=st.integers(0, 5))
 def test_exhaustive_search_finds_nothing_faster(
-    kind: str, seed: int, output_length: int, sizes: tuple[int, ...], spare: int
+    work: DraftWork, seed: int, output_length: int, sizes: tuple[int, ...], spare: int
 ) -> None:
-    prompt, cost = random_prompt(seed, kind, output_length, sizes, spare), RandomCost(seed)
+    prompt, cost = random_prompt(seed, work, output_length, sizes, spare), RandomCost(seed)
     for oracle, truncate in ((oracle_step, False), (oracle_step_truncate, True)):
-        path = oracle(prompt, kind, cost)
-        assert path.seconds == pytest.approx(exhaustive(prompt, kind, cost, truncate), rel=1e-12, abs=1e-12)
-        assert path.seconds == pytest.approx(repriced(prompt, kind, cost, path), rel=1e-12, abs=1e-12)
+        path = oracle(prompt, work, cost)
+        assert path.seconds == pytest.approx(exhaustive(prompt, work, cost, truncate), rel=1e-12, abs=1e-12)
+        assert path.seconds == pytest.approx(repriced(prompt, work, cost, path), rel=1e-12, abs=1e-12)
 
 
 @every_kind
 @pytest.mark.parametrize("seed", range(3))
-def test_exhaustive_search_of_longer_outputs(kind: str, seed: int) -> None:
+def test_exhaustive_search_of_longer_outputs(work: DraftWork, seed: int) -> None:
     cost = RandomCost(seed)
-    prompt = random_prompt(seed, kind, 7, (2, 3), seed)
-    assert oracle_step_truncate(prompt, kind, cost).seconds == pytest.approx(exhaustive(prompt, kind, cost, True))
-    prompt = random_prompt(seed, kind, 8, (2, 3, 5), seed)
-    assert oracle_step(prompt, kind, cost).seconds == pytest.approx(exhaustive(prompt, kind, cost, False))
+    prompt = random_prompt(seed, work, 7, (2, 3), seed)
+    assert oracle_step_truncate(prompt, work, cost).seconds == pytest.approx(exhaustive(prompt, work, cost, True))
+    prompt = random_prompt(seed, work, 8, (2, 3, 5), seed)
+    assert oracle_step(prompt, work, cost).seconds == pytest.approx(exhaustive(prompt, work, cost, False))
 
 
 @every_kind
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, output_length=st.integers(1, 20), spare=st.integers(0, 9))
-def test_fixed_sizes_are_walked_as_the_loop_does(kind: str, seed: int, output_length: int, spare: int) -> None:
+def test_fixed_sizes_are_walked_as_the_loop_does(work: DraftWork, seed: int, output_length: int, spare: int) -> None:
     sizes, cost = (2, 3, 5, 8), RandomCost(seed)
-    prompt = random_prompt(seed, kind, output_length, sizes, spare)
-    walked = {size: stepwise_fixed(prompt, kind, cost, size) for size in (1, *sizes)}
+    prompt = random_prompt(seed, work, output_length, sizes, spare)
+    walked = {size: stepwise_fixed(prompt, work, cost, size) for size in (1, *sizes)}
     for size, seconds in walked.items():
-        path = fixed_path(prompt, kind, cost, size)
+        path = fixed_path(prompt, work, cost, size)
         assert path.seconds == pytest.approx(seconds, rel=1e-12)
-        assert path.seconds == pytest.approx(repriced(prompt, kind, cost, path), rel=1e-12)
+        assert path.seconds == pytest.approx(repriced(prompt, work, cost, path), rel=1e-12)
         assert set(path.block_size.tolist()) <= {size}
-    assert oracle_prompt(prompt, kind, cost).seconds == pytest.approx(min(walked.values()), rel=1e-12)
+    assert oracle_prompt(prompt, work, cost).seconds == pytest.approx(min(walked.values()), rel=1e-12)
 
 
 @every_kind
-def test_best_fixed_has_the_most_tokens_per_second_of_the_set(kind: str) -> None:
+def test_best_fixed_has_the_most_tokens_per_second_of_the_set(work: DraftWork) -> None:
     sizes, chosen = (2, 3, 5), set()
     for seed in range(12):
         cost = RandomCost(seed)
-        prompts = [random_prompt(seed * 100 + i, kind, 3 + 2 * i, sizes, 2) for i in range(4)]
+        prompts = [random_prompt(seed * 100 + i, work, 3 + 2 * i, sizes, 2) for i in range(4)]
         tokens = sum(prompt.output_length - 1 for prompt in prompts)
-        rate = {size: tokens / sum(stepwise_fixed(p, kind, cost, size) for p in prompts) for size in (1, *sizes)}
-        best = best_fixed(prompts, kind, cost)
+        rate = {size: tokens / sum(stepwise_fixed(p, work, cost, size) for p in prompts) for size in (1, *sizes)}
+        best = best_fixed(prompts, work, cost)
         assert rate[best] == pytest.approx(max(rate.values()), rel=1e-12)
         chosen.add(best)
     assert len(chosen) > 1
@@ -272,14 +275,14 @@ def test_best_fixed_has_the_most_tokens_per_second_of_the_set(kind: str) -> None
 
 @every_kind
 @pytest.mark.parametrize("seed", range(4))
-def test_more_freedom_is_never_slower(kind: str, seed: int) -> None:
+def test_more_freedom_is_never_slower(work: DraftWork, seed: int) -> None:
     cost = CachedCost(RandomCost(seed))
     prompts = [synthetic_prompt(i, output_length=40, max_new_tokens=40 + seed, seed=seed) for i in range(6)]
-    best = best_fixed(prompts, kind, cost)
+    best = best_fixed(prompts, work, cost)
     seconds = np.array(
         [
-            [oracle(p, kind, cost).seconds for oracle in (oracle_step_truncate, oracle_step, oracle_prompt)]
-            + [fixed_path(p, kind, cost, best).seconds]
+            [oracle(p, work, cost).seconds for oracle in (oracle_step_truncate, oracle_step, oracle_prompt)]
+            + [fixed_path(p, work, cost, best).seconds]
             for p in prompts
         ]
     )
@@ -288,7 +291,7 @@ def test_more_freedom_is_never_slower(kind: str, seed: int) -> None:
 
 
 @every_kind
-def test_models_that_price_arrays_are_asked_for_arrays(kind: str) -> None:
+def test_models_that_price_arrays_are_asked_for_arrays(work: DraftWork) -> None:
     plain = RandomCost(5)
 
     class InArrays:
@@ -301,8 +304,8 @@ def test_models_that_price_arrays_are_asked_for_arrays(kind: str) -> None:
 
     prompt = synthetic_prompt(1, output_length=20, max_new_tokens=22)
     for oracle in (oracle_prompt, oracle_step, oracle_step_truncate, oracle_distributions):
-        assert oracle(prompt, kind, InArrays()).seconds == oracle(prompt, kind, plain).seconds
-    assert best_fixed([prompt], kind, InArrays()) == best_fixed([prompt], kind, plain)
+        assert oracle(prompt, work, InArrays()).seconds == oracle(prompt, work, plain).seconds
+    assert best_fixed([prompt], work, InArrays()) == best_fixed([prompt], work, plain)
 
 
 # What the choices look like
@@ -322,25 +325,25 @@ def test_an_output_that_ended_by_itself_is_verified_past_its_end() -> None:
 
 
 @every_kind
-def test_drafts_that_never_match_are_not_made(kind: str) -> None:
+def test_drafts_that_never_match_are_not_made(work: DraftWork) -> None:
     prompt = prompt_of(np.zeros((9, 2)), (2, 4), 10)
     for oracle in (oracle_prompt, oracle_step, oracle_step_truncate):
-        path = oracle(prompt, kind, TableCost(draft=lambda size: 0.01))
+        path = oracle(prompt, work, TableCost(draft=lambda size: 0.01))
         assert path.block_size.tolist() == [1] * 9
         assert path.verify_length.tolist() == [0] * 9
 
 
 @every_kind
-def test_at_equal_cost_the_smallest_draft_and_the_fewest_verified(kind: str) -> None:
+def test_at_equal_cost_the_smallest_draft_and_the_fewest_verified(work: DraftWork) -> None:
     stands = np.tile([0, 2, 2], (9, 1))
     stands = np.minimum(stands, (9 - np.arange(1, 10))[:, None])
-    path = oracle_step_truncate(prompt_of(stands, (2, 4, 6), 30), kind, TableCost())
+    path = oracle_step_truncate(prompt_of(stands, (2, 4, 6), 30), work, TableCost())
     assert path.seconds == path.steps == 3
     assert path.block_size.tolist() == [4, 4, 4]
     assert path.verify_length.tolist() == [2, 2, 2]
-    nothing = oracle_step_truncate(prompt_of(np.zeros((9, 3)), (2, 4, 6), 30), kind, TableCost())
+    nothing = oracle_step_truncate(prompt_of(np.zeros((9, 3)), (2, 4, 6), 30), work, TableCost())
     assert nothing.block_size.tolist() == [1] * 9
-    assert best_fixed([prompt_of(np.zeros((9, 3)), (2, 4, 6), 30)], kind, TableCost()) == 1
+    assert best_fixed([prompt_of(np.zeros((9, 3)), (2, 4, 6), 30)], work, TableCost()) == 1
 
 
 def test_reading_the_prompt_is_paid_by_the_first_draft() -> None:
@@ -348,8 +351,8 @@ def test_reading_the_prompt_is_paid_by_the_first_draft() -> None:
         return 10.0 if waiting >= PROMPT_LENGTH else 0.0
 
     prompt = prompt_of([[1], [0]], (2,), 3)
-    for kind in (BLOCK_DIFFUSION, AUTOREGRESSIVE):
-        assert oracle_step_truncate(prompt, kind, TableCost(catch_up=reading)).block_size.tolist() == [1, 1]
+    for work in (BLOCK_DIFFUSION, AUTOREGRESSIVE):
+        assert oracle_step_truncate(prompt, work, TableCost(catch_up=reading)).block_size.tolist() == [1, 1]
     assert oracle_step_truncate(prompt, NGRAM, TableCost(catch_up=reading)).block_size.tolist() == [2]
 
 
@@ -371,17 +374,17 @@ def test_an_autoregressive_drafter_has_one_position_less_to_read_if_not_all_stan
 
 
 @every_kind
-def test_one_token_takes_no_steps(kind: str) -> None:
-    prompt = random_prompt(0, kind, 1, (2, 4), 3)
+def test_one_token_takes_no_steps(work: DraftWork) -> None:
+    prompt = random_prompt(0, work, 1, (2, 4), 3)
     for path in (
-        fixed_path(prompt, kind, TableCost(), 4),
-        oracle_prompt(prompt, kind, TableCost()),
-        oracle_step(prompt, kind, TableCost()),
-        oracle_step_truncate(prompt, kind, TableCost()),
+        fixed_path(prompt, work, TableCost(), 4),
+        oracle_prompt(prompt, work, TableCost()),
+        oracle_step(prompt, work, TableCost()),
+        oracle_step_truncate(prompt, work, TableCost()),
     ):
         assert (path.seconds, path.tokens, path.steps) == (0.0, 0, 0)
-    assert best_fixed([prompt], kind, TableCost()) == 1
-    expected = oracle_distributions(prompt, kind, TableCost())
+    assert best_fixed([prompt], work, TableCost()) == 1
+    expected = oracle_distributions(prompt, work, TableCost())
     assert (expected.seconds, expected.tokens, expected.steps) == (0.0, 0, 0.0)
 
 
@@ -440,29 +443,31 @@ Decide = Callable[[State], tuple[int, int]]
 
 
 def expected_of(
-    prompt: PromptTrace, kind: str, cost: CostModel, decide: Decide, state: State = State()
+    prompt: PromptTrace, work: DraftWork, cost: CostModel, decide: Decide, state: State = State()
 ) -> tuple[float, float]:
     """Expected seconds and steps of a policy."""
     if state.position == prompt.output_length:
         return 0.0, 0.0
     size, verified = decide(state)
-    seconds, steps = step_seconds(prompt, kind, cost, state, size, verified), 1.0
+    seconds, steps = step_seconds(prompt, work, cost, state, size, verified), 1.0
     for accepted, chance in outcomes(prompt, state.position, size, verified):
-        then = expected_of(prompt, kind, cost, decide, after(prompt, kind, state, size, accepted))
+        then = expected_of(prompt, work, cost, decide, after(prompt, work, state, size, accepted))
         seconds, steps = seconds + chance * then[0], steps + chance * then[1]
     return seconds, steps
 
 
-def least_expected(prompt: PromptTrace, kind: str, cost: CostModel, truncate: bool, state: State = State()) -> float:
+def least_expected(
+    prompt: PromptTrace, work: DraftWork, cost: CostModel, truncate: bool, state: State = State()
+) -> float:
     """Least expected seconds; what was done may depend on all that happened before."""
     if state.position == prompt.output_length:
         return 0.0
     least = math.inf
     for size, verified in choices(prompt, state.position, truncate):
-        seconds = step_seconds(prompt, kind, cost, state, size, verified)
+        seconds = step_seconds(prompt, work, cost, state, size, verified)
         for accepted, chance in outcomes(prompt, state.position, size, verified):
-            then = after(prompt, kind, state, size, accepted)
-            seconds += chance * least_expected(prompt, kind, cost, truncate, then)
+            then = after(prompt, work, state, size, accepted)
+            seconds += chance * least_expected(prompt, work, cost, truncate, then)
         least = min(least, seconds)
     return least
 
@@ -472,25 +477,25 @@ def least_expected(prompt: PromptTrace, kind: str, cost: CostModel, truncate: bo
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, output_length=st.integers(1, 5), sizes=some_sizes, spare=st.integers(0, 4))
 def test_no_choice_expects_less(
-    kind: str, truncate: bool, seed: int, output_length: int, sizes: tuple[int, ...], spare: int
+    work: DraftWork, truncate: bool, seed: int, output_length: int, sizes: tuple[int, ...], spare: int
 ) -> None:
-    prompt, cost = random_prompt(seed, kind, output_length, sizes, spare), RandomCost(seed)
-    found = oracle_distributions(prompt, kind, cost, truncate=truncate)
-    assert found.seconds == pytest.approx(least_expected(prompt, kind, cost, truncate), rel=1e-6, abs=1e-9)
+    prompt, cost = random_prompt(seed, work, output_length, sizes, spare), RandomCost(seed)
+    found = oracle_distributions(prompt, work, cost, truncate=truncate)
+    assert found.seconds == pytest.approx(least_expected(prompt, work, cost, truncate), rel=1e-6, abs=1e-9)
 
     def planned(state: State) -> tuple[int, int]:
-        return found.plan.choose(state.position, waiting(kind, state))
+        return found.plan.choose(state.position, waiting(work, state))
 
-    assert (found.seconds, found.steps) == pytest.approx(expected_of(prompt, kind, cost, planned), rel=1e-9, abs=1e-9)
+    assert (found.seconds, found.steps) == pytest.approx(expected_of(prompt, work, cost, planned), rel=1e-9, abs=1e-9)
     assert found.tokens == output_length - 1
 
 
-@pytest.mark.parametrize("kind", [BLOCK_DIFFUSION, AUTOREGRESSIVE])
+@pytest.mark.parametrize("work", [BLOCK_DIFFUSION, AUTOREGRESSIVE])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_policy_of_a_tiny_case(kind: str, seed: int) -> None:
+def test_every_policy_of_a_tiny_case(work: DraftWork, seed: int) -> None:
     """All maps from (position, waiting) to a choice."""
-    prompt, cost = random_prompt(seed, kind, 4, (3,), 1), RandomCost(seed)
-    first = waiting(kind, State())
+    prompt, cost = random_prompt(seed, work, 4, (3,), 1), RandomCost(seed)
+    first = waiting(work, State())
     states = [(1, first), (2, first + 1), (2, 1), (3, first + 2), (3, 2), (3, 1)]
     options = [list(choices(prompt, position, truncate=True)) for position, _ in states]
     least = math.inf
@@ -498,18 +503,18 @@ def test_every_policy_of_a_tiny_case(kind: str, seed: int) -> None:
         policy = dict(zip(states, chosen, strict=True))
 
         def decide(state: State, policy: dict[tuple[int, int], tuple[int, int]] = policy) -> tuple[int, int]:
-            return policy[state.position, min(waiting(kind, state), first + state.position - 1)]
+            return policy[state.position, min(waiting(work, state), first + state.position - 1)]
 
-        least = min(least, expected_of(prompt, kind, cost, decide)[0])
-    assert oracle_distributions(prompt, kind, cost).seconds == pytest.approx(least, rel=1e-9)
+        least = min(least, expected_of(prompt, work, cost, decide)[0])
+    assert oracle_distributions(prompt, work, cost).seconds == pytest.approx(least, rel=1e-9)
 
 
 @every_kind
-def test_certain_matches_leave_nothing_to_expect(kind: str) -> None:
+def test_certain_matches_leave_nothing_to_expect(work: DraftWork) -> None:
     for seed in range(10):
-        prompt, cost = random_prompt(seed, kind, 12, (2, 3, 6), 3), CachedCost(RandomCost(seed))
+        prompt, cost = random_prompt(seed, work, 12, (2, 3, 6), 3), CachedCost(RandomCost(seed))
         certain = np.arange(5) < prompt.drafts.num_accepted[:, :, None]
-        if kind == AUTOREGRESSIVE:  # the token of an output position matches from wherever it was drafted, or never
+        if work == AUTOREGRESSIVE:  # the token of an output position matches from wherever it was drafted, or never
             right = np.append(np.random.default_rng(seed).uniform(size=11) < 0.7, np.zeros(5, np.bool_))
             certain = np.tile(right[np.arange(11)[:, None, None] + np.arange(5)], (1, 3, 1))
         run = np.cumprod(certain, axis=2).sum(axis=2)
@@ -518,7 +523,7 @@ def test_certain_matches_leave_nothing_to_expect(kind: str) -> None:
         table = replace(prompt.drafts, num_accepted=accepted, match_probability=certain.astype(np.float32))
         known = replace(prompt, drafts=table)
         for truncate, oracle in ((True, oracle_step_truncate), (False, oracle_step)):
-            path, found = oracle(known, kind, cost), oracle_distributions(known, kind, cost, truncate=truncate)
+            path, found = oracle(known, work, cost), oracle_distributions(known, work, cost, truncate=truncate)
             assert (found.seconds, found.steps) == pytest.approx((path.seconds, path.steps), rel=1e-12)
 
 
@@ -539,22 +544,22 @@ def test_what_an_autoregressive_drafter_went_on_with_after_a_mismatch_does_not_c
 
 
 @every_kind
-def test_drawing_the_matches_takes_what_was_expected(kind: str) -> None:
-    prompt, cost = random_prompt(1, kind, 14, (2, 3, 6), 2), RandomCost(3)
-    found = oracle_distributions(prompt, kind, cost)
+def test_drawing_the_matches_takes_what_was_expected(work: DraftWork) -> None:
+    prompt, cost = random_prompt(1, work, 14, (2, 3, 6), 2), RandomCost(3)
+    found = oracle_distributions(prompt, work, cost)
     assert prompt.drafts.match_probability is not None
     rng, taken = np.random.default_rng(0), []
     for _ in range(2000):
         state, seconds = State(), 0.0
         while state.position < prompt.output_length:
-            size, verified = found.plan.choose(state.position, waiting(kind, state))
-            seconds += step_seconds(prompt, kind, cost, state, size, verified)
+            size, verified = found.plan.choose(state.position, waiting(work, state))
+            seconds += step_seconds(prompt, work, cost, state, size, verified)
             accepted = 0
             if verified:
                 chance = prompt.drafts.match_probability[state.position - 1, prompt.drafts.column(size), :verified]
                 accepted = int(np.cumprod(rng.uniform(size=verified) < chance).sum())
             accepted = min(accepted, prompt.output_length - state.position - 1)
-            state = after(prompt, kind, state, size, accepted)
+            state = after(prompt, work, state, size, accepted)
         taken.append(seconds)
     error = np.std(taken) / math.sqrt(len(taken))
     assert error > 0

@@ -42,7 +42,15 @@ def context(batch: int = 1, length: int = 40) -> Context:
 def step(verified: list[int], accepted: list[int]) -> Step:
     lengths, stood = torch.tensor(verified), torch.tensor(accepted)
     tokens = torch.zeros(len(verified), int(stood.max()) + 1, dtype=torch.long)
-    return Step(lengths + 1, lengths, lengths, stood, tokens, 0, Seconds(draft=0.1))
+    return Step(
+        lengths + 1,
+        lengths,
+        lengths,
+        stood,
+        tokens,
+        torch.zeros(tokens.shape[0], dtype=torch.int64),
+        Seconds(draft=0.1),
+    )
 
 
 def bound(policy: Any, spec: DecoderSpec | None = None, cost: CostTable | None = None) -> Any:

@@ -42,7 +42,15 @@ def step(block_size: list[int], acceptance_length: list[int], seconds: float) ->
     sizes, accepted = torch.tensor(block_size), torch.tensor(acceptance_length) - 1
     tokens = torch.zeros(len(block_size), int(accepted.max()) + 1, dtype=torch.long)
     third = seconds / 3
-    return Step(sizes, sizes - 1, sizes - 1, accepted, tokens, 0, Seconds(draft=third, verify=third, rest=third))
+    return Step(
+        sizes,
+        sizes - 1,
+        sizes - 1,
+        accepted,
+        tokens,
+        torch.zeros(tokens.shape[0], dtype=torch.int64),
+        Seconds(draft=third, verify=third, rest=third),
+    )
 
 
 def arm_of(steps: Sequence[tuple[float, float]]) -> Arm:

@@ -39,7 +39,7 @@ from bpkit.testing.traces import synthetic_prompt, synthetic_prompts
 from bpkit.trace.cost import CostTable
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer, with_features
-from bpkit.types import Context, DecoderSpec, Draft, Feature
+from bpkit.types import Context, DecoderSpec, Draft, Feature, work_of
 
 if TYPE_CHECKING:
     from tests.conftest import ShippedPair
@@ -238,10 +238,10 @@ def test_curve_follows_one_size_through_the_prompt() -> None:
     # Output of 7 tokens, 6 of them by steps. Size 2: 1 -> 3 -> 4 -> 6 -> 7. Size 4: 1 -> 4 -> 7.
     accepted = [[1, 2], [0, 0], [0, 3], [1, 2], [0, 1], [0, 0]]
     prompt = prompt_of(accepted, (2, 4))
-    found = curve(prompt, "block-diffusion", COST, (1, 2, 4), "acceptance_length")
+    found = curve(prompt, work_of("block-diffusion"), COST, (1, 2, 4), "acceptance_length")
     assert found.tolist() == [1.0, 6 / 4, 6 / 2]
     plain, two, four = (COST.step(size) for size in (1, 2, 4))
-    rates = curve(prompt, "block-diffusion", COST, (1, 2, 4), "tokens_per_second")
+    rates = curve(prompt, work_of("block-diffusion"), COST, (1, 2, 4), "tokens_per_second")
     np.testing.assert_allclose(rates, [6 / (6 * plain), 6 / (4 * two), 6 / (2 * four)])
 
 
@@ -249,7 +249,7 @@ def test_acceptance_length_and_time_disagree_about_the_best_size() -> None:
     prompts = synthetic_prompts(6)
     sizes = (2, 3, 4, 6, 8)
     by = {
-        label: [sizes[int(curve(p, "block-diffusion", COST, sizes, label).argmax())] for p in prompts]
+        label: [sizes[int(curve(p, work_of("block-diffusion"), COST, sizes, label).argmax())] for p in prompts]
         for label in ("acceptance_length", "tokens_per_second")
     }
     assert np.mean(by["acceptance_length"]) > np.mean(by["tokens_per_second"])

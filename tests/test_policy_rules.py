@@ -57,7 +57,15 @@ def step(verified: list[int], accepted: list[int], seconds: float = 0.1, block_s
     lengths, stood = torch.tensor(verified), torch.tensor(accepted)
     sizes = lengths + 1 if block_size is None else torch.tensor(block_size)
     tokens = torch.zeros(len(verified), int(stood.max()) + 1, dtype=torch.long)
-    return Step(sizes, sizes - 1, lengths, stood, tokens, 0, Seconds(draft=seconds / 2, verify=seconds / 2))
+    return Step(
+        sizes,
+        sizes - 1,
+        lengths,
+        stood,
+        tokens,
+        torch.zeros(tokens.shape[0], dtype=torch.int64),
+        Seconds(draft=seconds / 2, verify=seconds / 2),
+    )
 
 
 def bound(policy: Any, spec: DecoderSpec | None = None) -> Any:

@@ -50,7 +50,15 @@ def step(verify_length: list[int], num_accepted: list[int], draft_length: list[i
     verified, accepted = torch.tensor(verify_length), torch.tensor(num_accepted)
     drafted = verified if draft_length is None else torch.tensor(draft_length)
     tokens = torch.zeros(len(verify_length), int(accepted.max()) + 1, dtype=torch.long)
-    return Step(drafted + 1, drafted, verified, accepted, tokens, 0, Seconds(draft=0.1))
+    return Step(
+        drafted + 1,
+        drafted,
+        verified,
+        accepted,
+        tokens,
+        torch.zeros(tokens.shape[0], dtype=torch.int64),
+        Seconds(draft=0.1),
+    )
 
 
 def bound(policy: Policy, spec: DecoderSpec | None = None) -> Policy:

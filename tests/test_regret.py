@@ -23,7 +23,7 @@ from bpkit.trace.oracle import fixed_path, hindsight, oracle_step_truncate
 from bpkit.trace.oracle.regret import KINDS, NotTraced, Taken, features_seconds, step_regret
 from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.trace.replay import Replayed, Replayer
-from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Feature
+from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Feature, work_of
 
 KINDS_OF_DRAFTER = (BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM)
 every_kind = pytest.mark.parametrize("kind", KINDS_OF_DRAFTER)
@@ -93,7 +93,8 @@ def replayed(prompt: PromptTrace, kind: str, cost: CostTable, seed: int, **optio
 
 
 def regret_of(prompt: PromptTrace, kind: str, cost: CostTable, taken: Taken) -> NDArray[np.float64]:
-    return step_regret(prompt, kind, hindsight(prompt, kind, cost), taken)
+    work = work_of(kind)
+    return step_regret(prompt, work, hindsight(prompt, work, cost), taken)
 
 
 @every_kind
@@ -105,9 +106,9 @@ def test_regret_sums_to_what_a_policy_takes_more_than_the_oracle(kind: str, seed
     regret = regret_of(prompt, kind, cost, taken)
     assert regret.shape == (found.steps, len(KINDS))
     assert (regret >= 0).all()
-    features = features_seconds(prompt, kind, cost, taken)
+    features = features_seconds(prompt, cost, taken)
     assert features > 0
-    best = oracle_step_truncate(prompt, kind, cost).seconds
+    best = oracle_step_truncate(prompt, work_of(kind), cost).seconds
     assert regret.sum() + features == pytest.approx(found.seconds(cost) - best, rel=1e-9)
     # No step is at fault both ways.
     assert ((regret[:, 0] == 0) | (regret[:, 1] == 0)).all()
@@ -126,9 +127,9 @@ def test_dice_make_every_mistake(kind: str) -> None:
 @every_kind
 def test_regret_of_fixed_sizes_and_of_the_oracle(kind: str) -> None:
     prompt, cost = prompt_for(kind, 3), random_cost(3)
-    best = oracle_step_truncate(prompt, kind, cost)
+    best = oracle_step_truncate(prompt, work_of(kind), cost)
     for size in (1, *SIZES):
-        path = fixed_path(prompt, kind, cost, size)
+        path = fixed_path(prompt, work_of(kind), cost, size)
         regret = regret_of(prompt, kind, cost, Taken.by_path(prompt, path))
         assert regret.sum() == pytest.approx(path.seconds - best.seconds, rel=1e-9)
     assert (regret_of(prompt, kind, cost, Taken.by_path(prompt, best)) == 0).all()
@@ -177,7 +178,7 @@ def steps(position: list[int], block_size: list[int], verify_length: list[int]) 
 
 
 def fixed_steps(prompt: PromptTrace, size: int) -> Taken:
-    return Taken.by_path(prompt, fixed_path(prompt, BLOCK_DIFFUSION, BY_HAND, size))
+    return Taken.by_path(prompt, fixed_path(prompt, work_of(BLOCK_DIFFUSION), BY_HAND, size))
 
 
 def test_drafts_that_fall_were_too_large_and_verified_too_much() -> None:
@@ -203,14 +204,14 @@ def test_drafts_that_stand_were_too_small_and_verified_too_little() -> None:
 def test_features_are_paid_where_something_was_drafted() -> None:
     prompt = by_hand(stands=True)
     taken = replace(steps([1, 5, 6], [4, 1, 2], [3, 0, 1]), features=True)
-    assert features_seconds(prompt, BLOCK_DIFFUSION, BY_HAND, taken) == pytest.approx(0.5)
-    assert features_seconds(prompt, BLOCK_DIFFUSION, BY_HAND, replace(taken, features=False)) == 0
-    assert features_seconds(prompt, NGRAM, BY_HAND, replace(taken, draft_length=np.zeros(3, np.int32))) == 0
+    assert features_seconds(prompt, BY_HAND, taken) == pytest.approx(0.5)
+    assert features_seconds(prompt, BY_HAND, replace(taken, features=False)) == 0
+    assert features_seconds(prompt, BY_HAND, replace(taken, draft_length=np.zeros(3, np.int32))) == 0
 
 
 def test_one_token_has_no_steps_to_regret() -> None:
     prompt = synthetic_prompt(0, output_length=1, max_new_tokens=4)
-    path = oracle_step_truncate(prompt, BLOCK_DIFFUSION, BY_HAND)
+    path = oracle_step_truncate(prompt, work_of(BLOCK_DIFFUSION), BY_HAND)
     assert regret_of(prompt, BLOCK_DIFFUSION, BY_HAND, Taken.by_path(prompt, path)).shape == (0, 4)
 
 
@@ -227,6 +228,6 @@ def test_regret_sums_on_traces_of_models(pair: TinyPair, name: str, temperature:
     found = Replayer(decoder.spec, policy(0), cost, strict=True).run(prompt)
     taken = Taken.by_policy(found)
     regret = regret_of(prompt, kind, cost, taken)
-    best = oracle_step_truncate(prompt, kind, cost).seconds + features_seconds(prompt, kind, cost, taken)
+    best = oracle_step_truncate(prompt, work_of(kind), cost).seconds + features_seconds(prompt, cost, taken)
     assert (regret >= 0).all()
     assert regret.sum() == pytest.approx(found.seconds(cost) - best, rel=1e-9)

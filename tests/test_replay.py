@@ -31,7 +31,7 @@ from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
 from bpkit.trace.store.manifest import TraceError
 from bpkit.trace.store.storage import open_trace
-from bpkit.types import OF_THE_TARGET, Context, Draft, Feature, Step
+from bpkit.types import OF_THE_TARGET, Context, Draft, Feature, Step, work_of
 
 if TYPE_CHECKING:
     from tests.conftest import ShippedPair
@@ -242,8 +242,10 @@ def test_the_walk_of_a_fixed_size_is_its_replay(kind: str, block_size: int) -> N
     """What the oracles compare with, and what the loop does, are the same."""
     traces = (synthetic_prompt(0), synthetic_prompt(1, max_new_tokens=60), synthetic_prompt(2, output_length=1))
     for trace in traces:
-        path = fixed_path(trace, kind, COST, block_size)
-        replayed = Replayer(replace(_spec(), drafter_kind=kind), f"fixed:{block_size}", COST).run(trace)
+        path = fixed_path(trace, work_of(kind), COST, block_size)
+        replayed = Replayer(replace(_spec(), drafter_kind=kind, work=work_of(kind)), f"fixed:{block_size}", COST).run(
+            trace
+        )
         for name in ("position", "block_size", "verify_length", "num_accepted"):
             assert getattr(path, name).tolist() == getattr(replayed, name).tolist(), name
         assert path.seconds == pytest.approx(replayed.seconds(COST), rel=1e-12)

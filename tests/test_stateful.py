@@ -18,7 +18,8 @@ from bpkit.decode.clock import CostClock
 from bpkit.decode.reread import LONGEST_PENDING, Rereading, commits
 from bpkit.decode.serving import is_stateful, session_class, target_session
 from bpkit.decode.snapshot import Snapshot, crop_of
-from bpkit.decode.stateful import StatefulTargetSession
+from bpkit.decode.stateful import StatefulTarget
+from bpkit.decode.text import RunningText
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.testing.simulated_device import SimulatedDevice
@@ -187,15 +188,18 @@ def test_features_of_a_pass_are_those_of_its_own_tokens() -> None:
     model = tiny_causal_lm("qwen3_5_text")
     layers = (0, 2)
     with torch.inference_mode():
-        session = target_session(model, feature_layers=layers, keep_hidden=True)
-        assert isinstance(session, StatefulTargetSession)
-        outputs, kept = [session.prefill(PROMPT[:, :10])], [10]
+        text = RunningText(PROMPT[:, :10])
+        session = target_session(model, text, feature_layers=layers, keep_hidden=True)
+        assert isinstance(session, StatefulTarget)
+        outputs, kept = [session.prefill()], [10]
         for start, end, wrong in ((10, 12, 3), (12, 15, 1), (15, 16, 0), (16, 24, 0)):
-            output = session.verify(torch.cat([PROMPT[:, start:end], PROMPT[:, :wrong]], dim=1))
+            text.append(PROMPT[:, start : start + 1], PROMPT[:, start : start + 1])
+            output = session.verify(torch.cat([PROMPT[:, start + 1 : end], PROMPT[:, :wrong]], dim=1))
+            text.append(PROMPT[:, start + 1 : end], PROMPT[:, start + 1 : end])
             assert output.logits.shape[1] == end - start + wrong
             outputs.append(output)
             kept.append(end - start)
-            session.rollback(wrong)
+            session.rollback([wrong])
         full = model(PROMPT, output_hidden_states=True)
 
     def joined(name: str) -> Tensor:
@@ -330,6 +334,6 @@ def test_texts_in_which_the_rotary_embedding_changes_are_refused(rope: dict[str,
 
 def test_a_policy_that_reads_hidden_states_is_refused_where_there_are_several_streams() -> None:
     model = tiny_causal_lm("deepseek_v4")
-    session = target_session(model, feature_layers=(0,), keep_hidden=False)
+    session = target_session(model, RunningText(PROMPT), feature_layers=(0,), keep_hidden=False)
     with torch.inference_mode(), pytest.raises(ValueError, match="DeepseekV4ForCausalLM gives no hidden states"):
-        session.prefill(PROMPT)
+        session.prefill()

@@ -121,7 +121,7 @@ class ToyModule(PolicyModule):
 
     def examples(self, prompt: PromptTrace) -> dict[str, Tensor]:
         self.asked.append(prompt.id)
-        small, large = (fixed_path(prompt, BLOCK_DIFFUSION, self.cost, size).seconds for size in SIZES)
+        small, large = (fixed_path(prompt, SPEC.work, self.cost, size).seconds for size in SIZES)
         return {
             "hidden": torch.tensor(prompt.features[Feature.PREFILL_HIDDEN])[None],
             "large": torch.tensor([float(large < small)]),
@@ -173,7 +173,7 @@ def rate(policy: Policy | str, prompts: Sequence[PromptTrace] = VALIDATION) -> f
 def test_the_planted_structure_is_learnt_and_beats_the_best_fixed_size(folder: Path) -> None:
     report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     judged = report["validation"]
-    best = best_fixed(VALIDATION, BLOCK_DIFFUSION, COST)
+    best = best_fixed(VALIDATION, SPEC.work, COST)
     assert judged["best_fixed"]["block_size"] == best
     assert judged["best_fixed"]["tokens_per_second"] == pytest.approx(rate(f"fixed:{best}"))
     assert judged["tokens_per_second_without_decisions"] == pytest.approx(rate(str(folder)))

@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from bpkit import SpeculativeDecoder
 from bpkit.assets import prompts
+from bpkit.draft.block_diffusion import BlockDiffusionSession
 from bpkit.testing import TinyPair, tiny_pair
 
 if TYPE_CHECKING:
@@ -502,7 +503,7 @@ def test_both_runtimes_draft_the_same_tokens_with_it(pair: TinyPair, monkeypatch
         eos_token_id=None,
     )
     ours: dict[int, list[int]] = {}
-    session_type = type(pair.block_diffusion().begin())
+    session_type = BlockDiffusionSession
     draft = session_type.draft
 
     def spying_too(self: Any, *args: Any) -> Any:

@@ -135,27 +135,3 @@ def price(cost: CostModel, work: Work) -> Seconds:
     passes = [work.reread, work.verify_width] if committing else [work.reread + work.verify_width]
     verify = sum(cost.seconds("verify", width, at) for width in passes)
     return Seconds(draft=draft, verify=verify, rest=cost.seconds("rest", 1, at))
-
-
-class Watch:
-    """Splits time into phases, lap by lap. The time that the consumer of a record takes is nobody's."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.last = clock.now()
-        self.spent: dict[str, float] = {}
-
-    def resume(self) -> None:
-        """Time that passed since the last lap is not counted."""
-        self.last = self.clock.now()
-
-    def lap(self, phase: str) -> None:
-        """The time since the last lap went into `phase`."""
-        now = self.clock.now()
-        self.spent[phase] = self.spent.get(phase, 0.0) + now - self.last
-        self.last = now
-
-    def take(self) -> Seconds:
-        """Everything since the last time this was asked."""
-        spent, self.spent = Seconds(**self.spent), {}
-        return spent

@@ -24,7 +24,6 @@ from transformers.generation.streamers import BaseStreamer
 from bpkit.assets import model_name, shipped
 from bpkit.decode.attention import use_grouped_attention
 from bpkit.decode.clock import Clock, GuardedClock, WallClock
-from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.inputs import ModelInputs, model_inputs
 from bpkit.decode.loading import load_causal_lm
 from bpkit.decode.loop import decode
@@ -41,13 +40,23 @@ from bpkit.decode.sampling import Processors
 from bpkit.decode.serving import is_stateful, target_session
 from bpkit.decode.stopping import Stopping
 from bpkit.decode.streaming import TextPieces
+from bpkit.decode.text import RunningText
+from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
 from bpkit.decode.verify import RULES, make_rule
 from bpkit.decode.wrapped import inside, refuse_virtual_tokens
 from bpkit.draft.base import Drafter
 from bpkit.draft.resolve import resolve_drafter
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.resolve import PolicyLike, written
-from bpkit.types import OF_THE_DRAFTED_TOKEN, OF_THE_TARGET, CostModel, DecoderSpec, Feature
+from bpkit.types import (
+    OF_THE_DRAFTED_TOKEN,
+    OF_THE_TARGET,
+    CostModel,
+    DecoderSpec,
+    DraftWork,
+    Feature,
+    work_of,
+)
 
 
 class SpeculativeDecoder:
@@ -109,6 +118,7 @@ class SpeculativeDecoder:
             verify_rule=rule,
             device=str(input_device(self.model)),
             stateful=is_stateful(self.model),
+            work=self._drafter_work(),
         )
         self.policy, self.policy_name = self._bound(policy), written(policy)
         self._written_policy, self._written_drafter = policy, drafter
@@ -270,14 +280,15 @@ class SpeculativeDecoder:
         refuse_what_generate_dropped()
         refuse_what_we_cannot_do(model, self.model, input_ids, generation_config, model_kwargs)
         inputs = model_inputs(self.model, input_ids, model_kwargs)
-        stopping = Stopping(stopping_criteria, input_ids.shape[1])
+        text = RunningText(input_ids)
+        stopping = Stopping(stopping_criteria, text)
         refuse_changing_frequencies(self.model, input_ids.shape[1], stopping.max_length)
         processors = Processors(logits_processor, ends=stopping.ends, prompt_length=input_ids.shape[1])
         decoder = self._for_call(policy, drafter)
         if generation_config.do_sample and seed is None:
             seed = int(torch.randint(2**62, ()))
         seed = seed if generation_config.do_sample else None
-        request = decoder._request(input_ids, processors, stopping, seed, stream_id, inputs)
+        request = decoder._request(text, processors, stopping, seed, stream_id, inputs)
         observed = decoder._observed(request, generation_config, seed, stream_id) if decoder.observers.active else None
         records = decode(request)
         if processors.rollback.rolls_back:
@@ -306,7 +317,7 @@ class SpeculativeDecoder:
         self, request: Request, config: GenerationConfig, seed: int | None, stream_id: int
     ) -> ObservedRequest:
         """What observers learn about a request."""
-        length = request.prompt.shape[1]
+        (length,) = request.text.prompt_length
         return ObservedRequest(
             number=next_number(),
             policy=self.policy_name,
@@ -327,7 +338,7 @@ class SpeculativeDecoder:
 
     def _request(
         self,
-        prompt: Tensor,
+        text: RunningText,
         processors: Processors,
         stopping: Stopping,
         seed: int | None,
@@ -338,25 +349,26 @@ class SpeculativeDecoder:
         if self.rule == "rejection" and seed is not None:
             self._refuse_bias(wants)
         # What such drafters know of a position depends on the tokens drafted before it; see GuardedPolicy.
-        stepwise = self.rule == "rejection" and seed is not None and self.drafter.kind != "block-diffusion"
+        stepwise = self.rule == "rejection" and seed is not None and self.spec.work.passes != "one"
         noise = None
         if seed is not None:
-            noise = GumbelNoise(seed, stream_id, self.spec.vocab_size, prompt.device, salt=TARGET_SALT)
+            noise = GumbelNoise(seed, stream_id, self.spec.vocab_size, text.ids.device, salt=TARGET_SALT)
         # The count of requests tells greedy ones apart, which have no seed: a policy must not explore alike in each.
         self.requests += 1
         generator = torch.Generator().manual_seed(hashed(seed or 0, stream_id, self.requests, POLICY_SALT) >> 1)
         keep_hidden = bool(wants & {Feature.PREFILL_HIDDEN, Feature.LAST_HIDDEN})
-        target = target_session(self.model, feature_layers=self.drafter.feature_layers, keep_hidden=keep_hidden)
+        target = target_session(self.model, text, feature_layers=self.drafter.feature_layers, keep_hidden=keep_hidden)
         target.wrapper = self.target if self.target is not self.model else None
         target.inputs = inputs if inputs.following else None
+        watch = Stopwatch(GuardedClock(self.clock))
         return Request(
-            prompt=prompt,
-            target=target,
-            drafter=self.drafter.begin(),
-            policy=GuardedPolicy(self.policy, self.spec, strict=self.strict, stepwise=stepwise),
-            rule=make_rule(self.rule, processors, noise, prompt.shape[1]),
+            text=text,
+            target=TimedTarget(target, watch),
+            drafter=TimedDrafter(self.drafter.begin(text), watch),
+            policy=TimedPolicy(self.policy, self.spec, watch, strict=self.strict, stepwise=stepwise),
+            rule=make_rule(self.rule, text, processors, noise),
             stopping=stopping,
-            clock=GuardedClock(self.clock),
+            watch=watch,
             spec=self.spec,
             wants=wants,
             generator=generator,
@@ -387,6 +399,10 @@ class SpeculativeDecoder:
     def _offered(self) -> frozenset[Feature]:
         layered = {Feature.TARGET_FEATURES} if self.drafter.feature_layers else set()
         return OF_THE_TARGET | layered | self.drafter.provides
+
+    def _drafter_work(self) -> DraftWork:
+        work = getattr(self.drafter, "work", None)
+        return work if isinstance(work, DraftWork) else work_of(self.drafter.kind)
 
     def _largest(self, given: int | None) -> int:
         most = self.drafter.max_block_size

@@ -73,8 +73,8 @@ class GuardedPolicy:
             self._mend("predict", error, "no predictions")
             return None
 
-    def select(self, context: Context) -> Tensor:
-        """Block size of the next draft, 1 .. max_block_size: int64 [batch]."""
+    def select(self, context: Context) -> list[int]:
+        """Block size of the next draft of each row, 1 .. max_block_size."""
         default, most = self.spec.trained_block_size, self.spec.max_block_size
         try:
             sizes = _whole_numbers(self.policy.select(self.state, context), context.batch_size, "select")
@@ -82,38 +82,35 @@ class GuardedPolicy:
                 raise PolicyFault(f"select returned {sizes}; a block size is at least 1 (no drafting)")
         except Exception as error:
             self._mend("select", error, f"the trained block size {default}")
-            return context.full(default)
+            return [default] * context.batch_size
         if max(sizes) > most:
             self._mend("select", PolicyFault(f"select returned {sizes}, above {most}"), f"{most}")
-        # A tensor of our own: the policy may keep, and later write to, what it returned.
-        sizes = [min(size, most) for size in sizes]
-        return context.full(sizes[0]) if len(sizes) == 1 else context.position.new_tensor(sizes)
+        return [min(size, most) for size in sizes]
 
-    def truncate(self, draft: Draft) -> Tensor:
-        """Drafted tokens to verify, 0 .. draft_length: int64 [batch]."""
-        length = draft.draft_length
-        if not self.truncates:
-            return length
+    def truncate(self, draft: Draft) -> list[int]:
+        """Drafted tokens to verify of each row, 0 .. draft_length."""
+        lengths: list[int] = draft.draft_length.tolist()
+        if not self.truncates or not any(lengths):
+            return lengths
         if not self.stepwise:
-            return self._truncate(draft)
+            return self._truncate(draft, lengths)
         kept = 0
-        while kept < int(length) and int(self._truncate(draft.first(kept + 1))) == kept + 1:
+        while kept < max(lengths) and self._truncate(draft.first(kept + 1), [kept + 1]) == [kept + 1]:
             kept += 1
-        return draft.full(kept)
+        return [kept]
 
-    def _truncate(self, draft: Draft) -> Tensor:
+    def _truncate(self, draft: Draft, lengths: list[int]) -> list[int]:
         length = draft.draft_length
         draft.draft_length = length.clone()  # the policy may write to what it is handed
         try:
-            lengths = length.tolist()
             widths = _whole_numbers(self.policy.truncate(self.state, draft), len(lengths), "truncate")
             if any(not 0 <= width <= most for width, most in zip(widths, lengths, strict=True)):
                 raise PolicyFault(f"truncate returned {widths} of {lengths} drafted tokens")
         except Exception as error:
             self._mend("truncate", error, "the whole draft")
-            widths = length.tolist()
+            widths = lengths
         draft.draft_length = length
-        return draft.full(widths[0]) if len(widths) == 1 else length.new_tensor(widths)
+        return widths
 
     def extend(self, draft: Draft) -> bool:
         """Whether an autoregressive drafter goes on."""

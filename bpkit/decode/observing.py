@@ -110,7 +110,7 @@ class Watching:
             return
         started = time.perf_counter()
         self._tokens += record.tokens.shape[1]
-        self._near_ties += record.near_ties
+        self._near_ties += sum(record.near_ties)
         self._spent += record.seconds
         self._steps += isinstance(record, Step)
         self.observers.record(self.request, record)

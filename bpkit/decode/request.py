@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bpkit.decode.clock import Clock, GuardedClock, Watch
 from bpkit.decode.features import target_features
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.host import to_host_with
 from bpkit.decode.proposed import Proposed
-from bpkit.decode.stopping import Stopping
+from bpkit.decode.stopping import StopRule
 from bpkit.decode.target import TargetOutput, TargetSession
+from bpkit.decode.text import RunningText, counts
+from bpkit.decode.timing import Stopwatch
 from bpkit.decode.verify import Verdict, VerifyRule
 from bpkit.draft.base import DrafterSession, Proposal
 from bpkit.types import (
@@ -26,6 +27,7 @@ from bpkit.types import (
     DecoderSpec,
     Draft,
     Feature,
+    Prefill,
     Step,
     Work,
 )
@@ -37,20 +39,24 @@ class Decided:
 
     Attributes:
         tokens: up to where generation ends, int64 [1, acceptance_length].
-        near_ties: among them.
+        position: output index of the first of them, of each row.
+        num_accepted: of each row.
+        near_ties: among the tokens, of each row.
         stopped: whether generation ends.
         context: of the draft that comes next.
     """
 
     tokens: Tensor
-    near_ties: int
+    position: list[int]
+    num_accepted: list[int]
+    near_ties: tuple[int, ...]
     stopped: bool
     context: Context
 
-    def without_prefill(self) -> Decided:
-        """Without the features that only `begin` is given."""
+    def without_prefill(self) -> Context:
+        """The context without the features that only `begin` is given."""
         features = {name: value for name, value in self.context.features.items() if name not in OF_PREFILL}
-        return replace(self, context=replace(self.context, features=features))
+        return replace(self.context, features=features)
 
 
 @dataclass
@@ -58,118 +64,115 @@ class Request:
     """Everything that one generation needs.
 
     Attributes:
-        prompt: int64 [1, length], on the device.
+        text: of the running rows; target, drafter, rule and stopping share it.
         wants: features to compute.
+        watch: on which target, drafter and policy note their time.
         generator: the policy's own random numbers.
         inputs: what the target's prefill takes beside the prompt, such as images.
     """
 
-    prompt: Tensor
+    text: RunningText
     target: TargetSession
     drafter: DrafterSession
     policy: GuardedPolicy
     rule: VerifyRule
-    stopping: Stopping
-    clock: Clock
+    stopping: StopRule
+    watch: Stopwatch
     spec: DecoderSpec
     wants: frozenset[Feature]
     generator: torch.Generator
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.watch = Watch(self.clock)
-
-    @property
-    def clock_faults(self) -> int:
-        """Steps that the clock could not price."""
-        return self.clock.faults if isinstance(self.clock, GuardedClock) else 0
-
-    def settle(self, output: TargetOutput, verdict: Verdict, ids: Tensor, *, first: bool = False) -> Decided:
-        """Read what a pass over the last of `ids` decided, and what policies may know of it, in one copy."""
+    def settle(self, output: TargetOutput, verdict: Verdict) -> Decided:
+        """Read what a pass decided, and what policies may know of it, in one copy; append it to the text."""
+        text, position = self.text, self.text.position
         features: dict[Feature, Tensor] = {}
         predictions: dict[str, Tensor] | None = None
         if self.wants - OF_THE_DRAFT:
+            first = not any(position)
             features = target_features(output, verdict, self.wants, first=first, embed=self.target.embed)
-            self.watch.lap("rest")
             predictions = self.policy.predict(features)
-            self.watch.lap("policy")
         (tokens, accepted, near_tie), features, predictions = to_host_with(verdict, features, predictions)
-        count, stopped = self.stopping.cut(ids, tokens.tolist()[0][: accepted.tolist()[0] + 1])
-        context = self.context(ids.shape[1] + count)
+        ((count, stopped),) = (
+            self.stopping.cut(row, chosen[: stands + 1])
+            for row, (chosen, stands) in enumerate(zip(tokens.tolist(), accepted.tolist(), strict=True))
+        )
+        tokens = tokens[:, :count]
+        text.append(verdict.tokens[:, :count], tokens)
+        context = self.context()
         context.features, context.predictions = features, predictions
-        return Decided(tokens[:, :count], sum(near_tie.tolist()[0][:count]), stopped, context)
+        ties = tuple(sum(row[:count]) for row in near_tie.tolist())
+        return Decided(tokens, position, [count - 1], ties, stopped, context)
 
-    def context(self, length: int) -> Context:
-        """Counts where prompt and output have `length` tokens."""
+    def context(self) -> Context:
+        """Counts of the text as it is."""
+        length = self.text.length
         return Context(
             self.spec,
-            position=torch.full((1,), length - self.prompt.shape[1]),  # several times as fast as `torch.tensor`
-            remaining=torch.full((1,), self.stopping.max_length - length),
-            context_length=torch.full((1,), length),
+            position=counts(self.text.position),
+            remaining=counts([self.stopping.max_length - row for row in length]),
+            context_length=counts(length),
             generator=self.generator,
         )
 
-    def draft(self, context: Context, block_size: Tensor, ids: Tensor) -> Draft:
-        """Ask the drafter for a block, or nobody at block size 1. What the policy wants of it is the policy's time."""
-        size = int(block_size)
-        if size == 1:
+    def draft(self, context: Context, block_size: Sequence[int]) -> Draft:
+        """Ask the drafter for a block, or nobody where no row drafts."""
+        if max(block_size) == 1:
             return self.no_draft(context)
-        proposed = Proposed(context, block_size, self.wants, self.policy)
+        proposed = Proposed(context, counts(block_size), self.wants, self.policy)
 
         def go_on(latest: Proposal) -> bool:
-            self.watch.lap("draft")
             proposed.add(latest)
-            answer = self.policy.extend(proposed.draft())
-            self.watch.lap("policy")
-            return answer
+            return self.policy.extend(proposed.draft())
 
-        proposal = self.drafter.draft(size, self.rule.draw(ids), go_on if self.policy.extends else None)
-        self.watch.lap("draft")
+        proposal = self.drafter.draft(block_size, self.rule.draw(), go_on if self.policy.extends else None)
         proposed.add(proposal.after(proposed.length))
         draft = proposed.draft()
-        draft.tokens, draft.logits = proposal.tokens.to(ids.device), proposal.scores
+        draft.tokens, draft.logits = proposal.tokens.to(self.text.ids.device), proposal.scores
+        draft.read = proposal.read
         return draft
 
     def no_draft(self, context: Context | None = None) -> Draft:
         """A block of the anchor alone."""
-        context = context or self.context(self.prompt.shape[1])
-        return Draft(context, context.full(1), context.full(0), self.prompt[:, :0])
+        context = context or self.context()
+        return Draft(context, context.full(1), context.full(0), self.text.ids[:, :0])
 
-    def verify_length(self, draft: Draft, ids: Tensor) -> int:
+    def width(self, draft: Draft, verify_length: Sequence[int]) -> int:
         """Drafted tokens to verify: what the policy keeps, capped to what may still be generated, and read."""
-        if draft.tokens.shape[1] == 0:
-            return 0
+        (length,) = self.text.length
         # A step yields one token more than it verifies.
-        most = self.stopping.max_length - ids.shape[1] - 1
+        most = self.stopping.max_length - length - 1
         if self.target.positions is not None:  # where plain decoding may end before it comes to the last one
-            most = max(0, min(most, self.target.positions - ids.shape[1]))
-        return min(int(self.policy.truncate(draft)), most)
+            most = max(0, min(most, self.target.positions - length))
+        return min(max(verify_length), most)
 
-    def step(self, draft: Draft, waiting: int, verify_length: int, ids: Tensor, decided: Decided) -> Step:
-        """The record of a turn that began with `ids`."""
-        self.watch.lap("rest")
-        work = self.work(draft, waiting, verify_length, ids.shape[1])
-        seconds = self.clock.charge(self.watch.take(), work)
+    def prefill(self, decided: Decided) -> Prefill:
+        """The record of prefill."""
+        return Prefill(decided.tokens, self.watch.charge(None), decided.near_ties)
+
+    def step(self, draft: Draft, width: int, decided: Decided) -> Step:
+        """The record of a turn that verified `width` drafted tokens."""
+        seconds = self.watch.charge(self.work(draft, width, decided.position))
         return Step(
             block_size=draft.block_size,
             draft_length=draft.draft_length,
-            verify_length=draft.full(verify_length),
-            num_accepted=draft.full(decided.tokens.shape[1] - 1),
+            verify_length=draft.full(width),
+            num_accepted=counts(decided.num_accepted),
             tokens=decided.tokens,
-            position=ids.shape[1] - self.prompt.shape[1],
+            position=counts(decided.position),
             seconds=seconds,
             fallbacks=self.policy.new_fallbacks(),
             near_ties=decided.near_ties,
         )
 
-    def work(self, draft: Draft, waiting: int, verify_length: int, context_length: int) -> Work:
-        """What a step did that drafted while `waiting` positions had to be read first."""
+    def work(self, draft: Draft, width: int, position: Sequence[int]) -> Work:
+        """What a turn did that began at these positions."""
         drafted = draft.tokens.shape[1]
         return Work(
             draft_size=drafted + 1 if drafted else 0,
-            waiting=waiting if drafted else 0,
-            verify_width=verify_length + 1,
-            context_length=context_length,
+            waiting=draft.read if drafted else 0,
+            verify_width=width + 1,
+            context_length=self.text.prompt_length[0] + position[0],
             features=drafted > 0 and not self.wants.isdisjoint(OF_THE_DISTRIBUTION),
             reread=self.target.reread,
         )

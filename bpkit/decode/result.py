@@ -63,7 +63,7 @@ class Generation:
     @property
     def near_ties(self) -> int:
         """Positions whose top-2 gap was below tolerance, where another verify width might have chosen otherwise."""
-        return self.prefill.near_ties + sum(step.near_ties for step in self.steps)
+        return sum(self.prefill.near_ties) + sum(sum(step.near_ties) for step in self.steps)
 
 
 class Run(Iterator[Record]):
@@ -79,7 +79,7 @@ class Run(Iterator[Record]):
     def __init__(
         self, records: Generator[Record], request: Request, seed: int | None, watching: Watching | None = None
     ) -> None:
-        self.request, self.prompt = request, request.prompt
+        self.request, self.prompt = request, request.text.prompt
         self._records, self._seed = records, seed
         self._seen: list[Record] = []
         self._watching = watching or Watching(Observers(), None)
@@ -138,5 +138,5 @@ class Run(Iterator[Record]):
             fallbacks=self.request.policy.fallbacks,
             observer_faults=self._watching.observers.left_out,
             observer_seconds=self._watching.seconds,
-            clock_faults=self.request.clock_faults,
+            clock_faults=self.request.watch.clock.faults,
         )

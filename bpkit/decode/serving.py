@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,29 +24,33 @@ from transformers.cache_utils import (
 
 from bpkit.decode.placement import input_device
 from bpkit.decode.snapshot import crop_of
-from bpkit.decode.stateful import StatefulTargetSession, cache_argument
-from bpkit.decode.target import TargetSession
+from bpkit.decode.stateful import StatefulTarget, cache_argument
+from bpkit.decode.target import CachedTarget
+from bpkit.decode.text import RunningText
 
+Session = TypeVar("Session", bound=CachedTarget)
 PREFIX, TOKENS = 24, 6
 """Tokens that a probe reads at first, and after them."""
 SMALL = 100_000_000
 """Parameters up to which a model of reduced precision is copied to float32 for its probe."""
 
 _ORDINARY = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
-_known: WeakKeyDictionary[PreTrainedModel, type[TargetSession] | str] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedModel, type[CachedTarget] | str] = WeakKeyDictionary()
 
 
-def target_session(model: PreTrainedModel, *, feature_layers: tuple[int, ...], keep_hidden: bool) -> TargetSession:
+def target_session(
+    model: PreTrainedModel, text: RunningText, *, feature_layers: tuple[int, ...], keep_hidden: bool
+) -> CachedTarget:
     """A session of the kind that this target needs. Raises ValueError for a target that cannot be served."""
-    return session_class(model)(model, feature_layers=feature_layers, keep_hidden=keep_hidden)
+    return session_class(model)(model, text, feature_layers=feature_layers, keep_hidden=keep_hidden)
 
 
 def is_stateful(model: PreTrainedModel) -> bool:
     """Whether a target has states that cannot drop tokens. Raises ValueError for a target that cannot be served."""
-    return issubclass(session_class(model), StatefulTargetSession)
+    return issubclass(session_class(model), StatefulTarget)
 
 
-def session_class(model: PreTrainedModel) -> type[TargetSession]:
+def session_class(model: PreTrainedModel) -> type[CachedTarget]:
     """The kind of session that serves a target exactly, found once for each model object.
 
     Raises:
@@ -58,7 +63,7 @@ def session_class(model: PreTrainedModel) -> type[TargetSession]:
     return found
 
 
-def served_by(model: PreTrainedModel) -> type[TargetSession] | str:
+def served_by(model: PreTrainedModel) -> type[CachedTarget] | str:
     """The kind of session whose cache goes back exactly, or why there is none."""
     found = _known.get(model)
     if found is None:
@@ -66,7 +71,7 @@ def served_by(model: PreTrainedModel) -> type[TargetSession] | str:
     return found
 
 
-def _find(model: PreTrainedModel) -> type[TargetSession] | str:
+def _find(model: PreTrainedModel) -> type[CachedTarget] | str:
     """The kind of session, or why there is none."""
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder, and the decoder has no input for its encoder"
@@ -76,7 +81,7 @@ def _find(model: PreTrainedModel) -> type[TargetSession] | str:
         cropped, certain = _crops(model)
         weight = next(model.parameters())
         if certain or weight.is_meta or isinstance(weight, FakeTensor):
-            return TargetSession if cropped else StatefulTargetSession
+            return CachedTarget if cropped else StatefulTarget
         return _probe(model, cropped)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -104,7 +109,7 @@ def _crops(model: PreTrainedModel) -> tuple[bool, bool]:
     return True, ordinary
 
 
-def _probe(model: PreTrainedModel, cropped: bool) -> type[TargetSession] | str:
+def _probe(model: PreTrainedModel, cropped: bool) -> type[CachedTarget] | str:
     """The first kind of session whose passes give what one token at a time gives."""
     model = _precise(model)
     eps = torch.finfo(model.dtype).eps
@@ -118,7 +123,7 @@ def _probe(model: PreTrainedModel, cropped: bool) -> type[TargetSession] | str:
         tolerance = min(max(10 * rounding, 16 * eps), most) if rounding < most else math.sqrt(eps) / 4
         error = math.inf
         croppable = cropped and _croppable(model, tokens)
-        for kind in (TargetSession, StatefulTargetSession) if croppable else (StatefulTargetSession,):
+        for kind in (CachedTarget, StatefulTarget) if croppable else (StatefulTarget,):
             error = _difference(_with_rejections(kind, model, tokens), expected) / spread
             if error <= tolerance:
                 return kind
@@ -130,8 +135,8 @@ def _probe(model: PreTrainedModel, cropped: bool) -> type[TargetSession] | str:
 
 def _croppable(model: PreTrainedModel, tokens: Tensor) -> bool:
     """Whether the cache can drop tokens, which linear layers know once they hold some."""
-    session = TargetSession(model, feature_layers=(), keep_hidden=False)
-    session.prefill(tokens)
+    session = _session(CachedTarget, model, tokens)
+    session.prefill()
     return bool(session.held.is_croppable)
 
 
@@ -159,27 +164,35 @@ def _some_tokens(model: PreTrainedModel) -> Tensor:
 
 def _one_at_a_time(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Logits [1, TOKENS, vocab] of the last tokens, as plain decoding reads them."""
-    session = StatefulTargetSession(model, feature_layers=(), keep_hidden=False)
-    session.prefill(tokens[:, :PREFIX])
-    return torch.cat(
-        [session.verify(tokens[:, i : i + 1]).logits for i in range(PREFIX, PREFIX + TOKENS)], dim=1
-    ).float()
+    session, found = _session(StatefulTarget, model, tokens[:, :PREFIX]), []
+    session.prefill()
+    for i in range(PREFIX, PREFIX + TOKENS):
+        session.text.append(tokens[:, i : i + 1], tokens[:, i : i + 1].cpu())
+        found.append(session.verify(tokens[:, :0]).logits)
+    return torch.cat(found, dim=1).float()
 
 
 def _at_once(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    logits: Tensor = StatefulTargetSession(model, feature_layers=(), keep_hidden=False)._pass(tokens, TOKENS, []).logits
+    logits: Tensor = _session(StatefulTarget, model, tokens)._pass(tokens, TOKENS, []).logits
     return logits[:, -TOKENS:].float()
 
 
-def _with_rejections(kind: type[TargetSession], model: PreTrainedModel, tokens: Tensor) -> Tensor:
+def _with_rejections(kind: type[CachedTarget], model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """The same by passes of which the last tokens are rejected."""
-    session, found = kind(model, feature_layers=(), keep_hidden=False), []
-    session.prefill(tokens[:, :PREFIX])
-    for start, end, wrong in ((0, 2, 2), (2, 4, 1), (4, 6, 0)):
-        right = tokens[:, PREFIX + start : PREFIX + end]
-        found.append(session.verify(torch.cat([right, tokens[:, :wrong]], dim=1)).logits[:, : end - start])
-        session.rollback(wrong)
+    session, found = _session(kind, model, tokens[:, :PREFIX]), []
+    session.prefill()
+    for start, wrong in ((0, 2), (2, 1), (4, 0)):
+        begin = PREFIX + start
+        anchor, right = tokens[:, begin : begin + 1], tokens[:, begin + 1 : begin + 2]
+        session.text.append(anchor, anchor.cpu())
+        found.append(session.verify(torch.cat([right, tokens[:, :wrong]], dim=1)).logits[:, :2])
+        session.rollback([wrong])
+        session.text.append(right, right.cpu())
     return torch.cat(found, dim=1).float()
+
+
+def _session(kind: type[Session], model: PreTrainedModel, prompt: Tensor) -> Session:
+    return kind(model, RunningText(prompt), feature_layers=(), keep_hidden=False)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

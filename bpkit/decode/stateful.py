@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionC
 
 from bpkit.decode.reread import Rereading
 from bpkit.decode.snapshot import Snapshot
-from bpkit.decode.target import TargetOutput, TargetSession
+from bpkit.decode.target import CachedTarget, TargetOutput
+from bpkit.decode.text import RunningText
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")
 """Names under which the architectures of transformers take their cache and return it."""
@@ -35,15 +37,17 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-class StatefulTargetSession(TargetSession):
+class StatefulTarget(CachedTarget):
     """Takes the states back to before a pass where tokens of it were rejected.
 
     The accepted tokens of that pass are then pending and go before the tokens of the next one; see
     `bpkit.decode.reread`. A pass over one token, which always stands, needs no copy of the states.
     """
 
-    def __init__(self, model: PreTrainedModel, *, feature_layers: tuple[int, ...], keep_hidden: bool) -> None:
-        super().__init__(model, feature_layers=feature_layers, keep_hidden=keep_hidden)
+    def __init__(
+        self, model: PreTrainedModel, text: RunningText, *, feature_layers: tuple[int, ...], keep_hidden: bool
+    ) -> None:
+        super().__init__(model, text, feature_layers=feature_layers, keep_hidden=keep_hidden)
         self.argument = cache_argument(model) or CACHE_ARGUMENTS[0]
         self.rereading = Rereading()
         self.pending: Tensor | None = None
@@ -53,7 +57,7 @@ class StatefulTargetSession(TargetSession):
         """Whether the snapshot is of the states as they are now."""
 
     @property
-    def reread(self) -> int:  # type: ignore[override]
+    def reread(self) -> int:
         return self.rereading.reread
 
     @property
@@ -69,14 +73,15 @@ class StatefulTargetSession(TargetSession):
             return None
         return new_cache(self.model)
 
-    def prefill(self, prompt: Tensor, **inputs: Any) -> TargetOutput:
-        output = super().prefill(prompt, **inputs)
+    def prefill(self, **inputs: Any) -> TargetOutput:
+        output = super().prefill(**inputs)
         self.snapshot = Snapshot(self.held)
         self.snapshot.keep()
         return output
 
-    def verify(self, tokens: Tensor) -> TargetOutput:
-        count, pending = tokens.shape[1], self.pending
+    def verify(self, drafted: Tensor) -> TargetOutput:
+        tokens, pending = torch.cat([self.text.anchor, drafted], dim=1), self.pending
+        count = tokens.shape[1]
         if self.rereading.verify(count) and pending is not None:
             self._commit(pending)
             pending = None
@@ -86,14 +91,15 @@ class StatefulTargetSession(TargetSession):
         self.last_pass, self.pending, self.fresh = fed, None, False
         return self._forward(fed, logits_to_keep=count)
 
-    def rollback(self, count: int) -> None:
-        self.rereading.reject(count)
-        if count == 0 or self.last_pass is None:
+    def rollback(self, count: Sequence[int]) -> None:
+        (last,) = count
+        self.rereading.reject(last)
+        if last == 0 or self.last_pass is None:
             self.snapshot.keep()
             return
         self.snapshot.restore(self.last_pass.shape[1])
         self.length -= self.last_pass.shape[1]
-        self.pending, self.fresh = self.last_pass[:, :-count], True
+        self.pending, self.fresh = self.last_pass[:, :-last], True
 
     def _commit(self, pending: Tensor) -> None:
         self._pass(pending, 1, [])

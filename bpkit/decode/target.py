@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bpkit.decode.inputs import ModelInputs
 from bpkit.decode.positions import position_limit
+from bpkit.decode.text import RunningText
 from bpkit.types import Feature
 
 
@@ -46,35 +47,76 @@ class TargetOutput:
         )
 
 
-class TargetSession:
-    """One request's view of the target: its KV cache holds the decided tokens without the anchor.
+class TargetSession(Protocol):
+    """A target that reads one running text: live, or out of a trace."""
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens it can read; None if there is no such limit."""
+        ...
+
+    @property
+    def reread(self) -> int:
+        """Tokens that the last pass read once more; see `bpkit.decode.reread`."""
+        ...
+
+    @property
+    def cache(self) -> Any:
+        """What it keeps of the text, all decided tokens but the anchor, as the model takes it; None without a model."""
+        ...
+
+    def prefill(self, **inputs: Any) -> TargetOutput:
+        """Read the prompt, whose logits after the last token decide the first.
+
+        Args:
+            inputs: what the model takes beside the prompt, such as images.
+        """
+        ...
+
+    def verify(self, drafted: Tensor) -> TargetOutput:
+        """Score the anchor and drafted tokens, int64 [rows, width], all of which are kept until `rollback`."""
+        ...
+
+    def rollback(self, count: Sequence[int]) -> None:
+        """Drop the last tokens that were read, so many of each row."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's embedding of tokens, [..., hidden]."""
+        ...
+
+
+class CachedTarget:
+    """A target session whose KV cache is cropped where tokens are rejected.
 
     Args:
         feature_layers: layer *i* means `hidden_states[i + 1]`.
         keep_hidden: also return final-norm hidden states.
     """
 
-    reread = 0
-    """Tokens that the last pass read once more."""
     wrapper: Any = None
     """What passes run through, such as the compiled model, where that is not the model itself."""
     inputs: ModelInputs | None = None
     """What passes after prefill take beside tokens; None if nothing."""
 
-    def __init__(self, model: PreTrainedModel, *, feature_layers: tuple[int, ...], keep_hidden: bool) -> None:
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, text: RunningText, *, feature_layers: tuple[int, ...], keep_hidden: bool
+    ) -> None:
+        self.model, self.text = model, text
         self.feature_indices = [i + 1 for i in feature_layers]
         self.last_index = model.config.get_text_config().num_hidden_layers if keep_hidden else None
         self.held = self._new_cache()
         self.length = 0
         """Tokens in the cache."""
         self.positions = position_limit(model)
-        """How many tokens it can read; None if there is no such limit."""
         self.counts_positions = counts_positions(model)
 
     @property
+    def reread(self) -> int:
+        return 0
+
+    @property
     def cache(self) -> Any:
-        """The model's cache, with all decided tokens but the anchor."""
         return self.held
 
     def _new_cache(self) -> Any:
@@ -82,27 +124,20 @@ class TargetSession:
         cache.activate_past_recording()
         return cache
 
-    def prefill(self, prompt: Tensor, **inputs: Any) -> TargetOutput:
-        """Read the prompt, int64 [1, length], whose logits after the last token decide the first.
-
-        Args:
-            inputs: what the model takes beside the prompt, such as images.
-        """
-        output = self._forward(prompt, logits_to_keep=1, **inputs)
+    def prefill(self, **inputs: Any) -> TargetOutput:
+        output = self._forward(self.text.prompt, logits_to_keep=1, **inputs)
         # Some architectures have no `logits_to_keep`.
         return replace(output, logits=output.logits[:, -1:])
 
-    def verify(self, tokens: Tensor) -> TargetOutput:
-        """Score anchor and drafted tokens, int64 [1, width + 1], all of which enter the cache."""
-        return self._forward(tokens, logits_to_keep=0)
+    def verify(self, drafted: Tensor) -> TargetOutput:
+        return self._forward(torch.cat([self.text.anchor, drafted], dim=1), logits_to_keep=0)
 
-    def rollback(self, count: int) -> None:
-        """Remove the last `count` tokens from the cache."""
-        self.held.crop(-count)
-        self.length -= count
+    def rollback(self, count: Sequence[int]) -> None:
+        (last,) = count
+        self.held.crop(-last)
+        self.length -= last
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The target's embedding of tokens, [..., hidden]."""
         embedded: Tensor = self.model.get_input_embeddings()(tokens)
         return embedded
 

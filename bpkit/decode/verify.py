@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bpkit.decode.noise import ACCEPT_SALT, DRAFT_SALT, GumbelNoise, hashed, uniform
 from bpkit.decode.sampling import Draw, Processors, noisy
+from bpkit.decode.text import RunningText
 from bpkit.types import Draft
 
 NEAR_TIE = 1e-4
@@ -33,18 +34,17 @@ class Verdict(NamedTuple):
 
 
 class VerifyRule(Protocol):
-    """Decides a step from the target's logits, without a read of the device."""
+    """Decides what follows the running text from the target's logits, without a read of the device."""
 
-    def draw(self, prefix: Tensor) -> Draw:
-        """What the drafter draws the tokens after `prefix` with."""
+    def draw(self) -> Draw:
+        """What the drafter draws its tokens with."""
         ...
 
-    def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
+    def verify(self, logits: Tensor, draft: Draft, width: int) -> Verdict:
         """Judge the first `width` drafted tokens.
 
         Args:
             logits: of the target at anchor and drafted tokens, [1, width + 1, vocab].
-            prefix: decided tokens, int64 [1, length]; the last is the anchor.
         """
         ...
 
@@ -79,17 +79,17 @@ class Coupled:
     policy. Without noise this is greedy decoding.
     """
 
-    def __init__(self, processors: Processors, noise: GumbelNoise | None, prompt_length: int) -> None:
-        self.processors, self.noise, self.prompt_length = processors, noise, prompt_length
+    def __init__(self, text: RunningText, processors: Processors, noise: GumbelNoise | None) -> None:
+        self.text, self.processors, self.noise = text, processors, noise
 
-    def draw(self, prefix: Tensor) -> Draw:
-        return Draw(self.processors, self.noise, prefix.shape[1] - self.prompt_length, prefix)
+    def draw(self) -> Draw:
+        return Draw(self.processors, self.noise, self.text.position[0], self.text.ids)
 
-    def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
-        drafted, position = draft.tokens[:, :width], prefix.shape[1] - self.prompt_length
+    def verify(self, logits: Tensor, draft: Draft, width: int) -> Verdict:
+        drafted, (position,) = draft.tokens[:, :width], self.text.position
         if self.noise is not None:
             self.noise.forget_before(position)
-        scores = self.processors(logits, prefix, drafted)
+        scores = self.processors(logits, self.text.ids, drafted)
         tolerance = tie_tolerance(logits, scores)
         scores = noisy(scores, self.noise, position)
         chosen = scores.argmax(dim=-1)
@@ -104,23 +104,23 @@ class Rejection:
     but the text depends on drafter and policy.
     """
 
-    def __init__(self, processors: Processors, noise: GumbelNoise, prompt_length: int) -> None:
-        self.processors, self.noise, self.prompt_length = processors, noise, prompt_length
+    def __init__(self, text: RunningText, processors: Processors, noise: GumbelNoise) -> None:
+        self.text, self.processors, self.noise = text, processors, noise
         self.drafts = 0
 
-    def draw(self, prefix: Tensor) -> Draw:
+    def draw(self) -> Draw:
         # Fresh noise for every draft: with that of the position alone, a token that was drafted but not verified would
         # come again, and a policy that remembers what it saw of it could pick and choose.
         self.drafts += 1
         n = self.noise
         noise = GumbelNoise(hashed(n.seed, n.stream, self.drafts, DRAFT_SALT), n.stream, n.width, n.device)
-        return Draw(self.processors, noise, prefix.shape[1] - self.prompt_length, prefix)
+        return Draw(self.processors, noise, self.text.position[0], self.text.ids)
 
-    def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
-        drafted, position = draft.tokens[:, :width], prefix.shape[1] - self.prompt_length
+    def verify(self, logits: Tensor, draft: Draft, width: int) -> Verdict:
+        drafted, (position,) = draft.tokens[:, :width], self.text.position
         n = self.noise
         n.forget_before(position)
-        target = self.processors(logits, prefix, drafted).softmax(dim=-1)
+        target = self.processors(logits, self.text.ids, drafted).softmax(dim=-1)
         proposal = torch.zeros_like(target)
         if width:
             proposal[:, :width] = self._proposal(draft, width, target.shape[-1])
@@ -150,8 +150,8 @@ class Rejection:
 RULES = ("coupled", "rejection")
 
 
-def make_rule(name: str, processors: Processors, noise: GumbelNoise | None, prompt_length: int) -> VerifyRule:
+def make_rule(name: str, text: RunningText, processors: Processors, noise: GumbelNoise | None) -> VerifyRule:
     """The rule of that name; without noise both are greedy decoding."""
     if name == "rejection" and noise is not None:
-        return Rejection(processors, noise, prompt_length)
-    return Coupled(processors, noise, prompt_length)
+        return Rejection(text, processors, noise)
+    return Coupled(text, processors, noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -16,18 +17,19 @@ from bpkit.decode.positions import position_limit
 from bpkit.decode.sampling import Draw
 from bpkit.decode.serving import served_by
 from bpkit.decode.snapshot import Snapshot
-from bpkit.decode.stateful import StatefulTargetSession, cache_argument, new_cache
+from bpkit.decode.stateful import StatefulTarget, cache_argument, new_cache
+from bpkit.decode.text import RunningText
 from bpkit.decode.wrapped import inside
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.config import ASSISTANT_BLOCK_SIZE
 from bpkit.draft.vocabulary import embedding_rows, fetch_tokenizer, refuse_another_tokenizer
-from bpkit.types import AUTOREGRESSIVE, Feature
+from bpkit.types import AUTOREGRESSIVE, Feature, work_of
 
 
 class AutoregressiveDrafter:
     """An assistant model (Leviathan et al. 2023, 2211.17192). A policy's `extend` may end a draft early."""
 
-    kind = AUTOREGRESSIVE
+    kind, work = AUTOREGRESSIVE, work_of(AUTOREGRESSIVE)
     provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
     feature_layers: tuple[int, ...] = ()
 
@@ -46,7 +48,7 @@ class AutoregressiveDrafter:
             raise ValueError(
                 f"drafter {name} ({type(model).__name__}) cannot take back drafted tokens: {why}; use another assistant"
             )
-        self.stateful = issubclass(served, StatefulTargetSession)
+        self.stateful = issubclass(served, StatefulTarget)
         self.model, self.name = model.eval(), name
         self.trained_block_size, self.max_block_size = block_size, max(32, 2 * block_size)
         self.last_index = model.config.get_text_config().num_hidden_layers
@@ -73,8 +75,8 @@ class AutoregressiveDrafter:
         fetch_tokenizer(path)
         return cls(move(model, input_device(target)), target, name=path, block_size=block_size)
 
-    def begin(self) -> AutoregressiveSession:
-        return AutoregressiveSession(self)
+    def begin(self, text: RunningText) -> AutoregressiveSession:
+        return AutoregressiveSession(self, text)
 
     def own(self, tokens: Tensor) -> Tensor:
         """Token ids as the assistant reads them; of those that only the target has, its last id. int64, same shape."""
@@ -114,8 +116,8 @@ class AutoregressiveDrafter:
 class AutoregressiveSession:
     """The assistant's KV cache and the decided tokens that it has not read yet (the anchor is the last)."""
 
-    def __init__(self, drafter: AutoregressiveDrafter) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: AutoregressiveDrafter, text: RunningText) -> None:
+        self.drafter, self.text = drafter, text
         self.snapshot: Snapshot | None = None
         """Of the states as they are before the tokens that are drafted, for an assistant that has states."""
         if drafter.stateful:
@@ -123,16 +125,13 @@ class AutoregressiveSession:
         else:
             self.cache = DynamicCache(config=drafter.model.config.get_text_config())
             self.cache.activate_past_recording()
-        self.unread: Tensor | None = None
+        self.unread = text.newest
         self.drafted = 0
 
-    @property
-    def waiting(self) -> int:
-        return 0 if self.unread is None else self.unread.shape[1]
-
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+    def advance(self, features: Tensor | None) -> None:
+        tokens = self.text.newest
         if self.drafted == 0:
-            self.unread = tokens if self.unread is None else torch.cat([self.unread, tokens], dim=1)
+            self.unread = torch.cat([self.unread, tokens], dim=1)
             return
         # The cache holds the drafted tokens but the last one: keep those that stand.
         held = self.drafted - 1
@@ -144,14 +143,13 @@ class AutoregressiveSession:
             stands = 0
         self.unread, self.drafted = tokens[:, stands:], 0
 
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
-        assert self.unread is not None
-        count = block_size - 1
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        count, waited = block_size[0] - 1, self.unread.shape[1]
         if self.drafter.positions is not None:
-            count = self.drafter.room(self.cache.get_seq_length() + self.unread.shape[1], count)
+            count = self.drafter.room(self.cache.get_seq_length() + waited, count)
         if count == 0:
             return self.drafter.nothing()
-        read, self.unread = self.unread, None
+        read = self.unread
         parts: list[Proposal] = []
         for _ in range(count):
             output = self.drafter.model(
@@ -171,10 +169,10 @@ class AutoregressiveSession:
             if go_on is not None and len(parts) < count and not go_on(parts[-1]):
                 break
         self.drafted = len(parts)
-        return _joined(parts)
+        return _joined(parts, waited)
 
 
-def _joined(parts: list[Proposal]) -> Proposal:
+def _joined(parts: list[Proposal], read: int) -> Proposal:
     tokens = torch.cat([p.tokens for p in parts], dim=1)
     scores = torch.cat([p.scores for p in parts if p.scores is not None], dim=1)
-    return Proposal(tokens, scores, torch.cat([p.hidden for p in parts if p.hidden is not None], dim=1))
+    return Proposal(tokens, scores, torch.cat([p.hidden for p in parts if p.hidden is not None], dim=1), read)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from bpkit.decode.sampling import Draw
-from bpkit.types import Feature
+from bpkit.decode.text import RunningText
+from bpkit.types import DraftWork, Feature
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +21,14 @@ class Proposal:
         tokens: int64 [1, count], count at most block_size - 1.
         scores: the drafter's processed scores, float32 [1, count, vocab], or None if it has no distribution.
         hidden: its last hidden states, [1, count, hidden], or None.
+        read: decided positions that the drafter read before it drafted; 0 without a model.
         features: what policies may see of it, where that is known already (in replay); else it is computed.
     """
 
     tokens: Tensor
     scores: Tensor | None
     hidden: Tensor | None
+    read: int = 0
     features: Mapping[Feature, Tensor] | None = None
 
     def after(self, count: int) -> Proposal:
@@ -36,6 +39,7 @@ class Proposal:
             self.tokens[:, count:],
             None if self.scores is None else self.scores[:, count:],
             None if self.hidden is None else self.hidden[:, count:],
+            self.read,
             None if self.features is None else {name: value[:, count:] for name, value in self.features.items()},
         )
 
@@ -46,26 +50,22 @@ was last asked, so that each is looked at once."""
 
 
 class DrafterSession(Protocol):
-    """One request's drafter state."""
+    """A drafter's state for one running text."""
 
-    @property
-    def waiting(self) -> int:
-        """Decided positions that the next draft reads before it drafts, 0 for drafters without a model."""
-        ...
+    def advance(self, features: Tensor | None) -> None:
+        """Take in what was appended to the text: `text.newest`, of which the last token is the new anchor.
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        """Take in what was decided.
+        First called when prefill has decided the first token: the prompt is new, too. After a draft those of the newest
+        tokens that come before the last are drafted tokens that stand.
 
         Args:
-            tokens: newly decided tokens, int64 [1, count], on the host; the last is the new anchor. First the whole
-                prompt and the first token. After a draft those before the last are drafted tokens that stand.
             features: target features of the positions that were read to decide them, [1, count, layers * hidden]
                 (of the first call: of the prompt), or None if the drafter has no `feature_layers`.
         """
         ...
 
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
-        """Propose up to `block_size - 1` tokens after the anchor. Called only with block_size 2 or more."""
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        """Propose up to `block_size - 1` tokens after the anchor of each row; at least one row has 2 or more."""
         ...
 
 
@@ -74,7 +74,8 @@ class Drafter(Protocol):
 
     Attributes:
         name: path or description.
-        kind: `block-diffusion`, `autoregressive` or `n-gram`.
+        kind: a label, such as `block-diffusion`, for people and files.
+        work: what it does for a draft.
         trained_block_size: of training, or a default where there was none.
         max_block_size: the largest block that it drafts.
         feature_layers: target layers it needs; layer *i* means `hidden_states[i + 1]`.
@@ -87,11 +88,12 @@ class Drafter(Protocol):
 
     name: str
     kind: str
+    work: DraftWork
     trained_block_size: int
     max_block_size: int
     feature_layers: tuple[int, ...]
     provides: frozenset[Feature]
 
-    def begin(self) -> DrafterSession:
-        """A session for a new request."""
+    def begin(self, text: RunningText) -> DrafterSession:
+        """A session for a new request, whose prompt is the text so far."""
         ...

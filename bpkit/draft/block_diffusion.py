@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from bpkit.assets import shipped
 from bpkit.decode.loading import hub_options, refuse_other_weights
 from bpkit.decode.placement import device_of, head_device, move, working_dtype
 from bpkit.decode.sampling import Draw
+from bpkit.decode.text import RunningText
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.dflash_checks import refuse_unfit, refuse_unknown_layout
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
 from bpkit.draft.vocabulary import embedding_rows
-from bpkit.types import BLOCK_DIFFUSION, Feature
+from bpkit.types import BLOCK_DIFFUSION, Feature, work_of
 
 
 class BlockDiffusionDrafter:
@@ -26,7 +28,7 @@ class BlockDiffusionDrafter:
     block is bidirectional.
     """
 
-    kind = BLOCK_DIFFUSION
+    kind, work = BLOCK_DIFFUSION, work_of(BLOCK_DIFFUSION)
     provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
 
     def __init__(self, model: DFlashModel, target: PreTrainedModel, *, name: str = "DFlash") -> None:
@@ -81,9 +83,9 @@ class BlockDiffusionDrafter:
         logits: Tensor = self._head(hidden.to(self._reads_on, self._reads_as))
         return logits.to(self._embeds_on)
 
-    def begin(self) -> BlockDiffusionSession:
+    def begin(self, text: RunningText) -> BlockDiffusionSession:
         self._find_parts()  # the target may have been moved
-        return BlockDiffusionSession(self)
+        return BlockDiffusionSession(self, text)
 
 
 class BlockDiffusionSession:
@@ -93,29 +95,26 @@ class BlockDiffusionSession:
     draft costs one forward over (waiting positions + block) instead of (acceptance length + block).
     """
 
-    def __init__(self, drafter: BlockDiffusionDrafter) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: BlockDiffusionDrafter, text: RunningText) -> None:
+        self.drafter, self.text = drafter, text
         self.cache = DynamicCache()
-        self.waiting = 0
         self.unread: list[Tensor] = []
-        self.anchor: Tensor | None = None
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+    def advance(self, features: Tensor | None) -> None:
         assert features is not None
-        self.anchor = tokens[:, -1:]
         self.unread.append(features)
-        self.waiting += features.shape[1]
 
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
-        assert self.anchor is not None
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        (size,) = block_size
         context = self.unread[0] if len(self.unread) == 1 else torch.cat(self.unread, dim=1)
-        self.unread, self.waiting = [], 0
-        masks = self.anchor.new_full((1, block_size - 1), self.drafter.model.config.mask_token_id)
+        self.unread = []
+        anchor = self.text.newest[:, -1:]
+        masks = anchor.new_full((1, size - 1), self.drafter.model.config.mask_token_id)
         hidden = self.drafter.model(
-            noise_embeds=self.drafter.embed(torch.cat([self.anchor, masks], dim=1)),
+            noise_embeds=self.drafter.embed(torch.cat([anchor, masks], dim=1)),
             context_hidden_states=context,
             past_key_values=self.cache,
         ).last_hidden_state[:, 1:]
-        self.cache.crop(-block_size)
+        self.cache.crop(-size)
         tokens, scores = draw(self.drafter.score(hidden))
-        return Proposal(tokens, scores, hidden)
+        return Proposal(tokens, scores, hidden, read=context.shape[1])

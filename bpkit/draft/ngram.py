@@ -5,15 +5,17 @@ Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding, as also in t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bpkit.decode.sampling import Draw
+from bpkit.decode.text import RunningText
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.config import NGRAM_BLOCK_SIZE
-from bpkit.types import NGRAM, Feature
+from bpkit.types import NGRAM, Feature, work_of
 
 
 class NgramDrafter:
@@ -23,7 +25,7 @@ class NgramDrafter:
         max_ngram: longest n-gram looked up; shorter ones down to `min_ngram` follow if it is not found.
     """
 
-    kind = NGRAM
+    kind, work = NGRAM, work_of(NGRAM)
     name = "n-gram"
     feature_layers: tuple[int, ...] = ()
     provides = frozenset({Feature.DRAFT_TOKENS})
@@ -39,34 +41,33 @@ class NgramDrafter:
         """Make one; `path` and `target` are not needed."""
         return cls(**options)
 
-    def begin(self) -> NgramSession:
-        return NgramSession(self.sizes)
+    def begin(self, text: RunningText) -> NgramSession:
+        return NgramSession(self.sizes, text)
 
 
 class NgramSession:
-    """The tokens so far, and for each n-gram where its last occurrence ends. The one at the very end is left out."""
+    """For each n-gram of the text where its last occurrence ends. The one at the very end is left out."""
 
-    waiting = 0
-
-    def __init__(self, sizes: range) -> None:
+    def __init__(self, sizes: range, text: RunningText) -> None:
         self.sizes = sizes
-        self.tokens: list[int] = []
+        (self.tokens,) = text.tokens
+        self.indexed = 1
+        """Up to where n-grams may end that are in `ends`."""
         self.ends: dict[tuple[int, ...], int] = {}
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        before = len(self.tokens)
-        self.tokens += tokens[0].tolist()
+    def advance(self, features: Tensor | None) -> None:
         # Index n-grams that have a successor by now: those that end before the last token.
-        for end in range(max(before, 1), len(self.tokens)):
+        for end in range(self.indexed, len(self.tokens)):
             for size in self.sizes:
                 if size <= end:
                     self.ends[tuple(self.tokens[end - size : end])] = end
+        self.indexed = len(self.tokens)
 
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         found: list[int] = []
         for size in self.sizes:
             end = self.ends.get(tuple(self.tokens[-size:])) if size <= len(self.tokens) else None
             if end is not None:
-                found = self.tokens[end : end + block_size - 1]
+                found = self.tokens[end : end + block_size[0] - 1]
                 break
         return Proposal(torch.tensor([found], dtype=torch.long), None, None)

@@ -8,6 +8,7 @@ of right tokens you choose.
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast,
 
 from bpkit.decode.noise import uniform
 from bpkit.decode.sampling import Draw
+from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
-from bpkit.trace.waiting import waiting_after_draft
-from bpkit.types import AUTOREGRESSIVE, Feature
+from bpkit.types import AUTOREGRESSIVE, Feature, work_of
 
 END, MASK, UNKNOWN = "<|end|>", "<|mask|>", "<|unknown|>"
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n\t"
@@ -162,7 +163,7 @@ class AgreeableDrafter:
         seed: of the coins. They depend on the seed, where the block begins and the place in it, on nothing else.
     """
 
-    kind = AUTOREGRESSIVE
+    kind, work = AUTOREGRESSIVE, work_of(AUTOREGRESSIVE)
     name = "agreeable"
     provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
     feature_layers: tuple[int, ...] = ()
@@ -174,35 +175,35 @@ class AgreeableDrafter:
         self.drafts = 0
         """Drafts made so far, over all requests."""
 
-    def begin(self) -> AgreeableSession:
-        return AgreeableSession(self)
+    def begin(self, text: RunningText) -> AgreeableSession:
+        return AgreeableSession(self, text)
 
 
 class AgreeableSession:
-    """The decided tokens, int64 [1, length]. It reports as `waiting` what an assistant model would have to read."""
+    """Reports as read what an assistant model would have had to read."""
 
-    def __init__(self, drafter: AgreeableDrafter) -> None:
-        self.drafter, self.waiting = drafter, 0
-        self.ids: Tensor | None = None
+    def __init__(self, drafter: AgreeableDrafter, text: RunningText) -> None:
+        self.drafter, self.text = drafter, text
+        self.waiting: int | None = None
         self.drafted: int | None = None
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        count, tokens = tokens.shape[1], tokens.to(self.drafter.target.device)
-        if self.drafted is None:
-            self.waiting += count
+    def advance(self, features: Tensor | None) -> None:
+        work = self.drafter.work
+        if self.waiting is None:
+            self.waiting = work.first(self.text.prompt_length[0])
+        elif self.drafted is None:
+            self.waiting = work.after_no_draft(self.waiting)
         else:
-            self.waiting = waiting_after_draft(self.drafter.kind, self.drafted, count - 1)
-        self.ids = tokens if self.ids is None else torch.cat([self.ids, tokens], dim=1)
+            self.waiting = work.after_draft(self.drafted, self.text.newest.shape[1] - 1)
         self.drafted = None
 
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
-        assert self.ids is not None
-        model, begin = self.drafter.target, self.ids.shape[1]
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        model, (begin,), (size,) = self.drafter.target, self.text.length, block_size
         self.drafter.drafts += 1
-        coins = uniform(self.drafter.seed, begin, 0, block_size, 1, torch.device("cpu"), salt=0)[:, 0]
-        cache, read = DynamicCache(config=model.config), self.ids
+        coins = uniform(self.drafter.seed, begin, 0, size, 1, torch.device("cpu"), salt=0)[:, 0]
+        cache, read = DynamicCache(config=model.config), self.text.ids
         tokens, scores, hidden = [], [], []
-        for place in range(block_size - 1):
+        for place in range(size - 1):
             output = model(read, past_key_values=cache, use_cache=True, logits_to_keep=1, output_hidden_states=True)
             read, of_read = draw(output.logits)
             shift = int(coins[place] < self.drafter.corruption)
@@ -210,7 +211,7 @@ class AgreeableSession:
             scores.append(of_read.roll(shift, dims=-1))
             hidden.append(output.hidden_states[-1][:, -1:])
             latest = Proposal(tokens[-1], scores[-1], hidden[-1])
-            if go_on is not None and place + 2 < block_size and not go_on(latest):
+            if go_on is not None and place + 2 < size and not go_on(latest):
                 break
         self.drafted = len(tokens)
-        return Proposal(torch.cat(tokens, dim=1), torch.cat(scores, dim=1), torch.cat(hidden, dim=1))
+        return Proposal(torch.cat(tokens, dim=1), torch.cat(scores, dim=1), torch.cat(hidden, dim=1), self.waiting or 0)

@@ -68,7 +68,7 @@ class JsonLines(Observer):
 
     def _of_record(self, record: Record, row: int) -> dict[str, Any]:
         tokens = {"tokens": record.tokens[row].tolist()} if self.config.tokens else {}
-        return {"seconds": _seconds(record), "near_ties": record.near_ties, **tokens}
+        return {"seconds": _seconds(record), "near_ties": sum(record.near_ties[row : row + 1]), **tokens}
 
     def _write(self, event: str, request: ObservedRequest, rest: dict[str, Any]) -> None:
         place = {"event": event, "log": self.log, "request": request.number, "time": time.time()}
@@ -80,7 +80,7 @@ def _of_step(step: Step, row: int) -> dict[str, Any]:
         name: int(getattr(step, name)[row])
         for name in ("block_size", "draft_length", "verify_length", "num_accepted", "acceptance_length")
     }
-    return {"row": row, "position": step.position, **lengths, "fallbacks": step.fallbacks}
+    return {"row": row, "position": int(step.position[row]), **lengths, "fallbacks": step.fallbacks}
 
 
 def _seconds(of: Record | Ending) -> dict[str, float]:

@@ -43,8 +43,8 @@ class BlockPilotModule(PolicyModule):
         sizes = self._sizes(prompt)
         inputs = tensor(prompt.features[self.policy.feature]).float()[None]
         rows = min(prompt.decided_by_steps, 1)
-        kind, label = self.spec.drafter_kind, self.options.label
-        given = [curve(prompt, kind, self.cost, sizes, label).tolist() for _ in range(rows)]
+        work, label = self.spec.work, self.options.label
+        given = [curve(prompt, work, self.cost, sizes, label).tolist() for _ in range(rows)]
         curves = tensor(given, dtype=inputs.dtype).reshape(rows, len(sizes))
         return {"inputs": inputs[:rows], "curve": curves, "sizes": tensor([sizes])[:rows]}
 

@@ -12,7 +12,7 @@ from bpkit.policy import PolicyError
 from bpkit.sizes import format_sizes, parse_sizes
 from bpkit.trace.oracle import fixed_path
 from bpkit.trace.records import PromptTrace
-from bpkit.types import CostModel
+from bpkit.types import CostModel, DraftWork
 
 Label = Literal["acceptance_length", "tokens_per_second"]
 
@@ -59,13 +59,15 @@ def candidate_sizes(given: str | None, trained: int, traced: Sequence[int]) -> t
     return sizes
 
 
-def curve(prompt: PromptTrace, kind: str, cost: CostModel, sizes: Sequence[int], label: Label) -> NDArray[np.float64]:
+def curve(
+    prompt: PromptTrace, work: DraftWork, cost: CostModel, sizes: Sequence[int], label: Label
+) -> NDArray[np.float64]:
     """What each block size, kept for the whole prompt, gives: tokens per step or tokens per second, float64 [sizes].
 
     Args:
-        kind: of the drafter.
+        work: of the drafter.
     """
-    paths = [fixed_path(prompt, kind, cost, size) for size in sizes]
+    paths = [fixed_path(prompt, work, cost, size) for size in sizes]
     if label == "acceptance_length":
         return np.array([path.tokens / path.steps for path in paths])
     return np.array([path.tokens / path.seconds for path in paths])

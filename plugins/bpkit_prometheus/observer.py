@@ -64,7 +64,7 @@ class Prometheus(Observer):
     def record(self, request: ObservedRequest, record: Record) -> None:
         labels, metrics = (request.policy, request.drafter), self.metrics
         self._one(metrics.tokens, *labels).inc(record.tokens.numel())
-        self._one(metrics.near_ties, *labels).inc(record.near_ties)
+        self._one(metrics.near_ties, *labels).inc(sum(record.near_ties))
         if isinstance(record, Prefill):
             self._one(metrics.prefill_seconds, *labels).inc(record.seconds.total)
             return

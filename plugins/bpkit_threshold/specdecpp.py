@@ -11,7 +11,7 @@ from bpkit.export.core import Export
 from bpkit.learn.trained import TrainedConfig, TrainedPolicy
 from bpkit.policy import State
 from bpkit.policy.stop_rules import trusted_length, trusted_whole
-from bpkit.types import AUTOREGRESSIVE, Context, CostModel, DecoderSpec, Draft, Feature
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -102,7 +102,7 @@ class SpecDecPP(TrainedPolicy):
         assert isinstance(head, AcceptanceHead)
         truncate = TruncateCore(head, config.threshold, keep_last=config.keep_last)
         cores = {"truncate": truncate_core(truncate, head.width)}
-        if self.decoder.drafter_kind == AUTOREGRESSIVE:
+        if self.decoder.work.may_end_early:
             cores["extend"] = extend_core(ExtendCore(head, config.threshold), head.width)
         return Export(cores, sorted({1, self.block_size}), drafts=self.block_size)
 

@@ -17,7 +17,7 @@ from bpkit.learn.trained import TrainedPolicy
 from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.policy import PolicyError
 from bpkit.trace.records import PromptTrace
-from bpkit.types import AUTOREGRESSIVE, CostModel, DecoderSpec, Feature
+from bpkit.types import CostModel, DecoderSpec, Feature
 from bpkit_threshold.specdecpp import SpecDecPP
 from bpkit_threshold.specdecpp_networks import AcceptanceHead
 
@@ -78,7 +78,7 @@ class SpecDecPPModule(PolicyModule):
         Half precision, because there are many. Of an autoregressive drafter a smaller block is part of a larger one, so
         that only the largest is read.
         """
-        columns = slice(-1, None) if self.spec.drafter_kind == AUTOREGRESSIVE else slice(None)
+        columns = slice(-1, None) if self.spec.work.may_end_early else slice(None)
         labels = drafted_tokens(prompt)
         wanted = (labels.known if self.options.after_rejection else labels.reached)[:, columns]
         depth = np.broadcast_to(np.arange(wanted.shape[-1], dtype=np.int16), wanted.shape)
@@ -96,7 +96,7 @@ class SpecDecPPModule(PolicyModule):
             raise PolicyError("no training prompt has a drafted token to learn from: the outputs are too short")
         self.block_sizes = data["sizes"][0].tolist()
         trained = self.spec.trained_block_size
-        block_drafter = self.spec.drafter_kind != AUTOREGRESSIVE and trained in self.block_sizes
+        block_drafter = not self.spec.work.may_end_early and trained in self.block_sizes
         self.facts = {
             "hidden_size": data["hidden"].shape[1],
             "blocks": self.options.blocks,

@@ -12,7 +12,6 @@ from bpkit.policy import PolicyError, overrides
 from bpkit.prompts import Prompt
 from bpkit.registry.resolve import PolicyLike
 from bpkit.testing.simulated_device import SimulatedDevice
-from bpkit.types import AUTOREGRESSIVE
 
 SCHEMA_VERSION = 1
 
@@ -79,7 +78,7 @@ def _row(
         equal &= list(reads.tokens) == text
         steps += reads.steps
         places += reads.places
-    asks = decoder.drafter.kind == AUTOREGRESSIVE and overrides(decoder.policy, "extend")
+    asks = decoder.spec.work.may_end_early and overrides(decoder.policy, "extend")
     return {
         "drafter": decoder.spec.drafter,
         "drafter_kind": decoder.drafter.kind,

@@ -61,7 +61,7 @@ def confidence_bounds(setup: Setup, prompts: Sequence[PromptTrace]) -> dict[str,
         for prompt in of:
             survival = calibration.survival(prompt)
             for name, cost in setup.costs.items():
-                informed = Informed(prompt, setup.kind, cost, survival)
+                informed = Informed(prompt, setup.work, cost, survival)
                 for factor in factors[name]:
                     path = informed.path(factor * rates[name])
                     found[name, factor].append((path.tokens, path.steps, path.seconds))

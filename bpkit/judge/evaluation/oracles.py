@@ -24,7 +24,7 @@ from bpkit.trace.oracle import (
 )
 from bpkit.trace.oracle.regret import KINDS, NotTraced, Taken, features_seconds, step_regret
 from bpkit.trace.records import PromptTrace
-from bpkit.types import CostModel
+from bpkit.types import CostModel, DraftWork
 
 HEADLINE = "step_truncate"
 """The oracle that gaps are measured up to."""
@@ -59,22 +59,22 @@ class Results:
 
 def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bounds: dict[str, Totals]) -> Results:
     """Fixed sizes, oracles and policies under one cost model, and what the latter take beyond the oracle."""
-    summary, test, kind, cost = setup.summary, setup.split.test, setup.kind, setup.costs[name]
+    summary, test, work, cost = setup.summary, setup.split.test, setup.work, setup.costs[name]
     best_fixed = summary.best_fixed(name, setup.split.validation)
     sums: dict[str, list[tuple[float, ...]]] = {"step": [], HEADLINE: []}
     if summary.sampled:
         sums["distributions"] = []
-    choices, fixed_regret, regrets = Choices(best_fixed), Regret(kind, cost), {p: Regret(kind, cost) for p in policies}
+    choices, fixed_regret, regrets = Choices(best_fixed), Regret(work, cost), {p: Regret(work, cost) for p in policies}
     setup.progress.start(f"oracles, {name}", len(test))
     for place, prompt in enumerate(setup.test):
-        known = hindsight(prompt, kind, cost)
+        known = hindsight(prompt, work, cost)
         choices.add(prompt, known.path)
         for policy, result in policies.items():
             regrets[policy].add(prompt, known, result.taken[place])
-        fixed_regret.add(prompt, known, [Taken.by_path(prompt, fixed_path(prompt, kind, cost, best_fixed))])
-        found: dict[str, Path | Expectation] = {"step": oracle_step(prompt, kind, cost), HEADLINE: known.path}
+        fixed_regret.add(prompt, known, [Taken.by_path(prompt, fixed_path(prompt, work, cost, best_fixed))])
+        found: dict[str, Path | Expectation] = {"step": oracle_step(prompt, work, cost), HEADLINE: known.path}
         if summary.sampled:
-            found["distributions"] = oracle_distributions(prompt, kind, cost)
+            found["distributions"] = oracle_distributions(prompt, work, cost)
         for oracle, path in found.items():
             sums[oracle].append((path.tokens, path.steps, path.seconds))
         setup.progress.tick()
@@ -88,12 +88,12 @@ class Regret:
     """Time over the test prompts that the best choices would not have taken.
 
     Attributes:
-        kind: of the drafter.
+        work: of the drafter.
         seconds: of each prompt by `KINDS` and for features, all orders together: float64 [kinds + 1] each.
         reason: why they are not known, or nothing.
     """
 
-    kind: str
+    work: DraftWork
     cost: CostModel
     seconds: list[Floats] = field(default_factory=list)
     reason: str = ""
@@ -103,11 +103,11 @@ class Regret:
         if self.reason:
             return
         try:
-            found = [step_regret(prompt, self.kind, known, one).sum(axis=0) for one in taken]
+            found = [step_regret(prompt, self.work, known, one).sum(axis=0) for one in taken]
         except NotTraced as error:
             self.reason = str(error)
             return
-        features = sum(features_seconds(prompt, self.kind, self.cost, one) for one in taken)
+        features = sum(features_seconds(prompt, self.cost, one) for one in taken)
         self.seconds.append(np.append(np.sum(found, axis=0), features))
 
     def shares(self, prompts: Ints, total: float, deciding: float) -> Shares:

@@ -15,7 +15,7 @@ from bpkit.judge.statistics import Floats, Ints, Totals
 from bpkit.trace.cost import CostTable
 from bpkit.trace.oracle import fixed_path
 from bpkit.trace.records import PromptTrace
-from bpkit.types import DecoderSpec, Feature
+from bpkit.types import DecoderSpec, Feature, DraftWork
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class Setup:
     test: Sequence[PromptTrace]
 
     @property
-    def kind(self) -> str:
+    def work(self) -> DraftWork:
         """Of the drafter."""
-        return self.spec.drafter_kind
+        return self.spec.work
 
 
 def charged(cost: CostTable) -> bool:
@@ -123,7 +123,7 @@ def prepare(
     costs = {cost.name: cost for cost in cost_models}
     if len(costs) < len(cost_models) or not costs:
         raise ValueError(f"cost models need names of their own: {', '.join(c.name for c in cost_models) or 'none'}")
-    summary = summarise_trace(prompts, spec.drafter_kind, costs, progress)
+    summary = summarise_trace(prompts, spec.work, costs, progress)
     split = split_prompts(summary.ids, summary.domains, seed=settings.seed, fractions=settings.fractions)
     if settings.second_test:
         split = split.exchanged()
@@ -145,12 +145,12 @@ def prepare(
 
 
 def summarise_trace(
-    prompts: Sequence[PromptTrace], kind: str, costs: Mapping[str, CostTable], progress: Progress
+    prompts: Sequence[PromptTrace], work: DraftWork, costs: Mapping[str, CostTable], progress: Progress
 ) -> TraceSummary:
     """Read every prompt once; none is kept.
 
     Args:
-        kind: of the drafter.
+        work: of the drafter.
 
     Raises:
         ValueError: no prompt has an output of two tokens, or prompts were traced at different sizes.
@@ -160,7 +160,7 @@ def summarise_trace(
     progress.start("fixed sizes", len(prompts))
     for place, prompt in enumerate(prompts):
         if prompt.decided_by_steps:
-            rows.append((place, *_summarise(prompt, kind, costs)))
+            rows.append((place, *_summarise(prompt, work, costs)))
         progress.tick()
     if not rows:
         raise ValueError("no output of this trace has a second token: there is nothing to decide; trace longer outputs")
@@ -184,10 +184,10 @@ def summarise_trace(
     )
 
 
-def _summarise(prompt: PromptTrace, kind: str, costs: Mapping[str, CostTable]) -> tuple[Any, ...]:
+def _summarise(prompt: PromptTrace, work: DraftWork, costs: Mapping[str, CostTable]) -> tuple[Any, ...]:
     """What `TraceSummary` holds of one prompt, in its order."""
     sizes = (1, *prompt.drafts.block_sizes.tolist())
-    paths = [[fixed_path(prompt, kind, cost, size) for size in sizes] for cost in costs.values()]
+    paths = [[fixed_path(prompt, work, cost, size) for size in sizes] for cost in costs.values()]
     hidden = prompt.features.get(Feature.PREFILL_HIDDEN, np.zeros(0, np.float32))
     return (
         prompt.id,

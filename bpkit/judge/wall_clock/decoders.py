@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.sampling import Draw
+from bpkit.decode.text import RunningText
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.registry.resolve import PolicyLike
-from bpkit.types import Feature
+from bpkit.types import Feature, DraftWork
 
 LOOP, TRANSFORMERS = "bpkit loop", "transformers generate"
 """The two ways of plain decoding; the faster one is `plain`."""
@@ -96,8 +97,8 @@ class TimedPolicy:
             drafter_seconds=parts.draft if known else None,
             policy_seconds=parts.policy,
             fallbacks=result.fallbacks,
-            near_ties=(0,) * result.prefill.near_ties
-            + tuple(step.position for step in result.steps for _ in range(step.near_ties)),
+            near_ties=(0,) * sum(result.prefill.near_ties)
+            + tuple(int(step.position) for step in result.steps for _ in range(sum(step.near_ties))),
         )
 
 
@@ -174,20 +175,18 @@ def watched(module: nn.Module | None) -> Iterator[Calls]:
 class NoDrafter:
     """Plain decoding in the loop must not pay for hidden states that a real drafter would ask for."""
 
-    name, kind = "none", "none"
+    name, kind, work = "none", "none", DraftWork("nothing", "none")
     trained_block_size = max_block_size = 1
     feature_layers: tuple[int, ...] = ()
     provides: frozenset[Feature] = frozenset()
 
-    waiting = 0
-
-    def begin(self) -> NoDrafter:
+    def begin(self, text: RunningText) -> NoDrafter:
         return self
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
+    def advance(self, features: Tensor | None) -> None:
         """Nothing to remember."""
 
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         raise NotImplementedError("block size 1 never asks for a draft")
 
 

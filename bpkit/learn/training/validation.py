@@ -79,7 +79,7 @@ def judge(
         decided += run.begin_seconds
         decisions += run.step_seconds.tolist()
         for size in (1, *prompt.drafts.block_sizes.tolist()):
-            fixed[size] = fixed.get(size, 0.0) + fixed_path(prompt, spec.drafter_kind, prices, size).seconds
+            fixed[size] = fixed.get(size, 0.0) + fixed_path(prompt, spec.work, prices, size).seconds
         tick()
     best = min(fixed, key=lambda size: (fixed[size], size))
     per_step = float(np.median(decisions)) if decisions else 0.0

@@ -17,7 +17,7 @@ from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.stage import LARGEST
 from bpkit.testing.checks.surroundings import seed_everything
 from bpkit.testing.checks.tapes import Tape, Turn
-from bpkit.types import AUTOREGRESSIVE, Context, Draft, Step
+from bpkit.types import Context, Draft, Step
 
 SAMPLES, SIGMAS = 64, 5
 """Decisions at random are compared by their means, which may be so many standard errors apart."""
@@ -107,7 +107,7 @@ class Batch:
         alone: list[Draft | None] = []
         for turn in turns:
             alone.append(tapes.drafts([turn], tapes.contexts([turn.context], self.time)))
-        if overrides(self.policy, "extend") and draft.context.spec.drafter_kind == AUTOREGRESSIVE:
+        if overrides(self.policy, "extend") and draft.context.spec.work.may_end_early:
             for count in (1, 3):
                 lengths = [0 if one is None else int(one.draft_length) for one in alone]
                 begun = [

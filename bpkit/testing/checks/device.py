@@ -10,7 +10,6 @@ from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.stage import stage
 from bpkit.testing.checks.subject import Subject
 from bpkit.testing.simulated_device import DEVICE, SimulatedDevice
-from bpkit.types import AUTOREGRESSIVE
 
 CASES = 2
 """Usual cases that are decoded once more, one greedy and one sampled."""
@@ -45,7 +44,7 @@ def device(subject: Subject, out: Findings) -> None:
 
 def _asks_token_by_token(decoder: SpeculativeDecoder) -> bool:
     """Whether drafting must ask the policy after each token, which takes a read each."""
-    return decoder.drafter.kind == AUTOREGRESSIVE and overrides(decoder.policy, "extend")
+    return decoder.spec.work.may_end_early and overrides(decoder.policy, "extend")
 
 
 def _failed(name: str, run: str, error: Exception, drafter: str, out: Findings) -> None:

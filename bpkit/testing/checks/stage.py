@@ -134,7 +134,7 @@ class Stage:
 def plainly(decoder: SpeculativeDecoder, case: Case) -> Plain:
     """What a decoder under `fixed:1` gives: every step is one token."""
     made = decoder.generate(case.prompt, **case.options())
-    ties = [made.prefill.near_ties, *(step.near_ties for step in made.steps)]
+    ties = [sum(made.prefill.near_ties), *(sum(step.near_ties) for step in made.steps)]
     near = frozenset(place for place, count in enumerate(ties) if count)
     return Plain(tuple(made.tokens[0].tolist()), near)
 

@@ -13,7 +13,7 @@ from bpkit.decode.guard import kind_of
 from bpkit.policy import State
 from bpkit.testing.checks.runs import Run
 from bpkit.testing.checks.stage import short
-from bpkit.types import BLOCK_DIFFUSION, Context, Draft, Seconds, Step
+from bpkit.types import Context, Draft, Seconds, Step
 
 FILL = 1
 """What stands in the padding of a batch: a probability that tempts a policy to trust positions that are not there."""
@@ -96,7 +96,7 @@ def cut(turn: Turn, length: int) -> Turn:
     if turn.draft is None or turn.draft.tokens.shape[1] <= length:
         return turn
     draft = turn.draft.first(length)
-    if draft.context.spec.drafter_kind == BLOCK_DIFFUSION:
+    if draft.context.spec.work.passes == "one":
         draft = dataclasses.replace(draft, block_size=draft.draft_length + 1)
     return dataclasses.replace(turn, draft=draft)
 
@@ -114,7 +114,7 @@ def steps(rows: Sequence[Step], seconds: Seconds) -> Step:
         joined(lambda row: row.verify_length),
         joined(lambda row: row.num_accepted),
         torch.cat([_padded(row.tokens, width) for row in rows]),
-        rows[0].position,
+        joined(lambda row: row.position),
         seconds,
     )
 

@@ -62,6 +62,7 @@ def describe(
         target=ModelFacts(name=spec.target, fingerprint=of_target),
         drafter=ModelFacts(name=spec.drafter, fingerprint=of_drafter),
         drafter_kind=spec.drafter_kind,
+        drafter_work=spec.work,
         trained_block_size=decoder.drafter.trained_block_size,
         hidden_size=spec.hidden_size,
         vocab_size=spec.vocab_size,

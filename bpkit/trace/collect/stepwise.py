@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.sampling import Draw
+from bpkit.decode.text import RunningText
 from bpkit.draft.base import Drafter, DrafterSession, Proposal
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.trace.collect.drafts import Drafts, Finished
@@ -22,31 +23,41 @@ def trace_step_by_step(drafter: Drafter, finished: Finished) -> Drafts:
         return drafts
     for row in range(finished.rows):
         for column, block_size in enumerate(finished.block_sizes):
-            proposal = _session_at(drafter, finished, row).draft(block_size, _draw(finished, row), None)
+            session, _ = _session_at(drafter, finished, row)
+            proposal = session.draft([block_size], _draw(finished, row), None)
             _put(drafts, row, column, proposal)
     return drafts
 
 
-def _session_at(drafter: Drafter, finished: Finished, row: int) -> DrafterSession:
+def _session_at(drafter: Drafter, finished: Finished, row: int) -> tuple[DrafterSession, RunningText]:
     """A fresh session that knows what is decided before the draft of a row, handed over as the loop does."""
-    first = finished.prompt_length
-    features, session = finished.features, drafter.begin()
-    session.advance(finished.ids[:, : first + 1], None if features is None else features[:, :first])
+    first, features = finished.prompt_length, finished.features
+    text = RunningText(finished.ids[:, :first])
+    session = drafter.begin(text)
+    _append(text, finished, 1)
+    session.advance(None if features is None else features[:, :first])
     if row > 0:
-        later = None if features is None else features[:, first : first + row]
-        session.advance(finished.ids[:, first + 1 : first + row + 1], later)
-    return session
+        _append(text, finished, row)
+        session.advance(None if features is None else features[:, first : first + row])
+    return session, text
+
+
+def _append(text: RunningText, finished: Finished, count: int) -> None:
+    (length,) = text.length
+    ids = finished.ids[:, length : length + count]
+    text.append(ids, ids.cpu())
 
 
 def _look_up(drafter: NgramDrafter, finished: Finished, drafts: Drafts) -> None:
     """n-grams: a draft leaves the session as it was and begins with all smaller ones, so that one session serves."""
     if finished.rows == 0:
         return
-    session = _session_at(drafter, finished, 0)
+    session, text = _session_at(drafter, finished, 0)
     for row in range(finished.rows):
         if row > 0:
-            session.advance(finished.ids[:, finished.prompt_length + row, None], None)
-        tokens = session.draft(finished.width + 1, _draw(finished, row), None).tokens[0]
+            _append(text, finished, 1)
+            session.advance(None)
+        tokens = session.draft([finished.width + 1], _draw(finished, row), None).tokens[0]
         for column, block_size in enumerate(finished.block_sizes):
             length = min(len(tokens), block_size - 1)
             drafts.tokens[row, column, :length] = tokens[:length]

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bpkit.decode.clock import WallClock, Watch
+from bpkit.decode.clock import GuardedClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.features import OF_THE_ANCHOR
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.result import Run
 from bpkit.decode.sampling import Processors
+from bpkit.decode.timing import Stopwatch
 from bpkit.decode.verify import Coupled
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.base import Drafter
@@ -94,7 +95,7 @@ class Tracer:
         if Feature.DRAFT_HIDDEN in options.features - drafter.provides:
             raise ValueError(f"drafter {drafter.name} has no hidden states: leave the feature draft_hidden out")
         self.decoder, self.options = decoder, options
-        self.watch = Watch(WallClock(decoder.target.device, wait=True))
+        self.watch = Stopwatch(GuardedClock(WallClock(decoder.target.device, wait=True)))
 
     @torch.inference_mode()
     def trace(self, index: int, prompt: Prompt) -> PromptTrace:

@@ -146,7 +146,7 @@ def calibrate(
     started = time.time()
     rounds, ended = _measure(decoders, recorder, prompts, settings, largest, progress)
     steps = Steps.of(recorder.timed)
-    cost = estimate(steps, largest, spec.drafter_kind)
+    cost = estimate(steps, largest, spec.work)
     dtype, threads = str(target.dtype).removeprefix("torch."), torch.get_num_threads()
     measured = Measured(
         target=spec.target,

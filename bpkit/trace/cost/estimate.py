@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bpkit.decode.reread import commits
 from bpkit.trace.cost.measured import Cell
 from bpkit.trace.cost.table import CostError, CostTable
-from bpkit.types import NGRAM, Seconds, Work
+from bpkit.types import DraftWork, Seconds, Work
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -97,14 +97,14 @@ class Steps:
         return drafts + cost.array("verify", self.width, self.context_length) + cost.rest
 
 
-def estimate(steps: Steps, largest: int, kind: str) -> CostTable:
+def estimate(steps: Steps, largest: int, work: DraftWork) -> CostTable:
     """The figures for block sizes and verify widths up to `largest`.
 
     Raises:
         CostError: too little was measured to say what the largest block or a plain step costs.
     """
     drafts, catch_up = draft_cells(steps)
-    if kind == NGRAM and drafts and drafts[-1].size < largest:
+    if work.passes == "none" and drafts and drafts[-1].size < largest:
         # It may never have found as much, and what it does is next to free.
         drafts.append(drafts[-1].model_copy(update={"size": largest}))
     widths, contexts = verify_cells(steps)

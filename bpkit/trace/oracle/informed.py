@@ -26,7 +26,7 @@ from bpkit.trace.oracle.paths import Path, walk
 from bpkit.trace.oracle.plan import Choice
 from bpkit.trace.oracle.steps import Float64, step_table
 from bpkit.trace.records import PromptTrace
-from bpkit.types import CostModel, Feature
+from bpkit.types import CostModel, DraftWork, Feature
 
 CONFIDENCES = (Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY)
 FROM_A_PROMPT = 2000
@@ -87,13 +87,13 @@ class Informed:
     """One prompt under one cost model.
 
     Args:
-        kind: of the drafter.
+        work: of the drafter.
         survival: of the prompt, by `Calibration.survival`.
     """
 
-    def __init__(self, prompt: PromptTrace, kind: str, cost: CostModel, survival: Float64) -> None:
-        self.prompt, self.kind, self.cost = prompt, kind, cost
-        self.table = step_table(prompt, kind, cost, truncate=True)
+    def __init__(self, prompt: PromptTrace, work: DraftWork, cost: CostModel, survival: Float64) -> None:
+        self.prompt, self.work, self.cost = prompt, work, cost
+        self.table = step_table(prompt, work, cost, truncate=True)
         none = np.zeros((*survival.shape[:2], 1))
         self.expected: Float64 = np.concatenate([none, np.cumsum(survival, axis=2)], axis=2)
         """Drafted tokens that stand, of the first v, [rows, sizes, width + 1]."""
@@ -110,7 +110,7 @@ class Informed:
             block_size, verify_length = chosen[position - 1]
             return block_size, verify_length
 
-        return walk(self.prompt, self.kind, self.cost, choose)
+        return walk(self.prompt, self.work, self.cost, choose)
 
 
 def _known(prompt: PromptTrace) -> Float64:

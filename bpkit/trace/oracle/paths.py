@@ -31,14 +31,12 @@ from bpkit.trace.oracle.steps import (
     Float64,
     StepTable,
     array_cost,
-    draft_size,
     price_steps,
     step_table,
     waiting_before_drafts,
 )
 from bpkit.trace.records import PromptTrace
-from bpkit.trace.waiting import waiting_after_draft, waiting_after_no_draft
-from bpkit.types import AUTOREGRESSIVE, CostModel
+from bpkit.types import CostModel, DraftWork
 
 
 @dataclass(frozen=True)
@@ -89,18 +87,18 @@ class Expectation:
     plan: Plan
 
 
-def fixed_path(prompt: PromptTrace, kind: str, cost: CostModel, block_size: int) -> Path:
+def fixed_path(prompt: PromptTrace, work: DraftWork, cost: CostModel, block_size: int) -> Path:
     """The steps of one block size throughout, everything verified that the limit on new tokens allows.
 
     Args:
-        kind: of the drafter: `block-diffusion`, `autoregressive` or `n-gram`.
+        work: of the drafter.
         block_size: 1 (plain decoding) or a traced size.
 
     Raises:
         ValueError: the size was not traced.
     """
     if block_size == 1:
-        return walk(prompt, kind, cost, lambda position, waiting: (1, 0))
+        return walk(prompt, work, cost, lambda position, waiting: (1, 0))
     try:
         length = prompt.drafts.draft_length[:, prompt.drafts.column(block_size)].tolist()
     except KeyError:
@@ -110,10 +108,10 @@ def fixed_path(prompt: PromptTrace, kind: str, cost: CostModel, block_size: int)
     def choose(position: int, waiting: int) -> Choice:
         return block_size, min(length[position - 1], prompt.most_verified(position))
 
-    return walk(prompt, kind, cost, choose)
+    return walk(prompt, work, cost, choose)
 
 
-def best_fixed(prompts: Sequence[PromptTrace], kind: str, cost: CostModel) -> int:
+def best_fixed(prompts: Sequence[PromptTrace], work: DraftWork, cost: CostModel) -> int:
     """The block size, 1 or a traced one, with the most tokens per second over all prompts: sum / sum.
 
     The size that is best on the prompts it was chosen on is too good: choose on other prompts than you judge by.
@@ -127,40 +125,42 @@ def best_fixed(prompts: Sequence[PromptTrace], kind: str, cost: CostModel) -> in
         raise ValueError("the prompts were traced at different block sizes: no one size can be compared over them")
     prices = array_cost(cost)  # here, so that all prompts share the answers of a model that is asked pair by pair
     seconds = {
-        size: math.fsum(fixed_path(prompt, kind, prices, size).seconds for prompt in prompts)
+        size: math.fsum(fixed_path(prompt, work, prices, size).seconds for prompt in prompts)
         for size in _sizes(prompts[0])
     }
     # Every size yields the same tokens, so that the least seconds are the most tokens per second.
     return min(seconds, key=lambda size: (seconds[size], size))
 
 
-def oracle_prompt(prompt: PromptTrace, kind: str, cost: CostModel) -> Path:
+def oracle_prompt(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Path:
     """The path of the best fixed block size for this prompt, 1 included."""
-    return min((fixed_path(prompt, kind, cost, size) for size in _sizes(prompt)), key=lambda path: path.seconds)
+    return min((fixed_path(prompt, work, cost, size) for size in _sizes(prompt)), key=lambda path: path.seconds)
 
 
-def oracle_step(prompt: PromptTrace, kind: str, cost: CostModel) -> Path:
+def oracle_step(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Path:
     """The best path with a block size for each step; of each draft is verified what the limit on new tokens allows."""
-    return hindsight(prompt, kind, cost, truncate=False).path
+    return hindsight(prompt, work, cost, truncate=False).path
 
 
-def oracle_step_truncate(prompt: PromptTrace, kind: str, cost: CostModel) -> Path:
+def oracle_step_truncate(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Path:
     """The best path with a block size for each step, and with any number of its drafted tokens verified.
 
     No policy can be faster on this output under this cost model.
     """
-    return hindsight(prompt, kind, cost).path
+    return hindsight(prompt, work, cost).path
 
 
-def hindsight(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: bool = True) -> Hindsight:
+def hindsight(prompt: PromptTrace, work: DraftWork, cost: CostModel, *, truncate: bool = True) -> Hindsight:
     """`oracle_step_truncate`, or without `truncate` `oracle_step`, with the plan that it follows."""
-    table = step_table(prompt, kind, cost, truncate=truncate)
+    table = step_table(prompt, work, cost, truncate=truncate)
     stands = np.arange(table.draft.shape[2] - 1) < prompt.drafts.num_accepted[:, :, None]
     plan = solve(table, stands.astype(np.float64))
-    return Hindsight(table, plan, walk(prompt, kind, cost, plan.choose))
+    return Hindsight(table, plan, walk(prompt, work, cost, plan.choose))
 
 
-def oracle_distributions(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: bool = True) -> Expectation:
+def oracle_distributions(
+    prompt: PromptTrace, work: DraftWork, cost: CostModel, *, truncate: bool = True
+) -> Expectation:
     """The least expected seconds if the distributions are known but the noise is not: sampled traces only.
 
     The clairvoyant oracles know which drafted tokens match. Here each choice is made knowing only the chance of it,
@@ -181,14 +181,14 @@ def oracle_distributions(prompt: PromptTrace, kind: str, cost: CostModel, *, tru
     the mean over realised texts is an estimate of the bound, not the bound itself.
 
     Args:
-        kind: of the drafter.
+        work: of the drafter.
         truncate: whether fewer drafted tokens may be verified than there are.
 
     Raises:
         ValueError: the trace has no match probabilities, or lacks one of a drafted token.
     """
-    table = step_table(prompt, kind, cost, truncate=truncate)
-    plan = solve(table, _match_probability(prompt, kind, table))
+    table = step_table(prompt, work, cost, truncate=truncate)
+    plan = solve(table, _match_probability(prompt, work, table))
     return Expectation(float(plan.seconds[0, 0]), float(plan.steps[0, 0]), prompt.decided_by_steps, plan)
 
 
@@ -196,10 +196,10 @@ def _sizes(prompt: PromptTrace) -> list[int]:
     return [1, *map(int, prompt.drafts.block_sizes)]
 
 
-def walk(prompt: PromptTrace, kind: str, cost: CostModel, choose: Callable[[int, int], Choice]) -> Path:
+def walk(prompt: PromptTrace, work: DraftWork, cost: CostModel, choose: Callable[[int, int], Choice]) -> Path:
     """The path of `choose`, which is asked with position and waiting, and answers what was traced or (1, 0)."""
     table, position = prompt.drafts, 1
-    waiting = waiting_before_drafts(kind, prompt.prompt_length, position)
+    waiting = waiting_before_drafts(work, prompt.prompt_length, position)
     columns = {size: column for column, size in enumerate(table.block_sizes.tolist())}
     steps: list[tuple[int, int, int, int]] = []
     sizes: list[int] = []
@@ -209,18 +209,18 @@ def walk(prompt: PromptTrace, kind: str, cost: CostModel, choose: Callable[[int,
         at = (position - 1, columns[block_size]) if block_size > 1 else None
         length, standing = (int(table.draft_length[at]), int(table.num_accepted[at])) if at else (0, 0)
         accepted = min(standing, verify_length)
-        sizes.append(draft_size(kind, block_size, length))
+        sizes.append(length + 1 if length else 0)
         waited.append(waiting)
         steps.append((position, block_size, verify_length, accepted))
         drafted = sizes[-1] > 0
-        waiting = waiting_after_draft(kind, length, accepted) if drafted else waiting_after_no_draft(kind, waiting)
+        waiting = work.after_draft(length, accepted) if drafted else work.after_no_draft(waiting)
         position += accepted + 1
     fields = np.ascontiguousarray(np.array(steps, np.int32).reshape(-1, 4).T)
     seconds = price_steps(prompt, cost, fields[0], sizes, waited, fields[2])
     return Path(math.fsum(seconds), prompt.decided_by_steps, *fields)
 
 
-def _match_probability(prompt: PromptTrace, kind: str, table: StepTable) -> Float64:
+def _match_probability(prompt: PromptTrace, work: DraftWork, table: StepTable) -> Float64:
     """Chance that a drafted token matches if those before it did: float64 [rows, sizes, width], 0 where there is none.
 
     Raises:
@@ -233,7 +233,7 @@ def _match_probability(prompt: PromptTrace, kind: str, table: StepTable) -> Floa
             "traced at temperatures above 0, of drafters that have a distribution"
         )
     chance, k = traced[:, :, :width].astype(np.float64), np.arange(width)
-    if kind == AUTOREGRESSIVE and width:
+    if work.may_end_early and width:
         # Once a token differs, the traced draft goes on from another text than the output. Had all matched, the drafter
         # would have stood where the draft at that later position begins, so that one's first token has the chance.
         rows = np.arange(len(chance))[:, None]

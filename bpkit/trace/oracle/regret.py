@@ -27,10 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.trace.oracle.paths import Hindsight, Path
-from bpkit.trace.oracle.steps import Float64, array_cost, draft_size
+from bpkit.trace.oracle.steps import Float64, array_cost
 from bpkit.trace.records import DraftTable, Ints, PromptTrace
-from bpkit.trace.waiting import waiting_after_draft, waiting_after_no_draft
-from bpkit.types import AUTOREGRESSIVE, CostModel
+from bpkit.types import CostModel, DraftWork
 
 if TYPE_CHECKING:
     from bpkit.trace.replay import Replayed
@@ -76,20 +75,20 @@ class Taken:
         return cls(path.position, path.block_size, length.astype(np.int32), path.verify_length)
 
 
-def step_regret(prompt: PromptTrace, kind: str, known: Hindsight, taken: Taken) -> Float64:
+def step_regret(prompt: PromptTrace, work: DraftWork, known: Hindsight, taken: Taken) -> Float64:
     """Seconds of regret of each step by `KINDS`, float64 [steps, 4].
 
     They sum to what the cost model says of the steps, without features, less `known.path.seconds`.
 
     Args:
-        kind: of the drafter.
-        known: `hindsight` of the same prompt and kind, with `truncate`, under the cost model in question.
+        work: of the drafter.
+        known: `hindsight` of the same prompt and drafter, with `truncate`, under the cost model in question.
 
     Raises:
         NotTraced: autoregressive drafts that a policy ended at a length that is no traced block size less one.
     """
-    row, column = taken.position - 1, _columns(prompt, kind, taken)
-    state = _states(prompt, kind, taken, column, known.table.waits)
+    row, column = taken.position - 1, _columns(prompt, work, taken)
+    state = _states(prompt, work, taken, column, known.table.waits)
     least = known.plan.seconds[row, state]
     draft, verify, width = np.zeros(len(row)), np.zeros(len(row)), np.zeros(len(row), np.int64)
 
@@ -111,28 +110,26 @@ def step_regret(prompt: PromptTrace, kind: str, known: Hindsight, taken: Taken) 
     return np.stack([draft * small, draft * ~small, verify * much, verify * ~much], axis=1)
 
 
-def features_seconds(prompt: PromptTrace, kind: str, cost: CostModel, taken: Taken) -> float:
+def features_seconds(prompt: PromptTrace, cost: CostModel, taken: Taken) -> float:
     """What the features that the steps wanted cost: oracles go without."""
     if not taken.features:
         return 0.0
-    steps = zip(taken.block_size.tolist(), taken.draft_length.tolist(), strict=True)
-    size = np.array([draft_size(kind, block_size, length) for block_size, length in steps], np.int64)
-    drafted = size > 0
+    drafted = taken.draft_length > 0
     at = prompt.prompt_length + taken.position[drafted]
-    return float(array_cost(cost).array("features", size[drafted], at).sum())
+    return float(array_cost(cost).array("features", taken.draft_length[drafted] + 1, at).sum())
 
 
-def _columns(prompt: PromptTrace, kind: str, taken: Taken) -> NDArray[np.int64]:
+def _columns(prompt: PromptTrace, work: DraftWork, taken: Taken) -> NDArray[np.int64]:
     """Of the tables that each step drafted from, `NO_DRAFT` where nothing was drafted: int64 [steps]."""
     steps = zip(taken.position.tolist(), taken.block_size.tolist(), taken.draft_length.tolist(), strict=True)
-    return np.array([_column(prompt.drafts, kind, *step) for step in steps], np.int64)
+    return np.array([_column(prompt.drafts, work, *step) for step in steps], np.int64)
 
 
-def _column(drafts: DraftTable, kind: str, position: int, block_size: int, draft_length: int) -> int:
+def _column(drafts: DraftTable, work: DraftWork, position: int, block_size: int, draft_length: int) -> int:
     if block_size == 1 or draft_length == 0:
         return NO_DRAFT
     column = drafts.column(block_size)
-    if kind != AUTOREGRESSIVE or drafts.draft_length[position - 1, column] == draft_length:
+    if not work.may_end_early or drafts.draft_length[position - 1, column] == draft_length:
         return column
     try:  # ended early, it is the draft of a smaller size
         return drafts.column(draft_length + 1)
@@ -141,7 +138,9 @@ def _column(drafts: DraftTable, kind: str, position: int, block_size: int, draft
         raise NotTraced(said) from None
 
 
-def _states(prompt: PromptTrace, kind: str, taken: Taken, column: NDArray[np.int64], waits: bool) -> NDArray[np.int64]:
+def _states(
+    prompt: PromptTrace, work: DraftWork, taken: Taken, column: NDArray[np.int64], waits: bool
+) -> NDArray[np.int64]:
     """Column of `Plan.seconds` before each step: 0 before the first draft, then what waits. int64 [steps]."""
     if not waits:
         return np.zeros(len(column), np.int64)
@@ -150,9 +149,9 @@ def _states(prompt: PromptTrace, kind: str, taken: Taken, column: NDArray[np.int
     for at, length, stands in zip(column.tolist(), taken.draft_length.tolist(), accepted, strict=True):
         found.append(state)
         if at != NO_DRAFT:
-            state = waiting_after_draft(kind, length, stands)
+            state = work.after_draft(length, stands)
         elif state:
-            state = waiting_after_no_draft(kind, state)
+            state = work.after_no_draft(state)
     return np.array(found, np.int64)
 
 

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bpkit.trace.records import PromptTrace
-from bpkit.trace.waiting import waiting_after_draft, waiting_after_no_draft, waiting_at_first
-from bpkit.types import BLOCK_DIFFUSION, CostModel
+from bpkit.types import CostModel, DraftWork
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -66,21 +65,9 @@ def array_cost(cost: CostModel) -> ArrayCost:
     return cast(ArrayCost, cost) if hasattr(cost, "array") else CachedCost(cost)
 
 
-def draft_size(kind: str, block_size: int, draft_length: int) -> int:
-    """`Work.draft_size`: what a draft costs by; 0 if nothing was drafted. Block size 1 drafts nothing."""
-    size = block_size if kind == BLOCK_DIFFUSION or block_size == 1 else draft_length + 1
-    return size if size > 1 else 0
-
-
-def waiting_before_drafts(kind: str, prompt_length: int, position: int) -> int:
+def waiting_before_drafts(work: DraftWork, prompt_length: int, position: int) -> int:
     """Positions that wait at a position that was reached without any draft."""
-    first = waiting_at_first(kind, prompt_length)
-    return first + position - 1 if _waits(kind) else first
-
-
-def _waits(kind: str) -> bool:
-    """Whether decided positions wait while this kind of drafter is not called."""
-    return waiting_after_no_draft(kind, 0) > 0
+    return work.first(prompt_length) + (position - 1 if work.waits else 0)
 
 
 def price_steps(
@@ -94,7 +81,7 @@ def price_steps(
     """Seconds of each step of a path, as `bpkit.decode.clock.price` says: float64 [steps].
 
     Args:
-        size: `draft_size` of each step.
+        size: `Work.draft_size` of each step.
         waiting: positions that waited before it, whether it drafted or not.
     """
     prices = array_cost(cost)
@@ -136,11 +123,11 @@ class StepTable:
     waits: bool
 
 
-def step_table(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: bool) -> StepTable:
+def step_table(prompt: PromptTrace, work: DraftWork, cost: CostModel, *, truncate: bool) -> StepTable:
     """The steps of a prompt.
 
     Args:
-        kind: of the drafter.
+        work: of the drafter.
         truncate: whether fewer drafted tokens may be verified than there are; otherwise all are, as far as the limit
             on new tokens allows.
     """
@@ -154,23 +141,22 @@ def step_table(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: boo
     # The width is capped by the limit on new tokens, not by where the output happened to end: that was not known.
     most = np.minimum(length, (prompt.max_new_tokens - position - 1)[:, None])[:, :, None]
     allowed = count <= most if truncate else count == most
-    size: Int64 = drafts.block_sizes.astype(np.int64)[None, :] if kind == BLOCK_DIFFUSION else length + 1
-    allowed &= size[:, :, None] > 1  # nothing was found: that is the step without a draft
+    allowed &= length[:, :, None] > 0  # nothing was found: that is the step without a draft
     # A cost model may know no width that cannot occur: such widths are priced as the widest that can.
     widest = most.max(axis=1, initial=0)  # [rows, 1]
     verify = prices.array("verify", np.minimum(count, widest) + 1, at[:, None])  # [rows, width + 1]
     rest = prices.array("rest", np.ones_like(at), at)
-    drafting = prices.array("draft", np.maximum(size, 2), at[:, None])  # [rows, sizes]
+    drafting = prices.array("draft", np.maximum(length + 1, 2), at[:, None])  # [rows, sizes]
     draft = np.where(allowed, (drafting[:, :, None] + verify[:, None, :]) + rest[:, None, None], np.inf)
 
     room = prompt.output_length - position - 1
-    waits, before = _waits(kind), [waiting_before_drafts(kind, prompt.prompt_length, int(t)) for t in position]
-    columns = rows + 1 if waits else 1
+    before = [waiting_before_drafts(work, prompt.prompt_length, int(t)) for t in position]
+    columns = rows + 1 if work.waits else 1
     # No more can wait than was decided; what cannot happen is priced as the nearest that can.
     waiting = np.minimum(np.arange(columns), np.maximum(position - 1, 1)[:, None])
     waiting[:, 0] = before
     accepted = np.minimum(count, room[:, None])[:, None, :]  # [rows, 1, width + 1]
-    column = np.minimum(_waiting_after(kind, width)[length[:, :, None], accepted], columns - 1)
+    column = np.minimum(_waiting_after(work, width)[length[:, :, None], accepted], columns - 1)
     row_after = position[:, None, None] + accepted
     return StepTable(
         block_sizes=drafts.block_sizes,
@@ -179,12 +165,12 @@ def step_table(prompt: PromptTrace, kind: str, cost: CostModel, *, truncate: boo
         catch_up=prices.array("catch_up", waiting, at[:, None]),
         target=row_after * columns + column,
         room=room,
-        waits=waits,
+        waits=work.waits,
     )
 
 
 @lru_cache(maxsize=64)
-def _waiting_after(kind: str, width: int) -> Int64:
-    """`waiting_after_draft` for every draft length and number accepted, int64 [width + 1, width + 1]."""
+def _waiting_after(work: DraftWork, width: int) -> Int64:
+    """`DraftWork.after_draft` for every draft length and number accepted, int64 [width + 1, width + 1]."""
     each = range(width + 1)
-    return np.array([[waiting_after_draft(kind, length, a) for a in each] for length in each], np.int64)
+    return np.array([[work.after_draft(length, a) for a in each] for length in each], np.int64)

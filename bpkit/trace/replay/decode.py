@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bpkit.decode.clock import CostClock, price
-from bpkit.decode.guard import GuardedPolicy
+from bpkit.decode.clock import CostClock, GuardedClock, price
 from bpkit.decode.loop import decode
 from bpkit.decode.noise import POLICY_SALT, hashed
 from bpkit.decode.request import Request
+from bpkit.decode.text import RunningText
+from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
 from bpkit.policy import PolicyError
 from bpkit.registry.resolve import PolicyLike, resolve_policy
 from bpkit.trace.records import PromptTrace
-from bpkit.trace.replay.models import Lookup, TableDrafter, TableRule, TableStopping, TableTarget
+from bpkit.trace.replay.models import Lookup, TracedDrafter, TracedRule, TracedStop, TracedTarget
 from bpkit.types import OF_THE_DRAFT, CostModel, DecoderSpec, Feature, Step, Work
 
 
@@ -140,7 +141,7 @@ class Replayer:
         return Replayed(
             index=prompt.index,
             tokens=prompt.decided_by_steps,
-            position=np.array([step.position for step in steps], np.int32),
+            position=column("position"),
             block_size=column("block_size"),
             draft_length=column("draft_length"),
             verify_length=column("verify_length"),
@@ -167,14 +168,15 @@ class Replayer:
     def _request(self, lookup: Lookup, wants: frozenset[Feature], clock: CostClock) -> Request:
         # The decoder's own way to seed: a live decoder that runs the same prompts in the same order draws the same.
         seed = hashed(self.seed or 0, lookup.trace.index, self.requests, POLICY_SALT) >> 1
+        text, watch = RunningText(lookup.prompt), Stopwatch(GuardedClock(clock))
         return Request(
-            prompt=lookup.prompt,
-            target=TableTarget(lookup, wants, stateful=self.spec.stateful),  # type: ignore[arg-type]
-            drafter=TableDrafter(lookup, self.spec.drafter_kind, wants),
-            policy=GuardedPolicy(self.policy, self.spec, strict=self.strict),
-            rule=TableRule(lookup),  # type: ignore[arg-type]
-            stopping=TableStopping(lookup.trace),  # type: ignore[arg-type]
-            clock=clock,
+            text=text,
+            target=TimedTarget(TracedTarget(lookup, text, wants, stateful=self.spec.stateful), watch),
+            drafter=TimedDrafter(TracedDrafter(lookup, text, self.spec.work, wants), watch),
+            policy=TimedPolicy(self.policy, self.spec, watch, strict=self.strict),
+            rule=TracedRule(lookup, text),
+            stopping=TracedStop(lookup.trace, text),
+            watch=watch,
             spec=self.spec,
             wants=wants,
             generator=torch.Generator().manual_seed(seed),

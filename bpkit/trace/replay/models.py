@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from bpkit.decode.reread import Rereading
-from bpkit.decode.sampling import Draw
+from bpkit.decode.sampling import Draw, Processors
 from bpkit.decode.target import TargetOutput
+from bpkit.decode.text import RunningText
 from bpkit.decode.verify import Verdict
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.manifest import TraceError
-from bpkit.trace.waiting import waiting_after_draft, waiting_after_no_draft, waiting_at_first
-from bpkit.types import AUTOREGRESSIVE, OF_PREFILL, Draft, Feature
+from bpkit.types import OF_PREFILL, Draft, DraftWork, Feature
 
 
 @dataclass(frozen=True)
@@ -79,74 +80,66 @@ class Lookup:
             ) from None
 
 
-class TableTarget:
-    """A TargetSession without a model. It has no logits; TableRule knows what they would have decided."""
+class TracedTarget:
+    """A `TargetSession` without a model. It has no logits; `TracedRule` knows what they would have decided."""
 
-    positions = None
+    positions: int | None = None
+    cache = None
 
-    def __init__(self, lookup: Lookup, wants: frozenset[Feature], *, stateful: bool = False) -> None:
-        self.position = 0
+    def __init__(self, lookup: Lookup, text: RunningText, wants: frozenset[Feature], *, stateful: bool = False) -> None:
+        self.text = text
         self.rereading = Rereading() if stateful else None
         self.nothing = torch.zeros(1, 1, 1)
         self.at_first = {name: lookup.hidden[name][:, None] for name in wants & OF_PREFILL & lookup.hidden.keys()}
         self.by_position = {name: lookup.hidden[name] for name in (wants - OF_PREFILL) & lookup.hidden.keys()}
 
-    def prefill(self, prompt: Tensor, **inputs: Any) -> TargetOutput:
-        self.position = 1
-        first = {name: value[:, :1] for name, value in self.by_position.items()}
-        return TargetOutput(self.nothing, None, None, {**first, **self.at_first})
-
     @property
     def reread(self) -> int:
         return 0 if self.rereading is None else self.rereading.reread
 
-    def verify(self, tokens: Tensor) -> TargetOutput:
+    def prefill(self, **inputs: Any) -> TargetOutput:
+        first = {name: value[:, :1] for name, value in self.by_position.items()}
+        return TargetOutput(self.nothing, None, None, {**first, **self.at_first})
+
+    def verify(self, drafted: Tensor) -> TargetOutput:
+        width, (first,) = drafted.shape[1] + 1, self.text.position
         if self.rereading is not None:
-            self.rereading.verify(tokens.shape[1])
-        first, self.position = self.position, self.position + tokens.shape[1]
-        known = {name: value[:, first : self.position] for name, value in self.by_position.items()}
+            self.rereading.verify(width)
+        known = {name: value[:, first : first + width] for name, value in self.by_position.items()}
         return TargetOutput(self.nothing, None, None, known)
 
-    def rollback(self, count: int) -> None:
+    def rollback(self, count: Sequence[int]) -> None:
         if self.rereading is not None:
-            self.rereading.reject(count)
-        self.position -= count
+            self.rereading.reject(count[0])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError("a table knows its features and embeds nothing")
+        raise NotImplementedError("a trace knows its features and embeds nothing")
 
 
-class TableDrafter:
-    """A DrafterSession without a model.
+class TracedDrafter:
+    """A `DrafterSession` without a model, that reads what a real one with such `work` would read."""
 
-    Attributes:
-        waiting: what a real one of this kind would have to catch up with.
-    """
-
-    def __init__(self, lookup: Lookup, kind: str, wants: frozenset[Feature]) -> None:
-        self.lookup, self.kind = lookup, kind
+    def __init__(self, lookup: Lookup, text: RunningText, work: DraftWork, wants: frozenset[Feature]) -> None:
+        self.lookup, self.text, self.work = lookup, text, work
         self.wanted = [name for name in lookup.features if name in wants]
-        self.position, self.waiting = 0, 0
+        self.waiting: int | None = None
+        """Positions that the next draft reads; None until prefill has decided the first token."""
         self.length: int | None = None
         """Tokens of the draft since the last advance."""
 
-    def advance(self, tokens: Tensor, features: Tensor | None) -> None:
-        if self.position == 0:
-            self.waiting = waiting_at_first(self.kind, tokens.shape[1] - 1)
-            self.position = 1
-            return
-        count = tokens.shape[1]
-        if self.length is None:
-            self.waiting = waiting_after_no_draft(self.kind, self.waiting)
+    def advance(self, features: Tensor | None) -> None:
+        if self.waiting is None:
+            self.waiting = self.work.first(self.text.prompt_length[0])
+        elif self.length is None:
+            self.waiting = self.work.after_no_draft(self.waiting)
         else:
-            self.waiting = waiting_after_draft(self.kind, self.length, count - 1)
-        self.position += count
+            self.waiting = self.work.after_draft(self.length, self.text.newest.shape[1] - 1)
         self.length = None
 
-    def draft(self, block_size: int, draw: Draw | None, go_on: GoOn | None) -> Proposal:
-        row, column = self.position - 1, self.lookup.column(block_size)
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        row, column = self.text.position[0] - 1, self.lookup.column(block_size[0])
         self.length = self.lookup.draft_length[row][column]
-        if go_on is not None and self.kind == AUTOREGRESSIVE:
+        if go_on is not None and self.work.may_end_early:
             for length in range(1, self.length):
                 if not go_on(self._proposal(row, column, length).after(length - 1)):
                     self.length = length
@@ -156,21 +149,22 @@ class TableDrafter:
     def _proposal(self, row: int, column: int, length: int) -> Proposal:
         tokens = self.lookup.drafted[row, column, :length][None]
         features = {name: self.lookup.features[name][row, column, :length][None] for name in self.wanted}
-        return Proposal(tokens, None, None, {Feature.DRAFT_TOKENS: tokens, **features})
+        return Proposal(tokens, None, None, self.waiting or 0, {Feature.DRAFT_TOKENS: tokens, **features})
 
 
-class TableRule:
-    """A VerifyRule that knows which drafted tokens stand."""
+class TracedRule:
+    """A `VerifyRule` that knows which drafted tokens stand."""
 
-    def __init__(self, lookup: Lookup) -> None:
-        self.lookup, self.prompt_length = lookup, lookup.prompt.shape[1]
+    def __init__(self, lookup: Lookup, text: RunningText) -> None:
+        self.lookup, self.text = lookup, text
         self.no_tie = torch.zeros(1, 1, dtype=torch.bool)
+        self.unused = Draw(Processors(LogitsProcessorList()), None, 0, text.ids)
 
-    def draw(self, prefix: Tensor) -> None:
-        """Nothing is drawn."""
+    def draw(self) -> Draw:
+        return self.unused
 
-    def verify(self, logits: Tensor, draft: Draft, width: int, prefix: Tensor) -> Verdict:
-        position, accepted = prefix.shape[1] - self.prompt_length, 0
+    def verify(self, logits: Tensor, draft: Draft, width: int) -> Verdict:
+        (position,), accepted = self.text.position, 0
         if width > 0:
             column = self.lookup.column(int(draft.block_size))
             accepted = min(self.lookup.num_accepted[position - 1][column], width)
@@ -178,12 +172,13 @@ class TableRule:
         return Verdict(tokens, torch.tensor([accepted]), self.no_tie)
 
 
-class TableStopping:
-    """Stops where the output did."""
+class TracedStop:
+    """A `StopRule` that ends where the output did."""
 
-    def __init__(self, trace: PromptTrace) -> None:
+    def __init__(self, trace: PromptTrace, text: RunningText) -> None:
+        self.text = text
         self.max_length = trace.prompt_length + trace.max_new_tokens
         self.end = trace.prompt_length + trace.output_length
 
-    def cut(self, prefix: Tensor, tokens: list[int]) -> tuple[int, bool]:
-        return len(tokens), prefix.shape[1] + len(tokens) == self.end
+    def cut(self, row: int, tokens: Sequence[int]) -> tuple[int, bool]:
+        return len(tokens), self.text.length[row] + len(tokens) == self.end

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bpkit.files import write_at_once
-from bpkit.types import DecoderSpec, Feature
+from bpkit.types import DecoderSpec, DraftWork, Feature, work_of
 
 MANIFEST = "manifest.json"
 
@@ -59,6 +59,7 @@ class Manifest(BaseModel):
     features: tuple[Feature, ...]
     prompt_ids: tuple[str, ...]
     prompts_fingerprint: str
+    drafter_work: DraftWork | None = None
     near_ties: int | None = None
     output_tokens: int | None = None
     command: str = ""
@@ -78,11 +79,12 @@ class Manifest(BaseModel):
             hidden_size=self.hidden_size,
             vocab_size=self.vocab_size,
             stateful=self.stateful,
+            work=self.drafter_work or work_of(self.drafter_kind),
         )
 
     def differences(self, other: Manifest) -> list[str]:
         """What makes `other` another trace, as `name: ours, not theirs`."""
-        aside = {"complete", "command", "versions", "machine", "near_ties", "output_tokens"}
+        aside = {"drafter_work", "complete", "command", "versions", "machine", "near_ties", "output_tokens"}
         ours, theirs = self.model_dump(mode="json", exclude=aside), other.model_dump(mode="json", exclude=aside)
         found = []
         for name in ours:

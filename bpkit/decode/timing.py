@@ -1,0 +1,132 @@
+"""Where the time of a step goes: wrappers of the two sessions and of the policy that read the clock around each call.
+
+The loop knows nothing of them. `verify` is the target's passes, `draft` the drafter's, `policy` what the policy does
+and what it wants of a draft; all else is `rest`. The time that the consumer of a record takes is nobody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from bpkit.decode.clock import GuardedClock
+from bpkit.decode.guard import GuardedPolicy
+from bpkit.decode.sampling import Draw
+from bpkit.decode.target import TargetOutput, TargetSession
+from bpkit.draft.base import DrafterSession, GoOn, Proposal
+from bpkit.policy import Policy
+from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step, Work
+
+
+class Stopwatch:
+    """Splits time into phases, lap by lap."""
+
+    def __init__(self, clock: GuardedClock) -> None:
+        self.clock = clock
+        self.last, self.phase = clock.now(), "rest"
+        self.spent: dict[str, float] = {}
+
+    def resume(self) -> None:
+        """Time that passed since the last lap is not counted."""
+        self.last = self.clock.now()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap went into `phase`."""
+        now = self.clock.now()
+        self.spent[phase] = self.spent.get(phase, 0.0) + now - self.last
+        self.last, self.phase = now, phase
+
+    def charge(self, work: Work | None) -> Seconds:
+        """What the clock charges for all since the last time: for a step that did `work`, or for prefill (None)."""
+        self.lap("rest")
+        spent, self.spent = Seconds(**self.spent), {}
+        return self.clock.charge(spent, work)
+
+
+class TimedTarget:
+    """A target session whose passes are `verify`."""
+
+    def __init__(self, session: TargetSession, watch: Stopwatch) -> None:
+        self.session, self.watch = session, watch
+        self.positions, self.rollback, self.embed = session.positions, session.rollback, session.embed
+
+    @property
+    def reread(self) -> int:
+        return self.session.reread
+
+    @property
+    def cache(self) -> Any:
+        return self.session.cache
+
+    def prefill(self, **inputs: Any) -> TargetOutput:
+        self.watch.resume()
+        output = self.session.prefill(**inputs)
+        self.watch.lap("verify")
+        return output
+
+    def verify(self, drafted: Tensor) -> TargetOutput:
+        self.watch.lap("policy")  # features of the draft, after which it may have decided nothing
+        output = self.session.verify(drafted)
+        self.watch.lap("verify")
+        return output
+
+
+class TimedDrafter:
+    """A drafter session whose drafts are `draft`, without what the policy does in between."""
+
+    def __init__(self, session: DrafterSession, watch: Stopwatch) -> None:
+        self.session, self.watch = session, watch
+        self.advance = session.advance
+
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        proposal = self.session.draft(block_size, draw, go_on and self._timed(go_on))
+        self.watch.lap("draft")
+        return proposal
+
+    def _timed(self, go_on: GoOn) -> GoOn:
+        def timed(latest: Proposal) -> bool:
+            self.watch.lap("draft")
+            answer = go_on(latest)
+            self.watch.lap("policy")
+            return answer
+
+        return timed
+
+
+class TimedPolicy(GuardedPolicy):
+    """A guarded policy whose methods are `policy`."""
+
+    def __init__(
+        self, policy: Policy, spec: DecoderSpec, watch: Stopwatch, *, strict: bool = False, stepwise: bool = False
+    ) -> None:
+        super().__init__(policy, spec, strict=strict, stepwise=stepwise)
+        self.watch = watch
+
+    def begin(self, context: Context) -> None:
+        self.watch.lap("rest")
+        super().begin(context)
+        self.watch.lap("policy")
+
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor] | None:
+        if self.watch.phase == "verify":
+            self.watch.lap("rest")
+        predictions = super().predict(features)
+        self.watch.lap("policy")
+        return predictions
+
+    def select(self, context: Context) -> list[int]:
+        self.watch.resume()  # a turn begins
+        sizes = super().select(context)
+        self.watch.lap("policy")
+        return sizes
+
+    def truncate(self, draft: Draft) -> list[int]:
+        lengths = super().truncate(draft)
+        self.watch.lap("policy")
+        return lengths
+
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        self.watch.lap("policy")  # charged to the next step: this one's record is made
