@@ -15,7 +15,7 @@ from bpkit.judge.statistics import Floats, Ints, Totals
 from bpkit.trace.cost import CostTable
 from bpkit.trace.oracle import fixed_path
 from bpkit.trace.records import PromptTrace
-from bpkit.types import DecoderSpec, Feature, DraftWork
+from bpkit.types import DecoderSpec, DraftWork, Feature
 
 
 @dataclass(frozen=True)

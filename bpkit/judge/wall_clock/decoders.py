@@ -22,7 +22,7 @@ from bpkit.decode.text import RunningText
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.registry.resolve import PolicyLike
-from bpkit.types import Feature, DraftWork
+from bpkit.types import DraftWork, Feature
 
 LOOP, TRANSFORMERS = "bpkit loop", "transformers generate"
 """The two ways of plain decoding; the faster one is `plain`."""
