@@ -379,7 +379,7 @@ def test_the_kind_of_drafter_chooses_the_recipe(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, recipe: str
 ) -> None:
     pytest.importorskip("lightning")
-    from bpkit.learn.training.run import RunOptions
+    from bpkit.learn.training.model import ModelRun
 
     seen: dict[str, dict[str, Any]] = {}
     for name in ("drafter", "assistant"):
@@ -395,4 +395,4 @@ def test_the_kind_of_drafter_chooses_the_recipe(
     (given,) = seen.values()
     assert list(seen) == [recipe]
     assert (given["prompts"], given["layers"]) == (["x"], 2)
-    assert given["options"] == RunOptions(max_steps=7, max_minutes=2.0, devices=2, resume=False)
+    assert given["options"] == ModelRun(max_steps=7, max_minutes=2.0, devices=2, resume=False)

@@ -14,16 +14,13 @@ CIRCLES = (
     {"bpkit.cli.bench", "bpkit.cli.bench_policy"},
     {"bpkit.cli.completion", "bpkit.cli.options", "bpkit.cli.trace"},
     {"bpkit.learn.trained", "bpkit.registry.resolve"},
-    {"bpkit.learn.training.fit", "bpkit.learn.training.policies"},
     {"bpkit.testing.checks.check", "bpkit.testing.checks.run_all"},
     {f"bpkit.trace.collect.{name}" for name in ("autoregressive", "block_diffusion", "drafting", "stepwise")},
 )
 """Those that are still there."""
 UPWARD = {("draft", "decode"), ("export", "learn"), ("registry", "learn")}
 """Rooms that still import from above them."""
-PLUGINS_IN_THE_CORE = {("bpkit.cli.export", "bpkit_mlp"), ("bpkit.judge.latency.fold", "bpkit_mlp")} | {
-    ("bpkit.judge.latency.backends", "bpkit_onnx")
-}
+PLUGINS_IN_THE_CORE = {("bpkit.cli.export", "bpkit_mlp"), ("bpkit.judge.latency.backends", "bpkit_onnx")}
 
 
 def modules() -> dict[str, Path]:

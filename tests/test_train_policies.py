@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.evaluation import evaluate
 from bpkit.judge.evaluation.splits import split_prompts
 from bpkit.learn.trained import TrainedConfig, TrainedElsewhereWarning, TrainedPolicy
-from bpkit.learn.training.example_data import EpochSampler
+from bpkit.learn.training.examples import ExampleData
 from bpkit.learn.training.policies import PolicyRun, train_policy
 from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.learn.training.prompts import prompt_record
@@ -147,7 +148,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(out: Path, *, validation: Sequence[PromptTrace] = VALIDATION, resume: bool = True, **settings: Any) -> Path:
     """Train the toy."""
-    return train_policy("toy", TRAIN, SPEC, COST, out, validation=validation, resume=resume, options=settings)
+    return train_policy(
+        "toy", TRAIN, SPEC, COST, out, validation=validation, run=PolicyRun(resume=resume), options=settings
+    )
 
 
 def loaded(folder: Path) -> dict[str, Tensor]:
@@ -483,14 +486,21 @@ def test_faults_of_examples_and_prompts_are_explained(tmp_path: Path, monkeypatc
 
 
 def test_processes_share_an_order_that_follows_from_the_epoch() -> None:
-    samplers = [EpochSampler(7, seed=1, rank=rank, processes=2) for rank in (0, 1)]
-    rows = [list(sampler) for sampler in samplers]
-    assert [len(part) for part in rows] == [4, 4]
-    assert set(rows[0]) | set(rows[1]) == set(range(7))
-    assert list(samplers[0]) == rows[0]
-    samplers[0].set_epoch(1)
-    assert list(samplers[0]) != rows[0]
-    assert list(EpochSampler(3, seed=None)) == [0, 1, 2]
+    def rows(rank: int, epoch: int, *, seed: int = 1) -> list[int]:
+        examples = {"row": torch.arange(7)}
+        data = ExampleData(examples, examples, batch_size=2, seed=seed)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        loader: Any = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return [row for batch in loader for row in batch["row"].tolist()]
+
+    assert [len(rows(rank, 0)) for rank in (0, 1)] == [4, 4]
+    assert {*rows(0, 0), *rows(1, 0)} == set(range(7))
+    assert rows(0, 0) == rows(0, 0) != rows(0, 1)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1_000_003 + 1)).tolist()
+    assert rows(0, 1) == [*order, order[0]][::2], "orders are those of earlier versions"
+    alone = ExampleData({"row": torch.arange(3)}, {"row": torch.arange(3)}, batch_size=2, seed=1)
+    assert [batch["row"].tolist() for batch in alone.val_dataloader()] == [[0, 1], [2]]
 
 
 # From the command line

@@ -18,14 +18,14 @@ from bpkit.draft.blocks import block_attention_mask
 from bpkit.learn.training.assistant import DistillationLoss, first_layers, train_assistant
 from bpkit.learn.training.budget import learning_rate_factor
 from bpkit.learn.training.drafter import position_weights, train_drafter
+from bpkit.learn.training.model import ModelRun
 from bpkit.learn.training.provenance import write_provenance
-from bpkit.learn.training.run import RunOptions
 from bpkit.types import AUTOREGRESSIVE
 from recipes.pair import structured
 from recipes.pair.corpus import maths_documents, training_prompts
 from recipes.pair.target import train_target
 
-QUICK = RunOptions(max_steps=3, max_minutes=2.0, accelerator="cpu")
+QUICK = ModelRun(max_steps=3, max_minutes=2.0, accelerator="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from bpkit.cli import train_policy
+from bpkit.cli import train_options, train_policy
 from bpkit.cli.command import Group, dressed
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
-from bpkit.cli.terminal import say
 from bpkit.installation.distribution import install_command
 from bpkit.learn.training.trainable import refuse_untrainable, trainable_entries
 from bpkit.registry.class_file import names_file, split_file
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION
-
-if TYPE_CHECKING:
-    from bpkit.learn.training.run import RunOptions
 
 HELP = f"""Train a policy or a drafter.
 
@@ -79,27 +74,6 @@ NO_PROMPTS = (
     'it will serve, one JSON object a line, such as {"prompt": "Once upon a time"}. Those that ship with bpkit are '
     "for judging."
 )
-_BUDGET = "Budget and devices"
-Out = Annotated[Path, typer.Option(help="Folder for the result, its checkpoints and logs.", metavar="FOLDER")]
-Minutes = Annotated[
-    float, typer.Option(help="Training time; the learning rate ends at zero then.", min=0.01, rich_help_panel=_BUDGET)
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(help="Optimizer steps at most, if fewer than the minutes allow.", min=1, rich_help_panel=_BUDGET),
-]
-Devices = Annotated[
-    int, typer.Option(help="Processes: GPUs, or on a CPU one for each core or two.", min=1, rich_help_panel=_BUDGET)
-]
-Accelerator = Annotated[str, typer.Option(help="`auto`, `cpu` or `gpu`.", rich_help_panel=_BUDGET)]
-Strategy = Annotated[
-    str, typer.Option(help="Of Lightning, with more than one device, such as `ddp`.", rich_help_panel=_BUDGET)
-]
-Compile = Annotated[
-    bool, typer.Option(help="Run through torch.compile; pays off after a few minutes.", rich_help_panel=_BUDGET)
-]
-Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in the folder.", rich_help_panel=_BUDGET)]
-Seed = Annotated[int, typer.Option(help="Of data and initial weights.", rich_help_panel=_BUDGET)]
 
 
 @app.command("drafter")
@@ -108,7 +82,7 @@ def drafter(
     target: Annotated[
         str, typer.Option(help="Folder or Hub name of the target; its tokenizer needs a mask token.", metavar="MODEL")
     ],
-    out: Out,
+    out: train_options.Out,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -133,15 +107,15 @@ def drafter(
     sequences: Annotated[int, typer.Option(help="Answers of the target to train on.", min=65)] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Tokens that the target generates for each.", min=2)] = 160,
     batch_size: Annotated[int, typer.Option(help="Sequences a step on each device.", min=1)] = 8,
-    # `run_options` reads these from the context.
-    minutes: Minutes = 30.0,
-    steps: Steps = None,
-    devices: Devices = 1,
-    accelerator: Accelerator = "auto",
-    strategy: Strategy = "auto",
-    compile: Compile = False,
-    resume: Resume = True,
-    seed: Seed = 0,
+    # `model_run` reads these from the context.
+    minutes: train_options.Minutes = 30.0,
+    steps: train_options.Steps = None,
+    devices: train_options.Devices = 1,
+    accelerator: train_options.Accelerator = "auto",
+    strategy: train_options.Strategy = "auto",
+    compile: train_options.Compile = False,
+    resume: train_options.Resume = True,
+    seed: train_options.Seed = 0,
 ) -> None:
     """Let a target answer prompts, and train a drafter on the answers.
 
@@ -174,27 +148,10 @@ def drafter(
             target,
             out,
             prompts=texts,
-            options=run_options(context),
+            options=train_options.model_run(context),
             layers=layers,
             sequences=sequences,
             new_tokens=new_tokens,
             batch_size=batch_size,
         )
-    say_written(out, f"bpkit bench --target {target} --drafter {out}")
-
-
-def run_options(context: typer.Context) -> RunOptions:
-    """How to run, as the options above say it."""
-    from bpkit.learn.training.run import RunOptions
-
-    given = dict(context.params)
-    budget = {"max_steps": given["steps"] or RunOptions.max_steps, "max_minutes": given["minutes"]}
-    names = ("devices", "accelerator", "strategy", "compile", "resume", "seed")
-    return RunOptions(**budget, **{name: given[name] for name in names})
-
-
-def say_written(out: Path, following: str) -> None:
-    """Say what came of it, once, and what to do with it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning starts further processes by the same command
-        say(f"wrote {out}")
-        say(f"Next: {following}")
+    train_options.say_written(out, f"bpkit bench --target {target} --drafter {out}")

@@ -7,11 +7,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from bpkit.cli import options
+from bpkit.cli import options, train_options
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
 from bpkit.cli.terminal import progress_bar, say
@@ -19,18 +19,21 @@ from bpkit.registry.resolve import with_weights
 
 if TYPE_CHECKING:
     from bpkit.config import Config
+    from bpkit.learn.training.policy_module import PolicyModule
     from bpkit.learn.training.prompts import Part
-    from bpkit.trace.cost import CostTable
+    from bpkit.trace.collect.recompute import Recompute
     from bpkit.trace.store.storage import Trace
 
-_PROMPTS, _TRAINING, _RUN, _RECOMPUTE = "Prompts", "Training", "How to run", "Features that the trace lacks"
-LOGGERS = ("csv", "tensorboard")
+_PROMPTS, _TRAINING, _RUN, _RECOMPUTE = "Prompts", "Training", train_options.RUN, "Features that the trace lacks"
+Logger = Literal["csv", "tensorboard"]
+Places = dict[str, list[tuple["Trace", Sequence[int]]]]
+"""By role, `train` and `validation`: traces, and which of their prompts."""
 
 
 def train_policy(
     context: typer.Context,
     traces: Annotated[list[Path], typer.Argument(help="Folders that `bpkit trace` made.", metavar="TRACE")],
-    out: Annotated[Path, typer.Option(help="Folder for the policy, its checkpoints and logs.", metavar="FOLDER")],
+    out: train_options.Out,
     cost: Annotated[
         str,
         typer.Option(
@@ -74,16 +77,14 @@ def train_policy(
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the examples at most.", min=1, rich_help_panel=_TRAINING)
     ] = None,
-    devices: Annotated[int, typer.Option(help="Of Lightning.", min=1, rich_help_panel=_RUN)] = 1,
-    strategy: Annotated[str, typer.Option(help="Of Lightning, such as `ddp`.", rich_help_panel=_RUN)] = "auto",
-    accelerator: Annotated[str, typer.Option(help="`auto`, `cpu` or `gpu`.", rich_help_panel=_RUN)] = "auto",
+    devices: train_options.Devices = 1,
+    strategy: train_options.Strategy = "auto",
+    accelerator: train_options.Accelerator = "auto",
     logger: Annotated[
         str,
         typer.Option(help="Of the figures of each epoch, under `logs`: `csv` or `tensorboard`.", rich_help_panel=_RUN),
     ] = "csv",
-    resume: Annotated[
-        bool, typer.Option(help="Go on where an earlier run in the folder stopped.", rich_help_panel=_RUN)
-    ] = True,
+    resume: train_options.Resume = True,
     recompute: Annotated[
         bool,
         typer.Option(
@@ -113,8 +114,8 @@ def train_policy(
     name = str(context.info_name)
     require("lightning", extra="train", purpose="Training")
     require("pyarrow", extra="traces", purpose="A trace")
-    if logger not in LOGGERS:
-        raise ValueError(f"--logger {logger}: choose {' or '.join(LOGGERS)}")
+    if logger not in get_args(Logger):
+        raise ValueError(f"--logger {logger}: choose {' or '.join(get_args(Logger))}")
     if logger == "tensorboard":
         require("tensorboard", extra="tensorboard", purpose="--logger tensorboard")
     if validation and split:
@@ -126,96 +127,73 @@ def train_policy(
 
     quiet_libraries()
     from bpkit.learn.training.fit import first_process
+    from bpkit.learn.training.policies import PolicyRun
+    from bpkit.learn.training.policies import train_policy as train
+    from bpkit.learn.training.prompts import check_alike, fingerprint_part
+    from bpkit.learn.training.trainable import make_module
     from bpkit.trace.cost import read_cost
     from bpkit.trace.store.storage import open_trace
 
     opened, held = [open_trace(path) for path in traces], [open_trace(path) for path in validation or []]
-    policy = with_config(name, options.settled(context))
-    work = _Work(context, policy, opened, held, read_cost(cost), given)
-    parts = work.parts(parse_fractions(split or DEFAULT_SPLIT), seed, limit, recompute=recompute)
-    how = {"devices": devices, "strategy": strategy, "accelerator": accelerator, "resume": resume, "logger": logger}
-    folder = work.train(parts, out, how)
-    if first_process():
-        report(folder, name)
-
-
-class _Work:
-    """What a command names, opened."""
-
-    def __init__(
-        self,
-        context: typer.Context,
-        policy: str | dict[str, Any],
-        traces: list[Trace],
-        validation: list[Trace],
-        cost: CostTable,
-        settings: dict[str, Any],
-    ) -> None:
-        from bpkit.learn.training.prompts import check_alike
-        from bpkit.learn.training.trainable import make_module
-
-        self.context, self.policy, self.cost, self.settings = context, policy, cost, settings
-        self.traces, self.validation = traces, validation
-        check_alike([*traces, *validation])
-        self.spec = traces[0].spec
-        # Made here as well, so that a mistyped setting is told before any model is loaded.
-        self.module = make_module(policy, self.spec, cost, settings)
-
-    def parts(
-        self, fractions: Sequence[float], seed: int, limit: int | None, *, recompute: bool
-    ) -> tuple[list[Part], list[Part]]:
-        """Prompts to train on and to validate by, trace by trace."""
-        from bpkit.learn.training.prompts import Part, first_of_each
-
-        train, validation = self.traces, self.validation
-        if validation:
-            places = [list(range(len(trace))) for trace in train], [list(range(len(trace))) for trace in validation]
-        else:
-            places, validation = split_places(train, seed, fractions), train
-        fills = self._fills() if recompute else {}
-        wanted = self.module.features | self.module.policy.wants
-
-        def some(trace: Trace, of_trace: list[int]) -> Part:
-            fill = fills.get(trace.path)
-            optional = self.module.policy.wants_optional & fill.offers if fill is not None else frozenset()
-            return Part(trace, first_of_each(trace, of_trace, limit), fill=fill, features=wanted | optional)
-
-        return (
-            [some(trace, of_trace) for trace, of_trace in zip(train, places[0], strict=True)],
-            [some(trace, of_trace) for trace, of_trace in zip(validation, places[1], strict=True)],
-        )
-
-    def train(self, parts: tuple[list[Part], list[Part]], out: Path, how: dict[str, Any]) -> Path:
-        """Train, with a progress bar."""
-        from bpkit.learn.training.policies import PolicyRun, train_policy
-        from bpkit.learn.training.prompts import fingerprint_part
-
-        fingerprints = {
+    settled, table, spec = options.settled(context), read_cost(cost), opened[0].spec
+    policy = with_config(name, settled)
+    check_alike([*opened, *held])
+    # Made here as well, so that a mistyped setting is told before any model is loaded.
+    module = make_module(policy, spec, table, given)
+    places = all_places(opened, held) if held else split_places(opened, seed, parse_fractions(split or DEFAULT_SPLIT))
+    fills = recomputing(settled, [*opened, *held]) if recompute else {}
+    parts = {
+        role: [prompts_of(trace, some, limit, module, fills.get(trace.path)) for trace, some in chosen]
+        for role, chosen in places.items()
+    }
+    run = PolicyRun(
+        devices=devices,
+        strategy=strategy,
+        accelerator=accelerator,
+        resume=resume,
+        logger=cast("Logger", logger),
+        command=portable(sys.argv[1:]),
+        fingerprints={
             f"{role} {number}: {part.trace.path.name}": fingerprint_part(part)
-            for role, some in zip(("train", "validation"), parts, strict=True)
+            for role, some in parts.items()
             for number, part in enumerate(some, 1)
-        }
-        run = PolicyRun(**how, command=portable(sys.argv[1:]), fingerprints=fingerprints)
-        with when_interrupted(checkpoint_in(out)), progress_bar() as bar:
-            return train_policy(
-                self.policy,
-                parts[0],
-                self.spec,
-                self.cost,
-                out,
-                validation=parts[1],
-                options=self.settings,
-                progress=bar,
-                run=run,
-            )
+        },
+    )
+    with when_interrupted(checkpoint_in(out)), progress_bar() as bar:
+        train(
+            policy,
+            parts["train"],
+            spec,
+            table,
+            out,
+            validation=parts["validation"],
+            options=given,
+            progress=bar,
+            run=run,
+        )
+    if first_process():
+        report(out, name)
 
-    def _fills(self) -> dict[Path, Any]:
-        """What computes missing features, by trace; the models are loaded once."""
-        from bpkit.cli.models import load_decoder
-        from bpkit.trace.collect.recompute import Recompute
 
-        decoder = load_decoder(options.settled(self.context), "fixed")
-        return {trace.path: Recompute(decoder, trace.manifest) for trace in (*self.traces, *self.validation)}
+def recomputing(config: Config, traces: Sequence[Trace]) -> dict[Path, Recompute]:
+    """What computes features that a trace lacks, by trace; the models are loaded once."""
+    from bpkit.cli.models import load_decoder
+    from bpkit.trace.collect.recompute import Recompute
+
+    decoder = load_decoder(config, "fixed")
+    return {trace.path: Recompute(decoder, trace.manifest) for trace in traces}
+
+
+def prompts_of(
+    trace: Trace, places: Sequence[int], limit: int | None, module: PolicyModule, fill: Recompute | None
+) -> Part:
+    """Prompts of a trace, with what the policy and its training read, and where it can be computed what it may read."""
+    from bpkit.learn.training.prompts import Part, first_of_each
+
+    features = module.features | module.policy.wants
+    if fill is not None:
+        features |= module.policy.wants_optional & fill.offers
+    return Part(trace, first_of_each(trace, places, limit), fill=fill, features=features)
 
 
 def with_config(spec: str, config: Config) -> str | dict[str, Any]:
@@ -232,9 +210,15 @@ def with_config(spec: str, config: Config) -> str | dict[str, Any]:
     return {**{key: value for key, value in stated.items() if key not in ("", "weights")}, **given}
 
 
-def split_places(
-    traces: Sequence[Trace], seed: int, fractions: Sequence[float]
-) -> tuple[list[list[int]], list[list[int]]]:
+def all_places(train: Sequence[Trace], validation: Sequence[Trace]) -> Places:
+    """Every prompt of every trace."""
+    return {
+        role: [(trace, range(len(trace))) for trace in traces]
+        for role, traces in (("train", train), ("validation", validation))
+    }
+
+
+def split_places(traces: Sequence[Trace], seed: int, fractions: Sequence[float]) -> Places:
     """Places of training and validation prompts in each trace.
 
     Each trace is split by itself, as `bpkit evaluate` does. A prompt id that several traces have belongs to the most
@@ -242,21 +226,16 @@ def split_places(
     """
     from bpkit.judge.evaluation.splits import split_prompts
 
-    guard: dict[str, int] = {}
-    ranks: list[dict[int, int]] = []
+    protection: dict[str, int] = {}
     for trace in traces:
         split = split_prompts(trace.ids, trace.domains, seed=seed, fractions=fractions)
-        ranks.append({place: rank for rank, p in enumerate((split.train, split.validation, split.test)) for place in p})
-        for place, rank in ranks[-1].items():
-            guard[trace.ids[place]] = max(rank, guard.get(trace.ids[place], 0))
-    train, validation = (
-        [
-            [place for place in sorted(of_trace) if guard[trace.ids[place]] == wanted]
-            for trace, of_trace in zip(traces, ranks, strict=True)
-        ]
-        for wanted in (0, 1)
-    )
-    return train, validation
+        for rank, places in enumerate((split.train, split.validation, split.test)):
+            for place in places:
+                protection[trace.ids[place]] = max(rank, protection.get(trace.ids[place], 0))
+    return {
+        role: [(trace, [i for i, name in enumerate(trace.ids) if protection[name] == rank]) for trace in traces]
+        for rank, role in enumerate(("train", "validation"))
+    }
 
 
 def parse_settings(given: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bpkit.cli import train
+from bpkit.cli import train_options
 from bpkit.cli.errors import checkpoint_in, nothing_written, require, when_interrupted
 from bpkit.cli.terminal import say
 
@@ -25,7 +25,7 @@ _Maths = Annotated[
 
 def train_target(
     context: typer.Context,
-    out: train.Out,
+    out: train_options.Out,
     maths: _Maths = None,
     layers: Annotated[int, typer.Option(help="Transformer layers.", min=1)] = 12,
     hidden_size: Annotated[int, typer.Option(help="Width; a multiple of 64.", min=64)] = 256,
@@ -41,15 +41,15 @@ def train_target(
             file_okay=False,
         ),
     ] = None,
-    # `train.run_options` reads these from the context.
-    minutes: train.Minutes = 30.0,
-    steps: train.Steps = None,
-    devices: train.Devices = 1,
-    accelerator: train.Accelerator = "auto",
-    strategy: train.Strategy = "auto",
-    compile: train.Compile = False,
-    resume: train.Resume = True,
-    seed: train.Seed = 0,
+    # `model_run` reads these from the context.
+    minutes: train_options.Minutes = 30.0,
+    steps: train_options.Steps = None,
+    devices: train_options.Devices = 1,
+    accelerator: train_options.Accelerator = "auto",
+    strategy: train_options.Strategy = "auto",
+    compile: train_options.Compile = False,
+    resume: train_options.Resume = True,
+    seed: train_options.Seed = 0,
 ) -> None:
     """Train tokenizer and target from scratch.
 
@@ -69,7 +69,7 @@ def train_target(
         target.train_target(
             out,
             maths=maths,
-            options=train.run_options(context),
+            options=train_options.model_run(context),
             layers=layers,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
@@ -77,7 +77,7 @@ def train_target(
             batch_size=batch_size,
             start_from=start_from,
         )
-    train.say_written(out, f"bpkit train drafter --target {out} --out FOLDER --prompts FILE")
+    train_options.say_written(out, f"bpkit train drafter --target {out} --out FOLDER --prompts FILE")
 
 
 def drafter_prompts(

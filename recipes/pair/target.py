@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from bpkit.learn.training.model import ModelRun, autocast, train_model
 from bpkit.learn.training.provenance import fingerprint
-from bpkit.learn.training.run import RunOptions, autocast, run_recipe
 from recipes.pair.corpus import pack, training_documents
 from recipes.pair.tokenizer import train_tokenizer
 
@@ -53,7 +53,7 @@ def train_target(
     out: Path,
     *,
     maths: Path | None,
-    options: RunOptions,
+    options: ModelRun,
     layers: int = 12,
     hidden_size: int = 256,
     vocab_size: int = 4096,
@@ -82,7 +82,7 @@ def train_target(
         model = Qwen3ForCausalLM(target_config(tokenizer, layers=layers, hidden_size=hidden_size))
     else:
         model = Qwen3ForCausalLM.from_pretrained(start_from, dtype=torch.float32)
-    run_recipe(
+    train_model(
         "train_target",
         model,
         NextTokenLoss(model),

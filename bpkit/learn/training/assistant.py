@@ -1,4 +1,4 @@
-"""The recipe of an autoregressive drafter for any target: a few of the target's own layers, distilled on its answers.
+"""An autoregressive drafter for any target: a few of the target's own layers, distilled on its answers.
 
 The drafter starts as the target's embedding, its first layers, its final norm and its head, and learns to give the
 target's distribution after every token of the target's own answers: forward KL on data of the target, as in DistillSpec
@@ -11,14 +11,13 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from bpkit.learn.training.outputs import write_outputs
+from bpkit.learn.training.answers import target_answers
+from bpkit.learn.training.model import ModelRun, autocast, train_model
 from bpkit.learn.training.provenance import fingerprint
-from bpkit.learn.training.run import RunOptions, autocast, run_recipe
 
 
 class DistillationLoss(nn.Module):
@@ -72,7 +71,7 @@ def train_assistant(
     out: Path,
     *,
     prompts: list[str],
-    options: RunOptions,
+    options: ModelRun,
     layers: int = 2,
     sequences: int = 6000,
     new_tokens: int = 160,
@@ -92,14 +91,12 @@ def train_assistant(
     tokenizer = AutoTokenizer.from_pretrained(target_path)
     target = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.bfloat16)
     drafter = first_layers(target, layers)
-    outputs = write_outputs(target, tokenizer, prompts, out, count=sequences, new_tokens=new_tokens, seed=options.seed)
-    data = load_file(outputs)
-    columns = (data["ids"].long(), data["prompt_length"], data["length"])
-    run_recipe(
+    answers = target_answers(target, tokenizer, prompts, out, count=sequences, new_tokens=new_tokens, seed=options.seed)
+    train_model(
         "train_assistant",
         drafter,
         DistillationLoss(drafter, target),
-        columns,
+        answers,
         out,
         batch_size=batch_size,
         options=options,

@@ -38,11 +38,7 @@ class BestByReplay(L.Callback):
         return self.waited >= self.patience
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._show()
-        for _ in self.epochs:
-            self.progress.tick()
-        if self.stopped_early:
-            trainer.should_stop = True
+        self._epoch_is_over(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: PolicyModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -54,11 +50,7 @@ class BestByReplay(L.Callback):
         self.epochs.append(figures)
         if RATE in figures:
             self._compare(trainer, pl_module, figures)
-        self._show()
-        for _ in self.epochs:
-            self.progress.tick()
-        if self.stopped_early:
-            trainer.should_stop = True
+        self._epoch_is_over(trainer)
 
     def _compare(self, trainer: L.Trainer, module: PolicyModule, figures: dict[str, float]) -> None:
         if self.best and figures[RATE] <= self.best[RATE]:
@@ -75,9 +67,13 @@ class BestByReplay(L.Callback):
         """Put the best weights back."""
         module.networks.load_state_dict(safetensors.torch.load_file(self.file))
 
-    def _show(self) -> None:
+    def _epoch_is_over(self, trainer: L.Trainer) -> None:
         best = f", best {self.best[RATE]:.4g} tokens/s in epoch {self.best['epoch']:.0f}" if self.best else ""
         self.progress.start(f"training{best}", self.total)
+        for _ in self.epochs:
+            self.progress.tick()
+        if self.stopped_early:
+            trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "best": self.best, "waited": self.waited}

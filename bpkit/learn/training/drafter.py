@@ -1,4 +1,4 @@
-"""The recipe of a DFlash drafter for any target (Chen et al., 2602.06036), on the target's own outputs.
+"""A DFlash drafter for any target (Chen et al., 2602.06036), on the target's own outputs.
 
 Many blocks are trained in one pass over a sequence: block *i* starts at a random anchor, sees the target's features
 strictly before the anchor and its own positions, and learns the tokens that followed. Position k of a block weighs
@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bpkit.draft.blocks import block_attention_mask
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
-from bpkit.learn.training.outputs import write_outputs
+from bpkit.learn.training.answers import target_answers
+from bpkit.learn.training.model import ModelRun, autocast, train_model
 from bpkit.learn.training.provenance import fingerprint
-from bpkit.learn.training.run import RunOptions, autocast, run_recipe
 
 BLOCK_SIZES = (4, 8, 16, 16, 16, 32)
 """Drawn at random, relative to a trained block size of 16: mostly the trained one."""
@@ -123,7 +122,7 @@ def train_drafter(
     out: Path,
     *,
     prompts: list[str],
-    options: RunOptions,
+    options: ModelRun,
     layers: int = 2,
     block_size: int = 16,
     target_layer_ids: list[int] | None = None,
@@ -144,9 +143,7 @@ def train_drafter(
     if tokenizer.mask_token_id is None:
         raise ValueError(f"the tokenizer of {target_path} has no mask token: add one with add_special_tokens first")
     depth = target.config.num_hidden_layers
-    outputs = write_outputs(target, tokenizer, prompts, out, count=sequences, new_tokens=new_tokens, seed=options.seed)
-    data = load_file(outputs)
-    columns = (data["ids"].long(), data["prompt_length"], data["length"])
+    answers = target_answers(target, tokenizer, prompts, out, count=sequences, new_tokens=new_tokens, seed=options.seed)
     config = drafter_config(
         target,
         tokenizer.mask_token_id,
@@ -156,11 +153,11 @@ def train_drafter(
     )
     drafter = DFlashModel(config)
     drafter.norm.load_state_dict(target.model.norm.state_dict())
-    run_recipe(
+    train_model(
         "train_drafter",
         drafter,
         BlockDraftLoss(drafter, target),
-        columns,
+        answers,
         out,
         batch_size=batch_size,
         options=options,

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import lightning as L
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 from bpkit.files import write_at_once
 from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions
@@ -77,6 +79,36 @@ def collect_examples(
     if not data or not len(next(iter(data.values()))):
         raise PolicyError(f"policy {module.policy.name!r}: the {part} prompts give no examples to train with")
     return data
+
+
+class ExampleData(L.LightningDataModule):
+    """Examples for training and validation, in memory.
+
+    The order of training follows from seed and epoch alone, whether the run was interrupted or not; each of several
+    processes takes every n-th, all of them the same number.
+    """
+
+    def __init__(self, train: Examples, validation: Examples, *, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.train, self.validation, self.batch_size, self.seed = train, validation, batch_size, seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.train, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.validation, shuffle=False)
+
+    def _loader(self, data: Examples, *, shuffle: bool) -> DataLoader[Any]:
+        rows: Any = range(len(next(iter(data.values()))))
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        # Each epoch it draws by its seed plus the epoch: seeds that follow each other must not share orders.
+        order: Any = DistributedSampler(rows, processes, rank, shuffle=shuffle, seed=self.seed * 1_000_003)
+
+        def batch(places: list[int]) -> Examples:
+            chosen = torch.tensor(places)
+            return {name: tensor[chosen] for name, tensor in data.items()}
+
+        return DataLoader(rows, self.batch_size, sampler=order, collate_fn=batch)
 
 
 def examples_key(module: PolicyModule, data: str) -> str:

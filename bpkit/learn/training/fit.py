@@ -1,28 +1,32 @@
-"""One Lightning run of a policy: checkpoints, resumption, logs, determinism."""
+"""A run of Lightning: devices, checkpoints, resumption."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from bpkit.installation.distribution import install_command
-from bpkit.learn.training.best import BestByReplay
-from bpkit.learn.training.example_data import ExampleData
-from bpkit.learn.training.policy_module import PolicyModule
 
-if TYPE_CHECKING:
-    from bpkit.learn.training.policies import PolicyRun
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How to run, as opposed to what to train.
+
+    Attributes:
+        devices, accelerator, strategy: passed to `lightning.Trainer`; a strategy only with more than one device.
+        resume: go on from `checkpoints/last.ckpt` if there is one.
+    """
+
+    devices: int = 1
+    accelerator: str = "auto"
+    strategy: str = "auto"
+    resume: bool = True
 
 
 def first_process() -> bool:
@@ -30,37 +34,36 @@ def first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def fit(module: PolicyModule, data: ExampleData, best: BestByReplay, out: Path, how: PolicyRun) -> bool:
-    """Train `module`, and keep `out/checkpoints/last.ckpt` and the best weights fresh after every epoch.
+def fit(
+    module: L.LightningModule,
+    data: Sequence[Any],
+    out: Path,
+    how: FitOptions,
+    **options: Any,
+) -> bool:
+    """Train `module`, going on from `out/checkpoints/last.ckpt` where asked to.
+
+    Args:
+        data: what `Trainer.fit` takes after the module. options: of `Trainer`; its callbacks write the checkpoint.
 
     Returns:
         True on the one process that should write the result.
 
     Raises:
         KeyboardInterrupt: the user wants no more; the same call goes on later.
-        ValueError: the logger is not installed.
     """
     last = out / "checkpoints" / "last.ckpt"
-    with quiet(), _deterministic():
+    with _quiet():
         trainer = L.Trainer(
             accelerator=how.accelerator,
             devices=how.devices,
-            strategy=how.strategy,
-            max_epochs=module.options.epochs,
-            check_val_every_n_epoch=min(module.options.validate_every, module.options.epochs),
-            gradient_clip_val=module.options.clip,
-            deterministic="warn",
-            inference_mode=False,  # what a validation makes, the policy, is used later
-            use_distributed_sampler=False,
-            logger=_logger(how, out),
-            callbacks=[best, _last_checkpoint(out / "checkpoints")],
-            log_every_n_steps=50,
+            strategy=how.strategy if how.devices > 1 else "auto",
             enable_model_summary=False,
-            enable_progress_bar=False,
             num_sanity_val_steps=0,
+            **options,
         )
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=str(last) if how.resume and last.is_file() else None)
+            trainer.fit(module, *data, ckpt_path=str(last) if how.resume and last.is_file() else None)
         except SystemExit:  # what Lightning makes of Ctrl+C
             if trainer.interrupted:
                 raise KeyboardInterrupt from None
@@ -68,51 +71,16 @@ def fit(module: PolicyModule, data: ExampleData, best: BestByReplay, out: Path, 
     return bool(trainer.is_global_zero)
 
 
-def _last_checkpoint(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        folder,
-        filename="last",
-        save_top_k=1,
-        every_n_epochs=1,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-
-
-def _logger(how: PolicyRun, out: Path) -> Logger:
-    if how.logger == "csv":
-        return CSVLogger(out, name="logs")
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            f"logger 'tensorboard' needs tensorboard, which is not installed: {install_command('tensorboard')}"
-        )
-    return TensorBoardLogger(out, name="logs")
-
-
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without Lightning's remarks on hardware and its advice; warnings of others are left alone."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
+    levels = {(logger := logging.getLogger(f"lightning.{part}")): logger.level for part in ("pytorch", "fabric")}
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Lightning sets it for the whole process; set it back."""
-    before: tuple[Any, ...] = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bpkit.trace.fingerprint import fingerprint_values
 from bpkit.trace.records import PromptTrace
@@ -38,17 +38,9 @@ class _Lazy(Sequence[PromptTrace]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __iter__(self) -> Iterator[PromptTrace]:
-        return (self._read(place) for place in range(len(self)))
-
-    @overload
-    def __getitem__(self, place: int) -> PromptTrace: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[PromptTrace]: ...
-    def __getitem__(self, place: int | slice) -> PromptTrace | list[PromptTrace]:
-        if isinstance(place, slice):
-            return [self._read(p) for p in range(*place.indices(len(self)))]
-        return self._read(range(len(self))[place])
+    def __getitem__(self, place: Any) -> Any:
+        chosen = range(len(self))[place]
+        return [self._read(p) for p in chosen] if isinstance(chosen, range) else self._read(chosen)
 
 
 class Chain(_Lazy):
@@ -152,12 +144,8 @@ def fingerprint_part(part: Part) -> str:
 
 
 def first_of_each(trace: Trace, places: Sequence[int], limit: int | None) -> list[int]:
-    """The first `limit` of the places in each domain."""
-    seen: dict[str, int] = {}
-    kept = []
+    """The first `limit` of the places in each domain; places ascend."""
+    by_domain: dict[str, list[int]] = {}
     for place in places:
-        domain = trace.domains[place]
-        seen[domain] = seen.get(domain, 0) + 1
-        if limit is None or seen[domain] <= limit:
-            kept.append(place)
-    return kept
+        by_domain.setdefault(trace.domains[place], []).append(place)
+    return sorted(place for of_domain in by_domain.values() for place in of_domain[:limit])

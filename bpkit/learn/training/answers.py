@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bpkit.files import write_at_once
 
-def write_outputs(
+
+def target_answers(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
@@ -25,18 +26,17 @@ def write_outputs(
     seed: int,
     batch_size: int = 128,
     max_prompt_tokens: int = 128,
-) -> Path:
-    """Generate `count` sequences, half greedy and half sampled at temperature 1, into one safetensors file.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Generate `count` sequences, half greedy and half sampled at temperature 1, into `out/outputs.safetensors`.
 
     Batches are kept as shards while the work runs, so a run that was cut short goes on where it stopped.
 
     Returns:
-        path of a file with `ids` int32 [count, time] right-padded, `prompt_length` and `length` int64 [count].
+        `ids` int64 [count, time] right-padded, `prompt_length` and `length` int64 [count].
     """
     result, shards = out / "outputs.safetensors", out / "outputs"
     if result.exists():
-        return result
-    shards.mkdir(parents=True, exist_ok=True)
+        return _columns(load_file(result))
     # Sorting by length keeps padding, and so wasted work, small.
     chosen = sorted(islice(cycle(prompts), count), key=len)
     batches = [chosen[i : i + batch_size] for i in range(0, count, batch_size)]
@@ -46,13 +46,14 @@ def write_outputs(
             torch.manual_seed(seed + index)
             greedy = _answers(target, tokenizer, batch[::2], new_tokens, max_prompt_tokens, sample=False)
             sampled = _answers(target, tokenizer, batch[1::2], new_tokens, max_prompt_tokens, sample=True)
-            _save(_padded([*greedy, *sampled]), shard)
+            write_at_once(shard, save(_padded([*greedy, *sampled])))
     parts = [load_file(shards / f"{index:05d}.safetensors") for index in range(len(batches))]
     rows = [part["ids"][i, : part["length"][i]] for part in parts for i in range(len(part["length"]))]
     starts = torch.cat([part["prompt_length"] for part in parts]).tolist()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    _save(_padded([(rows[i], starts[i]) for i in order]), result)
-    return result
+    whole = _padded([(rows[i], starts[i]) for i in order])
+    write_at_once(result, save(whole))
+    return _columns(whole)
 
 
 @torch.inference_mode()
@@ -101,7 +102,5 @@ def _padded(rows: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
     return {"ids": ids, "prompt_length": torch.tensor([start for _, start in rows]), "length": lengths}
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, partial)
-    os.replace(partial, path)
+def _columns(data: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return data["ids"].long(), data["prompt_length"], data["length"]
