@@ -670,7 +670,7 @@ def test_errors_of_the_command_line_are_sentences(trace: Path, tmp_path: Path) -
     cost = ("--out", tmp_path / "out", "--cost", trace.parent / "cost.json")
     alien = traced(tmp_path / "alien", PROMPTS[:4], target=ModelFacts(name="x", fingerprint="other"))
     for arguments, said in (
-        (("targt", trace), "Did you mean 'target'? Trainable: target, drafter, "),
+        (("draftr", trace), "Did you mean 'drafter'? Trainable: drafter, "),
         (("fixed", trace), "policy 'fixed' has no weights to train"),
         (("toy", trace, alien), "cannot be trained on together (target a target (t), not x (other))"),
         (("toy", trace, "--validation", trace), "trained on and validated by"),
