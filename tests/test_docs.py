@@ -66,8 +66,10 @@ def test_snippets_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch
             assert printed.getvalue() == snippet.prints
     for commands in re.findall(r"^<!-- run by the tests -->\n```sh\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
         for line in commands.splitlines():
-            done = subprocess.run([Path(sys.executable).parent / "bpkit", *shlex.split(line)[1:]], capture_output=True)
-            assert done.returncode == 0, f"{line}\n{done.stderr.decode()}"
+            program, *words = shlex.split(line)
+            assert program == "bpkit"
+            done = CliRunner().invoke(build_app(), words, prog_name=program)
+            assert done.exit_code == 0, f"{line}\n{done.stderr}"
 
 
 def test_output_that_a_page_shows_is_compared(tmp_path: Path) -> None:
