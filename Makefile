@@ -23,10 +23,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready  ## decode real prompts under several policies and compare them
 	$(BIN)/bpkit demo
 
-test: $(VENV)/.ready  ## every test, the slow ones on the shipped pair included
+test: $(VENV)/.ready  ## every test, in some seven minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-fast: $(VENV)/.ready  ## only the tests that need no trained models
+test-fast: $(VENV)/.ready  ## without the tests marked `slow`: under two minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
 
 runtimes: $(VENV)/.ready build/runtimes/.ready  ## try the exported policies in other runtimes (needs npm and g++)

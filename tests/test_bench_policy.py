@@ -106,6 +106,7 @@ def prompts(tmp_path: Path) -> list[str]:
 # Rows
 
 
+@pytest.mark.slow
 def test_a_recorder_keeps_what_was_asked_and_changes_nothing(
     decoder: SpeculativeDecoder, contestant: Contestant, recorder: Recorder
 ) -> None:
@@ -219,6 +220,7 @@ def test_the_pair_is_measured_at_its_fastest_size(decoder: SpeculativeDecoder) -
 # bench policy
 
 
+@pytest.mark.slow
 def test_the_command_writes_every_figure(
     run: Run, tiny_folder: Path, policy_folder: Path, prompts: list[str], tmp_path: Path
 ) -> None:
@@ -251,6 +253,7 @@ def test_the_command_writes_every_figure(
         assert word in result.stdout
 
 
+@pytest.mark.slow
 def test_files_of_an_export_are_timed_as_they_are(
     run: Run, decoder: SpeculativeDecoder, tiny_folder: Path, policy_folder: Path, prompts: list[str], tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def found(pair: TinyPair) -> CostTable:
 # Known costs are found again
 
 
+@pytest.mark.slow
 def test_drafts_catching_up_features_and_the_rest_are_found_again(found: CostTable) -> None:
     assert found.draft == pytest.approx(DRAFT, rel=1e-5)
     assert found.features == pytest.approx(FEATURES, rel=1e-5)
@@ -87,6 +88,7 @@ def test_drafts_catching_up_features_and_the_rest_are_found_again(found: CostTab
     assert found.seconds("catch_up", 2, 0) == pytest.approx(CATCH_UP, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_target_passes_are_found_again_at_every_context_length(found: CostTable) -> None:
     for width in VERIFY:
         by_context = found.verify[width]
@@ -97,6 +99,7 @@ def test_target_passes_are_found_again_at_every_context_length(found: CostTable)
             assert found.seconds("verify", width, context) == pytest.approx(true, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_table_says_how_it_was_measured(found: CostTable) -> None:
     measured = found.measured
     assert measured is not None
@@ -114,6 +117,7 @@ def test_the_table_says_how_it_was_measured(found: CostTable) -> None:
     assert all(cell.quartiles is not None and cell.variation is not None for cell in main)
 
 
+@pytest.mark.slow
 def test_what_grows_with_the_width_is_not_lost_in_the_rest(pair: TinyPair) -> None:
     clock = KnownClock(rest_per_width=0.03)
     cost = calibrate(decoder_of(pair, pair.block_diffusion(), clock), PROMPTS[:5], settings(rounds=1))
@@ -123,6 +127,7 @@ def test_what_grows_with_the_width_is_not_lost_in_the_rest(pair: TinyPair) -> No
         assert price(cost, work).total == pytest.approx(clock.charge(Seconds(), work).total - DECISION, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AUTOREGRESSIVE, NGRAM])
 def test_other_drafters_are_priced_by_what_they_drafted(pair: TinyPair, kind: str) -> None:
     drafter: Drafter = pair.autoregressive() if kind == AUTOREGRESSIVE else NgramDrafter(block_size=LARGEST)
@@ -169,6 +174,7 @@ class NoisyClock(KnownClock):
         return Seconds(off * true.draft, off * true.verify, off * true.policy, off * true.rest)
 
 
+@pytest.mark.slow
 def test_noise_and_outliers_are_averaged_away_and_told(pair: TinyPair) -> None:
     cost = calibrate(decoder_of(pair, pair.block_diffusion(), NoisyClock()), PROMPTS, settings(rounds=1, spread=1e-6))
     assert cost.measured is not None
@@ -182,6 +188,7 @@ def test_noise_and_outliers_are_averaged_away_and_told(pair: TinyPair) -> None:
     assert cost.measured.worst_spread == pytest.approx(max(spreads), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_more_rounds_are_run_until_the_spread_is_small(pair: TinyPair) -> None:
     def rounds(spread: float) -> int:
         decoder = decoder_of(pair, pair.block_diffusion(), NoisyClock())

@@ -125,6 +125,7 @@ def test_other_tokens_than_those_of_plain_decoding_are_found(monkeypatch: pytest
     assert "tokens of plain decoding (`fixed:1`)" in str(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(registry().policies) - {"onnx"}))
 def test_built_in_policies_pass(name: str) -> None:
     report = check_policy(name)
@@ -136,6 +137,7 @@ def test_built_in_policies_pass(name: str) -> None:
     assert all(result.state == "passed" for result in report.results if result.name not in ("export", "overlap"))
 
 
+@pytest.mark.slow
 def test_an_exported_policy_passes(tmp_path: Path) -> None:
     from bpkit.export.write import export_policy
     from bpkit.learn.trained import TrainedPolicy
@@ -152,6 +154,7 @@ def test_an_exported_policy_passes(tmp_path: Path) -> None:
     assert "made for another decoder" in dict(report.left_out)[AGREEABLE]
 
 
+@pytest.mark.slow
 def test_a_learned_policy_in_a_file_passes() -> None:
     report = check_policy(f"{BAD_FILE}:Learned", skip=["survival", "memory", "determinism"])
     assert report["features"].said == "declared and read: anchor_entropy, last_hidden"
@@ -286,6 +289,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_neither_pytest_is_needed_nor_torch_loaded_by_listing(tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -309,6 +313,7 @@ def test_fixtures_import_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_fixtures_are_there_in_anybodys_tests(tmp_path: Path) -> None:
     (tmp_path / "my_policy.py").write_text(
         "from bpkit import Policy\n\n\nclass Mine(Policy):\n    wants = frozenset()\n\n"
@@ -384,6 +389,7 @@ def test_bad_input_is_explained(run: Callable[..., Result], arguments: list[str]
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_real_models_are_decoded_with_as_well(run: Callable[..., Result], tiny_folder: Path) -> None:
     models = ["--target", str(tiny_folder / "target"), "--drafter", str(tiny_folder / "drafter"), "--json"]
     said = json.loads(run("check", "threshold", *models, *skipping("sizes")).stdout)

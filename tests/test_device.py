@@ -81,6 +81,7 @@ def drafter_of(pair: TinyPair, name: str) -> Drafter:
     return made[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_steps_of_every_policy_read_the_device_twice_at_most(
     pair: TinyPair, device: SimulatedDevice, drafter: str

@@ -500,6 +500,7 @@ def outcome(trace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     return result.stdout, report, (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_json_has_its_paths(outcome: tuple[str, dict[str, Any], str]) -> None:
     report = outcome[1]
     assert list(report["cost_models"]) == ["made up", "flat", "linear"]

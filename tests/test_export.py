@@ -124,6 +124,7 @@ def exported(
     return {name: folder / name for name in made}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_decides_as_the_policy_step_for_step(
     decoder: SpeculativeDecoder, exported: dict[str, Path], name: str
@@ -150,6 +151,7 @@ def test_the_file_decides_as_the_policy_step_for_step(
     assert len(kinds) > 1, "a policy that always decides the same shows nothing"
 
 
+@pytest.mark.slow
 def test_the_description_says_what_goes_in_and_out(exported: dict[str, Path]) -> None:
     told = json.loads((exported["forecast"] / "policy.json").read_text(encoding="utf-8"))
     assert set(told["networks"]) == {"select.onnx", "truncate.onnx"}
@@ -165,6 +167,7 @@ def test_the_description_says_what_goes_in_and_out(exported: dict[str, Path]) ->
     assert json.loads((exported["ldlp_longer"] / "policy.json").read_text())["state"] == ["forecast"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_the_same_every_time_and_say_nothing_of_this_machine(
     decoder: SpeculativeDecoder, exported: dict[str, Path], name: str
@@ -179,6 +182,7 @@ def test_bytes_are_the_same_every_time_and_say_nothing_of_this_machine(
         assert b".py" not in data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", OPSETS)
 def test_both_opsets_give_the_same_outputs_at_any_batch(
     decoder: SpeculativeDecoder, exported: dict[str, Path], opset: int
@@ -210,6 +214,7 @@ class Off(nn.Module):
         return 7 - size, scores, margin + 1
 
 
+@pytest.mark.slow
 def test_nothing_is_written_if_a_row_is_decided_otherwise(
     decoder: SpeculativeDecoder, traces: list[PromptTrace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +263,7 @@ def test_a_policy_without_networks_says_how_to_become_exportable(decoder: Specul
         write.prepared(Mine.untrained(BlockPilot.Config()), decoder.spec, None)
 
 
+@pytest.mark.slow
 def test_a_score_that_is_not_finite_is_a_fault_and_the_text_stays(
     decoder: SpeculativeDecoder, exported: dict[str, Path]
 ) -> None:
@@ -295,6 +301,7 @@ def test_a_bare_name_is_a_shipped_policy_unless_a_folder_has_it(
         Onnx(path="forecast")
 
 
+@pytest.mark.slow
 def test_stripping_takes_inner_shapes_and_traces(decoder: SpeculativeDecoder, exported: dict[str, Path]) -> None:
     import onnx
 

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from bpkit.cli.errors import Terminated, checkpoint_in, exit_code, explain, nothing_written, when_interrupted
+from bpkit.cli.main import build_app
 
 # Who starts the tests in the background makes them, and all that they start, deaf to Ctrl-C.
 MAIN = """
@@ -27,24 +29,14 @@ LONGEST = 60
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random `target` and `drafter`."""
-    from bpkit.testing import tiny_pair
-
-    folder = tmp_path_factory.mktemp("pair")
-    tiny_pair(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"x = {i} + "}) + "\n" for i in range(200)), encoding="utf-8")
     return file
 
 
-def on(pair: Path) -> list[str]:
-    return ["--target", str(pair / "target"), "--drafter", str(pair / "drafter"), "--device", "cpu"]
+def on(tiny_folder: Path) -> list[str]:
+    return ["--target", str(tiny_folder / "target"), "--drafter", str(tiny_folder / "drafter"), "--device", "cpu"]
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
@@ -76,12 +68,13 @@ def holds(file: Path) -> Callable[[], bool]:
     return lambda: file.is_file() and file.stat().st_size > 0
 
 
-def test_generate_keeps_the_text_until_then(pair: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_generate_keeps_the_text_until_then(tiny_folder: Path, tmp_path: Path) -> None:
     steps = tmp_path / "steps.jsonl"
     process = started(
         "generate",
         "x = ",
-        *on(pair),
+        *on(tiny_folder),
         "--max-new-tokens",
         "4000",
         "--observe",
@@ -94,17 +87,18 @@ def test_generate_keeps_the_text_until_then(pair: Path, tmp_path: Path) -> None:
     assert out.endswith("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "ended"), [(signal.SIGINT, (130, "Interrupted.")), (signal.SIGTERM, (143, "Terminated."))]
 )
 def test_bench_says_that_nothing_was_written(
-    pair: Path, prompts: Path, tmp_path: Path, how: signal.Signals, ended: tuple[int, str]
+    tiny_folder: Path, prompts: Path, tmp_path: Path, how: signal.Signals, ended: tuple[int, str]
 ) -> None:
     steps, report = tmp_path / "steps.jsonl", tmp_path / "bench.json"
     process = started(
         *(
             "bench",
-            *on(pair),
+            *on(tiny_folder),
             "--prompts",
             str(prompts),
             "--policy",
@@ -122,12 +116,15 @@ def test_bench_says_that_nothing_was_written(
     assert not report.exists()
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_trace_goes_on_where_it_was_interrupted(pair: Path, prompts: Path, tmp_path: Path, workers: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_trace_goes_on_where_it_was_interrupted(
+    tiny_folder: Path, prompts: Path, tmp_path: Path, workers: int
+) -> None:
     pytest.importorskip("pyarrow")
     out = tmp_path / "trace"
     process = started(
-        *("trace", *on(pair), "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "24"),
+        *("trace", *on(tiny_folder), "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "24"),
         *("--block-sizes", "2+4", "--num-workers", str(workers)),
     )
     code, _, said = stopped(process, lambda: any(out.glob("**/*.parquet")))
@@ -147,17 +144,15 @@ def group_is_there(leader: int) -> bool:
     return True
 
 
-def test_training_goes_on_from_the_last_checkpoint(pair: Path, prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_training_goes_on_from_the_last_checkpoint(tiny_folder: Path, prompts: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     pytest.importorskip("lightning")
     few, trace, out = tmp_path / "few.jsonl", tmp_path / "trace", tmp_path / "out"
     few.write_text("".join(prompts.read_text(encoding="utf-8").splitlines(keepends=True)[:12]), encoding="utf-8")
-    traced = started(
-        *("trace", *on(pair), "--prompts", str(few), "--out", str(trace), "--max-new-tokens", "16"),
-        *("--block-sizes", "2-8", "--features", "last_hidden"),
-    )
-    _, said = traced.communicate(timeout=LONGEST)
-    assert traced.returncode == 0, said
+    given = ["trace", *on(tiny_folder), "--prompts", str(few), "--out", str(trace), "--max-new-tokens", "16"]
+    traced = CliRunner().invoke(build_app(), [*given, "--block-sizes", "2-8", "--features", "last_hidden"])
+    assert traced.exit_code == 0, traced.output
     file = tmp_path / "mine.py"
     file.write_text(POLICY, encoding="utf-8")
     arguments = ["train", f"{file}:Mine", str(trace), "--out", str(out), "--cost", "dflash-h200-qwen3-4b"]

@@ -41,6 +41,7 @@ def test_planted_structure_is_found() -> None:
     assert "learnable" in found["note"]
 
 
+@pytest.mark.slow
 def test_p_values_are_honest_where_features_say_nothing() -> None:
     """At most as many small p-values as their size says, though the in-sample oracle promises 4% each time."""
     found = [learnable(*data(60, 0.0, seed), SIZES, permutations=19, seed=seed) for seed in range(16)]

@@ -213,6 +213,7 @@ def test_training_lowers_the_loss_of_every_feature_that_can_be_read() -> None:
 # Export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"decision": 100.0}, {"margin": 1.0, "rate": 1.3}], ids=str)
 def test_the_exported_file_decides_as_the_policy_at_any_cost(
     folder: Path, tmp_path: Path, options: dict[str, float]

@@ -289,6 +289,7 @@ class Scripted(Policy):
         return draft.full(self.keeps[int(state["turn"]) % len(self.keeps)]).minimum(draft.draft_length)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(1, 16), min_size=1, max_size=12),
@@ -335,6 +336,7 @@ def check_records(made: Any) -> None:
     assert made.acceptance_length == pytest.approx((position - 1) / len(made.steps)) if made.steps else True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=name_of_sampling)
 @pytest.mark.parametrize("corruption", [0.0, 0.3])
 def test_every_max_new_tokens_from_1_to_20(

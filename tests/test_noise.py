@@ -362,6 +362,7 @@ def p_values(decoder: SpeculativeDecoder, law: dict[tuple[int, ...], float], dra
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("drafter", "block_size"),
     [
@@ -378,6 +379,7 @@ def test_outputs_under_rejection_have_the_targets_distribution(
     assert min(p_values(decoder, law)) > ENOUGH
 
 
+@pytest.mark.slow
 def test_outputs_under_rejection_with_a_stop_rule_have_the_targets_distribution(
     small: PreTrainedModel, law: dict[tuple[int, ...], float]
 ) -> None:
@@ -405,6 +407,7 @@ class KeepsTheLikely(Policy):
         return (p > 0.4).long().cumprod(dim=1).sum(dim=1)
 
 
+@pytest.mark.slow
 def test_a_policy_that_looks_at_the_drafted_token_biases_rejection_and_this_test_sees_it(
     small: PreTrainedModel, law: dict[tuple[int, ...], float]
 ) -> None:
@@ -413,6 +416,7 @@ def test_a_policy_that_looks_at_the_drafted_token_biases_rejection_and_this_test
     assert min(p_values(biased, law)) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_coupled_rule_has_the_targets_distribution_even_under_a_policy_that_looks_at_the_drafted_token(
     small: PreTrainedModel, law: dict[tuple[int, ...], float]
 ) -> None:
@@ -434,6 +438,7 @@ class LooksAhead(Policy):
         return draft.full(0) if unsure else draft.draft_length
 
 
+@pytest.mark.slow
 def test_a_policy_that_looks_ahead_is_refused_under_rejection_or_leaves_the_distribution_alone(
     small: PreTrainedModel, law: dict[tuple[int, ...], float]
 ) -> None:

@@ -177,7 +177,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         )
         write_cost(costs, folder / "cost.json")
         features = ("--features", "last_hidden", "--features", "anchor_entropy")
-        sizes = ("--block-sizes", "2-16", "--max-new-tokens", 32, "--limit", 4)
+        sizes = ("--block-sizes", "2-16", "--max-new-tokens", 16, "--limit", 4)
         done("trace", "--out", "TRACE", *sizes, *features)
         trained = ("--out", "runs/mine", "--cost", "cost.json", "--epochs", 2)
         result = done("train", f"{MINE}:width=32", "TRACE", *trained)

@@ -658,6 +658,7 @@ def test_text_is_the_same_live_and_no_fault_is_mended(
         assert torch.equal(expected.tokens, found.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blockpilot", "ldlp", "ldlp_threshold"])
 def test_the_shipped_weights_decide_for_the_shipped_pair(shipped: ShippedPair, name: str) -> None:
     policy = resolve_policy(name)

@@ -161,6 +161,7 @@ def check(decoder: SpeculativeDecoder, policy: Any, traces: list[PromptTrace], o
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["block-diffusion", "autoregressive", "n-gram", "agreeable"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_replay_is_the_live_decoder_step_for_step_on_a_tiny_pair(pair: TinyPair, kind: str, temperature: float) -> None:

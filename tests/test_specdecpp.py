@@ -192,6 +192,7 @@ def test_examples_are_the_tokens_that_count(pair: TinyPair, after_rejection: boo
         assert torch.equal(made["hidden"], torch.from_numpy(hidden[rows, sizes, places]).half())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["block_diffusion", "autoregressive"])
 def test_training_learns_chooses_and_decodes_the_same_text(pair: TinyPair, kind: str, tmp_path: Path) -> None:
     drafter: Drafter = getattr(pair, kind)()
@@ -260,6 +261,7 @@ def test_the_shipped_weights_are_those_for_the_drafter(tmp_path: Path, monkeypat
         named.bind(other)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_with_the_same_weights(
     pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
