@@ -193,8 +193,9 @@ def test_replay_is_the_live_decoder_step_for_step_on_the_shipped_pair(shipped: S
         OF_THE_CONTEXT | {Feature.DRAFT_HIDDEN},
     )
     tracer = Tracer(decoder, options)
-    traces = [tracer.trace(i, prompt) for i, prompt in enumerate(choose_prompts(None, [], 2)[1::2])]
-    assert len({trace.output_length for trace in traces}) > 1, "one text is to end before the others"
+    one_of_each_domain = list(enumerate(choose_prompts(None, [], 2)))[1::2]
+    traces = [tracer.trace(i, prompt) for i, prompt in one_of_each_domain]
+    assert temperature == 0 or min(trace.output_length for trace in traces) < 32, "a text that ends by itself"
     others = ["fixed:1", "fixed:5", "threshold:0.1,block_size=9", "bandit:2+5+11", "forecast:truncate=true"]
     policies = fitting(decoder, [*registry().policies, *others])
     assert {"forecast", "specdecpp"} <= set(policies)
