@@ -10,9 +10,9 @@ from bpkit.judge.evaluation import tune as tuning
 from bpkit.judge.evaluation.candidate import Candidate
 from bpkit.judge.evaluation.replays import PolicyReplay
 from bpkit.judge.evaluation.tune import Tuned, rounds, tune_options
-from bpkit.judge.progress import NoProgress
 from bpkit.judge.statistics import trimmed_mean
 from bpkit.policy import PolicyError
+from bpkit.progress import NoProgress
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable
 from bpkit.trace.store.manifest import TraceError

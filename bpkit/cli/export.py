@@ -23,7 +23,7 @@ from bpkit.registry.resolve import name_of
 if TYPE_CHECKING:
     from bpkit.config import Config
     from bpkit.export.schema import ExportedPolicy
-    from bpkit.judge.progress import Progress
+    from bpkit.progress import Progress
     from bpkit.trace.cost import CostTable
     from bpkit.trace.records import PromptTrace
     from bpkit.trace.replay import Fill

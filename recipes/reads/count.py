@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.judge.progress import NoProgress, Progress
 from bpkit.policy import PolicyError, overrides
+from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
 from bpkit.registry.resolve import PolicyLike
 from bpkit.testing.simulated_device import SimulatedDevice

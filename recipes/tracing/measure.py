@@ -25,9 +25,9 @@ from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
-from bpkit.judge.progress import NoProgress, Progress
 from bpkit.judge.statistics import LEVEL, RESAMPLES, interval, resample
 from bpkit.judge.wall_clock.decoders import wall_clock
+from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
 from bpkit.trace.collect import PARTS, TraceOptions, Tracer, generation_options
 from bpkit.trace.collect.job import describe

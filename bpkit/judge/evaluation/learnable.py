@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.installation.distribution import install_command
-from bpkit.judge.progress import NoProgress, Progress
 from bpkit.judge.statistics import Floats, Ints, interval, resampled_sums
+from bpkit.progress import NoProgress, Progress
 
 FEWEST_PROMPTS = 20
 """With fewer, a fold trains on about a dozen curves and the answer is noise either way."""

@@ -19,8 +19,8 @@ from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
 from bpkit.judge.described import utc
-from bpkit.judge.progress import NoProgress, Progress
 from bpkit.judge.statistics import LEVEL, RESAMPLES, interval, resampled_sums
+from bpkit.progress import NoProgress, Progress
 from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.collect import TraceOptions, generation_options
 from bpkit.trace.cost import CostTable

@@ -23,9 +23,9 @@ from bpkit.judge.evaluation.policies import PolicyResult, judge_policy
 from bpkit.judge.evaluation.report import DEFINITIONS, SCHEMA_VERSION, describe_cost, notes
 from bpkit.judge.evaluation.setup import Settings, Setup, prepare
 from bpkit.judge.evaluation.splits import FRACTIONS, PARTS
-from bpkit.judge.progress import NoProgress, Progress
 from bpkit.judge.statistics import LEVEL, RESAMPLES
 from bpkit.policy import PolicyError
+from bpkit.progress import NoProgress, Progress
 from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.cost import CostTable
 from bpkit.trace.records import PromptTrace

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from bpkit.judge.evaluation.splits import Split, split_prompts
-from bpkit.judge.progress import Progress
 from bpkit.judge.statistics import Floats, Ints, Totals
+from bpkit.progress import Progress
 from bpkit.trace.cost import CostTable
 from bpkit.trace.oracle import fixed_path
 from bpkit.trace.records import PromptTrace

@@ -17,8 +17,8 @@ from typing import Any
 from bpkit.judge.evaluation.candidate import Candidate
 from bpkit.judge.evaluation.replays import NOTHING, DecisionTime, PolicyReplay, totals
 from bpkit.judge.evaluation.setup import charged
-from bpkit.judge.progress import Progress
 from bpkit.policy import PolicyError
+from bpkit.progress import Progress
 from bpkit.trace.cost import CostTable
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.manifest import TraceError

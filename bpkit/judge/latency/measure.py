@@ -35,9 +35,9 @@ from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Contestant, ask, de
 from bpkit.judge.latency.pair import measure_pair
 from bpkit.judge.latency.rows import Recorder, Row, batches
 from bpkit.judge.latency.timing import Ask, Nanoseconds, interleave, percentile, ratio
-from bpkit.judge.progress import NoProgress, Progress
 from bpkit.judge.wall_clock.measure import use_threads
 from bpkit.policy import Policy, PolicyError
+from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.judge.progress import NoProgress, Progress
+from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
 from bpkit.types import Prefill
 

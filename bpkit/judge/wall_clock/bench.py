@@ -13,7 +13,6 @@ import torch
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import available_cores, describe_machine
 from bpkit.judge.described import describe_policies, describe_spec, utc
-from bpkit.judge.progress import Progress
 from bpkit.judge.statistics import RESAMPLES
 from bpkit.judge.wall_clock.decoders import LOOP, TimedDecoder, timed_decoders
 from bpkit.judge.wall_clock.figures import Roles, summarise
@@ -26,6 +25,7 @@ from bpkit.judge.wall_clock.measure import (
     measure,
     try_thread_counts,
 )
+from bpkit.progress import Progress
 from bpkit.prompts import Prompt
 from bpkit.registry.resolve import PolicyLike
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bpkit.judge.progress import NoProgress, Progress
 from bpkit.judge.wall_clock.decoders import Outcome, TimedDecoder
+from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
 
 HOPELESS = 1 / 3

@@ -9,8 +9,8 @@ import lightning as L
 import safetensors.torch
 
 from bpkit.files import write_at_once
-from bpkit.learn.training.examples import Progress
 from bpkit.learn.training.policy_module import PolicyModule
+from bpkit.progress import Progress
 
 RATE = "val_tokens_per_second"
 

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import safetensors.torch
@@ -19,31 +19,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 from bpkit.files import write_at_once
 from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions
 from bpkit.policy import PolicyError
+from bpkit.progress import Progress
 from bpkit.trace.records import PromptTrace
 
 PROMPTS_A_FILE = 64
 Examples = dict[str, Tensor]
 """Rows first."""
-
-
-class Progress(Protocol):
-    """Is told how far training has come."""
-
-    def start(self, phase: str, total: int) -> None:
-        """A phase of `total` ticks begins."""
-        ...
-
-    def tick(self) -> None:
-        """One is done."""
-        ...
-
-
-class NoProgress:
-    """Tells nobody."""
-
-    def start(self, phase: str, total: int) -> None: ...
-
-    def tick(self) -> None: ...
 
 
 def collect_examples(

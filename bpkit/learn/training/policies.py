@@ -19,8 +19,6 @@ from bpkit.learn.training import run_folder
 from bpkit.learn.training.best import RATE, BestByReplay
 from bpkit.learn.training.examples import (
     ExampleData,
-    NoProgress,
-    Progress,
     collect_examples,
     describe_cost,
     examples_key,
@@ -33,6 +31,7 @@ from bpkit.learn.training.provenance import write_provenance
 from bpkit.learn.training.trainable import make_module
 from bpkit.learn.training.validation import Validation, judge, spread, trimmed
 from bpkit.policy import PolicyError
+from bpkit.progress import NoProgress, Progress
 from bpkit.trace.fingerprint import fingerprint_values
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import offered

@@ -90,7 +90,8 @@ class FreshWeights:
         return module
 
     def _examples(self, module: PolicyModule, drafter: str, wanted: frozenset[Feature]) -> dict[str, Any]:
-        from bpkit.learn.training.examples import NoProgress, collect_examples
+        from bpkit.learn.training.examples import collect_examples
+        from bpkit.progress import NoProgress
 
         traces = stage().traces(drafter, wanted)
         with tempfile.TemporaryDirectory() as folder:

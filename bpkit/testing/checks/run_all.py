@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from typing import Any, Protocol
+from typing import Any
 
+from bpkit.progress import Progress
 from bpkit.testing.checks.check import without
 from bpkit.testing.checks.report import Report, Result
 from bpkit.testing.checks.subject import PolicyToCheck, Subject
 from bpkit.testing.checks.surroundings import undisturbed
-
-
-class Progress(Protocol):
-    """Is told how far checking has come, such as `bpkit.cli.terminal.Bar`."""
-
-    def start(self, phase: str, total: int) -> None:
-        """A phase of `total` ticks begins."""
-        ...
-
-    def tick(self) -> None:
-        """One is done."""
-        ...
 
 
 def check_policy(policy: PolicyToCheck, *, seed: int = 0, skip: Collection[str] = ()) -> Report:

@@ -10,25 +10,13 @@ from typing import Protocol
 from bpkit import __version__
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
+from bpkit.progress import Progress
 from bpkit.prompts import Prompt
 from bpkit.trace.collect.tracer import TraceOptions, Tracer
 from bpkit.trace.fingerprint import fingerprint_models, fingerprint_texts
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.manifest import Manifest, ModelFacts
 from bpkit.trace.store.storage import TraceWriter, claimed
-
-
-class Progress(Protocol):
-    """Is told how far a job has come."""
-
-    def start(self, phase: str, total: int) -> None:
-        """A phase of `total` prompts begins."""
-        ...
-
-    def tick(self) -> None:
-        """A prompt is done."""
-        ...
-
 
 Traces = Generator[PromptTrace, None, None]
 

@@ -1,4 +1,4 @@
-"""Who is told how far a long measurement has come."""
+"""Who is told how far work that takes long has come, such as the bar of the command line."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Is told how far a measurement has come."""
+    """Is told how far work has come."""
 
     def start(self, phase: str, total: int) -> None:
-        """A phase of `total` runs begins."""
+        """A phase of `total` ticks begins."""
         ...
 
     def tick(self) -> None:
-        """A run is done."""
+        """One is done."""
         ...
 
 
