@@ -8,7 +8,6 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -21,41 +20,13 @@ from bpkit.registry.discovery import build
 from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.trace.cost import CostTable
-from bpkit.types import Context, DecoderSpec, Seconds, Step
+from tests.records import bound, context, decoder, step
 
 COST = CostTable(
     draft={2: 0.2, 8: 0.3, 16: 0.6},
     verify={1: {50: 1.0, 150: 2.0}, 8: 2.2, 16: 3.0},
     rest=0.1,
 )
-
-
-def decoder(trained: int = 8, largest: int = 16) -> DecoderSpec:
-    return DecoderSpec("target", "drafter", "block-diffusion", trained, largest, hidden_size=4, vocab_size=10)
-
-
-def context(batch: int = 1, length: int = 40) -> Context:
-    zeros = torch.zeros(batch, dtype=torch.long)
-    return Context(decoder(), zeros, zeros + 100, zeros + length, torch.Generator().manual_seed(0))
-
-
-def step(verified: list[int], accepted: list[int]) -> Step:
-    lengths, stood = torch.tensor(verified), torch.tensor(accepted)
-    tokens = torch.zeros(len(verified), int(stood.max()) + 1, dtype=torch.long)
-    return Step(
-        lengths + 1,
-        lengths,
-        lengths,
-        stood,
-        tokens,
-        torch.zeros(tokens.shape[0], dtype=torch.int64),
-        Seconds(draft=0.1),
-    )
-
-
-def bound(policy: Any, spec: DecoderSpec | None = None, cost: CostTable | None = None) -> Any:
-    policy.bind(spec or decoder(), cost)
-    return policy
 
 
 # both -----------------------------------------------------------------------------------------------------------

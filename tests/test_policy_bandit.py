@@ -24,33 +24,15 @@ from bpkit_bandit.ucb import UCB
 from bpkit.policy import PolicyError, validated
 from bpkit.registry.discovery import build
 from bpkit.registry.resolve import parse_spec
-from bpkit.types import Context, DecoderSpec, Seconds, Step
+from bpkit.types import Step
+from tests import records
+from tests.records import context, decoder
 
 KINDS = [Thompson, UCB]
 
 
-def decoder(largest: int = 16, target: str = "target") -> DecoderSpec:
-    return DecoderSpec(target, "drafter", "block-diffusion", 8, largest, hidden_size=4, vocab_size=10)
-
-
-def context(batch: int = 1, seed: int = 0) -> Context:
-    zeros = torch.zeros(batch, dtype=torch.long)
-    return Context(decoder(), zeros, zeros + 100, zeros + 5, torch.Generator().manual_seed(seed))
-
-
 def step(block_size: list[int], acceptance_length: list[int], seconds: float) -> Step:
-    sizes, accepted = torch.tensor(block_size), torch.tensor(acceptance_length) - 1
-    tokens = torch.zeros(len(block_size), int(accepted.max()) + 1, dtype=torch.long)
-    third = seconds / 3
-    return Step(
-        sizes,
-        sizes - 1,
-        sizes - 1,
-        accepted,
-        tokens,
-        torch.zeros(tokens.shape[0], dtype=torch.int64),
-        Seconds(draft=third, verify=third, rest=third),
-    )
+    return records.step([size - 1 for size in block_size], [length - 1 for length in acceptance_length], seconds)
 
 
 def arm_of(steps: Sequence[tuple[float, float]]) -> Arm:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bpkit.policy import PolicyError, PolicyMemory, RememberingPolicy, State
 from bpkit.registry.resolve import resolve_policy
-from bpkit.types import Context, DecoderSpec
+from bpkit.types import Context
+from tests.records import context
 
 SAVED: dict[str, dict[str, Any]] = {
     "ema:start=4": {"block_size": 8, "average": 3.5, "steps": 12},
@@ -77,12 +78,6 @@ class Counting(RememberingPolicy[Counts]):
         if memory.tokens > 9:
             raise PolicyError("too many tokens")
         return memory
-
-
-def context(batch: int) -> Context:
-    spec = DecoderSpec("target", "drafter", "block-diffusion", 8, 16, hidden_size=4, vocab_size=10)
-    zeros = torch.zeros(batch, dtype=torch.long)
-    return Context(spec, zeros, zeros + 100, zeros + 5, torch.Generator())
 
 
 @pytest.mark.parametrize("spec", SAVED)

@@ -25,52 +25,18 @@ from bpkit.policy import Policy, PolicyError, State
 from bpkit.registry.discovery import build
 from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
-from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step
+from bpkit.types import Draft
+from tests import records
+from tests.records import bound, context, decoder, step
 
 ALL: list[type[Policy]] = [Confidence, AdaEdl, Exp3, Eesd, TapOut]
-
-
-def decoder(trained: int = 8, largest: int = 16) -> DecoderSpec:
-    return DecoderSpec("target", "drafter", "block-diffusion", trained, largest, hidden_size=4, vocab_size=10)
-
-
-def context(batch: int = 1, seed: int = 0) -> Context:
-    zeros = torch.zeros(batch, dtype=torch.long)
-    return Context(decoder(), zeros, zeros + 100, zeros + 5, torch.Generator().manual_seed(seed))
 
 
 def draft(
     probability: list[list[float]], entropy: list[list[float]] | None = None, lengths: list[int] | None = None
 ) -> Draft:
-    """A draft with both features; `lengths` says where the padding of each row begins."""
-    values = torch.tensor(probability, dtype=torch.float32).reshape(len(probability), -1)
-    entropies = (
-        torch.tensor(entropy, dtype=torch.float32).reshape(values.shape) if entropy else torch.zeros_like(values)
-    )
-    length = torch.tensor(lengths if lengths is not None else [values.shape[1]] * len(probability))
-    features = {Feature.DRAFT_PROBABILITY: values, Feature.DRAFT_ENTROPY: entropies}
-    tokens = torch.zeros(values.shape, dtype=torch.long)
-    return Draft(context(len(probability)), length + 1, length, tokens, features=features)
-
-
-def step(verified: list[int], accepted: list[int], seconds: float = 0.1, block_size: list[int] | None = None) -> Step:
-    lengths, stood = torch.tensor(verified), torch.tensor(accepted)
-    sizes = lengths + 1 if block_size is None else torch.tensor(block_size)
-    tokens = torch.zeros(len(verified), int(stood.max()) + 1, dtype=torch.long)
-    return Step(
-        sizes,
-        sizes - 1,
-        lengths,
-        stood,
-        tokens,
-        torch.zeros(tokens.shape[0], dtype=torch.int64),
-        Seconds(draft=seconds / 2, verify=seconds / 2),
-    )
-
-
-def bound(policy: Any, spec: DecoderSpec | None = None) -> Any:
-    policy.bind(spec or decoder())
-    return policy
+    entropy = entropy or [[0.0] * len(row) for row in probability]
+    return records.draft(lengths, draft_probability=probability, draft_entropy=entropy)
 
 
 # all ------------------------------------------------------------------------------------------------------------

@@ -16,54 +16,18 @@ from bpkit_threshold.threshold import Threshold
 
 from bpkit.policy import Policy, PolicyError, State
 from bpkit.registry.discovery import build
-from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step
+from bpkit.types import DecoderSpec, Draft, Feature
+from tests.records import bound, context, decoder, draft, step
 
 NAN = math.nan
 
 
-def decoder(trained: int = 8, largest: int = 16) -> DecoderSpec:
-    return DecoderSpec("target", "drafter", "block-diffusion", trained, largest, hidden_size=4, vocab_size=10)
-
-
-def context(batch: int) -> Context:
-    zeros = torch.zeros(batch, dtype=torch.long)
-    return Context(decoder(), zeros, zeros + 100, zeros + 5, torch.Generator().manual_seed(0))
-
-
-def draft(feature: Feature, rows: list[list[float]], lengths: list[int] | None = None) -> Draft:
-    """A draft with one feature; `lengths` says where the padding of each row begins."""
-    values = torch.tensor(rows, dtype=torch.float32).reshape(len(rows), -1)
-    length = torch.tensor(lengths if lengths is not None else [values.shape[1]] * len(rows))
-    tokens = torch.zeros(values.shape, dtype=torch.long)
-    return Draft(context(len(rows)), length + 1, length, tokens, features={feature: values})
-
-
 def probabilities(rows: list[list[float]], lengths: list[int] | None = None) -> Draft:
-    return draft(Feature.DRAFT_PROBABILITY, rows, lengths)
+    return draft(lengths, draft_probability=rows)
 
 
 def entropies(rows: list[list[float]], lengths: list[int] | None = None) -> Draft:
-    return draft(Feature.DRAFT_ENTROPY, rows, lengths)
-
-
-def step(verify_length: list[int], num_accepted: list[int], draft_length: list[int] | None = None) -> Step:
-    verified, accepted = torch.tensor(verify_length), torch.tensor(num_accepted)
-    drafted = verified if draft_length is None else torch.tensor(draft_length)
-    tokens = torch.zeros(len(verify_length), int(accepted.max()) + 1, dtype=torch.long)
-    return Step(
-        drafted + 1,
-        drafted,
-        verified,
-        accepted,
-        tokens,
-        torch.zeros(tokens.shape[0], dtype=torch.int64),
-        Seconds(draft=0.1),
-    )
-
-
-def bound(policy: Policy, spec: DecoderSpec | None = None) -> Policy:
-    policy.bind(spec or decoder())
-    return policy
+    return draft(lengths, draft_entropy=rows)
 
 
 def test_hook_modules_and_options_load_without_torch() -> None:
@@ -148,7 +112,8 @@ def test_rows_do_not_influence_each_other() -> None:
 @pytest.mark.parametrize("policy", [Threshold(), Svip()])
 def test_no_draft_is_cut_to_nothing_and_not_extended(policy: Policy) -> None:
     feature = next(iter(policy.wants))
-    nothing = draft(feature, [[], []], lengths=[0, 0])
+    rows: dict[str, list[list[float]]] = {feature: [[], []]}
+    nothing = draft([0, 0], **rows)
     assert policy.truncate({}, nothing).tolist() == [0, 0]
     assert policy.extend({}, nothing).tolist() == [False, False]
 
@@ -206,7 +171,7 @@ def test_schedule_starts_with_the_trained_block_size_or_the_given_draft_length()
 def test_schedule_moves_each_row_by_its_own_outcome() -> None:
     policy = Schedule(start=5)
     state = begun(policy, 3)
-    policy.observe(state, step(verify_length=[5, 5, 5], num_accepted=[5, 4, 0]))
+    policy.observe(state, step([5, 5, 5], [5, 4, 0]))
     chosen = policy.select(state, context(3))
     assert chosen.tolist() == [8, 5, 5], "in drafted tokens: 7, 4, 4"
     assert chosen.dtype == torch.int64
@@ -216,21 +181,21 @@ def test_schedule_keeps_between_one_token_and_the_largest_block() -> None:
     policy = Schedule(start=2)
     state = begun(policy, 2, decoder(largest=6))
     for _ in range(9):
-        policy.observe(state, step(verify_length=[1, 1], num_accepted=[1, 0]))
+        policy.observe(state, step([1, 1], [1, 0]))
     assert policy.select(state, context(2)).tolist() == [6, 2]
 
 
 def test_schedule_counts_a_draft_that_was_cut_short_as_whole() -> None:
     policy = Schedule(start=5)
     state = begun(policy, 2)
-    policy.observe(state, step(draft_length=[5, 5], verify_length=[2, 2], num_accepted=[2, 1]))
+    policy.observe(state, step([2, 2], [2, 1], drafted=[5, 5]))
     assert policy.select(state, context(2)).tolist() == [8, 5]
 
 
 def test_schedule_learns_nothing_from_a_step_without_a_draft() -> None:
     policy = Schedule(start=5)
     state = begun(policy, 2)
-    policy.observe(state, step(verify_length=[0, 5], num_accepted=[0, 5]))
+    policy.observe(state, step([0, 5], [0, 5]))
     assert policy.select(state, context(2)).tolist() == [6, 8]
 
 
