@@ -128,7 +128,7 @@ def evaluate(
         result = judge(
             first_prompts(opened, limit),
             opened.spec,
-            named or everybody(),
+            named or all_policies(),
             costs,
             seed=seed,
             fractions=fractions,
@@ -181,7 +181,7 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
 
 
 def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
-    """The policies of the flags by name, else the config's one. Raises PolicyError for one that nobody knows."""
+    """The policies of the flags by name, else the config's one. Raises PolicyError for an unknown one."""
     from bpkit.registry.resolve import resolve_policy, written
 
     repeated = {name for name in given if given.count(name) > 1}
@@ -195,7 +195,7 @@ def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
     return named
 
 
-def everybody() -> dict[str, PolicyLike]:
+def all_policies() -> dict[str, PolicyLike]:
     """All registered policies whose names alone are enough."""
     from bpkit.registry.discovery import registry
     from bpkit.registry.resolve import resolve_policy

@@ -1,6 +1,6 @@
 """Rates, their intervals and what they gain: ratios of sums over prompts, resampled with the same prompts for all.
 
-Pairing cancels what makes a prompt slow for everybody. numpy alone, so that what only reads tables starts at once.
+Pairing cancels what makes a prompt slow under every policy. numpy alone, so that what only reads tables starts at once.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def evaluate(
             continue
         try:
             judged[name] = judge_policy(setup, policy, name)
-        except Exception as error:  # a stranger's policy may fail in any way; the others are judged all the same
+        except Exception as error:  # others' policies may fail in any way; the rest are judged all the same
             if not leave_out:
                 raise
             known = isinstance(error, (PolicyError, TraceError))

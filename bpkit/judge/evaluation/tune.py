@@ -82,7 +82,7 @@ def tune_options(
     together = [costs] if candidate.knows_no_cost(spec) else [{name: cost} for name, cost in costs.items()]
     chosen: dict[str, Tuned] = {}
     for some in together:
-        chosen |= _race(variations, spec, some, prompts, seed, progress)
+        chosen |= _try_in_rounds(variations, spec, some, prompts, seed, progress)
     return chosen
 
 
@@ -106,7 +106,7 @@ def rounds(candidates: int, prompts: int) -> list[tuple[int, int]]:
     return plan
 
 
-def _race(
+def _try_in_rounds(
     candidates: list[Candidate],
     spec: DecoderSpec,
     costs: Mapping[str, CostTable],
@@ -114,39 +114,32 @@ def _race(
     seed: int | None,
     progress: Progress,
 ) -> dict[str, Tuned]:
-    """Rounds of trials; each cost model keeps its own best, and all that any of them keeps run on."""
+    """Each cost model keeps its own best, and all that any of them keeps run on."""
     plan = rounds(len(candidates), len(prompts))
-    trying = [len(candidates), *(min(len(candidates), kept * len(costs)) for kept, _ in plan)]
+    most = [len(candidates), *(min(len(candidates), kept * len(costs)) for kept, _ in plan)]
     ends = [0, *(until for _, until in plan)]
-    progress.start(
-        f"tuning {candidates[0].spec}", sum(n * (b - a) for n, (a, b) in zip(trying, pairwise(ends), strict=False))
-    )
-    racing = dict(enumerate(candidates))
+    runs = sum(count * (end - start) for count, (start, end) in zip(most, pairwise(ends), strict=False))
+    progress.start(f"tuning {candidates[0].spec}", runs)
+    left = {name: list(range(len(candidates))) for name in costs}
     replays: dict[int, PolicyReplay] = {}
-    alive = {name: list(racing) for name in costs}
-    refused: Exception | None = None
-    done = 0
-    for keep, until in plan:
-        for number in sorted(set().union(*alive.values())):
+    refused: dict[int, Exception] = {}
+    for start, (keep, end) in zip(ends, plan, strict=False):
+        for number in sorted(set().union(*left.values())):
             try:
                 if number not in replays:
-                    replays[number] = PolicyReplay(racing[number], spec, costs, seed)
-                for prompt in prompts[done:until]:
+                    replays[number] = PolicyReplay(candidates[number], spec, costs, seed)
+                for prompt in prompts[start:end]:
                     replays[number].run(prompt)
                     progress.tick()
             except (PolicyError, TraceError) as error:
-                refused = error  # a combination may ask for what was not traced; others need not
-                del racing[number]
+                refused[number] = error  # a combination may ask for what was not traced; others need not
         for name, cost in costs.items():
-            left = [number for number in alive[name] if number in racing]
-            rates = {number: _rate(replays[number], name, cost) for number in left}
-            alive[name] = sorted(left, key=lambda number: -rates[number])[:keep]
-        if not racing:
-            assert refused is not None
-            raise refused
-        done = until
+            rates = {number: _rate(replays[number], name, cost) for number in left[name] if number not in refused}
+            if not rates:
+                raise next(reversed(refused.values()))
+            left[name] = sorted(rates, key=rates.__getitem__, reverse=True)[:keep]
     method = "exhaustive" if len(plan) == 1 else "successive halving"
-    return {name: Tuned(racing[alive[name][0]], len(candidates), done, method) for name in costs}
+    return {name: Tuned(candidates[left[name][0]], len(candidates), ends[-1], method) for name in costs}
 
 
 def _rate(replay: PolicyReplay, name: str, cost: CostTable) -> float:

@@ -1,1 +1,1 @@
-"""Policies by wall clock: interleaved runs of everybody on every prompt."""
+"""Policies by wall clock: interleaved runs of every decoder on every prompt."""

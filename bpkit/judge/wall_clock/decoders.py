@@ -220,7 +220,7 @@ def timed_decoders(
 
 
 def check_peers(peers: Sequence[str]) -> None:
-    """Raise ValueError for a peer that nobody knows."""
+    """Raise ValueError for an unknown peer."""
     for peer in peers:
         if peer not in PEERS:
             raise ValueError(f"there is nothing to compare against called {peer!r}; known: {', '.join(PEERS)}")
