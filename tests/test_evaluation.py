@@ -21,6 +21,7 @@ from bpkit.judge.evaluation.oracles import Choices
 from bpkit.judge.evaluation.page import html_report
 from bpkit.judge.evaluation.tables import print_evaluation
 from bpkit.judge.statistics import Bootstrap, shares_of_gap
+from bpkit.judge.tables import Row, Table
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable, flat, linear, write_cost
@@ -310,6 +311,28 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 def test_shares_skip_resamples_without_a_gap() -> None:
     rates, fixed, oracle = (np.array(values) for values in ([3.0, 1.5], [2.0, 1.0], [4.0, 1.0]))
     assert shares_of_gap(rates, fixed, oracle).tolist() == [0.5]
+
+
+# Tables
+
+
+def test_a_table_says_the_same_on_terminals_and_pages(tmp_path: Path) -> None:
+    rows = [Row(("a[b]", "1.5 (1.0..2.0)")), Row(("<i>", "2"), "green")]
+    table = Table("[t]", ("who", "tokens\nper step"), [rows, [Row(("bound", "3"), "dim")]])
+    page = table.html()
+    assert "<th>tokens per step</th>" in page
+    assert "<td>a[b]</td><td>1.5 (1.0..2.0)</td>" in page
+    assert "<td>&lt;i&gt;</td>" in page
+    assert page.count('<tr class="dim">') == 1
+    for width in (12, 80):  # columns stand closer and names fold; figures stay whole
+        console = Console(file=(tmp_path / "out").open("w", encoding="utf-8"), width=width)
+        console.print(table.terminal())
+        console.file.close()
+        printed = (tmp_path / "out").read_text(encoding="utf-8")
+        assert all(len(line.rstrip()) <= width for line in printed.splitlines())
+        assert "(1.0..2.0)" in printed
+    assert "a[b]" in printed
+    assert "[t]" in printed
 
 
 # Where the oracle differs
