@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bpkit.cli.bench import DEFAULT_POLICIES, named_policies, policy_name
+from bpkit.cli.bench import DEFAULT_POLICIES, named_policies
 from bpkit.cli.main import build_app
 from bpkit.config import Config
 from bpkit.decode.decoder import SpeculativeDecoder
@@ -245,7 +245,6 @@ def test_policies_are_named_as_typed() -> None:
         "fixed:block_size=2": {"name": "fixed", "block_size": 2}
     }
     assert tuple(named_policies([], Config())) == DEFAULT_POLICIES
-    assert policy_name("fixed:4") == "fixed:4"
     with pytest.raises(ValueError, match="more than once"):
         named_policies(["fixed:4", "fixed:4"], Config())
 

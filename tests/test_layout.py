@@ -11,14 +11,11 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cli", "judge", "learn", "export", "trace", "engines", "decode", "draft", "registry", "policy", "types")
 """From the top to the bottom: each may import those after it. Other rooms and files serve all of these."""
 CIRCLES = (
-    {"bpkit.cli.bench", "bpkit.cli.bench_policy"},
-    {"bpkit.cli.completion", "bpkit.cli.options", "bpkit.cli.trace"},
-    {"bpkit.learn.trained", "bpkit.registry.resolve"},
     {"bpkit.testing.checks.check", "bpkit.testing.checks.run_all"},
     {f"bpkit.trace.collect.{name}" for name in ("autoregressive", "block_diffusion", "drafting", "stepwise")},
 )
 """Those that are still there."""
-UPWARD = {("draft", "decode"), ("export", "learn"), ("registry", "learn")}
+UPWARD = {("draft", "decode"), ("export", "learn")}
 """Rooms that still import from above them."""
 PLUGINS_IN_THE_CORE = {("bpkit.cli.export", "bpkit_mlp"), ("bpkit.judge.latency.backends", "bpkit_onnx")}
 

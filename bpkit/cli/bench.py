@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpkit.cli import options
+from bpkit.cli import options, outputs
 from bpkit.cli.bench_model import bench_model
 from bpkit.cli.bench_policy import bench_policy
-from bpkit.cli.errors import nothing_written, require, when_interrupted
-from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.cli.outputs import Outputs
+from bpkit.cli.terminal import Bar, say
 from bpkit.config import Config
 from bpkit.policy import PolicyError
-from bpkit.registry.resolve import written
+from bpkit.prompts import Prompt
 
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_POLICIES = ("fixed:4", "fixed:8", "fixed:16", "threshold", "bandit")
 DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
-
+_COMPARISON = "Comparison"
 
 app = typer.Typer(invoke_without_command=True)
 app.command("model")(bench_model)
@@ -32,34 +30,35 @@ app.command("policy")(bench_policy)
 
 
 @app.callback()
+@options.takes(
+    texts=options.prompts(),
+    files=outputs.figures_and_plot,
+    config=options.settings(
+        options.MODELS
+        | options.SAMPLING
+        | options.seed("Of orders, intervals and sampling noise; by default 0.")
+        | options.RUNTIME
+    ),
+)
 def bench(
     context: typer.Context,
     policy: options.PolicySpecs = None,
-    against: options.Against = None,
-    domain: options.Domains = None,
-    limit: options.Limit = None,
-    prompts: options.Prompts = None,
-    repeats: options.Repeats = 1,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a picture here (.png, .svg or .pdf).", metavar="FILE")] = None,
-    # `options.settled` reads these from the context: flags win over the config file.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of orders, intervals and sampling noise; by default 0.", metavar="N")
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also run this decoder: `transformers-dflash`.",
+            metavar="NAME",
+            autocompletion=lambda: ["transformers-dflash"],
+            rich_help_panel=_COMPARISON,
+        ),
     ] = None,
-    rule: options.Rule = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    threads: options.Threads = None,
-    cost: options.Cost = None,
-    observe: options.Observe = None,
+    *,
+    texts: list[Prompt],
+    repeats: Annotated[
+        int, typer.Option(help="Runs of each contestant on each prompt.", min=1, rich_help_panel=_COMPARISON)
+    ] = 1,
+    files: Outputs,
+    config: Config,
 ) -> None:
     """Compare policies by wall clock, against plain decoding.
 
@@ -75,15 +74,13 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return refuse_options_before(context)
-    settled = options.settled(context)
-    chosen = named_policies(policy or [], settled)
-    check_outputs(json, plot)
-    from bpkit.prompts import choose_prompts
+    named = named_policies(policy or [], config)
+    with files.pending() as bar:
+        report = compare(config, named, texts, against=tuple(against or ()), repeats=repeats, bar=bar)
+    from bpkit.judge.wall_clock.plot import plot_report
+    from bpkit.judge.wall_clock.report import print_report
 
-    texts = choose_prompts(prompts, domain or [], limit)
-    with when_interrupted(nothing_written(json, plot)):
-        report = compare(settled, chosen, texts, against=tuple(against or ()), repeats=repeats)
-    deliver(report, json, plot)
+    files.deliver(report, print_report, plot_report)
 
 
 def refuse_options_before(context: typer.Context) -> None:
@@ -97,38 +94,17 @@ def refuse_options_before(context: typer.Context) -> None:
 
 def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
     """The contestants by name: those of the flags, else the config's one, else the default ones."""
-    if given:
-        repeated = {name for name in given if given.count(name) > 1}
-        if repeated:
-            raise ValueError(f"--policy {', '.join(sorted(repeated))} is given more than once")
-        return dict(zip(given, given, strict=True))
-    if config.policy is not None:
-        return {policy_name(config.policy): config.policy}
-    return dict(zip(DEFAULT_POLICIES, DEFAULT_POLICIES, strict=True))
-
-
-def policy_name(policy: str | Mapping[str, Any]) -> str:
-    """A policy given as a mapping, as it would be typed.
-
-    >>> policy_name({"name": "threshold", "threshold": 0.6, "block_size": 8})
-    'threshold:threshold=0.6,block_size=8'
-    """
-    return written(policy)
-
-
-def check_outputs(json: Path | None, plot: Path | None) -> None:
-    """Fail now rather than after minutes of measuring."""
-    from bpkit.files import PICTURES, check_writable
-
-    if json is not None:
-        check_writable(json)
-    if plot is not None:
-        require("matplotlib", extra="plot", purpose="A plot")
-        check_writable(plot, suffixes=PICTURES)
+    return options.named_policies(given, config) or dict(zip(DEFAULT_POLICIES, DEFAULT_POLICIES, strict=True))
 
 
 def compare(
-    config: Config, policies: dict[str, PolicyLike], prompts: list[Any], *, against: tuple[str, ...], repeats: int
+    config: Config,
+    policies: dict[str, PolicyLike],
+    prompts: list[Prompt],
+    *,
+    against: tuple[str, ...],
+    repeats: int,
+    bar: Bar,
 ) -> dict[str, Any]:
     """Load the models, measure, and return the report."""
     from bpkit.cli.models import load_decoder
@@ -150,7 +126,7 @@ def compare(
         threads=config.runtime.threads,
         seed=DEFAULT_SEED if config.sampling.seed is None else config.sampling.seed,
     )
-    with closing(decoder), progress_bar() as bar:
+    with closing(decoder):
         return run_bench(decoder, prompts, settings, bar)
 
 
@@ -165,19 +141,3 @@ def those_that_fit(decoder: SpeculativeDecoder, policies: dict[str, PolicyLike])
         else:
             fitting[name] = policy
     return fitting
-
-
-def deliver(report: dict[str, Any], json: Path | None, plot: Path | None) -> None:
-    """Print the tables and write the files that were asked for."""
-    from bpkit.files import write_json
-    from bpkit.judge.wall_clock.plot import plot_report
-    from bpkit.judge.wall_clock.report import print_report
-
-    if json is not None:
-        write_json(json, report)
-    print_report(report, console())
-    if plot is not None:
-        plot_report(report, plot)
-    for path in (json, plot):
-        if path is not None:
-            say(f"wrote {path}")

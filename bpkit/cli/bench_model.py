@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bpkit.cli import completion, options
-from bpkit.cli.errors import nothing_written, require, when_interrupted
-from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.cli import completion, options, outputs
+from bpkit.cli.errors import require
+from bpkit.cli.outputs import Outputs
+from bpkit.config import Config
 
 DEFAULT_POLICIES = (
     "fixed:1",
@@ -26,8 +27,8 @@ DEFAULT_POLICIES = (
 DEFAULT_LIMIT = 10
 
 
+@options.takes(files=outputs.figures, config=options.settings(options.MODELS | options.PLACE | options.threads()))
 def bench_model(
-    context: typer.Context,
     trace: Annotated[Path, typer.Argument(help="Folder that `bpkit trace` made.", metavar="TRACE")],
     cost: Annotated[
         str,
@@ -39,15 +40,10 @@ def bench_model(
     ],
     policy: options.PolicySpecs = None,
     limit: Annotated[int, typer.Option(help="Prompts of each domain, the first ones.", min=1)] = DEFAULT_LIMIT,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
+    *,
+    files: Outputs,
     seed: Annotated[int, typer.Option(help="Of orders and intervals.")] = 0,
-    # `options.settled` reads these from the context: flags win over the config file.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    threads: options.Threads = None,
+    config: Config,
 ) -> None:
     """Compare replay's speed with the wall clock's.
 
@@ -57,22 +53,18 @@ def bench_model(
     `bpkit bench model TRACE --cost cost.json --threads 2 --json model_bench.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
-    settled = options.settled(context)
     from bpkit.cli.evaluate import first_prompts
     from bpkit.cli.models import load_decoder
-    from bpkit.files import check_writable, write_json
     from bpkit.judge.evaluation.modelled import bench_model as measure
     from bpkit.trace.collect.recompute import check_models
     from bpkit.trace.cost import read_cost
     from bpkit.trace.store.storage import open_trace
 
-    if json is not None:
-        check_writable(json)
     opened, table = open_trace(trace), read_cost(cost)
-    decoder = load_decoder(settled, "fixed")
+    decoder = load_decoder(config, "fixed")
     check_models(decoder, opened.manifest)
     names = policy or DEFAULT_POLICIES
-    with when_interrupted(nothing_written(json)), progress_bar() as bar:
+    with files.pending() as bar:
         report = measure(
             decoder,
             opened.manifest,
@@ -82,10 +74,7 @@ def bench_model(
             seed=seed,
             progress=bar,
         )
-    if json is not None:
-        write_json(json, report)
-        say(f"wrote {json}")
-    print_model_report(report, console())
+    files.deliver(report, print_model_report)
 
 
 def print_model_report(report: dict[str, Any], out: Console) -> None:

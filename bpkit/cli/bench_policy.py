@@ -8,24 +8,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpkit.cli import completion, options
-from bpkit.cli.errors import nothing_written, require, when_interrupted
-from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.cli import completion, options, outputs
+from bpkit.cli.errors import require
+from bpkit.cli.outputs import Outputs, portable
+from bpkit.cli.terminal import Bar, say
+from bpkit.config import Config
 from bpkit.policy import PolicyError
+from bpkit.prompts import Prompt
 
 if TYPE_CHECKING:
-    from bpkit.config import Config
     from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.judge.latency import LatencySettings
     from bpkit.judge.latency.backends import Contestant
-    from bpkit.prompts import Prompt
 
 DEFAULT_BATCHES, DEFAULT_LIMIT, DEFAULT_CALLS, DEFAULT_NEW_TOKENS = "1+8+64", 8, 1000, 64
 _TIMING = "Timing"
 
 
+@options.takes(
+    texts=options.prompts(DEFAULT_LIMIT),
+    files=outputs.figures_and_plot,
+    config=options.settings(
+        options.MODELS
+        | {"max_new_tokens": options.SAMPLING["max_new_tokens"]}
+        | options.PLACE
+        | options.threads("Threads of torch while the models run, by default 1; decisions always take one.")
+    ),
+)
 def bench_policy(
-    context: typer.Context,
     policies: Annotated[
         list[str] | None,
         typer.Argument(
@@ -59,34 +69,10 @@ def bench_policy(
             rich_help_panel=_TIMING,
         ),
     ] = None,
-    domain: options.Domains = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Prompts of each domain; by default {DEFAULT_LIMIT} of the shipped ones, and all of a file.",
-            min=1,
-            metavar="N",
-            rich_help_panel=options.PROMPTS,
-        ),
-    ] = None,
-    prompts: options.Prompts = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a picture here (.png, .svg or .pdf).", metavar="FILE")] = None,
-    # `options.settled` reads these from the context: flags win over the config file.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    threads: Annotated[
-        str | None,
-        typer.Option(
-            help="Threads of torch while the models run, by default 1; decisions always take one.",
-            metavar="N",
-            rich_help_panel="Runtime",
-        ),
-    ] = None,
+    *,
+    texts: list[Prompt],
+    files: Outputs,
+    config: Config,
 ) -> None:
     """Time a policy's decisions, in torch and in onnxruntime.
 
@@ -98,29 +84,26 @@ def bench_policy(
 
     `bpkit bench policy forecast:truncate=true onnx:exported/forecast --calls 4000`
     """
-    from bpkit.cli.bench import check_outputs
-
-    check_outputs(json, plot)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="export", purpose="A comparison with onnxruntime")
     sizes = batch_sizes(batch)
-    settled = options.settled(context)
     from bpkit.judge.latency import LatencySettings
-    from bpkit.prompts import choose_prompts
 
     settings = LatencySettings(
         batch_sizes=sizes,
         calls=calls,
         warm_up=warm_up,
-        max_new_tokens=settled.sampling.max_new_tokens or DEFAULT_NEW_TOKENS,
-        threads=settled.runtime.threads if isinstance(settled.runtime.threads, int) else 1,
+        max_new_tokens=config.sampling.max_new_tokens or DEFAULT_NEW_TOKENS,
+        threads=config.runtime.threads if isinstance(config.runtime.threads, int) else 1,
         block_size=block_size,
         provider=provider,
     )
-    texts = choose_prompts(prompts, domain or [], limit, shipped_limit=DEFAULT_LIMIT)
-    with when_interrupted(nothing_written(json, plot)):
-        report = measure(settled, policies or [], texts, settings, weights)
-    deliver(report, json, plot)
+    with files.pending() as bar:
+        report = measure(config, policies or [], texts, settings, weights, bar)
+    from bpkit.judge.latency.plot import plot_latency
+    from bpkit.judge.latency.table import print_latency_report
+
+    files.deliver(report, print_latency_report, plot_latency)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -136,11 +119,15 @@ def batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def measure(
-    config: Config, specs: list[str], prompts: list[Prompt], settings: LatencySettings, weights: Path | None
+    config: Config,
+    specs: list[str],
+    prompts: list[Prompt],
+    settings: LatencySettings,
+    weights: Path | None,
+    bar: Bar,
 ) -> dict[str, Any]:
     """Load the models, measure, and return the report."""
     from bpkit.cli.models import load_decoder
-    from bpkit.cli.train_policy import portable
     from bpkit.judge.latency import bench_latency
     from bpkit.registry.resolve import resolve_policy
 
@@ -148,8 +135,7 @@ def measure(
         resolve_policy(spec)  # a mistyped policy is told before any weights are read
     decoder = load_decoder(config, "fixed")
     contestants = chosen(specs, decoder, settings.provider, weights)
-    with progress_bar() as bar:
-        report = bench_latency(decoder, contestants, prompts, settings, bar)
+    report = bench_latency(decoder, contestants, prompts, settings, bar)
     return {"command": portable(sys.argv[1:]), **report}
 
 
@@ -177,19 +163,3 @@ def those_that_ship() -> list[str]:
 
     folders = sorted(folder for folder in SHIPPED.glob("*") if is_policy_folder(folder))
     return list(dict.fromkeys(read_policy_file(folder).policy for folder in folders))
-
-
-def deliver(report: dict[str, Any], json: Path | None, plot: Path | None) -> None:
-    """Print the tables and write the files that were asked for."""
-    from bpkit.files import write_json
-    from bpkit.judge.latency.plot import plot_latency
-    from bpkit.judge.latency.table import print_latency_report
-
-    if json is not None:
-        write_json(json, report)
-    print_latency_report(report, console())
-    if plot is not None:
-        plot_latency(report, plot)
-    for path in (json, plot):
-        if path is not None:
-            say(f"wrote {path}")

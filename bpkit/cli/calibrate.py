@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bpkit.cli import completion, options
-from bpkit.cli.errors import nothing_written, require, when_interrupted
-from bpkit.cli.terminal import console, say, shows_bars
+from bpkit.cli.outputs import Outputs, command_line
+from bpkit.cli.terminal import Bar, console
 from bpkit.config import Config
+from bpkit.prompts import Prompt
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from bpkit.trace.cost import CostTable
-    from bpkit.trace.cost.calibrate import Progress
 
 DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
 DEFAULT_SPREAD, DEFAULT_MINUTES = 2.0, 10.0
 _HOW_LONG = "How long, and what"
 
 
+@options.takes(
+    texts=options.prompts(),
+    config=options.settings(
+        options.MODELS
+        | options.SAMPLING
+        | options.seed("Of the order of prompts and of sampling noise; by default 0.")
+        | options.RULE
+        | options.PLACE
+        | options.threads()
+    ),
+)
 def calibrate(
-    context: typer.Context,
     out: Annotated[Path | None, typer.Option(help="Write the cost model here, as JSON.", metavar="FILE")] = None,
     show: Annotated[
         str | None,
@@ -66,25 +73,9 @@ def calibrate(
         int | None,
         typer.Option(help="And no more rounds over the prompts.", min=1, metavar="N", rich_help_panel=_HOW_LONG),
     ] = None,
-    domain: options.Domains = None,
-    limit: options.Limit = None,
-    prompts: options.Prompts = None,
-    # `options.settled` reads these from the context: flags win over the config file.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the order of prompts and of sampling noise; by default 0.", metavar="N")
-    ] = None,
-    rule: options.Rule = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    threads: options.Threads = None,
+    *,
+    texts: list[Prompt],
+    config: Config,
 ) -> None:
     """Measure what drafts and target passes cost on this device.
 
@@ -101,38 +92,24 @@ def calibrate(
     """
     if list_presets:
         return print_presets()
-    if show is not None:
-        from bpkit.trace.cost import read_cost
-
-        check_outputs(None, plot)
-        return deliver(read_cost(show), None, plot)
-    if out is None:
+    if show is None and out is None:
         raise ValueError(
             "say where to write the cost model: --out cost.json; or --show FILE to print one, or --list-presets"
         )
-    check_outputs(out, plot)
-    settled = options.settled(context)
-    from bpkit.prompts import choose_prompts
+    from bpkit.trace.cost import read_cost, write_cost
+    from bpkit.trace.cost.plot import plot_cost
 
-    texts = choose_prompts(prompts, domain or [], limit)
+    files = Outputs(out if show is None else None, plot=plot)
     wanted = {"max_block_size": max_block_size, "spread": spread / 100, "max_minutes": max_minutes, "rounds": rounds}
-    with when_interrupted(nothing_written(out, plot)):
-        cost = measure(settled, texts, wanted)
-    deliver(cost, out, plot)
+    if show is not None:
+        cost = read_cost(show)
+    else:
+        with files.pending() as bar:
+            cost = measure(config, texts, wanted, bar)
+    files.deliver(cost, print_cost, plot_cost, write=lambda path, cost: write_cost(cost, path))
 
 
-def check_outputs(out: Path | None, plot: Path | None) -> None:
-    """Fail now rather than after minutes of measuring."""
-    from bpkit.files import PICTURES, check_writable
-
-    if out is not None:
-        check_writable(out)
-    if plot is not None:
-        require("matplotlib", extra="plot", purpose="A plot")
-        check_writable(plot, suffixes=PICTURES)
-
-
-def measure(config: Config, prompts: list[Any], wanted: dict[str, Any]) -> CostTable:
+def measure(config: Config, prompts: list[Prompt], wanted: dict[str, Any], bar: Bar) -> CostTable:
     """Load the models and measure."""
     from bpkit.cli.models import load_decoder
     from bpkit.trace.cost.calibrate import CalibrationSettings, calibrate
@@ -142,48 +119,15 @@ def measure(config: Config, prompts: list[Any], wanted: dict[str, Any]) -> CostT
         **wanted,
         options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
         seed=DEFAULT_SEED if config.sampling.seed is None else config.sampling.seed,
-        command=shlex.join(["bpkit", *sys.argv[1:]]),
+        command=command_line(),
     )
-    with progress() as tell:
-        return calibrate(decoder, prompts, settings, tell)
+    return calibrate(decoder, prompts, settings, bar.show)
 
 
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar for one round after the other; none without a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Bar(*columns, console=console(stderr=True), transient=True, disable=not shows_bars()) as bar:
-        task = bar.add_task("warming up", total=None)
-
-        def tell(said: str, done: int, total: int) -> None:
-            bar.update(task, description=said, completed=done, total=total)
-
-        yield tell
-
-
-def deliver(cost: CostTable, out: Path | None, plot: Path | None) -> None:
-    """Write the files that were asked for, and print the table."""
-    from bpkit.trace.cost import write_cost
-    from bpkit.trace.cost.plot import plot_cost
-
-    if out is not None:
-        write_cost(cost, out)
-    print_cost(cost)
-    if plot is not None:
-        plot_cost(cost, plot)
-    for path in (out, plot):
-        if path is not None:
-            say(f"wrote {path}")
-
-
-def print_cost(cost: CostTable) -> None:
+def print_cost(cost: CostTable, shown: Console) -> None:
     """The table by size, and below what it leaves out."""
     from rich.markup import escape
 
-    shown = console()
     shown.print(cost_table(cost))
     for sentence in sentences(cost):
         shown.print(escape(sentence), soft_wrap=True)

@@ -13,19 +13,22 @@ from rich.table import Table
 from bpkit.cli import completion, options
 from bpkit.cli.errors import FAILED, when_interrupted
 from bpkit.cli.terminal import Bar, console, progress_bar
+from bpkit.config import Config
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
-    from bpkit.config import Config
     from bpkit.registry.resolve import PolicyLike
     from bpkit.testing.checks.report import Report, Result
 
 _STYLES = {"passed": "green", "skipped": "dim", "failed": "bold red"}
 _WHAT, _REAL = "What is checked", "With real models as well"
+_Seed = Annotated[
+    int | None, typer.Option(help="Of everything that is drawn; by default 0.", min=0, rich_help_panel=_WHAT)
+]
 
 
+@options.takes(config=options.settings({"seed": _Seed} | options.MODELS))
 def check(
-    context: typer.Context,
     policy: Annotated[
         str | None,
         typer.Argument(
@@ -44,15 +47,11 @@ def check(
         ),
     ] = None,
     only_list: Annotated[bool, typer.Option("--list", help="List the checks and exit.", rich_help_panel=_WHAT)] = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Of everything that is drawn; by default 0.", min=0, rich_help_panel=_WHAT)
-    ] = None,
     shipped: Annotated[
         bool, typer.Option("--shipped", help="Also decode with the pair that ships.", rich_help_panel=_REAL)
     ] = False,
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
+    *,
+    config: Config,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check that a policy does what a policy must.
@@ -71,15 +70,14 @@ def check(
     if only_list:
         _list(as_json)
         return
-    settled = options.settled(context)
-    chosen = policy or settled.policy
+    chosen = policy or config.policy
     if chosen is None:
         raise PolicyError("name a policy to check, as in `bpkit check ./my_policy.py:MyPolicy`")
-    real = shipped or settled.target is not None or settled.drafter is not None
-    if shipped and (target is not None or drafter is not None):
+    real = shipped or config.target is not None or config.drafter is not None
+    if shipped and (config.target is not None or config.drafter is not None):
         raise ValueError("--shipped is the pair that ships with bpkit: leave out --target and --drafter")
     with when_interrupted("Nothing was written."), progress_bar() as bar:
-        report = _report(settled, chosen, tuple(skip or ()), real=real, bar=bar)
+        report = _report(config, chosen, tuple(skip or ()), real=real, bar=bar)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
     else:

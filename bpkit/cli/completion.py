@@ -81,13 +81,6 @@ def domains() -> list[str]:
     return [*DOMAINS, *EXTRA_DOMAINS]
 
 
-def features() -> list[str]:
-    """What a trace may hold beside what it always does."""
-    from bpkit.cli.trace import TO_BE_ADDED
-
-    return sorted(TO_BE_ADDED)
-
-
 def rules() -> Completions:
     """How drafts are verified."""
     return [("coupled", "the text depends on prompt and seed alone"), ("rejection", "classic speculative sampling")]

@@ -11,6 +11,7 @@ from rich.rule import Rule
 from bpkit.cli import options
 from bpkit.cli.errors import when_interrupted
 from bpkit.cli.terminal import console, progress_bar
+from bpkit.config import Config
 
 POLICIES = ("fixed:4", "fixed:16", "threshold", "bandit")
 STREAMED_POLICY = "fixed:8"
@@ -22,14 +23,11 @@ ABOUT = {
 }
 
 
+@options.takes(config=options.settings(options.MODELS | options.threads()))
 def demo(
-    context: typer.Context,
-    # `options.settled` reads these from the context: flags win over the config file.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
+    *,
+    config: Config,
     limit: Annotated[int, typer.Option(help="Prompts of each domain in the comparison.", min=1)] = 3,
-    threads: options.Threads = None,
 ) -> None:
     """Decode under several policies: one text, different speeds.
 
@@ -40,7 +38,6 @@ def demo(
 
     Next: `bpkit bench` measures, and `bpkit generate` takes prompts of your own.
     """
-    settled = options.settled(context)
     out = console()
     from bpkit import assets
     from bpkit.cli.models import load_decoder
@@ -51,10 +48,10 @@ def demo(
         "stands.\nA policy decides how many to propose and to check; it changes the speed, never the text.\n"
     )
     with when_interrupted("The demo writes nothing; `bpkit demo --limit 1` is shorter."):
-        decoder = load_decoder(settled, STREAMED_POLICY)
+        decoder = load_decoder(config, STREAMED_POLICY)
         for domain in assets.DOMAINS:
             _stream_one(out, decoder, domain)
-        report = _compare(out, decoder, limit, settled.runtime.threads)
+        report = _compare(out, decoder, limit, config.runtime.threads)
     print_report(report, out)
     out.print(escape(conclusion(report)), soft_wrap=True)
 

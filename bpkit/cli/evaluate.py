@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpkit.cli import completion, options
-from bpkit.cli.errors import nothing_written, require, when_interrupted
-from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.cli import completion, options, outputs
+from bpkit.cli.errors import require
+from bpkit.cli.outputs import Outputs, command_line
+from bpkit.config import Config
+from bpkit.files import write_at_once
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
-    from bpkit.config import Config
     from bpkit.learn.training.prompts import Part
     from bpkit.registry.resolve import PolicyLike
     from bpkit.trace.cost import CostTable
@@ -28,8 +27,8 @@ DEFAULT_SPLIT = "0.4,0.2,0.4"
 _HOW, _RECOMPUTE = "How to judge", "Features that the trace lacks"
 
 
+@options.takes(files=outputs.figures_and_page, config=options.settings(options.MODELS | options.PLACE))
 def evaluate(
-    context: typer.Context,
     trace: Annotated[Path, typer.Argument(help="Folder that `bpkit trace` made.", metavar="TRACE")],
     cost: Annotated[
         str | None,
@@ -41,10 +40,8 @@ def evaluate(
         ),
     ] = None,
     policy: options.PolicySpecs = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write a page with pictures here (.html).", metavar="FILE")
-    ] = None,
+    *,
+    files: Outputs,
     seed: Annotated[int, typer.Option(help="Of split, orders and intervals.", rich_help_panel=_HOW)] = 0,
     split: Annotated[
         str,
@@ -89,12 +86,7 @@ def evaluate(
             rich_help_panel=_RECOMPUTE,
         ),
     ] = False,
-    # `options.settled` reads these from the context.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    config: Config,
 ) -> None:
     """Judge policies on a trace, by prompts that nothing was chosen on.
 
@@ -112,9 +104,8 @@ def evaluate(
     require("pyarrow", extra="traces", purpose="A trace")
     if permutations:
         require("sklearn", extra="traces", purpose="The permutation test")
-    check_outputs(json, report)
     fractions = parse_fractions(split)
-    named = named_policies(policy or [], options.settled(context))
+    named = named_policies(policy or [], config)
     from bpkit.cli.models import quiet_libraries
     from bpkit.judge.evaluation import evaluate as judge
     from bpkit.trace.store.storage import open_trace
@@ -123,8 +114,8 @@ def evaluate(
     opened = open_trace(trace)
     costs = cost_models(cost, max(opened.manifest.block_sizes))
     started = time.time()
-    fill = filler(context, opened) if recompute else None
-    with when_interrupted(nothing_written(json, report)), progress_bar() as bar:
+    fill = filler(config, opened) if recompute else None
+    with files.pending() as bar:
         result = judge(
             first_prompts(opened, limit),
             opened.spec,
@@ -145,24 +136,16 @@ def evaluate(
     if cost is None:
         result["notes"].insert(0, NO_COST)
     result["provenance"] = provenance(opened, costs, started)
-    deliver(result, json, report)
+    from bpkit.judge.evaluation.page import html_report
+    from bpkit.judge.evaluation.tables import print_evaluation
+
+    files.deliver(result, print_evaluation, lambda report, page: write_at_once(page, html_report(report)))
 
 
 NO_COST = (
     "No cost model was given, so every step counts the same and only acceptance length matters: give --cost with a "
     "file of `bpkit calibrate` to see which policy is fast."
 )
-
-
-def check_outputs(json: Path | None, report: Path | None) -> None:
-    """Fail now rather than after minutes of replay."""
-    from bpkit.files import check_writable
-
-    if json is not None:
-        check_writable(json)
-    if report is not None:
-        require("matplotlib", extra="plot", purpose="A report")
-        check_writable(report, suffixes=(".html", ".htm"))
 
 
 def parse_fractions(text: str) -> tuple[float, float, float]:
@@ -182,14 +165,9 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
 
 def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
     """The policies of the flags by name, else the config's one. Raises PolicyError for an unknown one."""
-    from bpkit.registry.resolve import resolve_policy, written
+    from bpkit.registry.resolve import resolve_policy
 
-    repeated = {name for name in given if given.count(name) > 1}
-    if repeated:
-        raise ValueError(f"--policy {', '.join(sorted(repeated))} is given more than once")
-    named: dict[str, PolicyLike] = dict(zip(given, given, strict=True))
-    if not given and config.policy is not None:
-        named = {written(config.policy): config.policy}
+    named = options.named_policies(given, config)
     for policy in named.values():
         resolve_policy(policy)
     return named
@@ -230,12 +208,12 @@ def first_prompts(trace: Trace, limit: int | None) -> Part:
     return Part(trace, first_of_each(trace, range(len(trace)), limit))
 
 
-def filler(context: typer.Context, trace: Trace) -> Fill:
+def filler(config: Config, trace: Trace) -> Fill:
     """Computes missing features with the models of the trace."""
     from bpkit.cli.models import load_decoder
     from bpkit.trace.collect.recompute import Recompute
 
-    return Recompute(load_decoder(options.settled(context), "fixed"), trace.manifest)
+    return Recompute(load_decoder(config, "fixed"), trace.manifest)
 
 
 def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str, Any]:
@@ -246,26 +224,10 @@ def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str
     from bpkit.judge.described import utc
 
     return {
-        "command": shlex.join(["bpkit", *sys.argv[1:]]),
+        "command": command_line(),
         "started": utc(started),
         "seconds": time.time() - started,
         "machine": describe_machine(torch.device("cpu")),
         "trace": trace.manifest.model_dump(mode="json", exclude={"prompt_ids"}),
         "costs": {cost.name: cost.model_dump(mode="json", exclude={"spread"}) for cost in costs},
     }
-
-
-def deliver(result: dict[str, Any], json: Path | None, report: Path | None) -> None:
-    """Print the tables and write the files that were asked for."""
-    from bpkit.files import write_at_once, write_json
-    from bpkit.judge.evaluation.page import html_report
-    from bpkit.judge.evaluation.tables import print_evaluation
-
-    if json is not None:
-        write_json(json, result)
-    print_evaluation(result, console())
-    if report is not None:
-        write_at_once(report, html_report(result))
-    for path in (json, report):
-        if path is not None:
-            say(f"wrote {path}")

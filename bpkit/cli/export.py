@@ -14,14 +14,14 @@ from bpkit import __version__
 from bpkit.cli import completion, options
 from bpkit.cli.errors import require, when_interrupted
 from bpkit.cli.evaluate import DEFAULT_SPLIT, filler, parse_fractions
+from bpkit.cli.outputs import portable
 from bpkit.cli.terminal import progress_bar, say
-from bpkit.cli.train_policy import portable
+from bpkit.config import Config
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.class_file import names_file
 from bpkit.registry.resolve import name_of
 
 if TYPE_CHECKING:
-    from bpkit.config import Config
     from bpkit.export.schema import ExportedPolicy
     from bpkit.progress import Progress
     from bpkit.trace.cost import CostTable
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 _RECOMPUTE = "Features that the trace lacks"
 
 
+@options.takes(config=options.settings(options.MODELS | options.PLACE))
 def export(
-    context: typer.Context,
     trace: Annotated[
         Path, typer.Option(help="Trace whose validation prompts the files are tried on.", metavar="TRACE")
     ],
@@ -81,12 +81,8 @@ def export(
             rich_help_panel=_RECOMPUTE,
         ),
     ] = False,
-    # `options.settled` reads these from the context.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    *,
+    config: Config,
 ) -> None:
     """Write trained policies as ONNX files, for any runtime.
 
@@ -110,16 +106,16 @@ def export(
     from bpkit.trace.store.storage import open_trace
 
     quiet_libraries()
-    specs = named_policies(policies or [], options.settled(context))
+    specs = named_policies(policies or [], config)
     chosen = {shown: exportable(spec) for shown, spec in specs.items()}
     names = {shown: export_name(shown, policy, name if len(chosen) == 1 else None) for shown, policy in chosen.items()}
     opened = open_trace(trace)
     held = split_prompts(opened.ids, opened.domains, seed=seed, fractions=parse_fractions(split)).validation[:limit]
     work = _Work(opened, list(held), read_cost(cost) if cost else None, opset)
     if recompute:
-        work.fill = filler(context, opened)
+        work.fill = filler(config, opened)
     if fold:
-        work.model = load_decoder(options.settled(context), "fixed").target
+        work.model = load_decoder(config, "fixed").target
     for spec, policy in chosen.items():
         with when_interrupted("Policies that were said to be written are; the others are not."), progress_bar() as bar:
             found = work.export(policy, out / names[spec], names[spec], bar)

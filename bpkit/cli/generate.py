@@ -26,8 +26,16 @@ DEFAULT_NEW_TOKENS = 256
 STEPS_IN_A_LINE = 20
 
 
+@options.takes(
+    config=options.settings(
+        options.POLICY
+        | options.MODELS
+        | options.SAMPLING
+        | options.seed("Of the sampling noise. One seed, one text, whatever the policy.")
+        | options.RUNTIME
+    )
+)
 def generate(
-    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(help="Text to go on from; `-`, or nothing in a pipe, reads it from stdin.")
     ] = None,
@@ -40,28 +48,11 @@ def generate(
             "this the text is taken as it is.",
         ),
     ] = False,
-    # `options.settled` reads these from the context: flags win over the config file.
-    policy: options.PolicySpec = None,
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the sampling noise. One seed, one text, whatever the policy.", metavar="N")
-    ] = None,
+    *,
+    config: Config,
     stop: Annotated[
         list[str] | None, typer.Option(help="End after this text; repeat for more.", metavar="TEXT")
     ] = None,
-    rule: options.Rule = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    threads: options.Threads = None,
-    cost: options.Cost = None,
-    observe: options.Observe = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Afterwards, on stderr: speed, steps, where time went.")
     ] = False,
@@ -79,13 +70,12 @@ def generate(
 
     Next: `bpkit bench` compares policies on many prompts.
     """
-    settled = options.settled(context)
     text = read_prompt(prompt, file)
     from bpkit.cli.models import load_decoder
 
     kept = "The text until then is all that was written."
-    with when_interrupted(kept), closing(load_decoder(settled, observers=settled.observers or ())) as decoder:
-        result, seconds = stream(decoder, in_chat(decoder, text) if chat else text, **wanted(settled, stop))
+    with when_interrupted(kept), closing(load_decoder(config, observers=config.observers or ())) as decoder:
+        result, seconds = stream(decoder, in_chat(decoder, text) if chat else text, **wanted(config, stop))
     if stats:
         say("")
         for line in describe(result, seconds):

@@ -1,67 +1,155 @@
-"""Options that several commands share, and how they become a config."""
+"""Options that several commands share: declared once, and handed over as the one object that they settle.
 
-from __future__ import annotations
+`takes` gives a command the options of a group in place of one of its parameters:
 
+    @takes(texts=prompts(), config=settings(MODELS | PLACE))
+    def command(*, texts: list[Prompt], config: Config) -> None: ...
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
 from bpkit.cli import completion
 from bpkit.config import Config, Runtime, Sampling, settle
+from bpkit.prompts import DEFAULT_LIMIT, Prompt, choose_prompts
+from bpkit.registry.resolve import PolicyLike, written
+
+Command = TypeVar("Command", bound=Callable[..., None])
+Group = Callable[..., Any]
+"""A function whose parameters are options, as those of a command are; it returns what the command is handed."""
 
 
-def settled(context: typer.Context) -> Config:
-    """The config of a command: the file of its `--config`, overridden by those of its flags that the config knows.
+def takes(**groups: Group) -> Callable[[Command], Command]:
+    """Decorate a command: its parameters of these names become the options of the groups, in their place in the help.
 
-    Raises ConfigError, or FileNotFoundError.
+    Options of one name in two groups are one option.
     """
-    given = context.params
-    flags = {name: given.get(name) for name in ("target", "drafter")}
-    if isinstance(given.get("policy"), str):  # in `bench` it is a list of contestants
-        flags["policy"] = given["policy"]
-    flags["observers"] = given.get("observe") or None
-    flags["sampling"] = {name: given.get(name) for name in Sampling.model_fields}
-    flags["runtime"] = {name: given.get(name) for name in Runtime.model_fields}
-    return settle(given.get("config"), flags)
 
+    def decorate(command: Command) -> Command:
+        of_group = {name: _parameters(group) for name, group in groups.items()}
+        own = _parameters(command, leave=groups)
+        shown: dict[str, inspect.Parameter] = {}
+        for name in inspect.signature(command).parameters:
+            shown.update(of_group[name] if name in groups else {name: own[name]})
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            made = {n: group(**{option: given[option] for option in of_group[n]}) for n, group in groups.items()}
+            command(**{name: given[name] for name in own}, **made)
+
+        # What Typer reads.
+        vars(run)["__signature__"] = inspect.Signature(list(shown.values()))
+        run.__annotations__ = {name: option.annotation for name, option in shown.items()}
+        return cast("Command", run)
+
+    return decorate
+
+
+def _parameters(function: Callable[..., Any], *, leave: Collection[str] = ()) -> dict[str, inspect.Parameter]:
+    """The parameters of a function with their types looked up, those to `leave` left out."""
+    found = {n: p for n, p in inspect.signature(function).parameters.items() if n not in leave}
+    written = SimpleNamespace(__annotations__={name: parameter.annotation for name, parameter in found.items()})
+    hints = get_type_hints(written, getattr(function, "__globals__", {}), include_extras=True)
+    return {n: p.replace(annotation=hints[n], kind=inspect.Parameter.KEYWORD_ONLY) for n, p in found.items()}
+
+
+# Options that the config knows, in sets for `settings`.
 
 POLICY_HELP = "As `bpkit policies` lists them: a name, `name:value`, `name:key=value,...`, or `./file.py:ClassName`."
-_MODELS, _SAMPLING, _RUNTIME, _COMPARISON = "Models and policy", "Sampling", "Runtime", "Comparison"
-PROMPTS = "Prompts"
+_MODELS, _SAMPLING, _RUNTIME, PROMPTS = "Models and policy", "Sampling", "Runtime", "Prompts"
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="YAML file with any of these settings; flags win over it.", metavar="FILE"),
-]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder or Hub name of the target; by default the one that ships with bpkit.",
-        metavar="MODEL",
-        rich_help_panel=_MODELS,
+
+def _option(kind: Any, said: str, metavar: str, panel: str | None, *names: str, completes: Any = None) -> Any:
+    """An option that may be left out, where the config, or else a default, counts."""
+    option = typer.Option(*names, help=said, metavar=metavar, rich_help_panel=panel, autocompletion=completes)
+    return Annotated[kind | None, option]
+
+
+POLICY = {"policy": _option(str, POLICY_HELP, "SPEC", _MODELS, "--policy", "-p", completes=completion.policies)}
+MODELS = {
+    "target": _option(
+        str, "Folder or Hub name of the target; by default the one that ships with bpkit.", "MODEL", _MODELS
     ),
-]
-Drafter = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder or Hub name of a drafter for that target, or a name from `bpkit drafters`, such as `ngram`.",
-        metavar="DRAFTER",
-        autocompletion=completion.drafters,
-        rich_help_panel=_MODELS,
+    "drafter": _option(
+        str,
+        "Folder or Hub name of a drafter for that target, or a name from `bpkit drafters`, such as `ngram`.",
+        "DRAFTER",
+        _MODELS,
+        completes=completion.drafters,
     ),
-]
-PolicySpec = Annotated[
-    str | None,
-    typer.Option(
-        "--policy",
-        "-p",
-        help=POLICY_HELP,
-        metavar="SPEC",
-        autocompletion=completion.policies,
-        rich_help_panel=_MODELS,
+    "config": _option(Path, "YAML file with any of these settings; flags win over it.", "FILE", None, "--config", "-c"),
+}
+SAMPLING = {
+    "max_new_tokens": _option(int, "Output tokens at most.", "N", _SAMPLING),
+    "temperature": _option(float, "0 is greedy decoding.", "T", _SAMPLING),
+    "top_p": _option(float, "Keep the likeliest tokens up to this probability.", "P", _SAMPLING),
+    "top_k": _option(int, "Keep the K likeliest tokens; 0 keeps all.", "K", _SAMPLING),
+    "repetition_penalty": _option(float, "Above 1, tokens already used become less likely.", "R", _SAMPLING),
+}
+RULE = {
+    "rule": _option(
+        str,
+        "`coupled`: the text depends on prompt and seed alone. `rejection`: classic speculative sampling.",
+        "RULE",
+        _RUNTIME,
+        completes=completion.rules,
+    )
+}
+PLACE = {
+    "device": _option(str, "Such as `cpu` or `cuda`; by default a GPU if there is one.", "DEVICE", _RUNTIME),
+    "dtype": _option(
+        str,
+        "`float32`, `bfloat16`, `float16` or `auto`; by default float32 on a CPU, the checkpoint's own on a GPU.",
+        "DTYPE",
+        _RUNTIME,
+        completes=completion.dtypes,
     ),
-]
+}
+COST = {
+    "cost": _option(
+        str,
+        "What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset "
+        "(`bpkit calibrate --list-presets`).",
+        "FILE|PRESET",
+        _RUNTIME,
+        completes=completion.presets,
+    )
+}
+OBSERVE = {
+    "observe": _option(
+        list[str],
+        "Tell this observer of every step, as `bpkit observers` lists them: `jsonl:path=steps.jsonl`; repeat.",
+        "SPEC",
+        _RUNTIME,
+        completes=completion.observers,
+    )
+}
+
+
+_THREADS = "Threads of torch on a CPU; `auto` is torch's own choice, and in `bench` and `demo` the fastest for each."
+
+
+def threads(said: str = _THREADS) -> dict[str, Any]:
+    """The option of threads, with its help."""
+    return {"threads": _option(str, said, "N", _RUNTIME)}
+
+
+def seed(said: str) -> dict[str, Any]:
+    """The option of a seed, with its help."""
+    return {"seed": _option(int, said, "N", None)}
+
+
+RUNTIME = RULE | PLACE | threads() | COST | OBSERVE
+
+
+# Options that commands name themselves.
+
 PolicySpecs = Annotated[
     list[str] | None,
     typer.Option(
@@ -73,97 +161,12 @@ PolicySpecs = Annotated[
         rich_help_panel=_MODELS,
     ),
 ]
-Observe = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Tell this observer of every step, as `bpkit observers` lists them: `jsonl:path=steps.jsonl`; repeat.",
-        metavar="SPEC",
-        autocompletion=completion.observers,
-        rich_help_panel=_RUNTIME,
-    ),
-]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(help="Output tokens at most.", metavar="N", rich_help_panel=_SAMPLING)
-]
-Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy decoding.", metavar="T", rich_help_panel=_SAMPLING)
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Keep the likeliest tokens up to this probability.", metavar="P", rich_help_panel=_SAMPLING),
-]
-TopK = Annotated[
-    int | None, typer.Option(help="Keep the K likeliest tokens; 0 keeps all.", metavar="K", rich_help_panel=_SAMPLING)
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(help="Above 1, tokens already used become less likely.", metavar="R", rich_help_panel=_SAMPLING),
-]
-Rule = Annotated[
-    str | None,
-    typer.Option(
-        help="`coupled`: the text depends on prompt and seed alone. `rejection`: classic speculative sampling.",
-        metavar="RULE",
-        autocompletion=completion.rules,
-        rich_help_panel=_RUNTIME,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Such as `cpu` or `cuda`; by default a GPU if there is one.", metavar="DEVICE", rich_help_panel=_RUNTIME
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="`float32`, `bfloat16`, `float16` or `auto`; by default float32 on a CPU, the checkpoint's own on a GPU.",
-        metavar="DTYPE",
-        autocompletion=completion.dtypes,
-        rich_help_panel=_RUNTIME,
-    ),
-]
-Threads = Annotated[
-    str | None,
-    typer.Option(
-        help="Threads of torch on a CPU; `auto` is torch's own choice, and in `bench` and `demo` the fastest for each.",
-        metavar="N",
-        rich_help_panel=_RUNTIME,
-    ),
-]
-Cost = Annotated[
-    str | None,
-    typer.Option(
-        help="What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset "
-        "(`bpkit calibrate --list-presets`).",
-        metavar="FILE|PRESET",
-        autocompletion=completion.presets,
-        rich_help_panel=_RUNTIME,
-    ),
-]
-Against = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Also run this decoder: `transformers-dflash`.",
-        metavar="NAME",
-        autocompletion=lambda: ["transformers-dflash"],
-        rich_help_panel=_COMPARISON,
-    ),
-]
 Domains = Annotated[
     list[str] | None,
     typer.Option(
         help="Only prompts of this domain; repeat for more.",
         metavar="NAME",
         autocompletion=completion.domains,
-        rich_help_panel=PROMPTS,
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        help="Prompts of each domain; by default 20 of the shipped ones, and all of a file.",
-        min=1,
         rich_help_panel=PROMPTS,
     ),
 ]
@@ -175,6 +178,53 @@ Prompts = Annotated[
         rich_help_panel=PROMPTS,
     ),
 ]
-Repeats = Annotated[
-    int, typer.Option(help="Runs of each contestant on each prompt.", min=1, rich_help_panel=_COMPARISON)
-]
+
+
+# Groups of them.
+
+
+def settings(options: Mapping[str, Any]) -> Group:
+    """The group of options that the config knows, such as `MODELS | SAMPLING | seed("Of the noise.")`.
+
+    It returns a Config: the file of `--config`, overridden by the options that were given. Raises ConfigError, or
+    FileNotFoundError.
+    """
+
+    def settled(**given: Any) -> Config:
+        flags = {name: given.get(name) for name in ("target", "drafter", "policy")}
+        flags["observers"] = given.get("observe") or None
+        flags["sampling"] = {name: given.get(name) for name in Sampling.model_fields}
+        flags["runtime"] = {name: given.get(name) for name in Runtime.model_fields}
+        return settle(given.get("config"), flags)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(n, keyword, default=None, annotation=kind) for n, kind in options.items()]
+    vars(settled)["__signature__"] = inspect.Signature(parameters)
+    return settled
+
+
+def prompts(shipped: int = DEFAULT_LIMIT) -> Group:
+    """The group of prompts: of some domains of a file, or else up to `shipped` of those that ship, of each domain."""
+    said = f"Prompts of each domain; by default {shipped} of the shipped ones, and all of a file."
+
+    def chosen(
+        domain: Domains = None,
+        limit: Annotated[int | None, typer.Option(help=said, min=1, rich_help_panel=PROMPTS)] = None,
+        prompts: Prompts = None,
+    ) -> list[Prompt]:
+        return choose_prompts(prompts, domain or [], limit, shipped_limit=shipped)
+
+    return chosen
+
+
+def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
+    """Policies by what would be typed: those of the flags, else the config's one, else none.
+
+    Raises ValueError for one that is given twice.
+    """
+    repeated = {name for name in given if given.count(name) > 1}
+    if repeated:
+        raise ValueError(f"--policy {', '.join(sorted(repeated))} is given more than once")
+    if given or config.policy is None:
+        return dict(zip(given, given, strict=True))
+    return {written(config.policy): config.policy}

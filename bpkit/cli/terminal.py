@@ -57,6 +57,10 @@ class Bar:
     def start(self, phase: str, total: int) -> None:
         self._progress.reset(self._task, description=phase, total=total)
 
+    def show(self, phase: str, done: int, total: int) -> None:
+        """Name what is being done, and how far it is."""
+        self._progress.update(self._task, description=phase, completed=done, total=total)
+
     def tick(self) -> None:
         self._progress.advance(self._task)
 

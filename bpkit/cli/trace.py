@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bpkit.cli import completion, options
+from bpkit.cli import options
 from bpkit.cli.errors import require, when_interrupted
+from bpkit.cli.outputs import command_line
 from bpkit.cli.terminal import console, progress_bar, say
 from bpkit.config import Config
 from bpkit.sizes import parse_sizes
@@ -38,8 +38,16 @@ TO_BE_ADDED = frozenset(
 _WHAT, _WORK = "What to trace", "Work"
 
 
+@options.takes(
+    config=options.settings(
+        options.MODELS
+        | options.SAMPLING
+        | options.seed("Of the sampling noise; by default 0. Greedy outputs have none.")
+        | options.PLACE
+        | options.threads()
+    )
+)
 def trace(
-    context: typer.Context,
     out: Annotated[
         Path, typer.Option(help="Folder of the trace. Run again, it goes on where it stopped.", metavar="FOLDER")
     ],
@@ -85,7 +93,7 @@ def trace(
         typer.Option(
             help="Also keep what a policy wants, such as last_hidden or draft_hidden (large); repeat for more.",
             metavar="NAME",
-            autocompletion=completion.features,
+            autocompletion=lambda: sorted(TO_BE_ADDED),
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -101,21 +109,8 @@ def trace(
             rich_help_panel=_WORK,
         ),
     ] = None,
-    # `options.settled` reads these from the context: flags win over the config file.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the sampling noise; by default 0. Greedy outputs have none.", metavar="N")
-    ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    threads: options.Threads = None,
+    *,
+    config: Config,
 ) -> None:
     """Record what would be drafted at every position, for replay.
 
@@ -131,7 +126,6 @@ def trace(
     Next: `bpkit calibrate --out cost.json`, and `bpkit evaluate TRACE --cost cost.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
-    settled = options.settled(context)
     chosen = chosen_prompts(prompts, dataset, split, column, domain or [], limit)
     wanted = known_features(features or [])
     sizes = parse_sizes(block_sizes, smallest=2) if block_sizes else None
@@ -139,12 +133,12 @@ def trace(
     from bpkit.trace.collect import GENERATE_WITH
     from bpkit.trace.collect.job import describe, run_job
 
-    decoder = load_decoder(settled, f"fixed:{GENERATE_WITH}")
+    decoder = load_decoder(config, f"fixed:{GENERATE_WITH}")
     if sizes is None:
         sizes = tuple(range(2, decoder.spec.trained_block_size + 1))
-    settings = trace_options(settled, sizes, wanted)
-    manifest = describe(decoder, chosen, settings, command=" ".join(["bpkit", *sys.argv[1:]]))
-    workers = chosen_workers(decoder, settled, settings, num_workers, ray)
+    settings = trace_options(config, sizes, wanted)
+    manifest = describe(decoder, chosen, settings, command=command_line())
+    workers = chosen_workers(decoder, config, settings, num_workers, ray)
     kept = f"What was traced is in {out}; the same command goes on from there."
     with when_interrupted(kept), progress_bar() as bar:
         done = run_job(out, manifest, chosen, workers, bar)

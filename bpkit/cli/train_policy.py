@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ import typer
 from bpkit.cli import options, train_options
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
+from bpkit.cli.outputs import portable
 from bpkit.cli.terminal import progress_bar, say
+from bpkit.config import Config
 from bpkit.registry.resolve import with_weights
 
 if TYPE_CHECKING:
-    from bpkit.config import Config
     from bpkit.learn.training.policy_module import PolicyModule
     from bpkit.learn.training.prompts import Part
     from bpkit.trace.collect.recompute import Recompute
@@ -30,6 +30,7 @@ Places = dict[str, list[tuple["Trace", Sequence[int]]]]
 """By role, `train` and `validation`: traces, and which of their prompts."""
 
 
+@options.takes(config=options.settings(options.MODELS | options.PLACE))
 def train_policy(
     context: typer.Context,
     traces: Annotated[list[Path], typer.Argument(help="Folders that `bpkit trace` made.", metavar="TRACE")],
@@ -93,12 +94,8 @@ def train_policy(
             rich_help_panel=_RECOMPUTE,
         ),
     ] = False,
-    # `options.settled` reads these from the context.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    *,
+    config: Config,
 ) -> None:
     """Train a policy on traces. The folder that comes of it is a policy: `--policy FOLDER`.
 
@@ -135,13 +132,13 @@ def train_policy(
     from bpkit.trace.store.storage import open_trace
 
     opened, held = [open_trace(path) for path in traces], [open_trace(path) for path in validation or []]
-    settled, table, spec = options.settled(context), read_cost(cost), opened[0].spec
-    policy = with_config(name, settled)
+    table, spec = read_cost(cost), opened[0].spec
+    policy = with_config(name, config)
     check_alike([*opened, *held])
     # Made here as well, so that a mistyped setting is told before any model is loaded.
     module = make_module(policy, spec, table, given)
     places = all_places(opened, held) if held else split_places(opened, seed, parse_fractions(split or DEFAULT_SPLIT))
-    fills = recomputing(settled, [*opened, *held]) if recompute else {}
+    fills = recomputing(config, [*opened, *held]) if recompute else {}
     parts = {
         role: [prompts_of(trace, some, limit, module, fills.get(trace.path)) for trace, some in chosen]
         for role, chosen in places.items()
@@ -253,15 +250,6 @@ def parse_settings(given: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--set {key.strip()} is given twice")
         found[key.strip()] = value.strip()
     return found
-
-
-def portable(arguments: Sequence[str]) -> str:
-    """A command as it is recorded: of absolute paths only the name is kept.
-
-    >>> portable(["train", "mlp", "/home/me/runs/trace", "--out", "runs/mlp"])
-    'bpkit train mlp trace --out runs/mlp'
-    """
-    return shlex.join(["bpkit", *(Path(a).name if a.startswith(("/", "~")) else a for a in arguments)])
 
 
 def report(folder: Path, name: str) -> None:

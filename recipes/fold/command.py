@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,12 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bpkit.cli.errors import nothing_written, when_interrupted
-from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.cli import options, outputs
+from bpkit.cli.outputs import Outputs, portable
 
 _SIZES = "Sizes"
 
 
+@options.takes(files=outputs.figures)
 def bench_fold(
     vocab_size: Annotated[int, typer.Option(help="Of the head.", min=2, rich_help_panel=_SIZES)] = 151_936,
     hidden_size: Annotated[int, typer.Option(help="Of the head.", min=1, rich_help_panel=_SIZES)] = 2560,
@@ -31,7 +31,8 @@ def bench_fold(
     threads: Annotated[int, typer.Option(help="Of torch while calls are timed.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of weights and hidden states.")] = 0,
     device: Annotated[str, typer.Option(help="Such as `cpu` or `cuda`.")] = "cpu",
-    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
+    *,
+    files: Outputs,
 ) -> None:
     """Time BlockPilot's published form against its fold.
 
@@ -42,11 +43,6 @@ def bench_fold(
 
     `bpkit --plugin recipes bench-fold --json fold.json`
     """
-    from bpkit.files import check_writable, write_json
-
-    if json is not None:
-        check_writable(json)
-    from bpkit.cli.train_policy import portable
     from recipes.fold.measure import FoldSettings
     from recipes.fold.measure import bench_fold as measure
 
@@ -60,13 +56,9 @@ def bench_fold(
         seed=seed,
         device=device,
     )
-    with when_interrupted(nothing_written(json)), progress_bar() as bar:
+    with files.pending() as bar:
         report = {"command": portable(sys.argv[1:]), **measure(settings, bar)}
-    if json is not None:
-        write_json(json, report)
-    print_fold_report(report, console())
-    if json is not None:
-        say(f"wrote {json}")
+    files.deliver(report, print_fold_report)
 
 
 def print_fold_report(report: dict[str, Any], out: Console) -> None:

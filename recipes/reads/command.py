@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bpkit.cli import options
-from bpkit.cli.errors import nothing_written, when_interrupted
-from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.cli import options, outputs
+from bpkit.cli.outputs import Outputs
+from bpkit.config import Config
+from bpkit.prompts import Prompt
 
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
@@ -21,22 +20,23 @@ if TYPE_CHECKING:
 DEFAULT_LIMIT, DEFAULT_NEW_TOKENS = 1, 16
 
 
+@options.takes(
+    texts=options.prompts(DEFAULT_LIMIT),
+    files=outputs.figures,
+    config=options.settings(
+        options.MODELS
+        | {name: options.SAMPLING[name] for name in ("max_new_tokens", "temperature")}
+        | options.seed("Of the sampling noise; by default 0.")
+        | options.RULE
+        | options.COST
+    ),
+)
 def bench_reads(
-    context: typer.Context,
     policy: options.PolicySpecs = None,
-    domain: options.Domains = None,
-    limit: options.Limit = None,
-    prompts: options.Prompts = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
-    # `options.settled` reads these from the context: flags win over the config file.
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    config: options.ConfigFile = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling noise; by default 0.", metavar="N")] = None,
-    rule: options.Rule = None,
-    cost: options.Cost = None,
+    *,
+    texts: list[Prompt],
+    files: Outputs,
+    config: Config,
 ) -> None:
     """Count how often a step reads the device, by policy.
 
@@ -48,38 +48,28 @@ def bench_reads(
 
     `bpkit --plugin recipes bench-reads --policy ./my_policy.py:Cautious --temperature 1`
     """
-    settled = options.settled(context)
-    from bpkit.files import check_writable, write_json
-    from bpkit.prompts import choose_prompts
     from bpkit.registry.discovery import registry
     from recipes.reads.count import count_reads
 
-    if json is not None:
-        check_writable(json)
     names = policy or [name for name in registry().policies if name != "onnx"]
     policies: dict[str, PolicyLike] = dict(zip(names, names, strict=True))
-    texts = choose_prompts(prompts, domain or [], limit, shipped_limit=DEFAULT_LIMIT)
     chosen: dict[str, Any] = {
-        "max_new_tokens": settled.sampling.max_new_tokens or DEFAULT_NEW_TOKENS,
-        "temperature": settled.sampling.temperature or 0.0,
-        "seed": settled.sampling.seed or 0,
+        "max_new_tokens": config.sampling.max_new_tokens or DEFAULT_NEW_TOKENS,
+        "temperature": config.sampling.temperature or 0.0,
+        "seed": config.sampling.seed or 0,
     }
-    decoders = _decoders(settled)
-    with when_interrupted(nothing_written(json)), progress_bar() as bar:
+    decoders = _decoders(config)
+    with files.pending() as bar:
         report = count_reads(decoders, policies, texts, chosen, progress=bar)
-    if json is not None:
-        write_json(json, report)
-    print_reads(report, console())
-    if json is not None:
-        say(f"wrote {json}")
+    files.deliver(report, print_reads)
 
 
-def _decoders(settled: Any) -> list[SpeculativeDecoder]:
+def _decoders(config: Config) -> list[SpeculativeDecoder]:
     """One for the drafter that was named, or for each of those that ship."""
     from bpkit.cli.models import load_decoder
 
-    first = load_decoder(settled, "fixed:1")
-    if settled.drafter is not None or settled.target is not None:
+    first = load_decoder(config, "fixed:1")
+    if config.drafter is not None or config.target is not None:
         return [first]
     return [first, first.with_policy("fixed:1", "autoregressive"), first.with_policy("fixed:1", "ngram")]
 

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from bpkit.cli.errors import require
-from bpkit.cli.terminal import console, say
+from bpkit.cli import options, outputs
+from bpkit.cli.outputs import Outputs
 from bpkit.sizes import parse_sizes
 
 
+@options.takes(files=outputs.figures_and_plot)
 def sweep(
     file: Annotated[Path, typer.Argument(help="JSON or CSV: values by prompt and block size.", metavar="FILE")],
     sizes: Annotated[
@@ -26,8 +27,8 @@ def sweep(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of intervals and permutations.", min=0, metavar="N")] = 0,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a picture here (.png, .svg or .pdf).", metavar="FILE")] = None,
+    *,
+    files: Outputs,
 ) -> None:
     """Say what a table of prompts by block sizes shows.
 
@@ -40,23 +41,10 @@ def sweep(
     `bpkit --plugin recipes sweep rates.csv --figure tokens_per_second --json figures.json --plot sweep.png`
     """
     wanted = None if sizes is None else parse_sizes(sizes)
-    from bpkit.files import PICTURES, check_writable, write_json
     from recipes.sweep.figures import summarise_sweep
     from recipes.sweep.read import read_sweep
     from recipes.sweep.report import plot_sweep, print_sweep
 
-    if json is not None:
-        check_writable(json)
-    if plot is not None:
-        require("matplotlib", extra="plot", purpose="A plot")
-        check_writable(plot, suffixes=PICTURES)
     table = read_sweep(file, figure=figure)
     report = summarise_sweep(table, wanted, seed)
-    if json is not None:
-        write_json(json, report)
-    print_sweep(report, console())
-    if plot is not None:
-        plot_sweep(table, report, plot)
-    for path in (json, plot):
-        if path is not None:
-            say(f"wrote {path}")
+    files.deliver(report, print_sweep, lambda report, path: plot_sweep(table, report, path))

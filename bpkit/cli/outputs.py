@@ -1,0 +1,95 @@
+"""What a command writes when its work is done: figures, a picture or a page; and how the command is recorded."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bpkit.cli.errors import nothing_written, require, when_interrupted
+from bpkit.cli.terminal import Bar, console, progress_bar, say
+from bpkit.files import PICTURES, check_writable, write_json
+
+PAGES = (".html", ".htm")
+Json = Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")]
+Plot = Annotated[Path | None, typer.Option(help="Draw a picture here (.png, .svg or .pdf).", metavar="FILE")]
+Page = Annotated[Path | None, typer.Option(help="Write a page with pictures here (.html).", metavar="FILE")]
+
+
+class Outputs:
+    """Files that are written at the end. One that cannot be is refused when this is made, not after minutes of work.
+
+    Attributes:
+        figures, picture: None for what was not asked for.
+    """
+
+    def __init__(self, figures: Path | None = None, *, plot: Path | None = None, page: Path | None = None) -> None:
+        self.figures, self.picture = figures, plot or page
+        if figures is not None:
+            check_writable(figures)
+        for path, purpose, suffixes in ((plot, "A plot", PICTURES), (page, "A report", PAGES)):
+            if path is not None:
+                require("matplotlib", extra="plot", purpose=purpose)
+                check_writable(path, suffixes=suffixes)
+
+    @contextmanager
+    def pending(self) -> Iterator[Bar]:
+        """Around the work: a progress bar. Whoever interrupts it is told that nothing was written."""
+        with when_interrupted(nothing_written(self.figures, self.picture)), progress_bar() as bar:
+            yield bar
+
+    def deliver(
+        self,
+        result: Any,
+        show: Callable[[Any, Console], None],
+        draw: Callable[[Any, Path], None] | None = None,
+        *,
+        write: Callable[[Path, Any], None] = write_json,
+    ) -> None:
+        """Write the figures, print the tables, draw the picture, and say what was written."""
+        if self.figures is not None:
+            write(self.figures, result)
+        show(result, console())
+        if self.picture is not None and draw is not None:
+            draw(result, self.picture)
+        for path in (self.figures, self.picture):
+            if path is not None:
+                say(f"wrote {path}")
+
+
+# Groups of options, for `bpkit.cli.options.takes`.
+
+
+def figures(json: Json = None) -> Outputs:
+    """`--json`."""
+    return Outputs(json)
+
+
+def figures_and_plot(json: Json = None, plot: Plot = None) -> Outputs:
+    """`--json` and `--plot`."""
+    return Outputs(json, plot=plot)
+
+
+def figures_and_page(json: Json = None, report: Page = None) -> Outputs:
+    """`--json` and `--report`."""
+    return Outputs(json, page=report)
+
+
+def command_line() -> str:
+    """The command that runs, as it was typed."""
+    return shlex.join(["bpkit", *sys.argv[1:]])
+
+
+def portable(arguments: Sequence[str]) -> str:
+    """A command as it is recorded in what is passed on: of absolute paths only the name is kept.
+
+    >>> portable(["train", "mlp", "/home/me/runs/trace", "--out", "runs/mlp"])
+    'bpkit train mlp trace --out runs/mlp'
+    """
+    return shlex.join(["bpkit", *(Path(a).name if a.startswith(("/", "~")) else a for a in arguments)])
