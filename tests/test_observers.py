@@ -27,8 +27,14 @@ from bpkit import SpeculativeDecoder
 from bpkit.cli import main
 from bpkit.config import settle
 from bpkit.decode.guard import PolicyFault
-from bpkit.decode.observers import Ending, ObservedRequest, Observer, ObserverConfig, resolve_observer
-from bpkit.decode.observing import ObserverFaultWarning
+from bpkit.decode.observers import (
+    Ending,
+    ObservedRequest,
+    Observer,
+    ObserverConfig,
+    ObserverFaultWarning,
+    resolve_observer,
+)
 from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.policy import Policy, PolicyError
 from bpkit.testing import TinyPair

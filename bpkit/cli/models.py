@@ -41,7 +41,7 @@ def load_decoder(
     import torch
 
     from bpkit.decode.decoder import SpeculativeDecoder
-    from bpkit.decode.observing import Observers
+    from bpkit.decode.observers import Observers
     from bpkit.trace.cost import read_cost
 
     if isinstance(config.runtime.threads, int):
@@ -96,7 +96,7 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     from bpkit.decode.guard import PolicyFaultWarning
-    from bpkit.decode.observing import ObserverFaultWarning
+    from bpkit.decode.observers import ObserverFaultWarning
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

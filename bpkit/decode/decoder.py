@@ -28,8 +28,7 @@ from bpkit.decode.inputs import ModelInputs, model_inputs
 from bpkit.decode.loading import load_causal_lm
 from bpkit.decode.loop import decode
 from bpkit.decode.noise import POLICY_SALT, TARGET_SALT, GumbelNoise, hashed
-from bpkit.decode.observers import ObservedRequest, ObserverLike
-from bpkit.decode.observing import Observers, Watching, next_number
+from bpkit.decode.observers import ObservedRequest, ObserverLike, Observers, Watching, next_number
 from bpkit.decode.owned import DrafterLike, KeptDecoders, drafter_key, policy_for, policy_key
 from bpkit.decode.placement import input_device, move
 from bpkit.decode.refuse import refuse_what_generate_dropped, refuse_what_we_cannot_do

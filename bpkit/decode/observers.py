@@ -1,5 +1,7 @@
 """Observers: they are handed the record of every step, for metrics and logs. Importing this imports no torch.
 
+One that fails is warned of, left out and counted; it cannot end a generation.
+
 >>> from bpkit.decode.observers import Observer
 >>> class Count(Observer):
 ...     steps = 0
@@ -10,18 +12,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from itertools import count
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from bpkit.policy import PolicyError, validated
 from bpkit.registry.resolve import resolve
-from bpkit.types import Seconds
-
-if TYPE_CHECKING:
-    from bpkit.types import Record
+from bpkit.types import Record, Seconds, Step
 
 
 class ObserverError(PolicyError):
@@ -133,3 +135,97 @@ def resolve_observer(observer: ObserverLike) -> Observer:
         PolicyError: the name or an option is unknown, or the observer refuses them.
     """
     return resolve(observer, Observer, what="observer")
+
+
+class ObserverFaultWarning(UserWarning):
+    """An observer failed and is left out; text and speed are not affected."""
+
+
+class Observers:
+    """The observers of a decoder, and of those made from it with `with_policy`.
+
+    Attributes:
+        active: those that are told.
+        left_out: how many failed.
+    """
+
+    def __init__(self, observers: Sequence[ObserverLike] = ()) -> None:
+        self.active: list[Observer] = []
+        self.left_out = 0
+        self._failed: list[Observer] = []
+        try:
+            for observer in observers:
+                self.active.append(resolve_observer(observer))
+        except Exception:
+            self.close()
+            raise
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Call a method of all; one that fails is not told of anything again."""
+        for observer in tuple(self.active):
+            try:
+                getattr(observer, method)(*arguments)
+            except Exception as error:
+                self.active.remove(observer)
+                self._failed.append(observer)
+                self.left_out += 1
+                _warn(observer, method, error, "is left out from now on")
+
+    def close(self) -> None:
+        """Close all, also those that failed. Nobody is told anything afterwards."""
+        closing, self.active, self._failed = [*self.active, *self._failed], [], []
+        for observer in closing:
+            try:
+                observer.close()
+            except Exception as error:
+                _warn(observer, "close", error, "is closed as far as it went")
+
+
+def _warn(observer: Observer, method: str, error: Exception, outcome: str) -> None:
+    name = type(observer).__name__
+    message = f"observer {name}.{method}: {type(error).__name__}: {error}; {name} {outcome}"
+    warnings.warn(message, ObserverFaultWarning, stacklevel=3)
+
+
+next_number = count(1).__next__
+"""Numbers the generations of this process."""
+
+
+class Watching:
+    """One generation, as its observers see it.
+
+    Attributes:
+        seconds: wall-clock time that observers have taken.
+    """
+
+    def __init__(self, observers: Observers, request: ObservedRequest | None) -> None:
+        self.observers, self.request, self.seconds = observers, request, 0.0
+        self._begun = self._ended = False
+        self._tokens = self._steps = self._near_ties = 0
+        self._spent = Seconds()
+
+    def begin(self) -> None:
+        """Before the first record is asked for; later calls do nothing."""
+        if not self._begun and self.request is not None:
+            self._begun = True
+            self._tell("begin")
+
+    def record(self, record: Record) -> None:
+        """After each record."""
+        if self.request is not None:
+            self._tokens += record.tokens.shape[1]
+            self._near_ties += sum(record.near_ties)
+            self._spent += record.seconds
+            self._steps += isinstance(record, Step)
+            self._tell("record", record)
+
+    def end(self, *, complete: bool, fallbacks: int) -> None:
+        """Once; later calls, and those of a generation that never began, do nothing."""
+        if self._begun and not self._ended:
+            self._ended = True
+            self._tell("end", Ending(complete, self._tokens, self._steps, self._spent, fallbacks, self._near_ties))
+
+    def _tell(self, method: str, *what: Any) -> None:
+        started = time.perf_counter()
+        self.observers.tell(method, self.request, *what)
+        self.seconds += time.perf_counter() - started

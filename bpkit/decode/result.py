@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bpkit.decode.observing import Observers, Watching
+from bpkit.decode.observers import Observers, Watching
 from bpkit.decode.request import Request
 from bpkit.types import Prefill, Record, Seconds, Step
 
