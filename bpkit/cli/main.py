@@ -126,7 +126,7 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
             app.add_typer(command, name=name, rich_help_panel=panel)
         else:
             app.command(name, rich_help_panel=panel)(command)
-    add_plugin_commands(app, registry())
+    add_plugin_commands(app, registry(), own=_COMMANDS)
     return app
 
 
