@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from bpkit.cli import hooks as hooks_command
-from bpkit.cli import main
+from bpkit.cli import main, plugins
 from bpkit.draft.resolve import resolve_drafter
 from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.installation.doctor import examine
@@ -576,7 +575,7 @@ def test_every_hook_is_listed_with_its_arguments_and_plug_ins_in_the_order_of_ca
 ) -> None:
     early = marked("def bpkit_register_policies(register): pass", mark="@hookimpl(tryfirst=True)")
     known = build([plug_in("first", early), plug_in("second", registers("b", "m:X")), plug_in("third", "1 / 0")])
-    monkeypatch.setattr(hooks_command, "registry", lambda: known)
+    monkeypatch.setattr(plugins, "registry", lambda: known)
     listed = json.loads(CliRunner().invoke(main.build_app(), ["hooks", "--json"]).stdout)
     assert listed["schema_version"] == 1
     specified = {name: list(arguments) for name, arguments in hook_arguments().items()}

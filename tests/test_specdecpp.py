@@ -240,7 +240,7 @@ def test_options_that_are_given_are_not_chosen(pair: TinyPair, tmp_path: Path) -
 
 
 def test_the_shipped_weights_are_those_for_the_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bpkit.learn.trained.SHIPPED", tmp_path)
+    monkeypatch.setattr("bpkit.registry.policy_folder.SHIPPED", tmp_path)
     other = replace(SPEC, drafter="assistant", drafter_kind="autoregressive", trained_block_size=6)
     for folder, spec, threshold in (("specdecpp", SPEC, 0.6), ("specdecpp-autoregressive", other, 0.8)):
         facts = {"hidden_size": WIDTH, "blocks": 1, "block_size": 8}

@@ -440,7 +440,7 @@ def test_what_is_no_folder_is_said_to_be_none(tmp_path: Path) -> None:
 
 
 def test_the_shipped_weights_are_the_default_where_they_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bpkit.learn.trained.SHIPPED", folder.parent)
+    monkeypatch.setattr("bpkit.registry.policy_folder.SHIPPED", folder.parent)
     assert rate("toy") == rate(str(folder))
     with pytest.raises(PolicyError, match=r"the one that ships was trained for another decoder.*bpkit train toy"):
         resolve_policy("toy").bind(replace(SPEC, hidden_size=8))
@@ -614,7 +614,7 @@ def test_seen_prompts_are_known_by_their_tokens_or_else_by_their_ids(
     with pytest.raises(PolicyError, match="compared by id"):
         judged(fresh, old)
     assert "compared by id" in judged(fresh, old, leave_out=True)["left_out"]["toy"]
-    monkeypatch.setattr("bpkit.learn.trained.SHIPPED", tmp_path)
+    monkeypatch.setattr("bpkit.registry.policy_folder.SHIPPED", tmp_path)
     old.rename(tmp_path / "toy")
     with pytest.raises(PolicyError, match="compared by id"):  # what ships with bpkit has a record like any other
         evaluate(fresh, SPEC, {"toy": "toy"}, [COST], permutations=0)

@@ -158,8 +158,7 @@ def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights
 
 def those_that_ship() -> list[str]:
     """Names of policies whose trained weights come with bpkit."""
-    from bpkit.learn.trained import SHIPPED
-    from bpkit.registry.policy_folder import is_policy_folder, read_policy_file
+    from bpkit.registry.policy_folder import SHIPPED, is_policy_folder, read_policy_file
 
     folders = sorted(folder for folder in SHIPPED.glob("*") if is_policy_folder(folder))
     return list(dict.fromkeys(read_policy_file(folder).policy for folder in folders))

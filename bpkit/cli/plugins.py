@@ -1,12 +1,13 @@
-"""`bpkit policies`, `bpkit drafters` and `bpkit observers`: what the plug-ins offer. None imports torch."""
+"""`bpkit policies`, `drafters`, `observers` and `hooks`: what the plug-ins offer, and what they are. No torch."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
+import pluggy
 import typer
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
@@ -15,13 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from bpkit import assets
 from bpkit.cli import completion
 from bpkit.cli.terminal import console
 from bpkit.learn.trained_config import TrainedConfig
 from bpkit.policy import PolicyError
+from bpkit.registry import hookspecs
 from bpkit.registry.discovery import Entry, Registry, explain_conflict, registry
-from bpkit.registry.policy_folder import is_policy_folder, read_policy_file
+from bpkit.registry.policy_folder import shipped_folders
 
 SCHEMA_VERSION = 1
 """Of what `--json` prints."""
@@ -46,7 +47,7 @@ def policies(
 
     Next: `bpkit generate --policy threshold:0.6 ...`, or `bpkit bench --policy ...` to compare some.
     """
-    _list("policies", registry().policies, name, what="policy", as_json=as_json)
+    _list("policy", name, as_json)
 
 
 def drafters(
@@ -68,7 +69,7 @@ def drafters(
 
     Next: `bpkit generate --drafter ngram:max_ngram=4 "1, 2, 3, 1, 2,"`
     """
-    _list("drafters", registry().drafters, name, what="drafter", as_json=as_json)
+    _list("drafter", name, as_json)
 
 
 def observers(
@@ -90,52 +91,98 @@ def observers(
 
     Next: `bpkit generate --observe jsonl:path=steps.jsonl "def area(r):"`
     """
-    _list("observers", registry().observers, name, what="observer", as_json=as_json)
+    _list("observer", name, as_json)
 
 
-def _list(title: str, entries: Mapping[str, Entry], name: str | None, *, what: str, as_json: bool) -> None:
+def hooks(
+    name: Annotated[
+        str | None, typer.Argument(help="Show only this hook.", autocompletion=completion.hook_names)
+    ] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """List the hooks, and which plug-ins implement each.
+
+    With exact arguments, what each hook is for, and the plug-ins in the order in which they are called.
+
+    `bpkit hooks`
+
+    `bpkit hooks bpkit_register_policies`
+
+    Next: `bpkit new` starts a distribution with a plug-in in it.
+    """
     known = registry()
-    chosen = [known.find(what, name)] if name else [entries[n] for n in sorted(entries)]
-    failures = dict(known.failures)
-    described = []
-    for entry in chosen:
+    if name is not None:
+        hookspecs.check_hook_name(name)
+    found = [_describe_hook(hook, known) for hook in ([name] if name is not None else hookspecs.hook_arguments())]
+    if as_json:
+        return _print_json({"hooks": found, "plugins": [_describe_plugin(one, known) for one in known.plugins]}, known)
+    table = Table(title="hooks", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("hook and what it is for", overflow="fold", ratio=1)
+    table.add_column("plug-ins, in the order of calls", overflow="fold", ratio=1)
+    for hook in found:
+        told = Text(f"{hook['name']}({', '.join(hook['arguments'])})", style="bold")
+        told.append(f"\n{hook['purpose']}\n", style="not bold")
+        table.add_row(told, escape("\n".join(map(_implementation, hook["implementations"])) or "none"))
+    console().print(table)
+    _say_what_is_missing(known.failures, known)
+
+
+_ABOUT = {
+    "policy": ("policies", "--policy", "what it decides, and when"),
+    "drafter": ("drafters", "--drafter", "what it is"),
+    "observer": ("observers", "--observe", "what it does"),
+}
+"""Of each kind: what several are called, the option that takes one, and what a summary says."""
+
+
+def _list(kind: str, name: str | None, as_json: bool) -> None:
+    known = registry()
+    entries = known.of_kind(kind)
+    failures, described = dict(known.failures), []
+    for entry in [known.find(kind, name)] if name else [entries[n] for n in sorted(entries)]:
         try:
-            described.append(describe(entry, what))
+            described.append(describe(entry, kind))
         except PolicyError as error:
             failures[entry.name] = str(error)
     if as_json:
-        report = {"schema_version": SCHEMA_VERSION, title: described, "failures": failures}
-        typer.echo(json.dumps({**report, "disabled": known.disabled, "conflicts": conflicts(known)}, indent=2))
-        return
+        return _print_json({_ABOUT[kind][0]: described}, known, failures)
     if name is None or not described:
-        console().print(_table(title, described))
+        console().print(_table(kind, described))
     else:
-        _print_one(title, described[0])
-    say_what_is_missing(failures, known)
+        _print_one(kind, described[0])
+    _say_what_is_missing(failures, known)
 
 
-def say_what_is_missing(failures: Mapping[str, str], known: Registry) -> None:
+def _print_json(what: dict[str, Any], known: Registry, failures: Mapping[str, str] | None = None) -> None:
+    missing = {"failures": known.failures if failures is None else failures, "disabled": known.disabled}
+    report = {"schema_version": SCHEMA_VERSION, **what, **missing, "conflicts": _conflicts(known)}
+    typer.echo(json.dumps(report, indent=2))
+
+
+def _say_what_is_missing(failures: Mapping[str, str], known: Registry) -> None:
     """A line for each plug-in that failed or is disabled, and for each name that two claim."""
     for plugin, reason in sorted(failures.items()):
         console().print(f"[bold red]not loaded[/] [bold]{escape(plugin)}[/]: {escape(reason)}")
-    for text in conflicts(known):
+    for text in _conflicts(known):
         console().print(f"[bold red]claimed twice[/] {escape(text)}")
     for plugin, how in sorted(known.disabled.items()):
         console().print(f"[yellow]disabled[/] [bold]{escape(plugin)}[/] by {escape(how)}")
 
 
-def conflicts(known: Registry) -> list[str]:
-    """Who claims what twice, and how to settle it."""
+def _conflicts(known: Registry) -> list[str]:
     return [explain_conflict(kind, claimed) for (kind, _), claimed in sorted(known.conflicts.items())]
 
 
-def describe(entry: Entry, what: str = "policy") -> dict[str, Any]:
+def describe(entry: Entry, kind: str = "policy") -> dict[str, Any]:
     """An entry as plain JSON values; docs/plugins.md has the keys. Raises PolicyError if its options do not load."""
     config = entry.load_config()
     described: dict[str, Any] = {"name": entry.name, "summary": entry.summary, "options": _options(config)}
-    if what == "policy":
+    if kind == "policy":
         trainable = config is not None and issubclass(config, TrainedConfig)
-        described |= {"trainable": trainable, "weights": shipped_weights(entry.name) if trainable else []}
+        described |= {
+            "trainable": trainable,
+            "weights": [one.name for one in shipped_folders(entry.name)] if trainable else [],
+        }
     origin = {"plugin": entry.plugin, "distribution": entry.distribution or None, "version": entry.version or None}
     return {**described, **origin}
 
@@ -152,22 +199,12 @@ def _options(config: type[BaseModel] | None) -> dict[str, Any]:
     return options
 
 
-def shipped_weights(policy: str) -> list[str]:
-    """Names of the folders of weights that ship for a policy."""
-    folder = Path(assets.__file__).parent / "policies"
-    found = [folder / policy, *sorted(folder.glob(f"{policy}-*"))]
-    return [one.name for one in found if is_policy_folder(one) and read_policy_file(one).policy == policy]
-
-
-_TOLD = {"policies": "what it decides, and when", "drafters": "what it is", "observers": "what it does"}
-_FLAGS = {"policies": "--policy", "drafters": "--drafter", "observers": "--observe"}
-
-
-def _table(title: str, entries: list[dict[str, Any]]) -> Table:
+def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
     """A row for each, with its options and defaults below what it is."""
+    title, _, told_of = _ABOUT[kind]
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("name", style="bold", no_wrap=True)
-    table.add_column(f"{_TOLD[title]} (options and defaults)", overflow="fold")
+    table.add_column(f"{told_of} (options and defaults)", overflow="fold")
     table.add_column("from", overflow="fold")
     for entry in entries:
         options = ", ".join(_option(n, o["default"], o["required"]) for n, o in entry["options"].items())
@@ -178,15 +215,15 @@ def _table(title: str, entries: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _print_one(title: str, entry: dict[str, Any]) -> None:
+def _print_one(kind: str, entry: dict[str, Any]) -> None:
     """Everything about one: what it is, where it comes from, each option, and how it is asked for."""
-    out = console()
+    out, flag = console(), _ABOUT[kind][1]
     out.print(f"[bold]{escape(entry['name'])}[/] [dim]from {escape(_origin(entry))}[/]", soft_wrap=True)
     out.print(escape(entry["summary"]), soft_wrap=True)
     if entry.get("weights"):
         out.print(escape(f"Weights that ship: {', '.join(entry['weights'])}"), soft_wrap=True)
     if not entry["options"]:
-        out.print(f"\nIt has no options: {_FLAGS[title]} {escape(entry['name'])}", soft_wrap=True)
+        out.print(f"\nIt has no options: {flag} {escape(entry['name'])}", soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("option", style="bold", no_wrap=True)
@@ -198,7 +235,7 @@ def _print_one(title: str, entry: dict[str, Any]) -> None:
         table.add_row(escape(name), escape(default), escape(option["description"]))
     out.print(table)
     asked = f"{entry['name']}:{next(iter(entry['options']))}=VALUE"
-    out.print(escape(f"Give options as {_FLAGS[title]} {asked}, with commas between them."), soft_wrap=True)
+    out.print(escape(f"Give options as {flag} {asked}, with commas between them."), soft_wrap=True)
 
 
 def _origin(entry: dict[str, Any]) -> str:
@@ -216,3 +253,40 @@ def _typed(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _describe_hook(hook: str, known: Registry) -> dict[str, Any]:
+    """A hook and its implementations in the order of calls, as plain JSON values."""
+    return {
+        "name": hook,
+        "arguments": list(hookspecs.hook_arguments()[hook]),
+        "purpose": " ".join((inspect.getdoc(getattr(hookspecs, hook)) or "").split()),
+        "implementations": [_describe_call(one, known) for one in known.calls(hook)],
+    }
+
+
+def _describe_call(implementation: pluggy.HookImpl, known: Registry) -> dict[str, Any]:
+    function = implementation.function
+    return {
+        **_describe_plugin(implementation.plugin_name, known),
+        "function": f"{function.__module__}:{function.__qualname__}",
+        "tryfirst": implementation.tryfirst,
+        "trylast": implementation.trylast,
+    }
+
+
+def _describe_plugin(name: str, known: Registry) -> dict[str, Any]:
+    """A plug-in by name, as plain JSON values; one that is not installed as a plug-in has no distribution."""
+    plugin = known.plugins.get(name)
+    return {
+        "plugin": name,
+        "module": plugin.module if plugin else None,
+        "distribution": (plugin.distribution or None) if plugin else None,
+        "version": (plugin.version or None) if plugin else None,
+    }
+
+
+def _implementation(one: dict[str, Any]) -> str:
+    origin = f"{one['distribution']} {one['version']}" if one["distribution"] else "not installed"
+    marks = "".join(f", {mark}" for mark in ("tryfirst", "trylast") if one[mark])
+    return f"{one['plugin']} ({origin}, {one['module']}{marks})"

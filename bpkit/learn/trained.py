@@ -26,6 +26,7 @@ from bpkit.registry.policy_folder import (
     is_policy_folder,
     read_policy_file,
     read_weights,
+    shipped_folders,
     write_policy_folder,
 )
 from bpkit.registry.resolve import class_of_folder, registered_by_another, spec_of, with_weights
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainedConfig", "TrainedElsewhereWarning", "TrainedPolicy", "is_policy_folder"]
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "policies"
 _DOWNLOAD: dict[str, Any] = {
     "revision": None,
     "cache_dir": None,
@@ -318,13 +318,8 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         return f"train it with `bpkit train {spec} TRACE --out FOLDER --cost COST`, and use `--policy {use}`"
 
     def _shipped_folders(self) -> list[Path]:
-        """What ships for the policy: folder `NAME`, and any `NAME-...`, for other drafters.
-
-        Nothing does for a stranger's class that merely has the name of one that is registered.
-        """
-        name = self.name
-        folders = [SHIPPED / name, *sorted(SHIPPED.glob(f"{name}-*"))]
-        found = [folder for folder in folders if is_policy_folder(folder) and read_policy_file(folder).policy == name]
+        """What ships for the policy; nothing for a stranger's class that merely has the name of a registered one."""
+        found = shipped_folders(self.name)
         return found if not found or registered_by_another(type(self)) is None else []
 
 

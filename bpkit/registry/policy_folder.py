@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 POLICY, WEIGHTS = "policy.json", "weights.safetensors"
+SHIPPED = Path(__file__).parents[1] / "assets" / "policies"
 _MUST_AGREE = ("drafter_kind", "trained_block_size", "hidden_size", "vocab_size")
 _MAY_DIFFER = ("target", "drafter")
 """Names: one pair of models may lie in different places."""
@@ -83,6 +84,12 @@ class PolicyFile(BaseModel):
 def is_policy_folder(path: str | Path) -> bool:
     """Whether there is a folder with a trained policy in it."""
     return (Path(path).expanduser() / POLICY).is_file()
+
+
+def shipped_folders(policy: str) -> list[Path]:
+    """What ships with bpkit for a policy: folder `NAME`, and any `NAME-...`, for other drafters."""
+    folders = [SHIPPED / policy, *sorted(SHIPPED.glob(f"{policy}-*"))]
+    return [one for one in folders if is_policy_folder(one) and read_policy_file(one).policy == policy]
 
 
 def read_policy_file(folder: Path) -> PolicyFile:
