@@ -313,7 +313,7 @@ def test_a_chat_is_decoded_as_the_template_of_the_tokenizer_has_it(run: Run, pai
 def test_models_that_are_no_folders_are_announced_or_refused_offline(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from bpkit.cli.hub import announce_downloads, models_on_the_hub
+    from bpkit.cli.models import announce_downloads, models_on_the_hub
     from bpkit.config import Config
 
     def asked(target: str | None, drafter: Any) -> list[tuple[str, str]]:

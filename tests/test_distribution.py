@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from bpkit import __version__
 from bpkit.installation.distribution import DISTRIBUTION, install_command, requirement
 from bpkit.registry.discovery import registry
-from bpkit.scaffold import Kind, Names, render
+from bpkit.scaffold.names import Kind, Names
+from bpkit.scaffold.render import render
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -22,9 +22,8 @@ from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.policy import Policy, PolicyConfig
 from bpkit.registry.discovery import build, registry
 from bpkit.registry.resolve import resolve_policy
-from bpkit.scaffold import Kind, Names, ScaffoldError, render, write_folder
-from bpkit.scaffold.names import MAX_LENGTH, refuse_taken
-from bpkit.scaffold.render import MAX_SUMMARY
+from bpkit.scaffold.names import MAX_LENGTH, Kind, Names, ScaffoldError, refuse_taken
+from bpkit.scaffold.render import MAX_SUMMARY, render, write_folder
 
 ROOT = Path(__file__).parent.parent
 PUBLISH = ROOT / "docs" / "publish.md"

@@ -5,6 +5,7 @@ A value with its help where there is one. What is no name, such as a path, is le
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from textwrap import shorten
 
 from rich.markup import escape
@@ -17,34 +18,40 @@ MOST_OF_HELP = 70
 """Characters."""
 
 
-def policies(incomplete: str) -> Completions:
-    """Names of policies; after `name:`, the policy's options."""
-    return _specs("policy", incomplete)
+def _told(text: str) -> str:
+    """Help that stays on one line: Typer renders it as Rich markup, 80 columns wide."""
+    return escape(shorten(text, MOST_OF_HELP, placeholder=" ..."))
 
 
-def drafters(incomplete: str) -> Completions:
-    """Names of drafters; after `name:`, the drafter's options."""
-    return _specs("drafter", incomplete)
+def names(kind: str) -> Callable[[], Completions]:
+    """Completes names of policies, drafters or observers alone, as for `bpkit policies`."""
+
+    def complete() -> Completions:
+        entries = registry().of_kind(kind)
+        return [(name, _told(entries[name].summary)) for name in sorted(entries)]
+
+    return complete
 
 
-def observers(incomplete: str) -> Completions:
-    """Names of observers; after `name:`, the observer's options."""
-    return _specs("observer", incomplete)
+def specs(kind: str) -> Callable[[str], Completions]:
+    """Completes names of policies, drafters or observers and, after `name:`, the options of that one."""
+
+    def complete(incomplete: str) -> Completions:
+        name, colon, given = incomplete.partition(":")
+        if not colon:
+            return names(kind)()
+        try:
+            config = registry().find(kind, name).load_config()
+        except PolicyError:  # a path, a name that nobody has, or options that do not load
+            return []
+        before, comma, _ = given.rpartition(",")
+        fields = config.model_fields if config else {}
+        return [(f"{name}:{before}{comma}{key}=", _told(field.description or "")) for key, field in fields.items()]
+
+    return complete
 
 
-def policy_names() -> Completions:
-    """Names alone, for `bpkit policies`."""
-    return _names("policy")
-
-
-def drafter_names() -> Completions:
-    """Names alone, for `bpkit drafters`."""
-    return _names("drafter")
-
-
-def observer_names() -> Completions:
-    """Names alone, for `bpkit observers`."""
-    return _names("observer")
+policies, drafters, observers = specs("policy"), specs("drafter"), specs("observer")
 
 
 def hook_names() -> list[str]:
@@ -89,26 +96,3 @@ def rules() -> Completions:
 def dtypes() -> list[str]:
     """Of weights."""
     return ["auto", "float32", "bfloat16", "float16"]
-
-
-def _told(text: str) -> str:
-    """Help that stays on one line: Typer renders it as Rich markup, 80 columns wide."""
-    return escape(shorten(text, MOST_OF_HELP, placeholder=" ..."))
-
-
-def _names(kind: str) -> Completions:
-    entries = registry().of_kind(kind)
-    return [(name, _told(entries[name].summary)) for name in sorted(entries)]
-
-
-def _specs(kind: str, incomplete: str) -> Completions:
-    name, colon, given = incomplete.partition(":")
-    if not colon:
-        return _names(kind)
-    try:
-        config = registry().find(kind, name).load_config()
-    except PolicyError:  # a path, a name that nobody has, or options that do not load
-        return []
-    before, comma, _ = given.rpartition(",")
-    fields = config.model_fields if config else {}
-    return [(f"{name}:{before}{comma}{key}=", _told(field.description or "")) for key, field in fields.items()]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bpkit.scaffold.kinds import Kind
+from bpkit.scaffold.names import Kind
 
 
 def new(
@@ -47,8 +47,8 @@ def new(
 
     Next: `pip install -e ./bpkit-quick-stop[test]`, and `bpkit check quick_stop`
     """
-    from bpkit.scaffold import Names, refuse_folder_in_use, render, write_folder
-    from bpkit.scaffold.names import refuse_taken
+    from bpkit.scaffold.names import Names, refuse_taken
+    from bpkit.scaffold.render import refuse_folder_in_use, render, write_folder
 
     names = Names.of(name)
     folder = out or Path(name)

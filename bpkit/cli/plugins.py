@@ -33,7 +33,9 @@ _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a t
 def policies(
     name: Annotated[
         str | None,
-        typer.Argument(help="Show this policy alone, and its options in full.", autocompletion=completion.policy_names),
+        typer.Argument(
+            help="Show this policy alone, and its options in full.", autocompletion=completion.names("policy")
+        ),
     ] = None,
     as_json: _AsJson = False,
 ) -> None:
@@ -54,7 +56,7 @@ def drafters(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Show this drafter alone, and its options in full.", autocompletion=completion.drafter_names
+            help="Show this drafter alone, and its options in full.", autocompletion=completion.names("drafter")
         ),
     ] = None,
     as_json: _AsJson = False,
@@ -76,7 +78,7 @@ def observers(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Show this observer alone, and its options in full.", autocompletion=completion.observer_names
+            help="Show this observer alone, and its options in full.", autocompletion=completion.names("observer")
         ),
     ] = None,
     as_json: _AsJson = False,

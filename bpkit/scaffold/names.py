@@ -6,11 +6,11 @@ import keyword
 import re
 import sys
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib import metadata
 from typing import Self
 
 from bpkit.registry.discovery import registry
-from bpkit.scaffold.kinds import Kind
 
 MAX_LENGTH = 40
 """Characters of a name; with more, lines of the made files would be too long."""
@@ -18,6 +18,14 @@ PREFIX = "bpkit_"
 """What a package may be called by and its policy is not."""
 COMMANDS = ("drafter",)
 """Names that mean something else after `bpkit train`."""
+
+
+class Kind(StrEnum):
+    """A folder of `templates/` each, on top of `templates/common`."""
+
+    STATELESS = "stateless"
+    FEEDBACK = "feedback"
+    TRAINED = "trained"
 
 
 class ScaffoldError(ValueError):

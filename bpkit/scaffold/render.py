@@ -1,6 +1,6 @@
-"""From templates to the text of files. A template is a file `templates/KIND/PATH.tmpl` with `$name` to fill in.
+"""From templates to files, and files to a folder: all of them or nothing.
 
-In a path `PACKAGE` and `POLICY` stand for the names, and `dot_` for a dot, because wheels leave out hidden files; the
+A template is a file `templates/KIND/PATH.tmpl` with `$name` to fill in. In its path `PACKAGE` and `POLICY` stand for the names, and `dot_` for a dot, because wheels leave out hidden files; the
 rest of the path is that of the made file.
 """
 
@@ -10,18 +10,33 @@ import ast
 import builtins
 import json
 import re
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from string import Template
 
 from bpkit import __version__
 from bpkit.installation.distribution import DISTRIBUTION
-from bpkit.scaffold.kinds import EXTRAS, EXTRAS_FOR, SUMMARIES, Kind
-from bpkit.scaffold.names import Names, ScaffoldError
+from bpkit.scaffold.names import Kind, Names, ScaffoldError
 
 TEMPLATES = Path(__file__).parent / "templates"
 SUFFIX = ".tmpl"
 MAX_SUMMARY = 90
 """Characters of a summary: one line of the made files."""
+
+SUMMARIES = {
+    Kind.STATELESS: "Drafts a long block after a token that the target was sure of, else a short one.",
+    Kind.FEEDBACK: "Before each draft: as much as recent steps accepted on average, and a little more.",
+    Kind.TRAINED: "Before each draft, a small trained network picks the block size.",
+}
+"""What the made policy does, for `bpkit policies`, unless its author says it."""
+
+EXTRAS = {Kind.STATELESS: "traces", Kind.FEEDBACK: "traces", Kind.TRAINED: "export,train"}
+"""Extras of bpkit that the author of such a policy needs."""
+
+EXTRAS_FOR = {Kind.STATELESS: "", Kind.FEEDBACK: "", Kind.TRAINED: ", training and exporting"}
+"""What for, after "reading traces"."""
 
 
 def render(names: Names, kind: Kind, *, summary: str | None = None, author: str | None = None) -> dict[str, str]:
@@ -100,3 +115,38 @@ def _refuse_shadowed(files: dict[str, str], names: Names) -> None:
                 f"{names.distribution!r} would need a class {made!r}, a name that its files use for something else: "
                 f"choose another name, such as 'bpkit-{names.policy.replace('_', '-')}-mine'"
             )
+
+
+def refuse_folder_in_use(folder: Path) -> None:
+    """Raise ScaffoldError unless the folder is empty or not there."""
+    if folder.is_dir():
+        inside = next(folder.iterdir(), None)
+        if inside is not None:
+            raise ScaffoldError(
+                f"{folder} is not empty (it has {inside.name}), and nothing is overwritten: choose another folder with "
+                "`--out`, or move it away"
+            )
+    elif folder.exists() or folder.is_symlink():
+        raise ScaffoldError(f"{folder} is a file: choose another folder with `--out`")
+
+
+def write_folder(folder: Path, files: Mapping[str, str]) -> None:
+    """Write the files, path -> text, beside the folder first, so that an error or an interrupt leaves none of them.
+
+    Raises:
+        ScaffoldError: there is something in the folder.
+    """
+    refuse_folder_in_use(folder)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
+        made = Path(partial) / "made"  # the temporary folder itself can be read by its owner only
+        for path, text in files.items():
+            file = made / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8", newline="\n")
+        if folder.exists():  # and empty: it may be where the user stands, so it is filled and not replaced
+            for entry in sorted(made.iterdir()):
+                shutil.move(entry, folder / entry.name)
+        else:
+            made.rename(folder)
