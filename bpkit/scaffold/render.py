@@ -1,7 +1,7 @@
 """From templates to files, and files to a folder: all of them or nothing.
 
-A template is a file `templates/KIND/PATH.tmpl` with `$name` to fill in. In its path `PACKAGE` and `POLICY` stand for the names, and `dot_` for a dot, because wheels leave out hidden files; the
-rest of the path is that of the made file.
+A template is a file `templates/KIND/PATH.tmpl` with `$name` to fill in. In its path `PACKAGE` and `POLICY` stand for
+the names, and `dot_` for a dot, because wheels leave out hidden files; the rest is the path of the made file.
 """
 
 from __future__ import annotations
