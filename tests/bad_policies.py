@@ -318,7 +318,7 @@ class CannotLoad(ForgetsToSave):
         return {"requests": self.requests}
 
 
-# survival
+# edge_cases
 
 
 class TrainedSizeOnly(Four):

@@ -20,11 +20,11 @@ from bpkit.cli.main import build_app
 from bpkit.decode.verify import Coupled, Verdict
 from bpkit.registry.discovery import registry
 from bpkit.testing import PolicyCheckError, check_policy, policy_checks
-from bpkit.testing.checks import subject
-from bpkit.testing.checks.fresh import FreshWeights
+from bpkit.testing.checks import checked_policy
+from bpkit.testing.checks.check import report_on
+from bpkit.testing.checks.fresh_weights import FreshWeights
 from bpkit.testing.checks.report import Findings
-from bpkit.testing.checks.run_all import report_on
-from bpkit.testing.checks.stage import AGREEABLE, COST, DFLASH, stage
+from bpkit.testing.checks.setup import AGREEABLE, COST, DFLASH, tiny_setup
 
 bad: Any = importlib.import_module("bad_policies")  # beside this file, which is no package
 BAD_FILE = Path(bad.__file__)
@@ -80,10 +80,14 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
     ("memory", bad.SavesTensor, ["SavesTensor.state_dict", "Tensor is not JSON serializable"]),
     ("memory", bad.SavesHalf, ["SavesHalf", "state_dict lacks something"]),
     ("memory", bad.CannotLoad, ["CannotLoad.load_state_dict", "keeps no memory across requests"]),
-    ("survival", bad.TrainedSizeOnly, ["TrainedSizeOnly.truncate", "drafts of 16 positions", "IndexError"]),
-    ("survival", bad.DividesByDrafted, ["DividesByDrafted.observe", "no drafts", "ZeroDivisionError"]),
-    ("survival", bad.NeedsAStep, ["NeedsAStep.end", "ends with its first token", "ZeroDivisionError"]),
-    ("survival", bad.LongPromptsOnly, ["LongPromptsOnly.begin", "a prompt of one token", "ArithmeticError: too short"]),
+    ("edge_cases", bad.TrainedSizeOnly, ["TrainedSizeOnly.truncate", "drafts of 16 positions", "IndexError"]),
+    ("edge_cases", bad.DividesByDrafted, ["DividesByDrafted.observe", "no drafts", "ZeroDivisionError"]),
+    ("edge_cases", bad.NeedsAStep, ["NeedsAStep.end", "ends with its first token", "ZeroDivisionError"]),
+    (
+        "edge_cases",
+        bad.LongPromptsOnly,
+        ["LongPromptsOnly.begin", "a prompt of one token", "ArithmeticError: too short"],
+    ),
     ("device", bad.StaysOnTheHost, ["StaysOnTheHost", "simulated device (cuda:0)", "same device", "in `bind`"]),
     ("export", bad.DecidesOtherwise, ["DecidesOtherwise", "decides otherwise than the policy", "onnxruntime"]),
 ]
@@ -93,7 +97,7 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
 def test_a_fault_fails_its_own_check_and_no_other(
     check: str, policy: type[Policy], essentials: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subject, "USUAL", (DFLASH,))  # the one that drafts fastest; all are met below
+    monkeypatch.setattr(checked_policy, "USUAL", (DFLASH,))  # the one that drafts fastest; all are met below
     report = report_on(policy)
     assert [result.name for result in report.failed] == [check], str(report)
     text = str(report)
@@ -146,8 +150,8 @@ def test_an_exported_policy_passes(tmp_path: Path) -> None:
     named = resolve_policy("ldlp")
     assert isinstance(named, TrainedPolicy)
     fresh = FreshWeights(named).policy(DFLASH)
-    spec = stage().decoder(DFLASH, "fixed").spec
-    traces = stage().traces(DFLASH, frozenset(fresh.wants))
+    spec = tiny_setup().decoder(DFLASH, "fixed").spec
+    traces = tiny_setup().traces(DFLASH, frozenset(fresh.wants))
     export_policy(fresh, traces, spec, tmp_path / "out", name="tiny", summary="Tiny.", cost=COST)
     report = check_policy(f"onnx:{tmp_path / 'out'}")
     assert report.drafters == (DFLASH,)
@@ -156,13 +160,13 @@ def test_an_exported_policy_passes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_learned_policy_in_a_file_passes() -> None:
-    report = check_policy(f"{BAD_FILE}:Learned", skip=["survival", "memory", "determinism"])
+    report = check_policy(f"{BAD_FILE}:Learned", skip=["edge_cases", "memory", "determinism"])
     assert report["features"].said == "declared and read: anchor_entropy, last_hidden"
     assert report["export"].state == "passed"
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bpkit.testing.checks.export.NEEDED", ("onnx_of_another_name",))
+    monkeypatch.setattr("bpkit.testing.checks.repeated.NEEDED", ("onnx_of_another_name",))
     result = check_policy("ldlp", skip=set(NAMES) - {"export"})["export"]
     assert (result.state, result.said) == (
         "skipped",
@@ -276,7 +280,7 @@ def test_times_are_measured_and_slow_decisions_noted(monkeypatch: pytest.MonkeyP
     assert shown >= 2
     assert "a step of the tiny pair takes" in result.said
     for step, slow in ((1e-3, True), (1e3, False)):
-        monkeypatch.setattr("bpkit.testing.checks.timing._step_seconds", lambda drafter, step=step: step)
+        monkeypatch.setattr(tiny_setup(), "step_seconds", lambda drafter, step=step: step)
         result = timing(Sleeps)
         assert result.state == "passed"
         assert any("a call of `select` takes longer than a whole step" in note for note in result.notes) == slow
@@ -322,7 +326,7 @@ def test_fixtures_are_there_in_anybodys_tests(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(
         "from my_policy import Mine\n\n\n"
         "def test_pair(bpkit_pair):\n    assert bpkit_pair.ids('ab').shape == (1, 2)\n\n\n"
-        "def test_other(bpkit_check):\n    assert bpkit_check('fixed:4', skip=['survival', 'memory']).ok\n\n\n"
+        "def test_other(bpkit_check):\n    assert bpkit_check('fixed:4', skip=['edge_cases', 'memory']).ok\n\n\n"
         "def test_mine(bpkit_check):\n    bpkit_check(Mine)\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]

@@ -103,8 +103,8 @@ def _list(as_json: bool) -> None:
 
 def _report(config: Config, policy: PolicyLike, skip: tuple[str, ...], *, real: bool, bar: Bar) -> Report:
     """What the checks found on the tiny pair, and on real models if those were asked for."""
+    from bpkit.testing.checks.check import report_on
     from bpkit.testing.checks.report import Report, Result
-    from bpkit.testing.checks.run_all import report_on
 
     seed = config.sampling.seed or 0
     try:
@@ -121,7 +121,7 @@ def _with_models(config: Config, policy: PolicyLike, seed: int, bar: Bar) -> Res
     from bpkit.cli.models import load_decoder
     from bpkit.prompts import choose_prompts
     from bpkit.registry.resolve import resolve_policy
-    from bpkit.testing.checks.models import TEMPERATURES, check_models
+    from bpkit.testing.checks.real_models import TEMPERATURES, check_models
     from bpkit.testing.checks.surroundings import undisturbed
 
     checked = resolve_policy(policy)

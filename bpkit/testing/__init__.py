@@ -17,9 +17,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bpkit.testing.checks.check import Check, policy_checks
+    from bpkit.testing.checks.check import Check, check_policy, policy_checks
     from bpkit.testing.checks.report import Failure, PolicyCheckError, Report, Result
-    from bpkit.testing.checks.run_all import check_policy
     from bpkit.testing.models import AgreeableDrafter, TinyPair, tiny_pair
 
 __all__ = [
@@ -36,9 +35,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "bpkit.testing.checks.check": ("Check", "policy_checks"),
+    "bpkit.testing.checks.check": ("Check", "check_policy", "policy_checks"),
     "bpkit.testing.checks.report": ("Failure", "PolicyCheckError", "Report", "Result"),
-    "bpkit.testing.checks.run_all": ("check_policy",),
     "bpkit.testing.models": ("AgreeableDrafter", "TinyPair", "tiny_pair"),
 }
 

@@ -29,6 +29,6 @@ def bpkit_pair() -> TinyPair:
 @pytest.fixture(scope="session")
 def bpkit_check() -> Callable[..., Report]:
     """`bpkit.testing.check_policy`: call it with a policy; it raises an AssertionError that lists every failure."""
-    from bpkit.testing.checks.run_all import check_policy
+    from bpkit.testing.checks.check import check_policy
 
     return check_policy

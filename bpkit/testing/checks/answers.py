@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from bpkit.decode.guard import kind_of
-from bpkit.testing.checks.copies import Given
+from bpkit.testing.checks.records import Given
 from bpkit.types import Context, Draft
 
 Kind = Literal["raised", "feature", "answer", "size"]
+DECIDES = ("select", "extend", "truncate")
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,23 @@ class Fault:
     text: str
 
 
+def raised(error: Exception) -> str:
+    """What a policy did that raised."""
+    return f"it raised {type(error).__name__}: {error}"
+
+
 def wrong_answer(method: str, answer: Any, given: Given | None, largest: int) -> Fault | None:
     """What is wrong with an answer, by the protocol of `Policy`; None if nothing is."""
-    if method == "begin":
-        if isinstance(answer, dict):
-            return None
+    if method == "begin" and not isinstance(answer, dict):
         return Fault(method, "answer", f"it returned {kind_of(answer)}, not a dict of tensors")
-    if method not in ("select", "truncate", "extend"):
+    if method not in DECIDES:
         return None
     assert isinstance(given, Context | Draft)
     batch = given.batch_size if isinstance(given, Context) else len(given.draft_length)
     what = "a bool tensor [batch]" if method == "extend" else "int64 [batch], as context.full(8) is"
     if not isinstance(answer, Tensor):
-        shown = "None" if answer is None else f"{kind_of(answer)} ({answer!r})"
-        return Fault(method, "answer", f"it returned {shown}, not {what}")
+        got = "None" if answer is None else f"{kind_of(answer)} ({answer!r})"
+        return Fault(method, "answer", f"it returned {got}, not {what}")
     if answer.shape != (batch,):
         return Fault(method, "answer", f"it returned shape {list(answer.shape)} for a batch of {batch}, not {what}")
     if method == "extend":
@@ -54,20 +58,17 @@ def wrong_answer(method: str, answer: Any, given: Given | None, largest: int) ->
     numbers = answer.tolist()
     if not all(math.isfinite(number) for number in numbers):
         return Fault(method, "answer", f"it returned {numbers}, which is no number of positions")
-    return _out_of_range(method, numbers, given, largest)
+    wrong = _out_of_range(numbers, given, largest)
+    return None if wrong is None else Fault(method, "size", f"it returned {numbers}{wrong}")
 
 
-def _out_of_range(method: str, numbers: list[float], given: Context | Draft, largest: int) -> Fault | None:
+def _out_of_range(numbers: list[float], given: Context | Draft, largest: int) -> str | None:
     if any(number != int(number) for number in numbers):
-        return Fault(method, "size", f"it returned {numbers}, which are not whole numbers")
-    if isinstance(given, Context):
-        if any(not 1 <= number <= largest for number in numbers):
-            advice = "no draft is block size 1"
-            if max(numbers) > largest:
-                advice = "keep `decoder.max_block_size` in `bind`, and clamp to it"
-            return Fault(method, "size", f"it returned {numbers}: {advice}")
-        return None
-    lengths = given.draft_length.tolist()
-    if any(not 0 <= number <= most for number, most in zip(numbers, lengths, strict=True)):
-        return Fault(method, "size", f"it returned {numbers} where {lengths} tokens were drafted")
-    return None
+        return ", which are not whole numbers"
+    if isinstance(given, Draft):
+        lengths = given.draft_length.tolist()
+        fits = all(0 <= number <= most for number, most in zip(numbers, lengths, strict=True))
+        return None if fits else f" where {lengths} tokens were drafted"
+    if max(numbers) > largest:
+        return ": keep `decoder.max_block_size` in `bind`, and clamp to it"
+    return ": no draft is block size 1" if min(numbers) < 1 else None

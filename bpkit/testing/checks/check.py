@@ -1,17 +1,19 @@
-"""The checks by name. Listing them imports no torch: each is imported when it runs."""
+"""The checks, and `check_policy`, which runs them all. Listing them imports no torch: each is imported when it runs."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
-from bpkit.testing.checks.report import Findings, PolicyCheckError, Report, Result, Skip
+from bpkit.progress import NoProgress, Progress
+from bpkit.testing.checks.report import Findings, Report, Result, Skip
 
 if TYPE_CHECKING:
-    from bpkit.testing.checks.subject import PolicyToCheck, Subject
+    from bpkit.testing.checks.checked_policy import CheckedPolicy, PolicyToCheck
 
 
 @dataclass(frozen=True)
@@ -19,15 +21,16 @@ class Check:
     """One thing that is checked.
 
     Attributes:
-        name: also of its module in `bpkit.testing.checks`, and of the function there.
+        name: also of the function in `module`, one of `bpkit.testing.checks`.
         summary: what holds for a policy that passes.
     """
 
     name: str
+    module: str
     summary: str
 
     def __call__(self, policy: PolicyToCheck, *, seed: int = 0) -> Result:
-        """Run this check alone.
+        """Run this check alone. A class is decoded with once for all checks that are called like this.
 
         Args:
             policy: as `check_policy` takes it. seed: of everything that is drawn.
@@ -35,40 +38,36 @@ class Check:
         Raises:
             PolicyCheckError: the policy fails it. PolicyError: there is no such policy, or no drafter serves it.
         """
-        from bpkit.testing.checks.run_all import subject_of
-        from bpkit.testing.checks.surroundings import undisturbed
-
-        with undisturbed():
-            subject = subject_of(policy, seed)
-            report = Report(subject.shown, seed, (self.run(subject),), *subject.served)
+        report = _report((self,), policy, seed, NoProgress())
         report.raise_for_failures()
         return report.results[0]
 
-    def run(self, subject: Subject) -> Result:
+    def run(self, policy: CheckedPolicy) -> Result:
         """What this check finds, without raising."""
-        function = getattr(importlib.import_module(f"bpkit.testing.checks.{self.name}"), self.name)
+        function = getattr(importlib.import_module(f"bpkit.testing.checks.{self.module}"), self.name)
         begun, out, skipped = time.perf_counter(), Findings(), None
         try:
-            cast("Callable[[Subject, Findings], None]", function)(subject, out)
+            function(policy, out)
         except Skip as reason:
             skipped = str(reason)
         return out.result(self.name, self.summary, time.perf_counter() - begun, skipped)
 
 
 _CHECKS = (
-    Check("lossless", "whatever it decides, the text is that of plain decoding; it is never overruled"),
-    Check("sizes", "block sizes are 1 .. max_block_size, verified lengths 0 .. draft_length, whole numbers"),
-    Check("features", "it reads the features that `wants` declares, all of them and no others"),
-    Check("mutation", "it changes nothing that it is handed but its own state"),
-    Check("determinism", "the same seed and the same clock give the same decisions"),
-    Check("rows", "what it decides for a request does not depend on the requests beside it"),
-    Check("overlap", "what it decides for a request does not depend on those that run at the same time"),
-    Check("memory", "its memory across requests is plain JSON, and takes up where it left off"),
-    Check("survival", "it survives the shortest prompts and outputs, and drafts of any length"),
-    Check("device", "it decides on an accelerator as on the host, and seldom makes the host wait"),
-    Check("timing", "how long a decision takes (for information; nothing is required)"),
-    Check("export", "what it exports decides in onnxruntime as it does itself"),
+    Check("lossless", "usual", "whatever it decides, the text is that of plain decoding; it is never overruled"),
+    Check("sizes", "usual", "block sizes are 1 .. max_block_size, verified lengths 0 .. draft_length, whole numbers"),
+    Check("features", "usual", "it reads the features that `wants` declares, all of them and no others"),
+    Check("mutation", "usual", "it changes nothing that it is handed but its own state"),
+    Check("determinism", "repeated", "the same seed and the same clock give the same decisions"),
+    Check("rows", "rows", "what it decides for a request does not depend on the requests beside it"),
+    Check("overlap", "overlap", "what it decides for a request does not depend on those that run at the same time"),
+    Check("memory", "repeated", "its memory across requests is plain JSON, and takes up where it left off"),
+    Check("edge_cases", "edge_cases", "it copes with the shortest prompts and outputs, and drafts of any length"),
+    Check("device", "device", "it decides on an accelerator as on the host, and seldom makes the host wait"),
+    Check("timing", "timing", "how long a decision takes (for information; nothing is required)"),
+    Check("export", "repeated", "what it exports decides in onnxruntime as it does itself"),
 )
+_FORMER_NAMES = {"survival": "edge_cases"}
 
 
 def policy_checks() -> tuple[Check, ...]:
@@ -76,13 +75,58 @@ def policy_checks() -> tuple[Check, ...]:
     return _CHECKS
 
 
-def without(skip: tuple[str, ...] | list[str] | frozenset[str]) -> tuple[Check, ...]:
-    """The checks but those of these names. Raises ValueError for a name that there is not."""
+def check_policy(policy: PolicyToCheck, *, seed: int = 0, skip: Collection[str] = ()) -> Report:
+    """Run all checks of a policy on the tiny pair.
+
+    Args:
+        policy: a Policy class, or what `bpkit.resolve_policy` takes: `"name:key=value"`, `"./file.py:Class"`, a
+            mapping, an instance (of which copies are checked). One with trained weights is checked with fresh ones.
+        seed: of everything that is drawn.
+        skip: names of checks to leave out.
+
+    Raises:
+        PolicyCheckError: a check failed; the text lists each failure.
+        PolicyError: there is no such policy, or no drafter of the tiny pair can serve it.
+        ValueError: there is no check of a name in `skip`.
+
+    >>> check_policy("fixed:4", skip=["edge_cases"]).ok
+    True
+    """
+    report = report_on(policy, seed=seed, skip=skip)
+    report.raise_for_failures()
+    return report
+
+
+def report_on(
+    policy: PolicyToCheck, *, seed: int = 0, skip: Collection[str] = (), progress: Progress | None = None
+) -> Report:
+    """The same without raising for what the checks find."""
+    left_out = {_FORMER_NAMES.get(name, name) for name in skip}
     names = [check.name for check in _CHECKS]
-    for name in skip:
-        if name not in names:
-            raise ValueError(f"there is no check {name!r} to skip; the checks are: {', '.join(names)}")
-    return tuple(check for check in _CHECKS if check.name not in skip)
+    for name in sorted(left_out - set(names)):
+        raise ValueError(f"there is no check {name!r} to skip; the checks are: {', '.join(names)}")
+    return _report([check for check in _CHECKS if check.name not in left_out], policy, seed, progress or NoProgress())
 
 
-__all__ = ["Check", "PolicyCheckError", "policy_checks", "without"]
+def _report(checks: Collection[Check], policy: PolicyToCheck, seed: int, progress: Progress) -> Report:
+    from bpkit.testing.checks.checked_policy import CheckedPolicy
+    from bpkit.testing.checks.surroundings import undisturbed
+
+    with undisturbed():
+        alone: Any = policy if isinstance(policy, type) and len(checks) == 1 else None
+        checked = CheckedPolicy(policy, seed) if alone is None else _of_class(alone, seed)
+        results: list[Result] = []
+        for check in checks:
+            progress.start(check.name, len(checks))
+            for _ in results:
+                progress.tick()
+            results.append(check.run(checked))
+    return Report(checked.shown, seed, tuple(results), tuple(checked.drafters), tuple(checked.left_out.items()))
+
+
+@functools.lru_cache(maxsize=8)
+def _of_class(policy: Any, seed: int) -> CheckedPolicy:
+    """Made once, for checks that are called one by one."""
+    from bpkit.testing.checks.checked_policy import CheckedPolicy
+
+    return CheckedPolicy(policy, seed)

@@ -7,37 +7,38 @@ the wrong request here, even if `begin` resets it.
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
 
 from bpkit.policy import Policy
-from bpkit.testing.checks.determinism import OTHER, first_difference
+from bpkit.testing.checks.checked_policy import CheckedPolicy
+from bpkit.testing.checks.recorder import Recording, first_difference
+from bpkit.testing.checks.repeated import OTHER
 from bpkit.testing.checks.report import Findings, Skip
-from bpkit.testing.checks.runs import Run
-from bpkit.testing.checks.subject import Subject
 
 TOGETHER = 3
 """Usual cases that overlap. Among the usual ones they are the first, so that their random numbers are the same."""
 
 
-def overlap(subject: Subject, out: Findings) -> None:
+def overlap(policy: CheckedPolicy, out: Findings) -> None:
     """The first usual cases once more, a record of each in turn, under one policy; one drafter shows as much as all."""
-    drafter, usual = list(subject.clean().items())[-1]  # where drafts mostly stand, so that steps differ
-    if _remembers(subject.players[drafter].policy):
+    drafter, usual = list(policy.clean().items())[-1]  # where drafts mostly stand, so that steps differ
+    if _remembers(policy.recorders[drafter].policy):
         raise Skip(
-            f"{subject.name} has a memory across requests (`state_dict`), which overlapping ones share; whether "
+            f"{policy.name} has a memory across requests (`state_dict`), which overlapping ones share; whether "
             "something of a single request is on `self` cannot be told apart from it"
         )
-    player, alone = subject.player(drafter), usual[:TOGETHER]
-    watch = Attributes(player.policy)
-    runs = player.play_in_turn([run.case for run in alone], watch.look)
-    place = _parted(alone, runs)
+    recorder, alone = policy.recorder(drafter), usual[:TOGETHER]
+    attributes = Attributes(recorder.policy)
+    recordings = recorder.record_in_turn([each.case for each in alone], attributes.look)
+    place = _parted(alone, recordings)
     if place is not None:
-        _rule_out_others(subject, drafter, alone)
-        _tell(subject.name, alone, runs[place], place, watch, out)
-    compared = sum(len(run.decisions) for run in runs)
-    out.said = f"{compared} decisions for {len(runs)} requests that took turns, the same as for each alone"
+        _rule_out_others(policy, drafter, alone)
+        _tell(policy.name, alone, recordings[place], place, attributes, out)
+    compared = sum(len(each.decisions) for each in recordings)
+    out.said = f"{compared} decisions for {len(alone)} requests that took turns, the same as for each alone"
 
 
 class Attributes:
@@ -55,11 +56,8 @@ class Attributes:
         self._before = now
 
     def _values(self) -> dict[str, str]:
-        return {name: repr(value) for name, value in vars(self.policy).items() if _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | list | tuple | dict | set | Tensor)
+        plain: Any = bool | int | float | str | list | tuple | dict | set | Tensor | None
+        return {name: repr(value) for name, value in vars(self.policy).items() if isinstance(value, plain)}
 
 
 def _remembers(policy: Policy) -> bool:
@@ -70,53 +68,52 @@ def _remembers(policy: Policy) -> bool:
         return True
 
 
-def _parted(alone: list[Run], runs: list[Run]) -> int | None:
+def _parted(alone: list[Recording], recordings: list[Recording]) -> int | None:
     """Which request to tell of: the one that a fault ended, else the one that differs in the earliest step."""
-    for place, run in enumerate(runs):
-        if run.fault is not None:
-            return place
-    found = [
+    faulty = [place for place, each in enumerate(recordings) if each.fault is not None]
+    parted = [
         (_step(one, other), place)
-        for place, (one, other) in enumerate(zip(alone, runs, strict=True))
+        for place, (one, other) in enumerate(zip(alone, recordings, strict=True))
         if first_difference(one, other) is not None
     ]
-    return min(found)[1] if found else None
+    return faulty[0] if faulty else min(parted)[1] if parted else None
 
 
-def _step(one: Run, other: Run) -> int:
+def _step(one: Recording, other: Recording) -> int:
     """The step of the first decision that differs, from 1; every step begins with `select`."""
     step = 0
-    for place, made in enumerate(one.decisions):
-        step += made[0] == "select"
-        if other.decisions[place : place + 1] != [made]:
+    for mine, yours in zip_longest(one.decisions, other.decisions):
+        step += mine is not None and mine[0] == "select"
+        if mine != yours:
             break
     return step
 
 
-def _rule_out_others(subject: Subject, drafter: str, alone: list[Run]) -> None:
+def _rule_out_others(policy: CheckedPolicy, drafter: str, alone: list[Recording]) -> None:
     """Raise Skip if a fresh policy decides otherwise for one alone, after no others and under other global seeds."""
-    for place, run in enumerate(alone):
-        player = subject.player(drafter)
-        player.decoder.requests = place  # so that the request has the number, and random numbers, that it had
-        if first_difference(run, player.play(run.case, surroundings=OTHER)) is not None:
+    for place, each in enumerate(alone):
+        recorder = policy.recorder(drafter)
+        recorder.decoder.requests = place  # so that the request has the number, and random numbers, that it had
+        if first_difference(each, recorder.record(each.case, surroundings=OTHER)) is not None:
             raise Skip(
                 "its decisions hang on earlier requests or on global randomness, as `memory` or `determinism` tells"
             )
 
 
-def _tell(name: str, alone: list[Run], run: Run, place: int, watch: Attributes, out: Findings) -> None:
-    parted = first_difference(alone[place], run)
+def _tell(
+    name: str, alone: list[Recording], recording: Recording, place: int, attributes: Attributes, out: Findings
+) -> None:
+    parted = first_difference(alone[place], recording)
     assert parted is not None
-    where, one, other = parted
     listed = "; ".join(f"({number}) {each.case}" for number, each in enumerate(alone, start=1))
-    seen = ", ".join(f"self.{attribute}" for attribute in sorted(watch.changed))
+    seen = ", ".join(f"self.{attribute}" for attribute in sorted(attributes.changed))
     out.fail(
         f"decoded {len(alone)} requests at the same time with one decoder, a record of each in turn, drafter "
-        f"{run.drafter}: {listed}",
-        f"{name} decides for each what it decides for it alone; for request {place + 1}, {where} (step "
-        f"{_step(alone[place], run)}) is {one}",
-        f"it was {other}. Something of a request is kept on `self`, where the next one finds it, even if `begin` "
-        "resets it: put it into the dict that `begin` returns, with the batch axis first"
+        f"{recording.drafter}: {listed}",
+        f"{name} decides for each what it decides for it alone; for request {place + 1}, {parted.where} (step "
+        f"{_step(alone[place], recording)}) is {parted.one}",
+        f"it was {parted.other}. Something of a request is kept on `self`, where the next one finds it, even if "
+        "`begin` resets it: put it into the dict that `begin` returns, with the batch axis first"
         + (f". What changed on the policy meanwhile: {seen}" if seen else ""),
-        drafter=run.drafter,
+        drafter=recording.drafter,
     )

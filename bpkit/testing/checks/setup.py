@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-from bpkit.decode.clock import CostClock
+from bpkit.decode.clock import CostClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.base import Drafter
@@ -15,6 +16,7 @@ from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import Policy
 from bpkit.prompts import Prompt
 from bpkit.testing.models import TRAINED_BLOCK_SIZE, TinyPair, tiny_pair
+from bpkit.testing.simulated_device import SimulatedDevice
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.cost import CostTable
 from bpkit.trace.records import PromptTrace
@@ -24,7 +26,7 @@ LARGEST = 2 * TRAINED_BLOCK_SIZE
 """`max_block_size` of every decoder here: twice the trained block size, so that sizes above it are met."""
 DFLASH, ASSISTANT, AGREEABLE, NGRAM = "block-diffusion", "autoregressive", "agreeable", "n-gram"
 USUAL = (DFLASH, ASSISTANT, AGREEABLE)
-"""Drafters that a policy is checked with, if they give what it wants. The n-gram drafter is for hard cases."""
+"""Drafters that a policy is checked with, if they give what it wants. The n-gram drafter is for edge cases."""
 PROMPTS = ("x = 1", "def f(a, b):", "id,name\n1,Ada\n", "The sum is", "aaaa")
 
 COST = CostTable(
@@ -40,7 +42,7 @@ COST = CostTable(
 
 @dataclass(frozen=True)
 class Case:
-    """One generation. `eos` ends the output; 0 temperature is greedy."""
+    """One generation to try. `eos` ends the output; 0 temperature is greedy."""
 
     prompt: str
     temperature: float = 0.0
@@ -51,29 +53,24 @@ class Case:
 
     def options(self) -> dict[str, Any]:
         """Of `SpeculativeDecoder.generate`."""
-        given: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "stream_id": self.stream_id,
-        }
+        names = ("max_new_tokens", "temperature", "seed", "stream_id")
+        given = {name: getattr(self, name) for name in names}
         return given if self.eos is None else {**given, "eos_token_id": self.eos}
+
+    @property
+    def short(self) -> str:
+        """In few words.
+
+        >>> Case("one two three four five six seven eight nine ten").short
+        "'one two three four five six seven eight...' at temperature 0"
+        """
+        text = self.prompt if len(self.prompt) <= 40 else f"{self.prompt[:39]}..."
+        return f"{text!r} at temperature {self.temperature:g}"
 
     def __str__(self) -> str:
         ends = "" if self.eos is None else f", ended by token {self.eos}"
-        return (
-            f"prompt {short(self.prompt)} at temperature {self.temperature:g}, at most {self.max_new_tokens} new "
-            f"token{'s' if self.max_new_tokens > 1 else ''}{ends}"
-        )
-
-
-def short(text: str) -> str:
-    """A prompt as it stands in messages.
-
-    >>> short("one two three four five six seven eight nine ten")
-    "'one two three four five six seven eight...'"
-    """
-    return repr(text if len(text) <= 40 else f"{text[:39]}...")
+        tokens = "token" if self.max_new_tokens == 1 else "tokens"
+        return f"prompt {self.short}, at most {self.max_new_tokens} new {tokens}{ends}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Plain:
     near_ties: frozenset[int]
 
 
-class Stage:
+class TinySetup:
     """Shared by all policies that are checked in a process; nothing on it depends on a policy."""
 
     def __init__(self) -> None:
@@ -95,10 +92,13 @@ class Stage:
             AGREEABLE: self.pair.agreeable(),
             NGRAM: NgramDrafter(block_size=TRAINED_BLOCK_SIZE),
         }
+        self.device = SimulatedDevice()
+        self._on_device: dict[str, SpeculativeDecoder] = {}
         self._plain: dict[Case, Plain] = {}
         self._traces: dict[tuple[str, frozenset[Feature]], list[PromptTrace]] = {}
+        self._step_seconds: dict[str, float] = {}
 
-    def decoder(self, drafter: str, policy: Policy | str, *, strict: bool = True) -> SpeculativeDecoder:
+    def decoder(self, drafter: str, policy: Policy | str) -> SpeculativeDecoder:
         """The tiny pair under a policy, which is bound. Steps cost what `COST` says. Raises PolicyError."""
         return SpeculativeDecoder(
             self.pair.target,
@@ -106,9 +106,15 @@ class Stage:
             policy,
             tokenizer=self.pair.tokenizer,
             clock=CostClock(COST),
-            strict=strict,
+            strict=True,
             max_block_size=LARGEST,
         )
+
+    def on_device(self, drafter: str, policy: Policy) -> SpeculativeDecoder:
+        """The same on the simulated device, inside a `with` block of it."""
+        if drafter not in self._on_device:
+            self._on_device[drafter] = self.device.decoder(self.decoder(drafter, "fixed:1"))
+        return self._on_device[drafter].with_policy(policy)
 
     def plain(self, case: Case) -> Plain:
         """Plain decoding: `fixed:1`, which drafts nothing."""
@@ -130,6 +136,17 @@ class Stage:
             self._traces[key] = [tracer.trace(i, prompt) for i, prompt in enumerate(prompts)]
         return self._traces[key]
 
+    def step_seconds(self, drafter: str) -> float:
+        """What a step takes by the wall, decisions of `fixed` included: the median of a generation."""
+        if drafter not in self._step_seconds:
+            pair, clock = self.pair, WallClock(self.pair.target.device)
+            decoder = SpeculativeDecoder(
+                pair.target, self.drafters[drafter], "fixed", tokenizer=pair.tokenizer, clock=clock
+            )
+            made = decoder.generate(PROMPTS[0], max_new_tokens=24, temperature=1.0, seed=0)
+            self._step_seconds[drafter] = median(step.seconds.total for step in made.steps)
+        return self._step_seconds[drafter]
+
 
 def plainly(decoder: SpeculativeDecoder, case: Case) -> Plain:
     """What a decoder under `fixed:1` gives: every step is one token."""
@@ -140,6 +157,6 @@ def plainly(decoder: SpeculativeDecoder, case: Case) -> Plain:
 
 
 @functools.cache
-def stage() -> Stage:
-    """The stage of this process."""
-    return Stage()
+def tiny_setup() -> TinySetup:
+    """The one of this process."""
+    return TinySetup()

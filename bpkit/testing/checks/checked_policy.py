@@ -1,32 +1,39 @@
-"""The policy that is checked: how to make it anew, which drafters serve it, and its usual runs, which checks share."""
+"""The policy under check: how to make it anew, which drafters serve it, its usual recordings, which checks share."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
+from bpkit.decode.guard import kind_of
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.resolve import PolicyLike, resolve_policy
-from bpkit.testing.checks.answers import Fault
-from bpkit.testing.checks.fresh import FreshWeights, NoTrainer, NoWeights
+from bpkit.testing.checks.answers import Fault, raised
+from bpkit.testing.checks.fresh_weights import FreshWeights, NoTrainer, NoWeights
+from bpkit.testing.checks.recorder import CallRecorder, Recording
 from bpkit.testing.checks.report import Skip, gist
-from bpkit.testing.checks.runs import Player, Run
-from bpkit.testing.checks.stage import ASSISTANT, PROMPTS, USUAL, Case, stage
+from bpkit.testing.checks.setup import ASSISTANT, PROMPTS, USUAL, Case, tiny_setup
 
 FEWER = 3
 """Cases with the assistant, whose drafts tell little that the other two do not."""
+LATER = 2
+"""Usual cases that are decoded after `state_dict` was asked for."""
 
 PolicyToCheck = PolicyLike | type[Policy]
 
 
-class Subject:
-    """A policy to check.
+class CheckedPolicy:
+    """A policy under check.
 
     Attributes:
         name: of its class. shown: with its options.
-        drafters: that serve it, by their names on the stage. left_out: the others, and why.
+        drafters: that serve it, by their names in the setup. left_out: the others, and why.
+        saved: by drafter, what `state_dict` gave before the last `LATER` usual cases, through JSON and back, or what
+            is wrong with it. recorders: by drafter, those of the usual recordings.
 
     Raises:
         PolicyError: there is no such policy, or none of the usual drafters serves it.
@@ -39,24 +46,21 @@ class Subject:
         self.name, self.shown = type(first).__name__, repr(first)
         self._weights = FreshWeights(first) if isinstance(first, TrainedPolicy) else None
         self.left_out: dict[str, str] = {}
-        self.unbound: dict[str, Fault] = {}
+        self.saved: dict[str, dict[str, Any] | str] = {}
+        self.recorders: dict[str, CallRecorder] = {}
+        self._unbound: dict[str, Fault] = {}
         self._without_weights: set[str] = set()
         self.drafters = [drafter for drafter in USUAL if self._serves(drafter)]
         if not self.drafters:
             raise self._unserved()
 
-    @property
-    def served(self) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-        """Drafters, and those left out with the reason, as a report has them."""
-        return tuple(self.drafters), tuple(self.left_out.items())
-
     def fresh(self, drafter: str) -> Policy:
         """A new policy that was not bound yet and knows nothing; with weights, if it has any, for this drafter."""
         return self._make() if self._weights is None else self._weights.policy(drafter)
 
-    def player(self, drafter: str, *, force: int | None = None) -> Player:
+    def recorder(self, drafter: str, *, force: int | None = None) -> CallRecorder:
         """A new policy at work with a drafter. Raises PolicyError if it cannot serve it."""
-        return Player(self.fresh(drafter), drafter, force=force)
+        return CallRecorder(tiny_setup().decoder(drafter, self.fresh(drafter)), drafter, force=force)
 
     @cached_property
     def cases(self) -> list[Case]:
@@ -65,47 +69,46 @@ class Subject:
         return [Case(text, t, self.seed, i) for i, (text, t) in enumerate(zip(PROMPTS, temperatures, strict=True))]
 
     @cached_property
-    def usual(self) -> dict[str, list[Run]]:
-        """The usual runs with every drafter, one policy for all that a drafter drafts; a fault ends them."""
-        return {drafter: self._runs(drafter) for drafter in self.drafters}
-
-    @cached_property
-    def players(self) -> dict[str, Player]:
-        """The policies of the usual runs, after them, with their witnesses."""
-        assert self.usual
-        return self._players
+    def usual(self) -> dict[str, list[Recording]]:
+        """The usual recordings with every drafter, one policy for all that a drafter drafts; a fault ends them."""
+        return {drafter: self._record(drafter) for drafter in self.drafters}
 
     @property
-    def faults(self) -> list[tuple[Run, Fault]]:
-        """What ended usual runs."""
-        return [(run, run.fault) for runs in self.usual.values() for run in runs if run.fault is not None]
+    def faults(self) -> list[tuple[Recording, Fault]]:
+        """What ended usual recordings."""
+        return [(each, each.fault) for made in self.usual.values() for each in made if each.fault is not None]
 
-    def clean(self) -> dict[str, list[Run]]:
-        """The usual runs of drafters with which the policy made no fault. Raises Skip if there is none."""
-        found = {drafter: runs for drafter, runs in self.usual.items() if all(run.fault is None for run in runs)}
+    def clean(self) -> dict[str, list[Recording]]:
+        """The usual recordings of drafters with which the policy made no fault. Raises Skip if there is none."""
+        faulty = {recording.drafter for recording, _ in self.faults}
+        found = {drafter: made for drafter, made in self.usual.items() if drafter not in faulty}
         if not found:
-            raise Skip("no usual run of the policy came to its end; mend the other failures first")
+            raise Skip("no usual generation of the policy came to its end; mend the other failures first")
         return found
 
-    def _runs(self, drafter: str) -> list[Run]:
-        if drafter in self.unbound:
-            return [Run(drafter, self.cases[0], fault=self.unbound[drafter])]
-        player, runs = self.player(drafter), []
-        self._players[drafter] = player
-        for case in self.cases[:FEWER] if drafter == ASSISTANT else self.cases:
-            runs.append(player.play(case))
-            if runs[-1].fault is not None:
-                break
-        return runs
+    def ends(self) -> dict[str, list[Recording]]:
+        """Those of the first and the last drafter, where drafts hardly ever stand and where they mostly do."""
+        clean = self.clean()
+        return {drafter: clean[drafter] for drafter in (next(iter(clean)), list(clean)[-1])}
 
-    @cached_property
-    def _players(self) -> dict[str, Player]:
-        return {}
+    def _record(self, drafter: str) -> list[Recording]:
+        if drafter in self._unbound:
+            return [Recording(drafter, self.cases[0], fault=self._unbound[drafter])]
+        recorder, recordings = self.recorder(drafter), list[Recording]()
+        self.recorders[drafter] = recorder
+        cases = self.cases[:FEWER] if drafter == ASSISTANT else self.cases
+        for place, case in enumerate(cases):
+            if place == len(cases) - LATER:
+                self.saved[drafter] = _saved(recorder.policy)
+            recordings.append(recorder.record(case))
+            if recordings[-1].fault is not None:
+                break
+        return recordings
 
     def _serves(self, drafter: str) -> bool:
         """Whether the policy can be bound to a decoder with this drafter; why not, is noted."""
         try:
-            stage().decoder(drafter, self.fresh(drafter))
+            tiny_setup().decoder(drafter, self.fresh(drafter))
         except NoTrainer:
             raise
         except PolicyError as error:
@@ -114,7 +117,7 @@ class Subject:
                 self._without_weights.add(drafter)
             return False
         except Exception as error:
-            self.unbound[drafter] = Fault("bind", "raised", f"it raised {type(error).__name__}: {error}")
+            self._unbound[drafter] = Fault("bind", "raised", raised(error))
         return True
 
     def _unserved(self) -> PolicyError:
@@ -133,6 +136,17 @@ class Subject:
             f"policy {self.name} cannot be checked on the tiny pair, no drafter serves it: {reasons}. With the "
             "models that it is for: `bpkit check POLICY --shipped`, or --target and --drafter"
         )
+
+
+def _saved(policy: Policy) -> dict[str, Any] | str:
+    try:
+        saved = policy.state_dict()
+        if not isinstance(saved, dict):
+            return f"it returned {kind_of(saved)}"
+        read: dict[str, Any] = json.loads(json.dumps(saved, allow_nan=False))
+        return read
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _maker(policy: PolicyToCheck) -> Callable[[], Policy]:

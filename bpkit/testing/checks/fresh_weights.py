@@ -12,7 +12,7 @@ from bpkit.installation.distribution import install_command
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.learn.trained_config import TrainedConfig
 from bpkit.policy import PolicyError, validated
-from bpkit.testing.checks.stage import AGREEABLE, ASSISTANT, COST, stage
+from bpkit.testing.checks.setup import AGREEABLE, ASSISTANT, COST, tiny_setup
 from bpkit.types import OF_THE_TARGET, Feature
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ NOT_ALWAYS = frozenset(Feature) - OF_THE_TARGET
 
 
 def offered(drafter: str) -> frozenset[Feature]:
-    """What a drafter of the stage adds to the features that every target has."""
-    known = stage().drafters[drafter]
+    """What a drafter adds to the features that every target has."""
+    known = tiny_setup().drafters[drafter]
     return known.provides | ({Feature.TARGET_FEATURES} if known.feature_layers else frozenset())
 
 
@@ -64,7 +64,7 @@ class FreshWeights:
 
     def _prepared(self, drafter: str) -> PolicyModule:
         trainer = _trainer(self.kind)
-        decoder = stage().decoder(drafter, "fixed:1")
+        decoder = tiny_setup().decoder(drafter, "fixed:1")
         module = trainer(self.kind.untrained(self.config), decoder.spec, COST, trainer.Options())
         wanted = frozenset(module.features | self.wants)
         missing = (wanted & NOT_ALWAYS) - offered(drafter)
@@ -93,7 +93,7 @@ class FreshWeights:
         from bpkit.learn.training.examples import collect_examples
         from bpkit.progress import NoProgress
 
-        traces = stage().traces(drafter, wanted)
+        traces = tiny_setup().traces(drafter, wanted)
         with tempfile.TemporaryDirectory() as folder:
             return collect_examples(module, traces, Path(folder), part="train", key="check", progress=NoProgress())
 

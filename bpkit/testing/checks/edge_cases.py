@@ -1,0 +1,68 @@
+"""The shortest prompts and outputs, drafts that are longer than trained, shorter than asked, or not there at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bpkit.policy import PolicyError
+from bpkit.testing.checks.checked_policy import CheckedPolicy
+from bpkit.testing.checks.recorder import CallRecorder
+from bpkit.testing.checks.report import Findings
+from bpkit.testing.checks.setup import LARGEST, NGRAM, PROMPTS, Case, tiny_setup
+from bpkit.testing.checks.usual import compare_with_plain
+
+REPEATING = "abcabcabcabc"
+"""An n-gram drafter finds drafts in it, though seldom for what the tiny target makes of it."""
+_EXPECTED = {"size": "a decision in range", "feature": "features that are there to be read"}
+
+
+def edge_cases(policy: CheckedPolicy, out: Findings) -> None:
+    """Decode every edge case; a fault counts if the usual recordings did not have it already."""
+    known = {(fault.method, fault.kind) for _, fault in policy.faults}
+    tried = 0
+    for what, recorder, case in _cases(policy, out):
+        recording = recorder.record(case)
+        tried += 1
+        fault = recording.fault
+        if fault is None:
+            compare_with_plain(policy.name, recording, tiny_setup().plain(case), out)
+        elif (fault.method, fault.kind) not in known:
+            known.add((fault.method, fault.kind))
+            out.fail(
+                f"decoded an edge case, {what}: {recording}",
+                f"{policy.name}.{fault.method} gives {_EXPECTED.get(fault.kind, 'an answer')} here too",
+                fault.text,
+            )
+    out.said = f"{tried} edge cases"
+
+
+def _cases(policy: CheckedPolicy, out: Findings) -> Iterator[tuple[str, CallRecorder, Case]]:
+    """What is hard about it, a policy at work, and the case."""
+    for drafter in policy.ends():
+        recorder = policy.recorder(drafter)
+        for what, case in _short(policy.seed):
+            yield what, recorder, case
+        widest = Case(PROMPTS[3], 1.0, policy.seed, 7, max_new_tokens=8)
+        above = f"drafts of {LARGEST} positions, twice the trained block size, whatever `select` says"
+        yield above, policy.recorder(drafter, force=LARGEST), widest
+        yield "no drafts, whatever `select` says", policy.recorder(drafter, force=1), widest
+    try:
+        recorder = policy.recorder(NGRAM)
+    except PolicyError as error:
+        out.note(f"not tried with an n-gram drafter: {error}")
+        return
+    for stream, text in enumerate((REPEATING, "qz", "aaaaaaaaaaaaaaaa")):
+        what = "an n-gram drafter, which proposes fewer tokens than asked, or none"
+        yield what, recorder, Case(text, 1.0, policy.seed, stream)
+
+
+def _short(seed: int) -> Iterator[tuple[str, Case]]:
+    """Cases of which one policy decodes all, one after the other."""
+    sampled = Case(PROMPTS[1], 1.0, seed, 5, max_new_tokens=8)
+    tokens = tiny_setup().plain(sampled).tokens
+    yield "a prompt of one token", Case("x", 1.0, seed, 6, max_new_tokens=8)
+    yield "an output that ends with its first token", Case(PROMPTS[1], 1.0, seed, 5, eos=tokens[0])
+    yield "an output that ends with its second token", Case(PROMPTS[1], 1.0, seed, 5, eos=tokens[1])
+    for most in (1, 2, 3):
+        yield f"room for {most} new token{'s' if most > 1 else ''}", Case(PROMPTS[1], 1.0, seed, 5, max_new_tokens=most)
+    yield "a request after those", sampled

@@ -1,0 +1,177 @@
+"""Usual cases decoded once more, with the same decisions: by another policy, by one restored, by exported files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import cast
+
+from bpkit.export.core import Exportable
+from bpkit.installation.distribution import install_command
+from bpkit.learn.trained import TrainedPolicy
+from bpkit.policy import Policy
+from bpkit.registry.resolve import resolve_policy
+from bpkit.testing.checks.answers import DECIDES, raised
+from bpkit.testing.checks.checked_policy import LATER, CheckedPolicy
+from bpkit.testing.checks.recorder import CallRecorder, Recording, first_difference
+from bpkit.testing.checks.report import Findings, Skip
+from bpkit.testing.checks.setup import AGREEABLE, COST, tiny_setup
+
+OTHER = 12345
+"""Seed of the global generators in the second generation; in the first it is 0."""
+AGAIN = 3
+"""Usual cases that are decoded once more."""
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
+"""To export a policy."""
+
+
+def _decide_the_same(
+    first: Recording,
+    again: Recording,
+    out: Findings,
+    *,
+    did: str,
+    expected: str,
+    got: str,
+    methods: Collection[str] = DECIDES,
+    drafter: str = "",
+) -> bool:
+    """Whether two recordings hold the same decisions; tell of the first difference.
+
+    Args:
+        got: with {where}, {one} and {other}.
+    """
+    parted = first_difference(first, again, methods)
+    if parted is not None:
+        out.fail(did, expected, got.format(**parted._asdict()), drafter=drafter)
+    return parted is None
+
+
+def determinism(policy: CheckedPolicy, out: Findings) -> None:
+    """All that a policy decides follows from what it is handed: the seed of its generator and the clock included."""
+    compared = 0
+    for drafter, usual in policy.ends().items():
+        recorder = policy.recorder(drafter)
+        for first in usual[:AGAIN]:
+            if not _decide_the_same(
+                first,
+                recorder.record(first.case, surroundings=OTHER),
+                out,
+                did=f"decoded twice with {first}: two fresh policies, the same seed, every step priced by the same "
+                "cost model",
+                expected=f"{policy.name} decides the same both times: random numbers come from `context.generator`, "
+                "time from `step.seconds`",
+                got="{where} was {one} the first time and {other} the second",
+                drafter=drafter,
+            ):
+                break
+            compared += len(first.decisions)
+    out.said = f"{compared} decisions twice, same seed, steps priced by the same cost model"
+
+
+def memory(policy: CheckedPolicy, out: Findings) -> None:
+    """What a policy keeps across requests can be saved as JSON, and a fresh policy goes on with it as the first did."""
+    clean = policy.clean()
+    drafter = AGREEABLE if AGREEABLE in clean else next(iter(clean))
+    saved, later = policy.saved[drafter], clean[drafter][-LATER:]
+    before = len(clean[drafter]) - LATER
+    did = f"decoded {before} request{'s' if before > 1 else ''} (drafter {drafter})"
+    if isinstance(saved, str):
+        out.fail(
+            f"{did}, then called {policy.name}.state_dict()",
+            f"{policy.name}.state_dict returns a dict of plain JSON values: text, finite numbers, true, false, null, "
+            "lists",
+            saved,
+        )
+        return
+    restored = policy.recorder(drafter)
+    restored.decoder.requests = before  # so that requests to come are of the same number
+    fresh, advice = (
+        "a fresh policy",
+        "it remembers something, and state_dict() is empty: return it there, or keep it in `state`",
+    )
+    if saved:
+        fresh = "a fresh policy that was given its memory"
+        advice = "state_dict lacks something that decisions go by"
+        try:
+            restored.policy.load_state_dict(saved)
+        except Exception as error:
+            out.fail(
+                f"{did}, then handed what state_dict() gave, read back from JSON, to load_state_dict of a fresh policy",
+                f"{policy.name}.load_state_dict takes what {policy.name}.state_dict gave",
+                raised(error),
+            )
+            return
+    for first in later:
+        if not _decide_the_same(
+            first,
+            restored.record(first.case),
+            out,
+            did=f"{did}, then one more with the same policy and with {fresh}: {first.case}",
+            expected=f"{policy.name} decides the same in both: all that outlives a request is in state_dict()",
+            got=f"{{where}} was {{one}} in the one and {{other}} in the other: {advice}",
+        ):
+            return
+    kept = f"a memory of {len(json.dumps(saved))} bytes" if saved else "no memory"
+    out.said = f"{kept}; {sum(len(first.decisions) for first in later)} later decisions the same"
+
+
+def export(policy: CheckedPolicy, out: Findings) -> None:
+    """What an exportable policy writes decides as the policy does: on every row of a trace, and in decoding."""
+    drafter, usual = next(iter(policy.clean().items()))
+    fresh = policy.fresh(drafter)
+    if not isinstance(fresh, Exportable):
+        raise Skip(f"{policy.name} defines no `export`, which says what its networks take and give")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Skip(f"{', '.join(missing)} not installed: {install_command('export')}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "exported"
+        rows = _exported(policy, fresh, drafter, folder, out)
+        if rows is None:
+            return
+        loaded = resolve_policy({"name": "onnx", "path": str(folder)})
+        recorder = CallRecorder(tiny_setup().decoder(drafter, loaded), drafter)
+        for first in usual:
+            if not _decide_the_same(
+                first,
+                recorder.record(first.case),
+                out,
+                did=f"exported {policy.name} and decoded with the files, policy `onnx`, {first}",
+                expected="onnxruntime decides as the policy does",
+                got="{where} was {one} by the policy and {other} by onnxruntime",
+                methods={method for method, _ in first.decisions},
+            ):
+                return
+    decisions = sum(len(first.decisions) for first in usual)
+    out.said = f"{rows} rows of a trace and {decisions} decisions while decoding the same in onnxruntime"
+
+
+def _exported(policy: CheckedPolicy, fresh: Policy, drafter: str, folder: Path, out: Findings) -> int | None:
+    """Write the files. Returns the rows that were compared; None if the export failed."""
+    from bpkit.export.write import export_policy
+
+    spec = tiny_setup().decoder(drafter, "fixed:1").spec
+    traces = tiny_setup().traces(drafter, frozenset(fresh.wants | fresh.wants_optional))
+    try:
+        made = export_policy(
+            cast("TrainedPolicy", fresh),  # any exportable one that has a name
+            traces,
+            spec,
+            folder,
+            name="checked",
+            summary="Written to be checked.",
+            cost=COST,
+        )
+    except Exception as error:
+        out.fail(
+            f"exported {policy.name} as `bpkit export` does, for drafter {drafter}, and compared its files with it on "
+            f"every row of {len(traces)} traced prompts",
+            "files that decide in onnxruntime as the policy does",
+            f"{type(error).__name__}: {error}",
+        )
+        return None
+    return sum(agreement.rows for agreement in made.validation.values())
