@@ -39,8 +39,8 @@ from bpkit.testing import TinyPair
 from bpkit.trace.collect import autoregressive as draft_autoregressive
 from bpkit.trace.collect.autoregressive import Rollouts, trace_rollouts
 from bpkit.trace.collect.drafts import Drafts, Finished, match_probability
-from bpkit.trace.collect.pieces import Positions
-from bpkit.trace.collect.stepwise import GivenNoise, trace_step_by_step
+from bpkit.trace.collect.pieces import HeldNoise, Positions
+from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.types import Feature, Step
 
 PROMPT = "def f(a, b):"
@@ -109,7 +109,7 @@ def finish(
     noise, probabilities = None, None
     if sampling.temperature > 0:
         count = ids.shape[1] - length
-        noise = held(GumbelNoise(SEED, STREAM, output.logits.shape[-1], ids.device).at(0, count + max(block_sizes)))
+        noise = HeldNoise(SEED, STREAM, count + max(block_sizes), output.logits.shape[-1], ids.device)
         scores = processors(output.logits[:, length - 1 :], prompt, ids[:, length:])
         probabilities = held(scores[0].softmax(dim=-1))
     vocab_size = output.logits.shape[-1]
@@ -396,10 +396,11 @@ def test_outputs_of_one_and_two_tokens(pair: TinyPair, count: int) -> None:
         assert drafts.draft_length.shape == (count - 1, 2)
 
 
-def test_given_noise_is_handed_out_and_never_made_up() -> None:
-    rows = GumbelNoise(0, 0, 7, torch.device("cpu")).at(0, 5)
-    noise = GivenNoise(held(rows), 7, rows.device)
-    assert noise.at(2, 3).equal(rows[2:5])
+def test_held_noise_is_the_noise_and_ends_where_it_ends() -> None:
+    rows = GumbelNoise(0, 3, 7, torch.device("cpu")).at(0, 5)
+    noise = HeldNoise(0, 3, 5, 7, rows.device)
+    for start, count in ((2, 3), (0, 2), (4, 1)):
+        assert noise.at(start, count).equal(rows[start : start + count])
     with pytest.raises(IndexError, match="positions 4 to 5 were asked for, of 5"):
         noise.at(4, 2)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bpkit.decode.sampling import Processors
-from bpkit.trace.collect.pieces import Positions, pieces, positions_at_once
+from bpkit.trace.collect.pieces import HeldNoise, Positions, pieces, positions_at_once
 
 Places = tuple[slice, slice, slice]
 """Part of a table: rows, columns (block sizes) and places in the draft."""
@@ -28,7 +28,7 @@ class Finished:
         block_sizes: ascending, from 2.
         processors: that drafted tokens are drawn under.
         vocab_size: of the target.
-        noise: Gumbel noise of output positions 0, 1, ..., [vocab] each, or None for greedy drafts.
+        noise: of the output positions, or None for greedy drafts.
         target_probabilities: the target's processed distribution at each output position, [vocab] each, or None for
             greedy drafts.
         keep_hidden: also keep the drafter's hidden states.
@@ -40,7 +40,7 @@ class Finished:
     block_sizes: tuple[int, ...]
     processors: Processors
     vocab_size: int
-    noise: Positions | None = None
+    noise: HeldNoise | None = None
     target_probabilities: Positions | None = None
     keep_hidden: bool = False
 
@@ -95,7 +95,7 @@ class Drafts:
 
         def drawn(piece: slice) -> tuple[Tensor, Tensor]:
             scores = self._processed(where, piece, score(values[piece]))
-            return scores, (scores if noise is None else scores + noise[index[piece]]).argmax(dim=-1)
+            return scores, (scores if noise is None else scores + noise.held[index[piece]]).argmax(dim=-1)
 
         self.put(where, drawn, hidden)
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from bpkit.decode.noise import GumbelNoise
+
 VOCABULARY_BYTES = 256 * 2**20
 """What all arrays of positions x vocabulary may take together, however long the output is."""
 _OF_A_PIECE = 128
@@ -78,3 +80,18 @@ class Positions:
         rows = self._rows[begin - self._first :]
         self._rows = torch.cat([rows, *made]) if len(rows) else torch.cat(made)
         self._first = begin
+
+
+class HeldNoise(GumbelNoise):
+    """Noise of output positions 0 .. count - 1, in any order, of which a few are held at a time.
+
+    Raises:
+        IndexError: a position that is not there.
+    """
+
+    def __init__(self, seed: int, stream: int, count: int, width: int, device: torch.device) -> None:
+        super().__init__(seed, stream, width, device)
+        self.held = Positions(count, width, lambda piece: self._compute(piece.start, piece.stop - piece.start))
+
+    def at(self, start: int, count: int) -> Tensor:
+        return self.held[torch.arange(start, start + count, device=self.device)]

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ START_SECONDS = 600
 """How long a cluster may take to start the first worker; one that grows on demand needs minutes."""
 
 
+@dataclass(frozen=True)
 class OnRay:
     """Traces on a Ray cluster, with `count` actors of one CPU each and, for models on a GPU, their share of one.
 
@@ -30,8 +31,10 @@ class OnRay:
             started before, by whomever, is left running.
     """
 
-    def __init__(self, models: Models, options: TraceOptions, count: int, address: str) -> None:
-        self.models, self.options, self.count, self.address = models, options, count, address
+    models: Models
+    options: TraceOptions
+    count: int
+    address: str
 
     def traces(self, prompts: Sequence[Task]) -> Traces:
         """Trace each (index, prompt), as they come. Raises WorkerError."""
@@ -45,15 +48,20 @@ class OnRay:
                         f"no worker could start within {START_SECONDS // 60} minutes; the cluster has "
                         f"{ray.cluster_resources()}"
                     )
-                workers = [Actor(ray, actor) for actor in actors]
-                yield from share_out(workers, prompts, lambda references: ray.wait(references)[0])
+                yield from share_out(
+                    actors,
+                    prompts,
+                    give=lambda actor, task: actor.run.remote(task),
+                    take=lambda _, given, task: _take(ray, given, task),
+                    wait=lambda references: ray.wait(references)[0],
+                )
             finally:
                 for actor in actors:
                     ray.kill(actor)
 
     def _actor(self, ray: Any) -> Any:
         wanted: dict[str, float] = {"num_cpus": 1}
-        if (self.models.device or _default_device()).startswith("cuda"):
+        if (self.models.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
             gpus = int(ray.cluster_resources().get("GPU", 0))
             # As many actors on each GPU as it takes; from one without a share, Ray may hide the GPUs.
             wanted["num_gpus"] = 1 / math.ceil(self.count / gpus) if gpus else 1
@@ -61,24 +69,15 @@ class OnRay:
         return ray.remote(Worker).options(**wanted).remote(models, self.options)
 
 
-class Actor:
-    """A worker of the cluster."""
-
-    def __init__(self, ray: Any, actor: Any) -> None:
-        self.ray, self.actor = ray, actor
-
-    def give(self, task: Task | None) -> Any:
-        return self.actor.run.remote(task)
-
-    def take(self, given: Any, task: Task | None) -> PromptTrace:
-        try:
-            found: PromptTrace = self.ray.get(given)
-        except self.ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            raise (cause if type(cause) is WorkerError else WorkerError(str(cause))) from None
-        except self.ray.exceptions.RayError as error:
-            raise gone("a Ray worker", task, str(error).strip().splitlines()[0]) from None
-        return found
+def _take(ray: Any, given: Any, task: Task | None) -> PromptTrace:
+    try:
+        found: PromptTrace = ray.get(given)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (cause if type(cause) is WorkerError else WorkerError(str(cause))) from None
+    except ray.exceptions.RayError as error:
+        raise gone("a Ray worker", task, str(error).strip().splitlines()[0]) from None
+    return found
 
 
 @contextmanager
@@ -105,10 +104,6 @@ def _connected(address: str, count: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _absolute(name: Any) -> Any:

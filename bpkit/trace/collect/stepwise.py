@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
 from bpkit.draft.base import Drafter, DrafterSession, Proposal
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.trace.collect.drafts import Drafts, Finished
-from bpkit.trace.collect.pieces import Positions
 
 
 @torch.no_grad()
@@ -77,16 +74,4 @@ def _put(drafts: Drafts, row: int, column: int, proposal: Proposal) -> None:
 
 def _draw(finished: Finished, row: int) -> Draw:
     """What the drafter draws with at a row; its first token stands for output position `row + 1`."""
-    noise = None if finished.noise is None else GivenNoise(finished.noise, finished.vocab_size, finished.ids.device)
-    return Draw(finished.processors, noise, row + 1, finished.before(row))
-
-
-class GivenNoise(GumbelNoise):
-    """Noise of positions 0, 1, ... that is there already. Raises IndexError for a position that is not."""
-
-    def __init__(self, given: Positions, vocab_size: int, device: torch.device) -> None:
-        super().__init__(0, 0, vocab_size, device)
-        self.given = given
-
-    def at(self, start: int, count: int) -> Tensor:
-        return self.given[torch.arange(start, start + count, device=self.device)]
+    return Draw(finished.processors, finished.noise, row + 1, finished.before(row))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bpkit.decode.features import anchor_statistics
+from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.placement import device_of, input_device
 from bpkit.decode.sampling import Processors
 from bpkit.decode.verify import near_ties, tie_tolerance
@@ -59,18 +60,17 @@ class TargetPass:
         log_probabilities, entropies = zip(*found, strict=True)
         return torch.cat(log_probabilities), torch.cat(entropies)
 
-    def near_ties(self, processors: Processors, noise: Positions | None) -> Tensor:
+    def near_ties(self, processors: Processors, noise: GumbelNoise | None) -> Tensor:
         """Output positions where the two best are close, or where this pass would choose otherwise: int64 [count]."""
-        found = [self._near_ties(piece, processors, noise) for piece in self._pieces()]
+        found = []
+        for piece in self._pieces():
+            logits = self.logits(piece)
+            scores = self.scores(logits, piece, processors)
+            tolerance = tie_tolerance(logits, scores)
+            if noise is not None:
+                scores = scores + noise.at(piece.start, piece.stop - piece.start)
+            found.append(near_ties(scores, tolerance) | (scores.argmax(dim=-1) != self.tokens[0, piece]))
         return torch.cat(found).nonzero()[:, 0]
-
-    def _near_ties(self, piece: slice, processors: Processors, noise: Positions | None) -> Tensor:
-        logits = self.logits(piece)
-        scores = self.scores(logits, piece, processors)
-        tolerance = tie_tolerance(logits, scores)
-        if noise is not None:
-            scores = scores + noise[torch.arange(piece.start, piece.stop, device=scores.device)]
-        return near_ties(scores, tolerance) | (scores.argmax(dim=-1) != self.tokens[0, piece])
 
     def _pieces(self) -> Iterator[slice]:
         return pieces(self.tokens.shape[1], positions_at_once(self.vocab_size))
@@ -83,12 +83,8 @@ def target_pass(target: PreTrainedModel, feature_layers: tuple[int, ...], prompt
     read = partial(target, input_ids=torch.cat([prompt, tokens], dim=1)[:, :-1], use_cache=False)
     output = read(logits_to_keep=1, output_hidden_states=[*layers, last])
     states, hidden = output.hidden_states, output.hidden_states[last][0, -count:]
-    head = _head(target, hidden[-1:], output.logits[0])
-    if head is None:  # the model does something of its own after its head: all logits at once, as it makes them
-        whole = read(logits_to_keep=count).logits[0]
-        logits = whole.__getitem__
-    else:
-        logits = partial(_headed, head, hidden)
+    # A model may do something of its own after its head: then all logits at once, as it makes them.
+    logits = _logits(target, hidden, output.logits[0]) or read(logits_to_keep=count).logits[0].__getitem__
     return TargetPass(
         prompt=prompt,
         tokens=tokens,
@@ -99,29 +95,18 @@ def target_pass(target: PreTrainedModel, feature_layers: tuple[int, ...], prompt
     )
 
 
-Head = Callable[[Tensor], Tensor]
-"""From final-norm states [positions, hidden] to logits [positions, vocab]."""
+def _logits(target: PreTrainedModel, hidden: Tensor, last: Tensor) -> Callable[[slice], Tensor] | None:
+    """What makes logits [positions, vocab] of some of the final-norm states, [output length, hidden].
 
-
-def _headed(head: Head, hidden: Tensor, piece: slice) -> Tensor:
-    return head(hidden[piece])
-
-
-def _head(target: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head | None:
-    """What makes `logits`, [1, vocab], of `hidden`, [1, hidden], to the bit; None if it is neither of those known."""
-    module = target.get_output_embeddings()
+    None if it does not make `last`, [1, vocab], of the last of them to the bit.
+    """
+    module, back = target.get_output_embeddings(), input_device(target)
     if module is None:
         return None
-    plain = partial(_plain, module, device_of(module, target), input_device(target))
-    cap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
-    known: list[Head] = [plain] if cap is None else [partial(_capped, plain, cap)]
-    return next((head for head in known if head(hidden).equal(logits.to(input_device(target)))), None)
+    device, cap = device_of(module, target), getattr(target.config.get_text_config(), "final_logit_softcapping", None)
 
+    def made(piece: slice) -> Tensor:
+        logits: Tensor = module(hidden[piece].to(device)).to(back)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
-def _plain(module: nn.Module, device: torch.device, back: torch.device, states: Tensor) -> Tensor:
-    logits: Tensor = module(states.to(device))
-    return logits.to(back)
-
-
-def _capped(plain: Head, cap: float, states: Tensor) -> Tensor:
-    return torch.tanh(plain(states) / cap) * cap
+    return made if made(slice(-1, None)).equal(last.to(back)) else None

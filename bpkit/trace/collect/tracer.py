@@ -14,7 +14,6 @@ from torch import Tensor
 from bpkit.decode.clock import GuardedClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.features import OF_THE_ANCHOR
-from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.result import Run
 from bpkit.decode.sampling import Processors
 from bpkit.decode.timing import Stopwatch
@@ -26,7 +25,7 @@ from bpkit.prompts import Prompt
 from bpkit.trace.collect.autoregressive import trace_rollouts
 from bpkit.trace.collect.block_diffusion import trace_blocks
 from bpkit.trace.collect.drafts import Drafts, Finished, num_accepted
-from bpkit.trace.collect.pieces import Positions
+from bpkit.trace.collect.pieces import HeldNoise
 from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_pass
 from bpkit.trace.records import DraftTable, PromptTrace
@@ -38,8 +37,6 @@ PARTS = ("generation", "target pass", "draft passes", "the rest")
 """Where the time of tracing a prompt goes."""
 TOP = 64
 """First tokens whose log-probabilities are kept."""
-ALWAYS = frozenset({Feature.PREFILL_HIDDEN, Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
-"""Features that every trace holds, where the drafter provides them."""
 
 
 @dataclass(frozen=True)
@@ -149,19 +146,12 @@ class Tracer:
         self.watch.lap("the rest")
         return trace
 
-    def _noise(self, index: int, output_length: int) -> Positions | None:
+    def _noise(self, index: int, output_length: int) -> HeldNoise | None:
         """Noise of every position that a draft may reach."""
         if self.options.seed is None:
             return None
-        count, vocab_size = output_length + max(self.options.block_sizes), self.decoder.spec.vocab_size
-        device = self.decoder.target.device
-
-        def make(piece: slice) -> Tensor:
-            noise = GumbelNoise(cast("int", self.options.seed), index, vocab_size, device)
-            noise.forget_before(piece.start)
-            return noise.at(piece.start, piece.stop - piece.start)
-
-        return Positions(count, vocab_size, make)
+        count, decoder = output_length + max(self.options.block_sizes), self.decoder
+        return HeldNoise(self.options.seed, index, count, decoder.spec.vocab_size, decoder.target.device)
 
     def _features(self, seen: TargetPass, tokens: Tensor) -> dict[Feature, NDArray[np.float32]]:
         """Features of the target: of the first position, and of all that decided an output token."""

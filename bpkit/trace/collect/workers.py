@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ from bpkit.trace.records import PromptTrace
 
 GO_ON = "What was traced is kept: the same command goes on from there"
 
+W = TypeVar("W")
 Task = tuple[int, Prompt]
 """A prompt and its place in the trace."""
 
@@ -43,29 +44,29 @@ def gone(worker: str, task: Task | None, said: str) -> WorkerError:
     return WorkerError(f"{worker} is gone {at} ({said}). {GO_ON}")
 
 
-class Remote(Protocol):
-    """A worker elsewhere."""
+def share_out(
+    workers: Iterable[W],
+    tasks: Sequence[Task],
+    give: Callable[[W, Task | None], Any],
+    take: Callable[[W, Any, Task | None], PromptTrace],
+    wait: Callable[[list[Any]], Iterable[Any]],
+) -> Traces:
+    """Hand out the tasks one by one. A worker that does not get to loading its models has none, and holds nobody up.
 
-    def give(self, task: Task | None) -> Any:
-        """Hand over a prompt, or nothing, to have the models loaded. Returns what to wait for, which can be hashed."""
-        ...
-
-    def take(self, given: Any, task: Task | None) -> PromptTrace:
-        """What became of it. Raises WorkerError."""
-        ...
-
-
-def share_out(workers: Iterable[Remote], tasks: Sequence[Task], wait: Callable[[list[Any]], Iterable[Any]]) -> Traces:
-    """Hand out the tasks one by one. A worker that does not get to loading its models has none, and holds nobody up."""
+    Args:
+        give: hands a worker a task, or none, to load its models; returns what to wait for.
+        take: what became of it. Raises WorkerError.
+        wait: until some of what was returned are ready, which it returns.
+    """
     left, missing = iter(tasks), len(tasks)
-    busy: dict[Any, tuple[Remote, Task | None]] = {worker.give(None): (worker, None) for worker in workers}
+    busy: dict[Any, tuple[W, Task | None]] = {give(worker, None): (worker, None) for worker in workers}
     while missing:
         for given in wait(list(busy)):
             worker, task = busy.pop(given)
-            trace = worker.take(given, task)
+            trace = take(worker, given, task)
             following = next(left, None)
             if following is not None:
-                busy[worker.give(following)] = worker, following
+                busy[give(worker, following)] = worker, following
             if task is not None:
                 missing -= 1
                 yield trace
@@ -101,11 +102,12 @@ class Models:
         return decoder
 
 
+@dataclass
 class Worker:
     """Traces prompts with models of its own, on one thread."""
 
-    def __init__(self, models: Models, options: TraceOptions) -> None:
-        self.models, self.options = models, options
+    models: Models
+    options: TraceOptions
 
     @cached_property
     def _tracer(self) -> Tracer:
@@ -133,6 +135,7 @@ class Worker:
             ) from error
 
 
+@dataclass(frozen=True)
 class Processes:
     """Traces in `count` processes of this machine.
 
@@ -140,8 +143,9 @@ class Processes:
     process, they can be ended in the middle of a prompt, and they end by themselves when this process is gone.
     """
 
-    def __init__(self, models: Models, options: TraceOptions, count: int) -> None:
-        self.models, self.options, self.count = models, options, count
+    models: Models
+    options: TraceOptions
+    count: int
 
     def traces(self, prompts: Sequence[Task]) -> Traces:
         """Trace each (index, prompt), as they come. Raises WorkerError."""
@@ -149,7 +153,7 @@ class Processes:
         try:
             with _uninterrupted():
                 processes += [_Process(self.models, self.options) for _ in prompts[: self.count]]
-            yield from share_out(processes, prompts, wait)
+            yield from share_out(processes, prompts, _Process.give, _Process.take, wait)
         finally:
             for process in processes:
                 process.end()

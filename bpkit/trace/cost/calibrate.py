@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from bpkit.decode.clock import Clock, WallClock
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
 from bpkit.policy import Policy, PolicyConfig, State
 from bpkit.prompts import Prompt
@@ -24,11 +26,6 @@ from bpkit.trace.cost.estimate import Steps, estimate, worst_cell
 from bpkit.trace.cost.measured import Measured
 from bpkit.trace.cost.table import CostTable
 from bpkit.types import OF_THE_DISTRIBUTION, Context, Draft, Feature, Seconds, Work
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bpkit.decode.decoder import SpeculativeDecoder
 
 CHANCE_OF_PLAIN_STEPS, MOST_PLAIN_STEPS = 0.03, 32
 REQUESTS_BETWEEN_LOOKS = 10

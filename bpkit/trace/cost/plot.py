@@ -37,11 +37,8 @@ def _phases(axes: Any, cost: CostTable, scale: float, unit: str) -> None:
     axes.step(sizes, drafts, where="pre", marker=".", color="#ee6677", label="draft")
     steps = [scale * cost.step(size) for size in sizes]
     axes.step(sizes, steps, where="pre", marker=".", color="#333333", label="step of a fixed block size")
-    axes.set_xlabel("block size; positions verified")
-    axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, "block size; positions verified", unit)
 
 
 def _break_even(axes: Any, cost: CostTable) -> None:
@@ -50,8 +47,11 @@ def _break_even(axes: Any, cost: CostTable) -> None:
     axes.step(sizes, [cost.break_even(size) for size in sizes], where="pre", marker=".", color="#333333")
     axes.plot(sizes, sizes, ":", color="#bbbbbb", label="all drafted tokens stand")
     axes.set_ylim(0, 1.15 * max(cost.break_even(size) for size in sizes))
-    axes.set_xlabel("block size")
-    axes.set_ylabel("acceptance length from which it pays")
+    _label(axes, "block size", "acceptance length from which it pays")
+
+
+def _label(axes: Any, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -98,13 +98,9 @@ class TraceWriter:
             self.parts.mkdir(exist_ok=True)
         return there
 
-    @property
-    def complete(self) -> bool:
-        return self.manifest.complete
-
     def missing(self) -> list[int]:
         """Indices of prompts that are not written yet."""
-        if self.complete:
+        if self.manifest.complete:
             return []
         return [i for i in range(len(self.manifest.prompt_ids)) if not self._part(i, "prompts").exists()]
 
@@ -119,7 +115,7 @@ class TraceWriter:
 
     def finish(self) -> Manifest:
         """Join the parts and say that the trace is complete."""
-        if self.complete:
+        if self.manifest.complete:
             return self.manifest
         count = len(self.manifest.prompt_ids)
         partials = {name: self.folder / f".{name}.{os.getpid()}{UNFINISHED}" for name in NAMES}
