@@ -361,16 +361,19 @@ def test_a_drafter_is_trained_on_prompts_of_ones_own(run: Run, tmp_path: Path) -
 def test_the_defaults_shown_are_those_of_the_recipes() -> None:
     pytest.importorskip("lightning")
     from bpkit.cli import train
-    from bpkit.learn.training.assistant import train_assistant
+    from bpkit.learn.training.answers import DrafterRun
     from bpkit.learn.training.drafter import train_drafter
+    from bpkit.learn.training.model import ModelRun
     from recipes.pair import commands
     from recipes.pair.target import train_target
 
-    pairs = ((commands.train_target, train_target), (train.drafter, train_drafter), (train.drafter, train_assistant))
-    for command, recipe in pairs:
+    for command, takes in (
+        (commands.train_target, (train_target, ModelRun)),
+        (train.drafter, (train_drafter, DrafterRun)),
+    ):
         shown = inspect.signature(command).parameters
-        for name, parameter in inspect.signature(recipe).parameters.items():
-            if name in shown and parameter.default is not parameter.empty:
+        for name, parameter in (pair for one in takes for pair in inspect.signature(one).parameters.items()):
+            if name in shown and parameter.default is not parameter.empty and name != "batch_size":
                 assert shown[name].default == parameter.default, name
 
 
@@ -379,7 +382,7 @@ def test_the_kind_of_drafter_chooses_the_recipe(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, recipe: str
 ) -> None:
     pytest.importorskip("lightning")
-    from bpkit.learn.training.model import ModelRun
+    from bpkit.learn.training.answers import DrafterRun
 
     seen: dict[str, dict[str, Any]] = {}
     for name in ("drafter", "assistant"):
@@ -389,10 +392,11 @@ def test_the_kind_of_drafter_chooses_the_recipe(
         )
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "x"}\n', encoding="utf-8")
-    arguments = ("--target", "t", "--out", str(tmp_path / "out"), "--prompts", str(prompts), "--kind", kind)
-    result = run("train", "drafter", *arguments, "--minutes", "2", "--steps", "7", "--devices", "2", "--no-resume")
+    arguments = ["--target", "t", "--out", str(tmp_path / "out"), "--prompts", str(prompts), "--kind", kind]
+    arguments += ["--minutes", "2", "--steps", "7", "--devices", "2", "--no-resume", "--new-tokens", "9"]
+    result = run("train", "drafter", *arguments)
     assert result.exit_code == 0, result.stderr
     (given,) = seen.values()
     assert list(seen) == [recipe]
-    assert (given["prompts"], given["layers"]) == (["x"], 2)
-    assert given["options"] == ModelRun(max_steps=7, max_minutes=2.0, devices=2, resume=False)
+    assert given["prompts"] == ["x"]
+    assert given["run"] == DrafterRun(max_steps=7, max_minutes=2.0, devices=2, resume=False, new_tokens=9)

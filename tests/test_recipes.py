@@ -112,7 +112,8 @@ def test_the_target_is_trained_as_its_options_say(
     result = recipe("train-target", "--out", tmp_path, "--layers", 3, "--minutes", 2, "--devices", 2)
     assert result.exit_code == 0, result.stderr
     assert (seen["out"], seen["layers"], seen["maths"]) == (tmp_path, 3, None)
-    assert (seen["options"].max_minutes, seen["options"].devices, seen["options"].resume) == (2.0, 2, True)
+    run = seen["run"]
+    assert (run.max_minutes, run.devices, run.resume, run.batch_size) == (2.0, 2, True, 20)
 
 
 def test_without_lightning_it_is_said_how_to_get_it(

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from bpkit import SpeculativeDecoder
 from bpkit.assets import prompts
 from bpkit.draft.blocks import block_attention_mask
+from bpkit.learn.training.answers import DrafterRun
 from bpkit.learn.training.assistant import DistillationLoss, first_layers, train_assistant
 from bpkit.learn.training.budget import learning_rate_factor
 from bpkit.learn.training.drafter import position_weights, train_drafter
@@ -25,7 +27,8 @@ from recipes.pair import structured
 from recipes.pair.corpus import maths_documents, training_prompts
 from recipes.pair.target import train_target
 
-QUICK = ModelRun(max_steps=3, max_minutes=2.0, accelerator="cpu")
+QUICK: dict[str, Any] = {"max_steps": 3, "max_minutes": 2.0, "accelerator": "cpu", "batch_size": 4}
+ANSWERS = DrafterRun(layers=1, sequences=96, new_tokens=12, **QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +41,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_target(
         folder / "target",
         maths=maths,
-        options=QUICK,
+        run=ModelRun(**QUICK),
         layers=4,
         hidden_size=64,
         vocab_size=320,
         length=64,
-        batch_size=4,
     )
     train_drafter(
         str(folder / "target"),
         folder / "drafter",
         prompts=training_prompts(maths, per_domain=40, seed=0),
-        options=QUICK,
-        layers=1,
+        run=ANSWERS,
         block_size=8,
-        sequences=96,
-        new_tokens=12,
-        batch_size=4,
     )
     train_assistant(
         str(folder / "target"),
         folder / "assistant",
         prompts=training_prompts(maths, per_domain=40, seed=0),
-        options=QUICK,
-        layers=1,
-        sequences=96,
-        new_tokens=12,
-        batch_size=4,
+        run=ANSWERS,
     )
     return folder
 
@@ -164,12 +158,8 @@ def test_a_finished_run_resumes_from_its_checkpoint_and_ends_at_once(trained: Pa
         str(trained / "target"),
         trained / "drafter",
         prompts=["unused: the outputs are there"],
-        options=QUICK,
-        layers=1,
+        run=ANSWERS,
         block_size=8,
-        sequences=96,
-        new_tokens=12,
-        batch_size=4,
     )
     after = load_file(trained / "drafter" / "model.safetensors")
     # One more step at a learning rate of zero changes nothing.

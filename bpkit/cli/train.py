@@ -107,7 +107,7 @@ def drafter(
     sequences: Annotated[int, typer.Option(help="Answers of the target to train on.", min=65)] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Tokens that the target generates for each.", min=2)] = 160,
     batch_size: Annotated[int, typer.Option(help="Sequences a step on each device.", min=1)] = 8,
-    # `model_run` reads these from the context.
+    # `model_run` reads these, and layers, sequences, new tokens and batch size, from the context.
     minutes: train_options.Minutes = 30.0,
     steps: train_options.Steps = None,
     devices: train_options.Devices = 1,
@@ -132,26 +132,18 @@ def drafter(
         raise ValueError(NO_PROMPTS)
     require("lightning", extra="train", purpose="Training")
     from bpkit.cli.models import quiet_libraries
+    from bpkit.learn.training.answers import DrafterRun
     from bpkit.learn.training.assistant import train_assistant
     from bpkit.learn.training.drafter import train_drafter
     from bpkit.prompts import read_prompts
 
-    recipe = (
+    quiet_libraries()
+    train = (
         train_assistant
         if kind is DrafterKind.AUTOREGRESSIVE
         else partial(train_drafter, block_size=block_size, target_layer_ids=target_layer)
     )
-    quiet_libraries()
     texts = [prompt.text for prompt in read_prompts(prompts)]
     with when_interrupted(checkpoint_in(out)):
-        recipe(
-            target,
-            out,
-            prompts=texts,
-            options=train_options.model_run(context),
-            layers=layers,
-            sequences=sequences,
-            new_tokens=new_tokens,
-            batch_size=batch_size,
-        )
+        train(target, out, prompts=texts, run=train_options.model_run(context, DrafterRun))
     train_options.say_written(out, f"bpkit bench --target {target} --drafter {out}")

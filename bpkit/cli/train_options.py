@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -13,6 +14,7 @@ from bpkit.cli.terminal import say
 if TYPE_CHECKING:
     from bpkit.learn.training.model import ModelRun
 
+Run = TypeVar("Run", bound="ModelRun")
 RUN, _BUDGET = "How to run", "Budget"
 
 Out = Annotated[Path, typer.Option(help="Folder for the result, its checkpoints and logs.", metavar="FOLDER")]
@@ -40,17 +42,11 @@ Compile = Annotated[
 Seed = Annotated[int, typer.Option(help="Of data and initial weights.", rich_help_panel=RUN)]
 
 
-def model_run(context: typer.Context) -> ModelRun:
+def model_run(context: typer.Context, kind: type[Run]) -> Run:
     """How a model is trained, as the options of the command say it."""
-    from bpkit.learn.training.model import ModelRun
-
-    given = context.params
-    shared = ("devices", "accelerator", "strategy", "compile", "resume", "seed")
-    return ModelRun(
-        max_steps=given["steps"] or ModelRun.max_steps,
-        max_minutes=given["minutes"],
-        **{name: given[name] for name in shared},
-    )
+    given = dict(context.params)
+    given |= {"max_minutes": given["minutes"], "max_steps": given["steps"] or kind.max_steps}
+    return kind(**{field.name: given[field.name] for field in fields(kind)})
 
 
 def say_written(out: Path, following: str) -> None:

@@ -62,6 +62,7 @@ def train_target(
     """
     require("lightning", extra="train", purpose="Training")
     from bpkit.cli.models import quiet_libraries
+    from bpkit.learn.training.model import ModelRun
     from recipes.pair import target
 
     quiet_libraries()
@@ -69,12 +70,11 @@ def train_target(
         target.train_target(
             out,
             maths=maths,
-            options=train_options.model_run(context),
+            run=train_options.model_run(context, ModelRun),
             layers=layers,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             length=length,
-            batch_size=batch_size,
             start_from=start_from,
         )
     train_options.say_written(out, f"bpkit train drafter --target {out} --out FOLDER --prompts FILE")

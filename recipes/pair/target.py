@@ -53,12 +53,11 @@ def train_target(
     out: Path,
     *,
     maths: Path | None,
-    options: ModelRun,
+    run: ModelRun,
     layers: int = 12,
     hidden_size: int = 256,
     vocab_size: int = 4096,
     length: int = 384,
-    batch_size: int = 20,
     start_from: Path | None = None,
 ) -> None:
     """Train tokenizer and target and write both to the folder `out`.
@@ -66,10 +65,10 @@ def train_target(
     Args:
         start_from: folder of an earlier target to go on from, with its tokenizer, instead of random weights.
         maths: JSONL with `question` and `answer`, or None to leave that domain out.
-        length: tokens in a training window. batch_size: windows a step on each device.
+        length: tokens in a training window, of which `run.batch_size` make a step on each device.
     """
-    torch.manual_seed(options.seed)
-    texts = training_documents(maths, structured_count=6000, maths_repeats=3, seed=options.seed)
+    torch.manual_seed(run.seed)
+    texts = training_documents(maths, structured_count=6000, maths_repeats=3, seed=run.seed)
     every = [text for domain in texts.values() for text in domain]
     if start_from is not None or (out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start_from or out)
@@ -77,7 +76,7 @@ def train_target(
         # A sample is enough to choose merges; the whole text would only take longer.
         tokenizer = train_tokenizer((t for domain in texts.values() for t in domain[:6000]), vocab_size=vocab_size)
     tokenizer.save_pretrained(out)
-    windows = pack(every, tokenizer, length=length, seed=options.seed)
+    windows = pack(every, tokenizer, length=length, seed=run.seed)
     if start_from is None:
         model = Qwen3ForCausalLM(target_config(tokenizer, layers=layers, hidden_size=hidden_size))
     else:
@@ -88,14 +87,11 @@ def train_target(
         NextTokenLoss(model),
         (windows,),
         out,
-        batch_size=batch_size,
-        options=options,
-        arguments={
-            "layers": layers,
-            "hidden_size": hidden_size,
-            "vocab_size": vocab_size,
-            "length": length,
-            "start_from": start_from,
-        },
+        run,
         fingerprints={name: fingerprint(domain) for name, domain in texts.items()},
+        layers=layers,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        length=length,
+        start_from=start_from,
     )

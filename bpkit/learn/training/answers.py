@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -10,47 +11,65 @@ import torch
 from rich.progress import track
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bpkit.files import write_at_once
+from bpkit.learn.training.model import ModelRun
+
+AT_ONCE = 128
+"""Prompts in a batch of the target, and so in a shard."""
+MOST_PROMPT_TOKENS = 128
+"""A longer prompt is cut off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterRun(ModelRun):
+    """How to train a drafter on what its target answers.
+
+    Attributes:
+        layers: transformer layers of the drafter.
+        sequences: answers; prompts are cycled until there are as many, every other one sampled at temperature 1.
+        new_tokens: tokens that the target generates for each prompt.
+    """
+
+    layers: int = 2
+    sequences: int = 6000
+    new_tokens: int = 160
+
+
+def load_target(path: str, run: DrafterRun) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer, and model in bfloat16; from here on torch draws by the run's seed."""
+    torch.manual_seed(run.seed)
+    return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 
 
 def target_answers(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    out: Path,
-    *,
-    count: int,
-    new_tokens: int,
-    seed: int,
-    batch_size: int = 128,
-    max_prompt_tokens: int = 128,
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], out: Path, run: DrafterRun
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Generate `count` sequences, half greedy and half sampled at temperature 1, into `out/outputs.safetensors`.
+    """Generate sequences, half greedy and half sampled, into `out/outputs.safetensors`.
 
     Batches are kept as shards while the work runs, so a run that was cut short goes on where it stopped.
 
     Returns:
-        `ids` int64 [count, time] right-padded, `prompt_length` and `length` int64 [count].
+        `ids` int64 [sequences, time] right-padded, `prompt_length` and `length` int64 [sequences].
     """
     result, shards = out / "outputs.safetensors", out / "outputs"
     if result.exists():
         return _columns(load_file(result))
     # Sorting by length keeps padding, and so wasted work, small.
-    chosen = sorted(islice(cycle(prompts), count), key=len)
-    batches = [chosen[i : i + batch_size] for i in range(0, count, batch_size)]
+    chosen = sorted(islice(cycle(prompts), run.sequences), key=len)
+    batches = [chosen[i : i + AT_ONCE] for i in range(0, run.sequences, AT_ONCE)]
     for index, batch in track(list(enumerate(batches)), description="target outputs"):
         shard = shards / f"{index:05d}.safetensors"
         if not shard.exists():
-            torch.manual_seed(seed + index)
-            greedy = _answers(target, tokenizer, batch[::2], new_tokens, max_prompt_tokens, sample=False)
-            sampled = _answers(target, tokenizer, batch[1::2], new_tokens, max_prompt_tokens, sample=True)
+            torch.manual_seed(run.seed + index)
+            greedy = _answers(target, tokenizer, batch[::2], run.new_tokens, sample=False)
+            sampled = _answers(target, tokenizer, batch[1::2], run.new_tokens, sample=True)
             write_at_once(shard, save(_padded([*greedy, *sampled])))
     parts = [load_file(shards / f"{index:05d}.safetensors") for index in range(len(batches))]
     rows = [part["ids"][i, : part["length"][i]] for part in parts for i in range(len(part["length"]))]
     starts = torch.cat([part["prompt_length"] for part in parts]).tolist()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed)).tolist()
     whole = _padded([(rows[i], starts[i]) for i in order])
     write_at_once(result, save(whole))
     return _columns(whole)
@@ -62,7 +81,6 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     new_tokens: int,
-    max_prompt_tokens: int,
     *,
     sample: bool,
 ) -> Iterator[tuple[Tensor, int]]:
@@ -75,7 +93,7 @@ def _answers(
         padding=True,
         padding_side="left",
         truncation=True,
-        max_length=max_prompt_tokens,
+        max_length=MOST_PROMPT_TOKENS,
         add_special_tokens=False,
     ).to(target.device)
     out = target.generate(

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from bpkit.learn.training.answers import target_answers
-from bpkit.learn.training.model import ModelRun, autocast, train_model
+from bpkit.learn.training.answers import DrafterRun, load_target, target_answers
+from bpkit.learn.training.model import autocast, train_model
 from bpkit.learn.training.provenance import fingerprint
 
 
@@ -66,40 +66,14 @@ def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
     return drafter.float()
 
 
-def train_assistant(
-    target_path: str,
-    out: Path,
-    *,
-    prompts: list[str],
-    options: ModelRun,
-    layers: int = 2,
-    sequences: int = 6000,
-    new_tokens: int = 160,
-    batch_size: int = 8,
-) -> None:
+def train_assistant(target_path: str, out: Path, *, prompts: list[str], run: DrafterRun) -> None:
     """Let the target answer prompts, train an autoregressive drafter on the answers and write it to the folder `out`.
-
-    Args:
-        prompts: texts; they are cycled until there are `sequences` of them, every other one sampled at temperature 1.
-        layers: transformer layers of the drafter, fewer than the target's.
-        new_tokens: tokens that the target generates for each prompt.
 
     Raises:
         ValueError: the target cannot be cut (`first_layers`).
     """
-    torch.manual_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(target_path)
-    target = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.bfloat16)
-    drafter = first_layers(target, layers)
-    answers = target_answers(target, tokenizer, prompts, out, count=sequences, new_tokens=new_tokens, seed=options.seed)
-    train_model(
-        "train_assistant",
-        drafter,
-        DistillationLoss(drafter, target),
-        answers,
-        out,
-        batch_size=batch_size,
-        options=options,
-        arguments={"layers": layers, "sequences": sequences, "new_tokens": new_tokens},
-        fingerprints={"prompts": fingerprint(prompts)},
-    )
+    tokenizer, target = load_target(target_path, run)
+    drafter = first_layers(target, run.layers)
+    answers = target_answers(target, tokenizer, prompts, out, run)
+    loss = DistillationLoss(drafter, target)
+    train_model("train_assistant", drafter, loss, answers, out, run, fingerprints={"prompts": fingerprint(prompts)})

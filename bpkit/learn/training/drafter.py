@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bpkit.draft.blocks import block_attention_mask
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
-from bpkit.learn.training.answers import target_answers
-from bpkit.learn.training.model import ModelRun, autocast, train_model
+from bpkit.learn.training.answers import DrafterRun, load_target, target_answers
+from bpkit.learn.training.model import autocast, train_model
 from bpkit.learn.training.provenance import fingerprint
 
 BLOCK_SIZES = (4, 8, 16, 16, 16, 32)
@@ -122,51 +122,30 @@ def train_drafter(
     out: Path,
     *,
     prompts: list[str],
-    options: ModelRun,
-    layers: int = 2,
+    run: DrafterRun,
     block_size: int = 16,
     target_layer_ids: list[int] | None = None,
-    sequences: int = 6000,
-    new_tokens: int = 160,
-    batch_size: int = 8,
 ) -> None:
     """Let the target answer prompts, train a drafter on the answers and write it to the folder `out`.
 
     Args:
-        prompts: texts; they are cycled until there are `sequences` of them, every other one sampled at temperature 1.
         target_layer_ids: layers that give the features; by default three spread over the target.
-        new_tokens: tokens that the target generates for each prompt.
+
+    Raises:
+        ValueError: the tokenizer has no mask token.
     """
-    torch.manual_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(target_path)
-    target = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.bfloat16)
+    tokenizer, target = load_target(target_path, run)
     if tokenizer.mask_token_id is None:
         raise ValueError(f"the tokenizer of {target_path} has no mask token: add one with add_special_tokens first")
     depth = target.config.num_hidden_layers
-    answers = target_answers(target, tokenizer, prompts, out, count=sequences, new_tokens=new_tokens, seed=options.seed)
-    config = drafter_config(
-        target,
-        tokenizer.mask_token_id,
-        layers=layers,
-        block_size=block_size,
-        target_layer_ids=target_layer_ids or [1, depth // 2, depth - 2],
-    )
-    drafter = DFlashModel(config)
+    shape: dict[str, Any] = {
+        "block_size": block_size,
+        "target_layer_ids": target_layer_ids or [1, depth // 2, depth - 2],
+    }
+    answers = target_answers(target, tokenizer, prompts, out, run)
+    drafter = DFlashModel(drafter_config(target, tokenizer.mask_token_id, layers=run.layers, **shape))
     drafter.norm.load_state_dict(target.model.norm.state_dict())
+    loss = BlockDraftLoss(drafter, target)
     train_model(
-        "train_drafter",
-        drafter,
-        BlockDraftLoss(drafter, target),
-        answers,
-        out,
-        batch_size=batch_size,
-        options=options,
-        arguments={
-            "layers": layers,
-            "block_size": block_size,
-            "target_layer_ids": config.target_layer_ids,
-            "sequences": sequences,
-            "new_tokens": new_tokens,
-        },
-        fingerprints={"prompts": fingerprint(prompts)},
+        "train_drafter", drafter, loss, answers, out, run, fingerprints={"prompts": fingerprint(prompts)}, **shape
     )

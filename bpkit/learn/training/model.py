@@ -31,11 +31,13 @@ class ModelRun(FitOptions):
 
     Attributes:
         max_steps, max_minutes: the budget; whichever is spent first ends the run, annealed.
+        batch_size: examples a step on each device.
         compile: run the loss through `torch.compile`, worth its start-up time on runs over a few minutes.
     """
 
     max_steps: int = 1_000_000
     max_minutes: float = 30.0
+    batch_size: int = 8
     compile: bool = False
     seed: int = 0
 
@@ -51,34 +53,31 @@ def train_model(
     loss: nn.Module,
     columns: tuple[Tensor, ...],
     out: Path,
+    run: ModelRun,
     *,
-    batch_size: int,
-    options: ModelRun,
-    arguments: Mapping[str, Any],
-    fingerprints: dict[str, str],
+    fingerprints: Mapping[str, str],
+    **arguments: Any,
 ) -> None:
     """Train `model` by `loss`, and write it to the folder `out` in bfloat16, with what made it.
 
     Args:
-        recipe: name of the function that was called, for the record. arguments: what it was called with beside
-            `options` and `batch_size`. fingerprints: of its texts.
+        recipe: name of the function that was called, for the record. arguments: what it was called with beside `run`.
+            fingerprints: of its texts.
         columns: the loss's arguments, examples first in each.
     """
-    module = BudgetedModule(
-        loss, max_steps=options.max_steps, max_minutes=options.max_minutes, muon_lr=6e-3, adamw_lr=2e-3
-    )
-    if options.compile:
+    module = BudgetedModule(loss, max_steps=run.max_steps, max_minutes=run.max_minutes, muon_lr=6e-3, adamw_lr=2e-3)
+    if run.compile:
         loss.compile(dynamic=False)
     data = [
-        DataLoader(TensorDataset(*part), batch_size=batch_size, shuffle=shuffle, drop_last=True)
+        DataLoader(TensorDataset(*part), batch_size=run.batch_size, shuffle=shuffle, drop_last=True)
         for part, shuffle in (([c[HELD_OUT:] for c in columns], True), ([c[:HELD_OUT] for c in columns], False))
     ]
-    with _threads_for(options.devices):
+    with _threads_for(run.devices):
         is_first = fit(
             module,
             data,
             out,
-            options,
+            run,
             max_epochs=-1,
             val_check_interval=250,
             check_val_every_n_epoch=None,
@@ -89,7 +88,7 @@ def train_model(
         )
     if is_first:
         model.to(torch.bfloat16).save_pretrained(out)
-        write_provenance(out, recipe, {**asdict(options), **arguments, "batch_size": batch_size}, fingerprints)
+        write_provenance(out, recipe, {**asdict(run), **arguments}, fingerprints)
 
 
 def _shows_bars() -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from bpkit.learn.trained_config import TrainedConfig
+from bpkit.names import did_you_mean
 from bpkit.policy import PolicyError, validated
 from bpkit.registry.class_file import names_file
 from bpkit.registry.discovery import Entry, registry
@@ -36,20 +36,19 @@ def refuse_untrainable(name: str, *, beside: Sequence[str] = ()) -> None:
     """Raise PolicyError unless a policy of that name is there and has weights; classes in files are let pass.
 
     Args:
-        beside: what else can be trained, such as `target`.
+        beside: what else can be trained, such as `drafter`.
     """
     trainable = trainable_entries()
     if names_file(name) or name in trainable:
         return
-    near = difflib.get_close_matches(name, [*beside, *trainable], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    listed = f"Trainable: {', '.join([*beside, *trainable]) or 'none'}."
+    choices = [*beside, *trainable]
+    listed = f"{did_you_mean(name, choices)} Trainable: {', '.join(choices) or 'none'}."
     known = registry().policies
     if name in known:
         others = ", ".join(other for other in sorted(known) if other not in trainable)
-        raise PolicyError(f"policy {name!r} has no weights to train.{hint} {listed} Without weights: {others}")
+        raise PolicyError(f"policy {name!r} has no weights to train.{listed} Without weights: {others}")
     failed = "".join(f" Plug-in {n!r} could not be loaded ({why})." for n, why in registry().failures.items())
-    raise PolicyError(f"there is no policy {name!r} to train.{hint} {listed}{failed}")
+    raise PolicyError(f"there is no policy {name!r} to train.{listed}{failed}")
 
 
 def make_module(
@@ -122,9 +121,9 @@ def _sorted_settings(
     of_policy = {key: value for key, value in settings.items() if key not in training}
     unknown = [key for key in of_policy if key not in kind.Config.model_fields or key == "weights"]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], [*module.Options.model_fields, *kind.Config.model_fields], n=1)
+        hint = did_you_mean(unknown[0], [*module.Options.model_fields, *kind.Config.model_fields])
         raise PolicyError(
-            f"policy {kind.name!r} has no setting {unknown[0]!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
+            f"policy {kind.name!r} has no setting {unknown[0]!r}.{hint} "
             f"Of the training: {_listed(module.Options)}. Of the policy: {_listed(kind.Config)}"
         )
     return training, of_policy
