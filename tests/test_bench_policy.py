@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bpkit_forecast.config import ForecastConfig
-from bpkit_forecast.policy import VECTORS, Forecast
+from bpkit_forecast.policy import VECTORS, Forecast, ForecastConfig
 from torch import nn
 from typer.testing import CliRunner, Result
 

@@ -7,18 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("onnxscript")
 
-from bpkit_forecast.config import ForecastConfig
-from bpkit_forecast.policy import VECTORS, Forecast
+from bpkit_forecast.policy import VECTORS, Forecast, ForecastConfig
 from bpkit_mlp.blockpilot import BlockPilot
 from bpkit_mlp.ldlp import Ldlp
 from bpkit_mlp.ldlp_threshold import LdlpThreshold
-from bpkit_onnx.policy import Onnx
 from bpkit_threshold.specdecpp import SpecDecPP
 
 from bpkit.assets import DOMAINS, prompts
@@ -29,9 +28,10 @@ from bpkit.export import write
 from bpkit.export.convert import OPSETS, example, stripped, to_onnx
 from bpkit.export.core import Core, Exportable, Port
 from bpkit.export.load import load_exported
+from bpkit.export.policy import Onnx
 from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison
-from bpkit.export.write import export_policy
+from bpkit.export.write import as_array, export_policy
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import PolicyError
 from bpkit.prompts import Prompt
@@ -342,7 +342,25 @@ def test_the_shipped_files_are_those_that_the_shipped_weights_give(shipped: Ship
     assert isinstance(policy, Exportable)
     decoder = SpeculativeDecoder(shipped.target, shipped.drafter, "fixed:4", tokenizer=shipped.tokenizer)
     policy.bind(decoder.spec, None)
-    for stem, core in policy.export().cores.items():
+    export = policy.export()
+    assert (export.block_sizes, export.drafts) == (description.block_sizes, description.drafts)
+    assert {f"{stem}.onnx" for stem in export.cores} == set(description.networks)
+    for stem, core in export.cores.items():
         network = description.networks[f"{stem}.onnx"]
-        digest = hashlib.sha256(to_onnx(core, opset=network.opset)).hexdigest()
-        assert digest == network.sha256, "stale: run `make exported`"
+        ports = [(p.name, p.dtype, list(p.shape), p.meaning) for p in (*core.inputs, *core.outputs)]
+        assert ports == [(t.name, t.dtype, t.shape, t.meaning) for t in (*network.inputs, *network.outputs)]
+        old = open_session((folder / f"{stem}.onnx").read_bytes())
+        new = open_session(to_onnx(core, opset=network.opset))
+        golden = {name: as_array(rows, core_dtype(core, name)) for name, rows in network.golden.inputs.items()}
+        drawn = {p.name: example(p, {"batch": 50, "width": 5}, i).numpy() for i, p in enumerate(core.inputs)}
+        for given in (golden, drawn):
+            ours, theirs = new.run(given), old.run(given)
+            clear = theirs[core.margin] > core.tolerance
+            for port in core.outputs:
+                message = f"{port.name}: stale, run `make exported`"
+                one, other = ours[port.name][clear], theirs[port.name][clear]
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=core.tolerance, err_msg=message)
+
+
+def core_dtype(core: Core, name: str) -> str:
+    return next(port.dtype for port in core.inputs if port.name == name)

@@ -12,9 +12,9 @@ ROOMS = ("cli", "judge", "learn", "export", "trace", "engines", "decode", "draft
 """From the top to the bottom: each may import those after it. Other rooms and files serve all of these."""
 CIRCLES = ({f"bpkit.trace.collect.{name}" for name in ("autoregressive", "block_diffusion", "drafting", "stepwise")},)
 """Those that are still there."""
-UPWARD = {("draft", "decode"), ("export", "learn")}
+UPWARD = {("draft", "decode")}
 """Rooms that still import from above them."""
-PLUGINS_IN_THE_CORE = {("bpkit.cli.export", "bpkit_mlp"), ("bpkit.judge.latency.backends", "bpkit_onnx")}
+PLUGINS_IN_THE_CORE: set[tuple[str, str]] = set()
 
 
 def modules() -> dict[str, Path]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bpkit.learn.learned import READABLE, LearnedConfig, LearnedPolicy
-from bpkit.learn.learned_network import Forecaster
+from bpkit.learn.networks import Forecaster
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.learn.training import trainable
 from bpkit.learn.training.learned import LearnedModule, LearnedOptions
@@ -220,8 +220,7 @@ def test_the_exported_file_decides_as_the_policy_at_any_cost(
 ) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from bpkit_onnx.policy import Onnx
-
+    from bpkit.export.policy import Onnx
     from bpkit.export.write import export_policy
 
     out = tmp_path / "planted"
@@ -299,9 +298,9 @@ def test_features_that_are_not_known_before_every_draft_are_refused(wants: set[s
 
 
 def test_options_must_derive_from_those_of_the_base() -> None:
-    with pytest.raises(PolicyError, match=r"Mine.Config must derive from bpkit.learn.learned.LearnedConfig"):
+    with pytest.raises(PolicyError, match=r"Mine.Config must derive from bpkit.learn.LearnedConfig"):
         type("Mine", (LearnedPolicy,), {"Config": type("Config", (TrainedPolicy.Config,), {})})
-    with pytest.raises(PolicyError, match=r"Other.Config must derive from bpkit.learn.trained.TrainedConfig"):
+    with pytest.raises(PolicyError, match=r"Other.Config must derive from bpkit.learn.TrainedConfig"):
         type("Other", (TrainedPolicy,), {"Config": type("Config", (PolicyConfig,), {})})
 
 

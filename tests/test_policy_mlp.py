@@ -22,7 +22,6 @@ from bpkit_mlp.ldlp_threshold import LdlpThreshold, LdlpThresholdConfig
 from bpkit_mlp.ldlp_training import LdlpModule, LdlpOptions, labelled_rows
 from bpkit_mlp.losses import Target, asymmetric_l1, choice_loss, relative
 from bpkit_mlp.networks import ResidualMLP, Standard, normalisation
-from bpkit_mlp.regressor import Products, Regressor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,6 +48,7 @@ COST = CostTable(
     verify={width: 0.005 + 0.001 * width for width in range(1, 17)},
 )
 HIDDEN, VOCAB = 8, 24
+LENGTHS: dict[str, Any] = {"hidden_size": HIDDEN, "sizes": [2, 3, 4, 6, 8]}
 
 
 def decoder(trained: int = 4, largest: int = 8, hidden: int = HIDDEN, vocab: int = VOCAB) -> DecoderSpec:
@@ -96,8 +96,8 @@ def ldlp(sizes: tuple[int, ...] = (2, 3, 4, 6, 8), spec: DecoderSpec | None = No
 def forecasting(lengths: list[float], kind: type[Ldlp] = Ldlp, **options: Any) -> Any:
     """An LDLP whose network says these lengths, whatever it reads; traced sizes 2, 3, 4, 6 and 8."""
     config = kind.Config(**options)
-    policy = made(kind, cast("TrainedConfig", config), {"hidden_size": HIDDEN, "sizes": [2, 3, 4, 6, 8]})
-    policy.regressor = cast("Regressor", lambda x: torch.tensor(lengths))
+    policy = made(kind, cast("TrainedConfig", config), LENGTHS)
+    policy.decision.length = lambda *_: torch.tensor(lengths)  # type: ignore[method-assign]
     return policy
 
 
@@ -197,23 +197,22 @@ def test_standard_takes_its_figures_from_the_training_rows() -> None:
     assert set(standard.state_dict()) == {"mean", "scale"}
 
 
-@pytest.mark.parametrize("with_standard", [False, True])
-def test_regressor_is_the_network(with_standard: bool) -> None:
-    network, standard = ResidualMLP(6, 9, 1, depth=3).eval(), Standard(6)
-    nn.init.normal_(network.output.bias)
-    standard.fit(noise(30, 6, seed=4) * 3 + 1)
-    x = noise(5, 6)
-    quick = Regressor(network, standard if with_standard else None)(x)
-    torch.testing.assert_close(quick, network(standard(x) if with_standard else x)[:, 0])
-
-
-@pytest.mark.parametrize(("width", "outputs"), [(9, 3), (1100, 2)])
-@pytest.mark.parametrize("depth", [2, 3])
-def test_products_are_the_network(width: int, outputs: int, depth: int) -> None:
-    network = ResidualMLP(6, width, outputs, depth=depth, dropout=0.2).eval()
-    nn.init.normal_(network.output.bias)
-    x = noise(5, 6)
-    torch.testing.assert_close(Products(network)(x), network(x))
+@pytest.mark.parametrize("keep", ["longer", "shorter"])
+def test_what_decides_live_is_what_is_trained_and_written(keep: str) -> None:
+    policy = made(LdlpThreshold, LdlpThreshold.Config(normalise="standard", keep=keep), LENGTHS)  # type: ignore[arg-type]
+    seen, draft = ldlp_context(9), drafted([[0.9, 0.6, 0.3, 0.2]] * 9)
+    state: dict[str, Any] = {}
+    size, length = policy.select(state, seen), policy.truncate(state, draft)
+    cores = policy.export().cores
+    assert {id(p) for p in cores["select"].module.parameters()} == {
+        id(p) for network in policy.networks.values() for p in network.parameters()
+    }
+    chosen, forecast, *_ = cores["select"].module(seen["anchor_embedding"], seen["last_hidden"])
+    verify, *_ = cores["truncate"].module(draft["draft_probability"], draft.draft_length, forecast)
+    assert (chosen.tolist(), verify.tolist()) == (size.tolist(), length.tolist())
+    inputs = torch.cat([seen["anchor_embedding"], seen["last_hidden"]], dim=1)
+    expected = policy.networks["mlp"](policy.networks["standard"](inputs))[:, 0]
+    assert torch.equal(policy.predicted(seen)["length"], expected)
 
 
 # labels ---------------------------------------------------------------------------------------------------------
@@ -350,8 +349,8 @@ def test_ldlp_takes_the_next_traced_size_above() -> None:
 
 def test_ldlp_keeps_to_what_the_decoder_can_do() -> None:
     policy = ldlp(spec=decoder(largest=5))
-    assert policy.largest == 3
-    policy.regressor = cast("Regressor", lambda x: torch.full((1,), 7.0))
+    assert policy.decision.largest == 3
+    policy.decision.length = lambda *_: torch.full((1,), 7.0)  # type: ignore[method-assign]
     assert policy.select({}, ldlp_context(1)).tolist() == [4]
 
 
@@ -568,7 +567,7 @@ def test_ldlp_learns_planted_lengths(normalise: Literal["none", "standard"]) -> 
     assert isinstance(policy, Ldlp)
     examples = [module.examples(p) for p in unseen]
     inputs, accepted = (torch.cat([e[name] for e in examples]) for name in ("inputs", "accepted"))
-    error = (policy.regressor(inputs) - accepted).abs().mean()
+    error = (policy.decision.length(*inputs.chunk(2, dim=1)) - accepted).abs().mean()
     spread = (accepted - accepted.median()).abs().mean()
     assert error < 0.5 * spread
 

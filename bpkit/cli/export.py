@@ -144,7 +144,7 @@ def exportable(spec: str | dict[str, Any]) -> Policy:
         raise PolicyError(
             f"policy {written(spec)!r} has no trained weights and no `export(self)`, so there is nothing to export: "
             "name a folder that `bpkit train` made or a policy whose weights ship, derive yours from "
-            "bpkit.learn.learned.LearnedPolicy, or define `export` (bpkit.export.core)"
+            "bpkit.learn.LearnedPolicy, or define `export` (bpkit.export.core)"
         )
     return policy
 
@@ -213,14 +213,13 @@ class _Work:
         return self.fill(prompt, missing)
 
     def _folded(self, policy: Policy) -> Policy:
-        from bpkit_mlp.blockpilot import BlockPilot
-        from bpkit_mlp.fold import fold
+        from bpkit.export.core import Foldable
 
-        if not isinstance(policy, BlockPilot):
+        if not isinstance(policy, Foldable):
             name = name_of(type(policy))
             raise PolicyError(f"--fold is for policies on raw logits, such as blockpilot; {name!r} is none")
         policy.bind(self.trace.spec, self.cost)
-        return fold(policy, self.model.get_output_embeddings(), config=self.model.config)
+        return policy.folded(self.model.get_output_embeddings(), config=self.model.config)
 
 
 def summary_of(policy: Policy) -> str:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from bpkit.cli import completion
 from bpkit.cli.terminal import console
-from bpkit.learn.trained_config import TrainedConfig
+from bpkit.learn.config import TrainedConfig
 from bpkit.policy import PolicyError
 from bpkit.registry import hookspecs
 from bpkit.registry.discovery import Entry, Registry, explain_conflict, registry

@@ -6,7 +6,7 @@ of the policy, only inputs by name:
 - a feature (`bpkit.types.Feature`), float32, as in a `Context` or `Draft`;
 - `block_size`, `draft_length`, `context_length`: int64 [batch];
 - a cost curve: `step_seconds` [batch, 1 + sizes], `verify_seconds` [batch, largest size] at each row's context length,
-  `typical_step_seconds` [1 + sizes] at a typical one (`bpkit.learn.curves`);
+  `typical_step_seconds` [1 + sizes] at a typical one (`bpkit.export.curves`);
 - per-request state by any other name, which an earlier output has: of another core by the same name, of the same core
   by the name with `next_` before it (ONNX has no output named like an input).
 """
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from bpkit.learn.curves import Curves
-from bpkit.types import Feature
+from bpkit.export.curves import Curves
+from bpkit.types import CostModel, DecoderSpec, Feature
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from bpkit.policy import Policy
 
 Method = Literal["begin", "select", "extend", "truncate"]
 DType = Literal["float32", "int64", "bool"]
@@ -55,6 +57,68 @@ class Port:
     meaning: str
 
 
+_GIVEN: dict[str, tuple[tuple[str, ...], DType, str]] = {
+    Feature.LAST_HIDDEN: (("batch", "size"), "float32", "final-norm hidden state that predicted the anchor"),
+    Feature.TARGET_FEATURES: (("batch", "size"), "float32", "the layers that the drafter reads"),
+    Feature.ANCHOR_EMBEDDING: (("batch", "size"), "float32", "the target's embedding of the anchor"),
+    Feature.ANCHOR_LOG_PROBABILITY: (("batch",), "float32", "log-probability of the anchor by the raw logits, in nats"),
+    Feature.ANCHOR_ENTROPY: (("batch",), "float32", "entropy of that distribution, in nats"),
+    Feature.PREFILL_LOGITS: (("batch", "size"), "float32", "raw target logits after the last prompt token"),
+    Feature.PREFILL_HIDDEN: (("batch", "size"), "float32", "final-norm hidden state of the last prompt token"),
+    Feature.DRAFT_PROBABILITY: (("batch", "width"), "float32", "the drafter's probability of each drafted token"),
+    Feature.DRAFT_ENTROPY: (("batch", "width"), "float32", "entropy of its distribution at each, in nats"),
+    Feature.DRAFT_HIDDEN: (
+        ("batch", "width", "size"),
+        "float32",
+        "the drafter's last hidden state that predicted each drafted token",
+    ),
+    "block_size": (("batch",), "int64", "of the draft"),
+    "draft_length": (("batch",), "int64", "drafted tokens"),
+    "step_seconds": (
+        ("batch", "size"),
+        "float32",
+        "seconds of a step without a draft, then of each block size, at this row's context length",
+    ),
+    "verify_seconds": (
+        ("batch", "size"),
+        "float32",
+        "seconds of a target pass over 1, 2, ... positions, at this row's context length",
+    ),
+    "typical_step_seconds": (
+        ("size",),
+        "float32",
+        "the same at a typical context length; it sets what a second is worth",
+    ),
+}
+
+
+def given(name: str, size: int = 1) -> Port:
+    """An input that the runtime gives, with its usual shape and meaning.
+
+    Args:
+        size: length of its last axis, where that is not the batch or the width of the draft. Of costs: how many block
+            sizes there are, 1 included, or the largest.
+    """
+    axes, dtype, meaning = _GIVEN[name]
+    return Port(str(name), tuple(size if axis == "size" else axis for axis in axes), dtype, meaning)
+
+
+def decision(method: Method) -> Port:
+    """The output that decides."""
+    meaning = {
+        "begin": "positions to draft at every step, anchor included",
+        "select": "positions to draft, anchor included; 1 means no draft",
+        "extend": "whether to draft one token more",
+        "truncate": "drafted tokens to verify",
+    }
+    return Port(DECIDES[method], ("batch",), "bool" if method == "extend" else "int64", meaning[method])
+
+
+def margin(meaning: str) -> Port:
+    """The output that says how clear each row's decision was."""
+    return Port("margin", ("batch",), "float32", meaning)
+
+
 @dataclass(frozen=True)
 class Core:
     """One decision as a network.
@@ -74,11 +138,6 @@ class Core:
     outputs: tuple[Port, ...]
     margin: str = "margin"
     tolerance: float = 1e-4
-
-    @property
-    def state(self) -> frozenset[str]:
-        """Inputs that earlier outputs give."""
-        return frozenset(port.name for port in self.inputs) - KNOWN
 
 
 @dataclass(frozen=True)
@@ -104,4 +163,24 @@ class Exportable(Protocol):
 
     def export(self) -> Export:
         """Of the bound policy."""
+        ...
+
+
+@runtime_checkable
+class Foldable(Protocol):
+    """A policy on raw logits that can decide from the hidden state that they come from (`bpkit export --fold`)."""
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        """As of every policy; before it is folded."""
+        ...
+
+    def folded(self, lm_head: nn.Module, *, config: Any = None) -> Policy:
+        """A policy with the target's head in its first layer.
+
+        Args:
+            config: of the target, to see what it does to the logits behind its head.
+
+        Raises:
+            PolicyError: what stands between hidden state and first layer is not affine, or not known to be.
+        """
         ...

@@ -25,12 +25,21 @@ def count(mask: Tensor) -> Tensor:
     return torch.where(mask, 1, 0).sum(dim=-1)
 
 
-def largest(scores: Tensor) -> Tensor:
-    """Along the last axis."""
-    return scores.amax(dim=-1)
+def running_product(logarithms: Tensor) -> Tensor:
+    """Product of a row up to each place, from logarithms [..., width]: ONNX has running sums only."""
+    return logarithms.cumsum(dim=-1).exp()
 
 
 def survival(logits: Tensor) -> Tensor:
     """Chance that a token and all before it stand, from logits of hazards [..., width]."""
-    # A sum of logarithms: ONNX has no running product.
-    return nn.functional.logsigmoid(logits).cumsum(dim=-1).exp()
+    return running_product(nn.functional.logsigmoid(logits))
+
+
+def clearance(distance: Tensor, length: Tensor) -> Tensor:
+    """Least distance to a threshold among the drafted tokens of a row, at most 1.
+
+    Args:
+        distance: float32 [batch, width]. length: int64 [batch].
+    """
+    inside = torch.arange(1, distance.shape[1] + 1) <= length[:, None]
+    return torch.where(inside, distance, 1.0).amin(dim=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bpkit.export.core import FEATURES
-from bpkit.learn.curves import TYPICAL_CONTEXT, Curves
+from bpkit.export.curves import TYPICAL_CONTEXT, Curves
 from bpkit.policy import State
 from bpkit.types import Context, Draft
 

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from bpkit.export import schema
 from bpkit.export.convert import OPSETS, to_onnx
-from bpkit.export.core import FEATURES, Core, Export, Exportable, Port
+from bpkit.export.core import FEATURES, KNOWN, Core, Export, Exportable, Port
+from bpkit.export.curves import TYPICAL_CONTEXT, Curves
 from bpkit.export.inputs import Given, Inputs
 from bpkit.export.readme import readme
 from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison, compare
 from bpkit.files import write_at_once
-from bpkit.learn.curves import TYPICAL_CONTEXT, Curves
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.policy_folder import TrainedFor
 from bpkit.registry.resolve import name_of
@@ -61,22 +61,16 @@ def export_policy(
     found = compare(
         policy, cores, runs, prompts, spec, lambda core: Inputs((p.name for p in core.inputs), curves), progress
     )
-    described = schema.ExportedPolicy(
+    described = description(
+        what,
+        data,
+        spec,
+        opset,
+        {stem: golden(core, found[stem], runs[stem]) for stem, core in cores.items()},
         name=name,
         policy=name_of(type(policy)),
         summary=summary,
-        block_sizes=what.block_sizes,
-        drafts=what.drafts,
-        default_block_size=spec.trained_block_size,
-        decoder=TrainedFor.of(spec),
         fingerprints=dict(fingerprints or {}),
-        networks={
-            f"{stem}.onnx": describe(core, data[f"{stem}.onnx"], opset, golden(core, found[stem], runs[stem]))
-            for stem, core in cores.items()
-        },
-        features=sorted({port.name for core in cores.values() for port in core.inputs if port.name in FEATURES}),
-        state=sorted(set().union(*(core.state for core in cores.values()))),
-        curves=_default_curves(what),
         options=policy.config.model_dump(mode="json", exclude={"weights"}),
         validation={f"{stem}.onnx": agreement(comparison) for stem, comparison in found.items()},
         evaluation=dict(evaluation or {}),
@@ -105,11 +99,34 @@ def _no_curves(context_length: int) -> Curves:
     return Curves([], [])
 
 
-def _default_curves(what: Export) -> schema.Default | None:
-    if what.curves is None:
-        return None
-    typical = what.curves(TYPICAL_CONTEXT)
-    return schema.Default(steps=typical.steps, verify=typical.verify)
+def description(
+    what: Export,
+    data: Mapping[str, bytes],
+    spec: DecoderSpec,
+    opset: int,
+    rows: Mapping[str, schema.Golden],
+    **others: Any,
+) -> schema.ExportedPolicy:
+    """What `policy.json` says.
+
+    Args:
+        data: the ONNX files by name. rows: golden ones, by file stem. others: fields that neither of these tells.
+    """
+    ports = [port for core in what.cores.values() for port in core.inputs]
+    typical = what.curves(TYPICAL_CONTEXT) if what.curves is not None else None
+    return schema.ExportedPolicy(
+        block_sizes=what.block_sizes,
+        drafts=what.drafts,
+        default_block_size=spec.trained_block_size,
+        decoder=TrainedFor.of(spec),
+        networks={
+            f"{stem}.onnx": describe(core, data[f"{stem}.onnx"], opset, rows[stem]) for stem, core in what.cores.items()
+        },
+        features=sorted({port.name for port in ports if port.name in FEATURES}),
+        state=sorted({port.name for port in ports} - KNOWN),
+        curves=None if typical is None else schema.Default(steps=typical.steps, verify=typical.verify),
+        **others,
+    )
 
 
 def describe(core: Core, data: bytes, opset: int, rows: schema.Golden) -> schema.Network:

@@ -1,6 +1,12 @@
 """What a draft of each block size is worth: the tokens it is expected to bring, less what its time is worth.
 
-Imports no torch.
+In the long run tokens per second are highest if every step maximises E[tokens] - rho * seconds, rho being the speed
+itself: a second spent here is rho tokens not decoded elsewhere (the average-reward criterion; Howard 1960, "Dynamic
+programming and Markov processes"). rho is taken as `rate` times the speed of the best fixed size, which follows from
+the cost model and the mean yields in training, so that one set of weights serves any device.
+
+The functions are the rule. They take arrays of numpy, by which a decision of a few numbers is soonest made on the host
+(`Gains`), or tensors, by which it is exported (`bpkit.learn.networks.BestSize`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,24 +15,60 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bpkit.learn.curves import TYPICAL_CONTEXT, CostCurves, Curves
+import numpy as np
+from numpy.typing import NDArray
+
+from bpkit.export.curves import TYPICAL_CONTEXT, CostCurves, Curves
 from bpkit.types import CostModel
+
+NEVER = -1e9
+"""Gain of what must not be chosen; finite, because a score that is not would be taken for a fault."""
+
+
+def going_rate(yields: Any, seconds: Any, rate: float) -> tuple[Any, Any]:
+    """What a second is worth, in tokens, and the place of the best fixed size, [1].
+
+    Args:
+        yields, seconds: of a step without a draft, then of a step of each block size, [1 + sizes].
+        rate: share of the best speed that a second is worth.
+    """
+    speeds = yields / seconds
+    return rate * speeds.max(), speeds[1:].argmax(axis=0, keepdims=True) + 1
+
+
+def over_plain(arrays: Any, tokens: Any, seconds: Any, rho: Any) -> Any:
+    """Tokens gained over a step without a draft, which yields one token as well: [rows, 1 + sizes], that step first.
+
+    Args:
+        arrays: `numpy` or `torch`. tokens: expected to stand, [rows, sizes]. seconds: of steps, [rows, 1 + sizes].
+    """
+    gains = tokens - rho * (seconds[:, 1:] - seconds[:, :1])
+    return arrays.concatenate([arrays.zeros_like(gains[:, :1]), gains], 1)
+
+
+def candidates(arrays: Any, gains: Any, floor: Any, margin: float) -> Any:
+    """Gains of no draft, of the best fixed size, and of what is ahead of that by more than a margin; others `NEVER`.
+
+    The block size to draft is that of the largest, the first of equals. Arguments as given and returned above.
+    """
+    place = arrays.arange(gains.shape[1])
+    return arrays.where((gains > gains[:, floor] + margin) | (place == floor) | (place == 0), gains, NEVER)
+
+
+def gain_of_choosing(arrays: Any, gains: Any, floor: Any) -> Any:
+    """Mean gain over the best fixed size, in tokens a step, if each row of gains is acted upon."""
+    return (arrays.amax(gains, 1) - gains[:, floor][:, 0]).mean()
 
 
 class Gains:
-    """Decides by E[tokens] - rho * seconds. Small sums over a dozen sizes, in plain Python: quicker than tensors.
-
-    In the long run tokens per second are highest if every step maximises that, rho being the speed itself: a second
-    spent here is rho tokens not decoded elsewhere (the average-reward criterion; Howard 1960, "Dynamic programming and
-    Markov processes"). rho is taken as `rate` times the speed of the best fixed size, which follows from the cost model
-    and the mean yields in training, so that one set of weights serves any device.
+    """Block sizes by what they gain, for a decoder and its costs.
 
     Args:
         facts: `block_sizes`; `yields`, tokens per step of each in training; `curves`, what steps cost on the
             device of training, taken where `cost` is None; `outlook`, some forecasts of training: tokens expected to
             stand, by size.
         usable: block sizes that the decoder can draft.
-        rate, margin, decision: as in `bpkit.learn.learned_config.LearnedConfig`.
+        rate, margin, decision: as in `bpkit.learn.LearnedConfig`.
 
     Attributes:
         columns: places of the usable sizes among those of training.
@@ -49,34 +91,27 @@ class Gains:
         self.sizes, self.margin = list(usable), margin
         self.columns = [trained.index(size) for size in usable]
         self.curves = CostCurves(cost, usable) if cost is not None else _of_training(facts, self.columns)
-        plain, *steps = self.curves(TYPICAL_CONTEXT).steps
-        speeds = [facts["yields"][c] / seconds for c, seconds in zip(self.columns, steps, strict=True)]
-        self.floor = speeds.index(max(speeds))
-        self.rho = rate * max(*speeds, 1 / plain)
-        self.asks = self._gain_of_choosing(facts["outlook"]) > self.rho * decision
+        typical = np.array(self.curves(TYPICAL_CONTEXT).steps)
+        yields = np.array([1.0, *(facts["yields"][column] for column in self.columns)])
+        self.rho, self._fixed = going_rate(yields, typical, rate)
+        self.floor = int(self._fixed[0]) - 1
+        worth = math.inf  # while training runs
+        if facts["outlook"]:
+            outlook = np.array(facts["outlook"])[:, self.columns]
+            worth = gain_of_choosing(np, over_plain(np, outlook, typical[None], self.rho), self._fixed)
+        self.asks = bool(worth > self.rho * decision)
+        self._choices = np.array([1, *usable])
 
-    def best_size(self, tokens: Sequence[float], context_length: int) -> int:
-        """Block size of one row; `tokens` are expected to stand, by usable size."""
-        gains = self._gains(tokens, context_length)
-        place = gains.index(max(gains))
-        if gains[place] <= gains[self.floor] + self.margin:
-            place = self.floor
-        return self.sizes[place] if gains[place] > 0 else 1
+    def best_sizes(self, tokens: NDArray[Any], context_lengths: Sequence[int]) -> NDArray[np.int64]:
+        """Block size of each row: int64 [rows].
 
-    def _gains(self, tokens: Sequence[float], context_length: int) -> list[float]:
-        """What each size gains over a step without a draft, which yields one token as well."""
-        plain, *drafted = self.curves(context_length).steps
-        return [expected - self.rho * (seconds - plain) for expected, seconds in zip(tokens, drafted, strict=True)]
-
-    def _gain_of_choosing(self, outlook: Sequence[Sequence[float]]) -> float:
-        """Mean gain over the best fixed size, in tokens a step, if each forecast of the outlook is acted upon."""
-        if not outlook:  # while training runs
-            return math.inf
-        gain = 0.0
-        for row in outlook:
-            gains = self._gains([row[column] for column in self.columns], TYPICAL_CONTEXT)
-            gain += max(0.0, *gains) - gains[self.floor]
-        return gain / len(outlook)
+        Args:
+            tokens: expected to stand, by block size of training, [rows, sizes].
+        """
+        seconds = np.array([self.curves(length).steps for length in context_lengths])
+        gains = over_plain(np, tokens[:, self.columns].astype(np.float64), seconds, self.rho)
+        places: NDArray[np.int64] = candidates(np, gains, self._fixed, self.margin).argmax(axis=1)
+        return self._choices[places]
 
 
 def _of_training(facts: dict[str, Any], columns: Sequence[int]) -> Callable[[int], Curves]:

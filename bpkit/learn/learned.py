@@ -1,7 +1,7 @@
 """Policies in ten lines: the author writes which features are read and a network, everything else is here.
 
 >>> from torch import nn
->>> from bpkit.learn.learned import LearnedPolicy
+>>> from bpkit.learn import LearnedPolicy
 >>> class MyPolicy(LearnedPolicy):
 ...     wants = frozenset({"last_hidden", "anchor_entropy"})
 ...
@@ -16,10 +16,11 @@ Importing this module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from bpkit.export.core import Core, Export, Port, decision, given, margin
+from bpkit.learn.config import LearnedConfig
 from bpkit.learn.gains import Gains
-from bpkit.learn.learned_config import LearnedConfig
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.names import snake_case
 from bpkit.policy import PolicyConfig, PolicyError, State
@@ -27,8 +28,6 @@ from bpkit.types import Context, CostModel, DecoderSpec, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from bpkit.export.core import Export
 
 __all__ = ["READABLE", "LearnedConfig", "LearnedPolicy"]
 
@@ -45,9 +44,9 @@ READABLE = (
 class LearnedPolicy(TrainedPolicy):
     """Drafts the block that gains most at the speed that decoding goes at anyway.
 
-    A network says, for each block size that was traced, how much of its draft will stand; `bpkit.learn.gains.Gains`
-    weighs those tokens against the time that the step takes. Block size 1 is one of the choices. Where the forecasts
-    kept from training say that asking gains less than it takes, the best fixed size is drafted without asking.
+    A network says, for each block size that was traced, how much of its draft will stand; `bpkit.learn.gains` weighs
+    those tokens against the time that the step takes. Block size 1 is one of the choices. Where the forecasts kept from
+    training say that asking gains less than it takes, the best fixed size is drafted without asking.
 
     Subclasses say `wants` and `network`, and may have options: a nested `Config` that derives from `LearnedConfig`.
     `bpkit train`, `bpkit export` and everything that takes a policy work with them.
@@ -56,8 +55,10 @@ class LearnedPolicy(TrainedPolicy):
         name: of the policy; by default the class name in small letters, `my_policy` for `MyPolicy`.
         wants: some of `last_hidden`, `target_features`, `anchor_embedding`, `anchor_log_probability` and
             `anchor_entropy`.
+        deciding: of the networks that `build` makes, the name of the one that decides.
     """
 
+    deciding: ClassVar[str] = "forecaster"
     Config: ClassVar[type[PolicyConfig]] = LearnedConfig
     trainer = "bpkit.learn.training.learned:LearnedModule"
     config: LearnedConfig
@@ -68,8 +69,7 @@ class LearnedPolicy(TrainedPolicy):
             cls.name = snake_case(cls.__name__)
         if not issubclass(cls.Config, LearnedConfig):
             raise PolicyError(
-                f"{cls.__name__}.Config must derive from bpkit.learn.learned.LearnedConfig, whose options are needed "
-                "too"
+                f"{cls.__name__}.Config must derive from bpkit.learn.LearnedConfig, whose options are needed too"
             )
 
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
@@ -86,8 +86,12 @@ class LearnedPolicy(TrainedPolicy):
         raise NotImplementedError(f"{type(self).__name__} must define network(self, inputs, outputs)")
 
     def build(self, facts: dict[str, Any]) -> dict[str, nn.Module]:
-        """The network for `facts`: `inputs` (numbers in each feature) and `block_sizes`, ascending, without 1."""
-        from bpkit.learn.learned_network import Forecaster, checked_network
+        """The network for `facts`: `inputs` (numbers in each feature) and `block_sizes`, ascending, without 1.
+
+        Returns:
+            The deciding one: features, float32 [batch, inputs] -> tokens expected to stand, [batch, block sizes].
+        """
+        from bpkit.learn.networks import Forecaster, checked_network
 
         widths: Mapping[str, int] = facts["inputs"]
         wanted = [str(name) for name in self.reads]
@@ -99,6 +103,11 @@ class LearnedPolicy(TrainedPolicy):
         network = checked_network(self.network, inputs, len(sizes), type(self).__name__)
         return {"forecaster": Forecaster(network, inputs, sizes)}
 
+    def widths(self) -> Mapping[str, int]:
+        """Numbers in each feature that it reads, by name, in order."""
+        found: Mapping[str, int] = self.facts["inputs"]
+        return found
+
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
         trained = self.facts["block_sizes"]
@@ -108,35 +117,46 @@ class LearnedPolicy(TrainedPolicy):
                 f"policy {self.name!r} was trained for block sizes {trained}; this decoder drafts none of them"
             )
         config = self.config
+        self.forecaster = self.networks[self.deciding]
         self.gains = Gains(self.facts, usable, cost, rate=config.rate, margin=config.margin, decision=config.decision)
         # Without asking nothing is read, and nothing need be computed.
-        self.wants = frozenset(self.reads) if self.gains.asks else frozenset()  # type: ignore[misc]
+        others = self.wants - set(self.reads)
+        self.wants = others | set(self.reads) if self.gains.asks else others  # type: ignore[misc]
 
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         if self.reads[0] not in features:
             return {}
-        import torch
+        from bpkit.learn.networks import joined
 
-        parts = [features[name].float().view(len(features[name]), -1) for name in self.reads]
-        return {"tokens": self.networks["forecaster"](torch.cat(parts, dim=1))}
+        return {"tokens": self.forecaster(joined([features[name] for name in self.reads]))}
 
     def select(self, state: State, context: Context) -> Tensor:
         gains = self.gains
         if not gains.asks:
             return context.full(gains.sizes[gains.floor])
         tokens = self.predicted(context)["tokens"]  # [batch, trained sizes]
-        rows = zip(tokens[:, gains.columns].tolist(), context.context_length.tolist(), strict=True)
-        return context.position.new_tensor([gains.best_size(row, length) for row, length in rows])
+        return context.position.new_tensor(gains.best_sizes(tokens.numpy(), context.context_length.tolist()))
 
     def export(self) -> Export:
         """One network: features and cost curves in, a block size out."""
-        from bpkit.export.core import Export
-        from bpkit.export.learned import learned_core
-        from bpkit.learn.learned_network import Forecaster
+        return Export({"policy": self.select_core()}, [1, *self.gains.sizes], self.gains.curves)
 
-        forecaster = cast("Forecaster", self.networks["forecaster"])
-        core = learned_core(forecaster, self.facts, self.gains.columns, self.config)
-        return Export({"policy": core}, [1, *self.gains.sizes], self.gains.curves)
+    def select_core(self) -> Core:
+        """What `select` decides."""
+        from bpkit.learn.networks import BestSize
+
+        sizes = 1 + len(self.gains.sizes)
+        features = [given(name, width) for name, width in self.widths().items()]
+        return Core(
+            "select",
+            BestSize(self.forecaster, self.facts, self.gains.columns, self.config),
+            inputs=(*features, given("step_seconds", sizes), given("typical_step_seconds", sizes)),
+            outputs=(
+                decision("select"),
+                Port("gains", ("batch", sizes), "float32", "tokens that each block size gains over no draft; 1 first"),
+                margin("how far the choice is ahead of the next, in tokens"),
+            ),
+        )
 
 
 def _readable(kind: type[LearnedPolicy]) -> tuple[Feature, ...]:

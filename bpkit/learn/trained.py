@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from bpkit.learn.trained_config import TrainedConfig
+from bpkit.learn.config import TrainedConfig
 from bpkit.policy import Policy, PolicyConfig, PolicyError, validated
 from bpkit.registry.policy_folder import (
     POLICY,
@@ -104,8 +104,7 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         super().__init_subclass__(**options)
         if not issubclass(cls.Config, TrainedConfig):
             raise PolicyError(
-                f"{cls.__name__}.Config must derive from bpkit.learn.trained.TrainedConfig, which has the option "
-                "'weights'"
+                f"{cls.__name__}.Config must derive from bpkit.learn.TrainedConfig, which has the option 'weights'"
             )
 
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:

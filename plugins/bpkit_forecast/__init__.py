@@ -11,5 +11,5 @@ def bpkit_register_policies(register: Register) -> None:
         "forecast",
         "bpkit_forecast.policy:Forecast",
         summary="Forecasts how far a draft would stand, and drafts what gains most time at the going speed; trained.",
-        config="bpkit_forecast.config:ForecastConfig",
+        config="bpkit_forecast.policy:ForecastConfig",
     )

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from torch import Tensor, nn
+from pydantic import Field
 
-from bpkit.export.core import Export
-from bpkit.learn.trained import TrainedPolicy
-from bpkit.policy import PolicyConfig, PolicyError, State
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
-from bpkit_forecast.config import ForecastConfig
-from bpkit_forecast.networks import After, Before, Calibrated, Prepared
-from bpkit_forecast.plan import Plan
+from bpkit.export.core import Core, Export, Port, decision, given, margin
+from bpkit.learn import LearnedConfig, LearnedPolicy
+from bpkit.policy import PolicyConfig, State
+from bpkit.types import CostModel, DecoderSpec, Draft, Feature
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bpkit_forecast.networks import After
 
 VECTORS = (Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING, Feature.LAST_HIDDEN)
 
 
-class Forecast(TrainedPolicy):
+class ForecastConfig(LearnedConfig):
+    """Options of `forecast`."""
+
+    truncate: bool = Field(
+        default=False,
+        description="also read the draft's confidences and verify only what pays; worth it where verifying is dear",
+    )
+    grid = {"rate": (0.7, 0.85, 1.0), "truncate": (False, True)}
+
+
+class Forecast(LearnedPolicy):
     """Drafts the block that gains most at the speed that decoding goes at anyway.
 
     A step of block size b yields 1 + sum_k S_b(k) tokens, S_b(k) the chance that drafted token k and all before it
-    stand, and takes C(b) seconds. In the long run tokens per second are highest if every step maximises
-
-        E[tokens] - rho * C(b),
-
-    where rho is the speed itself: a second spent here is rho tokens not decoded elsewhere (the average-reward
-    criterion; Howard 1960, "Dynamic programming and Markov processes"). rho is taken as `rate` times the speed of the
-    best fixed size, which follows from the cost model and the mean yields in training, so that one set of weights
-    serves any device.
+    stand, and takes C(b) seconds. Every step maximises E[tokens] - rho * C(b), rho being what a second is worth
+    (`bpkit.learn.gains`).
 
     - `select` forecasts S before the draft, from the target's hidden states at the position that decided the anchor
       (the layers that the drafter reads, and the last) and the anchor's embedding, by a network that learned from every
@@ -42,89 +48,68 @@ class Forecast(TrainedPolicy):
     """
 
     Config: ClassVar[type[PolicyConfig]] = ForecastConfig
-    name = "forecast"
+    name, deciding = "forecast", "before"
     trainer = "bpkit_forecast.training:ForecastModule"
     wants = frozenset(VECTORS)
     config: ForecastConfig
 
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
+        self.reads = VECTORS  # the order in which its weights have them
         if self.config.truncate:
-            more = {Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY}
-            self.wants = type(self).wants | more  # type: ignore[misc]
+            self.wants = self.wants | {Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY}  # type: ignore[misc]
 
     def build(self, facts: dict[str, Any]) -> dict[str, nn.Module]:
-        sizes, width = len(facts["block_sizes"]), max(facts["block_sizes"]) - 1
-        before = Before(facts["inputs"], sizes, width, facts["hidden"], facts["dropout"])
-        return {"before": before, "after": After(sizes, width)}
+        """Both networks for `facts`: `block_sizes`, `inputs` (numbers in the vectors together), `hidden`, `dropout`."""
+        from bpkit_forecast.networks import After, Before
+
+        sizes = facts["block_sizes"]
+        before = Before(facts["inputs"], sizes, facts["hidden"], facts["dropout"])
+        return {"before": before, "after": After(len(sizes), max(sizes) - 1)}
+
+    def widths(self) -> Mapping[str, int]:
+        hidden = self.decoder.hidden_size
+        return {name: hidden if name != VECTORS[0] else self.facts["inputs"] - 2 * hidden for name in VECTORS}
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
+        from bpkit_forecast.networks import Truncation
+
         self.decoder = decoder
-        trained = self.facts["block_sizes"]
-        usable = [size for size in trained if size <= decoder.max_block_size]
-        if not usable:
-            raise PolicyError(
-                f"policy 'forecast' was trained for block sizes {trained}; this decoder drafts none of them"
-            )
-        config = self.config
-        self.plan = Plan(
-            self.facts,
-            usable,
-            cost,
-            rate=config.rate,
-            margin=config.margin,
-            decision=config.decision,
-            device=decoder.device,
-        )
-        self.columns = {size: column for column, size in enumerate(trained)}
-        self.before = Prepared(cast("Before", self.networks["before"]), self.plan.columns)
-        self.after = Calibrated(cast("After", self.networks["after"]))
-        if not self.plan.asks:
-            self.wants -= frozenset(VECTORS)  # type: ignore[misc]
-
-    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
-        if VECTORS[0] not in features:
-            return {}
-        stands = self.before([features[name] for name in VECTORS])  # [batch, usable sizes, width]
-        return {"tokens": self.plan.expected(stands)}
-
-    def select(self, state: State, context: Context) -> Tensor:
-        if not self.plan.asks:
-            return context.full(self.plan.sizes[self.plan.floor])
-        tokens = self.predicted(context)["tokens"]
-        return context.position.new_tensor(self.plan.best_sizes(tokens, context.context_length))
+        after = cast("After", self.networks["after"]).cpu()  # of numbers that are on the host
+        self.truncation = Truncation(after, self.facts, self.gains.columns, self.config.rate)
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
         if not self.config.truncate:
             return draft.draft_length
-        rows = zip(
-            draft.block_size.tolist(),
-            draft.draft_length.tolist(),
-            draft[Feature.DRAFT_PROBABILITY].tolist(),
-            draft[Feature.DRAFT_ENTROPY].tolist(),
-            draft.context.context_length.tolist(),
-            strict=True,
-        )
-        return draft.draft_length.new_tensor([self._length(*row) for row in rows])
+        import torch
 
-    def _length(
-        self, block_size: int, draft_length: int, probability: list[float], entropy: list[float], context_length: int
-    ) -> int:
-        """Drafted tokens to verify, of one row."""
-        place = self.columns.get(block_size, -1)
-        stands = self.after(place, probability[:draft_length], entropy[:draft_length])
-        return self.plan.best_length(stands, context_length)
+        verify = torch.tensor([self.gains.curves(n).verify for n in draft.context.context_length.tolist()])
+        confidence = draft[Feature.DRAFT_PROBABILITY], draft[Feature.DRAFT_ENTROPY]
+        gains = self.truncation.gains(*confidence, draft.block_size, draft.draft_length, verify, self.gains.rho)
+        return gains.argmax(dim=1)
 
     def export(self) -> Export:
         """`select`, and `truncate` if the option is set."""
-        from bpkit_forecast.cores import SelectCore, TruncateCore, select_core, truncate_core
-
-        hidden, sizes = self.decoder.hidden_size, self.plan.sizes
-        layers = (self.facts["inputs"] - 2 * hidden) // hidden
-        before, after = cast("Before", self.networks["before"]), cast("After", self.networks["after"])
-        made = {"select": select_core(SelectCore(before, self.facts, self.plan.columns, self.config), hidden, layers)}
+        cores = {"select": self.select_core()}
         if self.config.truncate:
-            core = TruncateCore(after, self.facts, self.plan.columns, self.config)
-            made["truncate"] = truncate_core(core, 1 + len(sizes), max(sizes))
-        return Export(made, [1, *sizes], self.plan.curves)
+            cores["truncate"] = self.truncate_core()
+        return Export(cores, [1, *self.gains.sizes], self.gains.curves)
+
+    def truncate_core(self) -> Core:
+        """What `truncate` decides."""
+        sizes = self.gains.sizes
+        return Core(
+            "truncate",
+            self.truncation,
+            inputs=(
+                *map(given, (Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, "block_size", "draft_length")),
+                given("verify_seconds", max(sizes)),
+                given("typical_step_seconds", 1 + len(sizes)),
+            ),
+            outputs=(
+                decision("truncate"),
+                Port("gains", ("batch", "kept"), "float32", "tokens gained by verifying 0, 1, ... of the draft"),
+                margin("how far the choice is ahead of the next, in tokens"),
+            ),
+        )

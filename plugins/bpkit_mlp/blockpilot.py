@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from bpkit.export.core import Export
-from bpkit.learn.trained import TrainedConfig, TrainedPolicy
+from bpkit.export.core import Core, Export, Port, decision, given, margin
+from bpkit.learn import TrainedConfig, TrainedPolicy
 from bpkit.policy import State
 from bpkit.types import Context, CostModel, DecoderSpec, Feature
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEPTH, DROPOUT = 2, 0.2
 """Layers before the output, and dropout in training, as published."""
+MARGIN = "how far the decision is from the next, in units of the scores"
 
 
 class BlockPilotConfig(TrainedConfig):
@@ -72,14 +73,13 @@ class BlockPilot(TrainedPolicy):
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
-        from bpkit_mlp.networks import ResidualMLP
-        from bpkit_mlp.regressor import Products
+        from torch import nn
+
+        from bpkit_mlp.networks import Choice
 
         self.decoder = decoder
         self.sizes = [min(int(size), decoder.max_block_size) for size in self.facts["sizes"]]
-        mlp = self.networks["mlp"]
-        assert isinstance(mlp, ResidualMLP)
-        self.products = Products(mlp)
+        self.choice = Choice(nn.Sequential(*self.networks.values()), self.sizes)
 
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         if self.feature not in features:
@@ -87,14 +87,12 @@ class BlockPilot(TrainedPolicy):
         return {"scores": self.scores(features[self.feature].float())}
 
     def begin(self, context: Context) -> State:
-        chosen = self.predicted(context)["scores"].argmax(dim=-1)
-        return {"block_size": context.position.new_tensor(self.sizes)[chosen]}
+        return {"block_size": self.choice.size_at(self.predicted(context)["scores"].argmax(dim=-1))}
 
     def scores(self, inputs: Tensor) -> Tensor:
         """Of each block size: float32 [batch, inputs] -> [batch, sizes]."""
-        if self.config.normalise != "none":
-            inputs = self.networks["normalisation"](inputs)
-        return self.products(inputs)
+        scores: Tensor = self.choice.network(inputs)
+        return scores
 
     def select(self, state: State, context: Context) -> Tensor:
         block_size: Tensor = state["block_size"]
@@ -102,8 +100,20 @@ class BlockPilot(TrainedPolicy):
 
     def export(self) -> Export:
         """The choice after prefill."""
-        from bpkit_mlp.cores import ChoiceCore, choice_core
+        core = Core(
+            "begin",
+            self.choice,
+            inputs=(given(self.feature, int(self.facts["inputs"])),),
+            outputs=(
+                decision("begin"),
+                Port("scores", ("batch", len(self.sizes)), "float32", "of each block size"),
+                margin(MARGIN),
+            ),
+        )
+        return Export({"policy": core}, sorted({1, *self.sizes}))
 
-        core = ChoiceCore(self.networks["normalisation"], self.networks["mlp"], self.sizes)
-        made = choice_core(core, str(self.feature), int(self.facts["inputs"]))
-        return Export({"policy": made}, sorted({1, *self.sizes}))
+    def folded(self, lm_head: nn.Module, *, config: Any = None) -> BlockPilot:
+        """The same decisions from the hidden state that logits come from; see `bpkit_mlp.fold`."""
+        from bpkit_mlp.fold import fold
+
+        return fold(self, lm_head, config=config)

@@ -64,7 +64,7 @@ class BlockPilotModule(PolicyModule):
             standard.fit(inputs)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        scores = self.networks["mlp"](self.networks["normalisation"](batch["inputs"]))
+        scores = nn.Sequential(*self.networks.values())(batch["inputs"])
         options = self.options
         spread = self.facts["spread"]
         return choice_loss(scores, batch["curve"], options.target, temperature=options.temperature, spread=spread)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from bpkit.export.core import Export
-from bpkit.learn.trained import TrainedConfig, TrainedPolicy
+from bpkit.export.core import Core, Export, Port, decision, given, margin
+from bpkit.learn import TrainedConfig, TrainedPolicy
 from bpkit.policy import State
 from bpkit.types import Context, CostModel, DecoderSpec, Feature
+from bpkit_mlp.blockpilot import MARGIN
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from bpkit_mlp.networks import ResidualMLP
 
 DEPTH = 3
 """Layers before the output, as published."""
@@ -54,19 +53,18 @@ class Ldlp(TrainedPolicy):
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
         import torch
+        from torch import nn
 
-        from bpkit_mlp.networks import ResidualMLP, Standard
-        from bpkit_mlp.regressor import Regressor
+        from bpkit_mlp.networks import Length
 
-        mlp, standard = self.networks["mlp"], self.networks.get("standard")
-        assert isinstance(mlp, ResidualMLP)
-        assert isinstance(standard, Standard | None)
-        self.regressor = Regressor(mlp, standard)
         self.sizes = sizes = self.usable(decoder)
-        self.largest = sizes[-1] - 1  # as a draft length
         # A trace may have gaps; the next size above drafts all that the forecast asks for.
-        enough = [next(size for size in sizes if size > length) for length in range(self.largest + 1)]
-        self.block_sizes = torch.tensor(enough)  # by draft length
+        enough = [next(size for size in sizes if size > length) for length in range(sizes[-1])]
+        self.decision = Length(nn.Sequential(*self.networks.values()), torch.tensor(enough), self.whole(decoder))
+
+    def whole(self, decoder: DecoderSpec) -> int | None:
+        """The block size of every draft, if the forecast does not say it."""
+        return None
 
     def usable(self, decoder: DecoderSpec) -> list[int]:
         """Block sizes to draft at, ascending: 1, and those that were traced and that the decoder can do."""
@@ -76,25 +74,31 @@ class Ldlp(TrainedPolicy):
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         if Feature.LAST_HIDDEN not in features:
             return {}
-        import torch
-
-        vectors = features[Feature.ANCHOR_EMBEDDING], features[Feature.LAST_HIDDEN]
-        return {"length": self.regressor(torch.cat(vectors, dim=-1).float())}
+        vectors = features[Feature.ANCHOR_EMBEDDING].float(), features[Feature.LAST_HIDDEN].float()
+        return {"length": self.decision.length(*vectors)}
 
     def forecast(self, context: Context) -> Tensor:
         """Draft length that the network names, rounded and clipped: int64 [batch]."""
-        return self.predicted(context)["length"].round().clamp(0, self.largest).long()
-
-    def block_size_for(self, draft_length: Tensor) -> Tensor:
-        """The smallest usable block size that drafts so many tokens: int64 [batch]."""
-        return self.block_sizes[draft_length]
+        return self.decision.forecast(self.predicted(context)["length"])
 
     def select(self, state: State, context: Context) -> Tensor:
-        return self.block_size_for(self.forecast(context))
+        return self.decision.size_for(self.forecast(context))
 
     def export(self) -> Export:
         """The forecast before each draft."""
-        from bpkit_mlp.cores import LengthCore, length_core, standard_of
+        return Export({"policy": self.select_core()}, self.sizes)
 
-        core = LengthCore(standard_of(self.networks), cast("ResidualMLP", self.networks["mlp"]), self.block_sizes)
-        return Export({"policy": length_core(core, int(self.facts["hidden_size"]))}, self.sizes)
+    def select_core(self) -> Core:
+        """What `select` decides."""
+        hidden = int(self.facts["hidden_size"])
+        return Core(
+            "select",
+            self.decision,
+            inputs=(given(Feature.ANCHOR_EMBEDDING, hidden), given(Feature.LAST_HIDDEN, hidden)),
+            outputs=(
+                decision("select"),
+                Port("forecast", ("batch",), "int64", "drafted tokens that are expected to be accepted"),
+                Port("length", ("batch",), "float32", "the same before rounding and clipping"),
+                margin(MARGIN),
+            ),
+        )

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from bpkit.export.core import Export
+from bpkit.export.core import Core, Export, Port, decision, given, margin
 from bpkit.policy import State
-from bpkit.policy.stop_rules import trusted_length, trusted_whole
+from bpkit.policy.stop_rules import trusted_whole
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
+from bpkit_mlp.blockpilot import MARGIN
 from bpkit_mlp.ldlp import Ldlp, LdlpConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from bpkit_mlp.networks import ResidualMLP
 
 
 class LdlpThresholdConfig(LdlpConfig):
@@ -56,41 +55,47 @@ class LdlpThreshold(Ldlp):
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
+        from bpkit_mlp.networks import Trust
+
+        self.trust = Trust(self.config.threshold, longer=self.config.keep == "longer")
+
+    def whole(self, decoder: DecoderSpec) -> int | None:
+        if self.config.keep == "shorter":
+            return None
         wished = self.config.block_size or decoder.trained_block_size
-        self.whole = max(size for size in self.usable(decoder) if size <= max(wished, 2))
+        return max(size for size in self.usable(decoder) if size <= max(wished, 2))
 
     def select(self, state: State, context: Context) -> Tensor:
         forecast = state["forecast"] = self.forecast(context)
-        if self.config.keep == "longer":
-            return context.full(self.whole)
-        return self.block_size_for(forecast)
+        return self.decision.size_for(forecast)
 
     def extend(self, state: State, draft: Draft) -> Tensor:
-        trusted = trusted_whole(draft, self._trusted(draft))
+        trusted = trusted_whole(draft, self._trust(draft) >= self.config.threshold)
         if self.config.keep == "shorter":
             return trusted
         forecast: Tensor = state["forecast"]
         return trusted | (draft.draft_length < forecast)
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
-        trusted = trusted_length(draft, self._trusted(draft))
-        forecast: Tensor = state["forecast"]
-        if self.config.keep == "longer":
-            return trusted.maximum(forecast).minimum(draft.draft_length)
-        return trusted.minimum(forecast)
+        return self.trust.verify_length(self._trust(draft), draft.draft_length, state["forecast"])
 
     def export(self) -> Export:
         """The forecast before each draft, and what is verified after it."""
-        from bpkit_mlp.cores import LengthCore, TrustCore, WholeCore, length_core, standard_of, trust_core
+        truncate = Core(
+            "truncate",
+            self.trust,
+            inputs=(
+                given(Feature.DRAFT_PROBABILITY),
+                given("draft_length"),
+                Port("forecast", ("batch",), "int64", "of the last call of select.onnx"),
+            ),
+            outputs=(
+                decision("truncate"),
+                Port("trust", ("batch", "width"), "float32", "product of the probabilities so far"),
+                margin(MARGIN),
+            ),
+        )
+        return Export({"select": self.select_core(), "truncate": truncate}, self.sizes)
 
-        longer = self.config.keep == "longer"
-        given = standard_of(self.networks), cast("ResidualMLP", self.networks["mlp"]), self.block_sizes
-        core = WholeCore(*given, self.whole) if longer else LengthCore(*given)
-        cores = {
-            "select": length_core(core, int(self.facts["hidden_size"])),
-            "truncate": trust_core(TrustCore(self.config.threshold, longer=longer)),
-        }
-        return Export(cores, self.sizes)
-
-    def _trusted(self, draft: Draft) -> Tensor:
-        return draft[Feature.DRAFT_PROBABILITY].cumprod(dim=1) >= self.config.threshold  # bool [batch, width]
+    def _trust(self, draft: Draft) -> Tensor:
+        return self.trust.trust(draft[Feature.DRAFT_PROBABILITY])

@@ -71,10 +71,7 @@ class LdlpModule(PolicyModule):
             mlp.output.bias.fill_(float(accepted.double().quantile(penalty / (1 + penalty))))
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs = batch["inputs"]
-        if "standard" in self.networks:
-            inputs = self.networks["standard"](inputs)
-        forecast = self.networks["mlp"](inputs)[:, 0]
+        forecast = nn.Sequential(*self.networks.values())(batch["inputs"])[:, 0]
         return asymmetric_l1(forecast, batch["accepted"], self.options.penalty)
 
     def choose(self, replay: Replay) -> None:

@@ -1,15 +1,17 @@
-"""The perceptron that both methods use, and what may stand before it."""
+"""The perceptron that both methods use, what may stand before it, and what is decided by it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bpkit.learn.standard import Standard
+from bpkit.export.graph import best, clearance, count, running_product
+from bpkit.learn.networks import Standard
 
-__all__ = ["Normalisation", "ResidualMLP", "Standard", "normalisation"]
+__all__ = ["Choice", "Length", "Normalisation", "ResidualMLP", "Standard", "Trust", "normalisation"]
 
 Normalisation = Literal["none", "standard", "layer", "softmax"]
 
@@ -52,3 +54,90 @@ def normalisation(kind: Normalisation, size: int) -> nn.Module:
     if kind == "layer":
         return nn.LayerNorm(size, elementwise_affine=False)
     return nn.Softmax(dim=-1) if kind == "softmax" else nn.Identity()
+
+
+class Choice(nn.Module):
+    """The block size with the largest score.
+
+    Args:
+        network: float32 [batch, inputs] -> [batch, sizes].
+    """
+
+    def __init__(self, network: nn.Module, sizes: list[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("sizes", torch.tensor(sizes))
+
+    def size_at(self, place: Tensor) -> Tensor:
+        """The block sizes at these places: int64 [batch]."""
+        return cast("Tensor", self.sizes)[place]
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """inputs: float32 [batch, inputs]. Returns block_size int64 [batch], scores [batch, sizes], margin [batch]."""
+        scores = self.network(inputs)
+        place, margin = best(scores)
+        return self.size_at(place), scores, margin
+
+
+class Length(nn.Module):
+    """The block size that drafts what the network forecasts to be accepted.
+
+    Args:
+        network: float32 [batch, inputs] -> [batch, 1].
+        block_sizes: by draft length, int64 [largest + 1].
+        whole: block size of every draft, where the forecast is for later.
+    """
+
+    def __init__(self, network: nn.Module, block_sizes: Tensor, whole: int | None = None) -> None:
+        super().__init__()
+        self.network, self.whole = network, whole
+        self.largest = len(block_sizes) - 1
+        self.register_buffer("block_sizes", block_sizes)
+
+    def length(self, anchor_embedding: Tensor, last_hidden: Tensor) -> Tensor:
+        """Draft length before rounding: float32 [batch]."""
+        return cast("Tensor", self.network(torch.cat([anchor_embedding, last_hidden], dim=1))[:, 0])
+
+    def forecast(self, length: Tensor) -> Tensor:
+        """Rounded, and kept within 0 .. largest: int64 [batch]."""
+        return count(length.round()[:, None] > torch.arange(self.largest))
+
+    def size_for(self, forecast: Tensor) -> Tensor:
+        """The smallest usable block size that drafts so many tokens, if there is a choice: int64 [batch]."""
+        if self.whole is not None:
+            return torch.full_like(forecast, self.whole)
+        return cast("Tensor", self.block_sizes)[forecast]
+
+    def forward(self, anchor_embedding: Tensor, last_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns block_size and forecast, int64 [batch]; length before rounding and margin, float32 [batch]."""
+        length = self.length(anchor_embedding, last_hidden)
+        forecast = self.forecast(length)
+        # Another length begins at each half; beyond the ends nothing changes any more.
+        margin = (length[:, None] - (torch.arange(self.largest) + 0.5)).abs().amin(dim=1)
+        return self.size_for(forecast), forecast, length, margin
+
+
+class Trust(nn.Module):
+    """How much of a draft to verify: as far as its probabilities hold, or the forecast, whichever is longer or not."""
+
+    def __init__(self, threshold: float, *, longer: bool) -> None:
+        super().__init__()
+        self.threshold, self.longer = threshold, longer
+
+    def trust(self, draft_probability: Tensor) -> Tensor:
+        """Product of the probabilities so far: float32 [batch, width]."""
+        return running_product(draft_probability.clamp(min=1e-30).log())
+
+    def verify_length(self, trust: Tensor, draft_length: Tensor, forecast: Tensor) -> Tensor:
+        """int64 [batch]."""
+        # Products only fall along a draft, so that what is trusted is its beginning.
+        trusted = torch.minimum(count(trust >= self.threshold), draft_length)
+        if self.longer:
+            return torch.minimum(torch.maximum(trusted, forecast), draft_length)
+        return torch.minimum(trusted, forecast)
+
+    def forward(self, draft_probability: Tensor, draft_length: Tensor, forecast: Tensor) -> tuple[Tensor, ...]:
+        """Returns verify_length int64 [batch], trust float32 [batch, width], margin float32 [batch]."""
+        trust = self.trust(draft_probability)
+        margin = clearance((trust - self.threshold).abs(), draft_length)
+        return self.verify_length(trust, draft_length, forecast), trust, margin

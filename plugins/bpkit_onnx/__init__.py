@@ -10,7 +10,7 @@ from bpkit.registry.hookspecs import Register, hookimpl
 def bpkit_register_policies(register: Register) -> None:
     register(
         "onnx",
-        "bpkit_onnx.policy:Onnx",
+        "bpkit.export.policy:Onnx",
         summary=f"A policy in a file: onnx:exported/NAME runs what `bpkit export` wrote. Needs {requirement('onnx')}.",
-        config="bpkit_onnx.config:OnnxConfig",
+        config="bpkit.export.policy:OnnxConfig",
     )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
-from bpkit.export.core import Export
-from bpkit.learn.trained import TrainedConfig, TrainedPolicy
+from bpkit.export.core import Core, Export, Port, decision, given, margin
+from bpkit.learn import TrainedConfig, TrainedPolicy
 from bpkit.policy import State
-from bpkit.policy.stop_rules import trusted_length, trusted_whole
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from bpkit_threshold.specdecpp_networks import AcceptanceHead, Risk
 
 
 class SpecDecPPConfig(TrainedConfig):
@@ -77,34 +78,47 @@ class SpecDecPP(TrainedPolicy):
         super().bind(decoder, cost)
         self.decoder = decoder
         self.block_size = min(self.config.block_size or int(self.facts["block_size"]), decoder.max_block_size)
+        self.risk = self._risk("truncate")
 
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         if Feature.DRAFT_HIDDEN not in features:
             return {}
-        return {"accepted": self.networks["head"](features[Feature.DRAFT_HIDDEN].float()).sigmoid()}
+        return {"log_accepted": self.risk.log_accepted(features[Feature.DRAFT_HIDDEN].float())}
 
     def select(self, state: State, context: Context) -> Tensor:
         return context.full(self.block_size)
 
     def extend(self, state: State, draft: Draft) -> Tensor:
-        return trusted_whole(draft, self._trusted(draft))
+        return self.risk.go_on(self._risk_of(draft), draft.draft_length)
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
-        length = trusted_length(draft, self._trusted(draft))
-        return (length + 1).minimum(draft.draft_length) if self.config.keep_last else length
+        return self.risk.verify_length(self._risk_of(draft), draft.draft_length)
+
+    def _risk_of(self, draft: Draft) -> Tensor:
+        return self.risk.risk(self.predicted(draft)["log_accepted"])  # float32 [batch, width]
 
     def export(self) -> Export:
         """What is verified after each draft; with an autoregressive drafter also whether it goes on."""
-        from bpkit_threshold.specdecpp_core import ExtendCore, TruncateCore, extend_core, truncate_core
-        from bpkit_threshold.specdecpp_networks import AcceptanceHead
-
-        head, config = self.networks["head"], self.config
-        assert isinstance(head, AcceptanceHead)
-        truncate = TruncateCore(head, config.threshold, keep_last=config.keep_last)
-        cores = {"truncate": truncate_core(truncate, head.width)}
+        cores = {"truncate": self._core("truncate")}
         if self.decoder.work.may_end_early:
-            cores["extend"] = extend_core(ExtendCore(head, config.threshold), head.width)
+            cores["extend"] = self._core("extend")
         return Export(cores, sorted({1, self.block_size}), drafts=self.block_size)
 
-    def _trusted(self, draft: Draft) -> Tensor:
-        return 1 - self.predicted(draft)["accepted"].cumprod(dim=1) <= self.config.threshold  # bool [batch, width]
+    def _core(self, method: Literal["truncate", "extend"]) -> Core:
+        risk = self._risk(method)
+        return Core(
+            method,
+            risk,
+            inputs=(given(Feature.DRAFT_HIDDEN, risk.head.width), given("draft_length")),
+            outputs=(
+                decision(method),
+                Port("risk", ("batch", "width"), "float32", "chance that one of the tokens so far is refused"),
+                margin("distance of the nearest risk to the threshold"),
+            ),
+        )
+
+    def _risk(self, method: Literal["truncate", "extend"]) -> Risk:
+        from bpkit_threshold.specdecpp_networks import Risk
+
+        head, config = cast("AcceptanceHead", self.networks["head"]), self.config
+        return Risk(head, config.threshold, keep_last=config.keep_last, method=method)

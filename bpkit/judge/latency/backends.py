@@ -7,22 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bpkit_onnx.config import OnnxConfig
-from bpkit_onnx.policy import Onnx
 from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.export.convert import OPSETS, to_onnx
 from bpkit.export.core import FEATURES, Core, Export, Exportable, Method
 from bpkit.export.load import Loaded
-from bpkit.export.schema import Default, ExportedPolicy, Golden
+from bpkit.export.policy import Onnx, OnnxConfig
+from bpkit.export.schema import Golden
 from bpkit.export.session import open_session
-from bpkit.export.write import describe
+from bpkit.export.write import description
 from bpkit.judge.latency.rows import Row
-from bpkit.learn.curves import TYPICAL_CONTEXT
 from bpkit.learn.trained import TrainedPolicy
-from bpkit.policy import Policy, PolicyError, State, overrides
-from bpkit.registry.policy_folder import TrainedFor
+from bpkit.policy import Policy, PolicyError, State, overrides, validated
 from bpkit.registry.resolve import parse_spec, resolve_policy
 from bpkit.types import DecoderSpec, Feature
 
@@ -31,41 +28,18 @@ AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 METHODS: tuple[Method, ...] = ("begin", "select", "extend", "truncate")
 
 
-class ExportedHere(Onnx):
-    """Policy `onnx` over networks that were exported a moment ago, without a folder.
+def exported_here(export: Export, spec: DecoderSpec, provider: str) -> Onnx:
+    """Policy `onnx` over networks that are exported now, without a folder.
 
     Args:
         export: of the bound policy. spec: of the decoder that it was bound to.
-        provider: of onnxruntime, `cpu` or `cuda`.
     """
-
-    def __init__(self, export: Export, spec: DecoderSpec, provider: str) -> None:
-        Policy.__init__(self, OnnxConfig(path="what was exported just now"))
-        data = {stem: to_onnx(core) for stem, core in export.cores.items()}
-        sessions = {core.method: open_session(data[stem], provider) for stem, core in export.cores.items()}
-        self.loaded = Loaded(Path(), description_of(export, data, spec), sessions)
-        self.wants = features_of(export.cores.values())  # type: ignore[misc]
-
-
-def description_of(export: Export, data: Mapping[str, bytes], spec: DecoderSpec) -> ExportedPolicy:
-    """What `policy.json` would say, as far as it matters to whoever asks the networks."""
-    cores, nothing = export.cores, Golden(inputs={}, outputs={})
-    typical = export.curves(TYPICAL_CONTEXT) if export.curves is not None else None
-    return ExportedPolicy(
-        name="exported_here",
-        policy="exported_here",
-        summary="",
-        block_sizes=export.block_sizes,
-        drafts=export.drafts,
-        default_block_size=spec.trained_block_size,
-        decoder=TrainedFor.of(spec),
-        networks={f"{stem}.onnx": describe(core, data[stem], OPSETS[0], nothing) for stem, core in cores.items()},
-        features=sorted(features_of(cores.values())),
-        state=sorted(set().union(*(core.state for core in cores.values()))),
-        curves=None if typical is None else Default(steps=typical.steps, verify=typical.verify),
-        options={},
-        validation={},
-    )
+    data = {f"{stem}.onnx": to_onnx(core) for stem, core in export.cores.items()}
+    sessions = {core.method: open_session(data[f"{stem}.onnx"], provider) for stem, core in export.cores.items()}
+    nothing = dict.fromkeys(export.cores, Golden(inputs={}, outputs={}))
+    here: Any = {"name": "exported_here", "policy": "exported_here", "summary": "", "options": {}, "validation": {}}
+    loaded = Loaded(Path(), description(export, data, spec, OPSETS[0], nothing, **here), sessions)
+    return Onnx.of(loaded, validated(OnnxConfig, {"provider": provider}, owner="onnx"))
 
 
 @dataclass
@@ -129,7 +103,7 @@ def make_contestant(
     policies = {TORCH: _bound(resolve_policy(spec), decoder)}
     try:
         export = _export(resolve_policy(spec), decoder)  # another object: its networks stay as and where they are
-        policies[ONNXRUNTIME] = _bound(ExportedHere(export, decoder.spec, provider), decoder)
+        policies[ONNXRUNTIME] = _bound(exported_here(export, decoder.spec, provider), decoder)
     except PolicyError as error:
         return Contestant(spec, policies, why_not=str(error))
     return Contestant(spec, policies, {core.method: core for core in export.cores.values()})

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bpkit.learn.curves import CostCurves
+from bpkit.export.curves import CostCurves
 from bpkit.learn.learned import LearnedPolicy
-from bpkit.learn.learned_network import Forecaster
+from bpkit.learn.networks import Forecaster
 from bpkit.learn.training.hazards import hazard_labels, hazard_loss, mean_yields, visited
 from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.policy import PolicyError
@@ -56,53 +56,56 @@ class LearnedModule(PolicyModule):
         }
 
     def prepare(self, data: dict[str, Tensor]) -> None:
-        """Facts: those of `bpkit.learn.gains.Gains`, and `inputs`, how many numbers each feature is."""
+        """Facts: those of gains, and `inputs`, how many numbers each feature is."""
         if not len(data["left"]):
             raise PolicyError("no training prompt has a position to learn from: the outputs are too short")
-        sizes = [int(size) for size in data["sizes"][0]]
         self.facts = {
-            "block_sizes": sizes,
+            **self.facts_of_gains(data),
             "inputs": {str(name): data[str(name)].shape[1] for name in self.policy.reads},
-            "yields": mean_yields(data["accepted"], data["visited"]),
-            "outlook": [],  # known at the end
-            "curves": dataclasses.asdict(CostCurves(self.cost, sizes).typical),
         }
+        sizes = self.facts["block_sizes"]
         self.networks = nn.ModuleDict(self.policy.build(self.facts))
-        forecaster, shares = self.forecaster, torch.zeros(2, sizes[-1] - 1)
+        forecaster, shares = cast("Forecaster", self.networks["forecaster"]), torch.zeros(2, sizes[-1] - 1)
         for start in range(0, len(data["left"]), AT_ONCE):
             rows = slice(start, start + AT_ONCE)
             stands, counts = hazard_labels(data["accepted"][rows], data["left"][rows], sizes)
             shares += torch.stack([(stands * counts).sum(dim=(0, 1)), counts.sum(dim=(0, 1))])
-        forecaster.fit(self._inputs(data), shares[0], shares[1])
+        forecaster.fit(self.inputs(data), shares[0], shares[1])
         forecaster.dropout = self.options.dropout
+
+    def facts_of_gains(self, data: dict[str, Tensor]) -> dict[str, Any]:
+        """What `bpkit.learn.gains.Gains` reads; the outlook is known at the end."""
+        sizes = [int(size) for size in data["sizes"][0]]
+        return {
+            "block_sizes": sizes,
+            "yields": mean_yields(data["accepted"], data["visited"]),
+            "outlook": [],
+            "curves": dataclasses.asdict(CostCurves(self.cost, sizes).typical),
+        }
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         stands, counts = hazard_labels(batch["accepted"], batch["left"], self.facts["block_sizes"])
-        return hazard_loss(self.forecaster.hazards(self._inputs(batch))[:, None], stands, counts)
+        forecaster = cast("Forecaster", self.networks["forecaster"])
+        return hazard_loss(forecaster.hazards(self.inputs(batch))[:, None], stands, counts)
 
     def calibrate(self, data: dict[str, Tensor]) -> None:
         """Facts: `outlook`, forecasts of some held-out positions, by which a policy sees whether choosing pays."""
         rows = len(data["left"])
         chosen = torch.linspace(0, rows - 1, min(rows, OUTLOOK)).long()
-        x = self._inputs({name: value[chosen] for name, value in data.items()})
+        x = self.inputs({name: value[chosen].to(self.device) for name, value in data.items()})
         with torch.no_grad():
-            tokens = self.forecaster.eval()(x.to(self.forecaster.base.device)).cpu()
+            tokens = self.networks[self.policy.deciding].eval()(x).cpu()
         self.facts["outlook"] = [[round(value, 3) for value in row] for row in tokens.tolist()]
 
     def choose(self, replay: Replay) -> None:
         """Rate, then margin, with the most tokens per second on validation prompts, unless they were given."""
         for name in ("rate", "margin"):
             config = self.policy.config
-            if name not in config.model_fields_set:
-                values = dict.fromkeys((getattr(config, name), *config.grid.get(name, ())))
+            if name in config.grid and name not in config.model_fields_set:
+                values = dict.fromkeys((getattr(config, name), *config.grid[name]))
                 rates = {value: replay(self.finished(**{name: value})) for value in values}
                 self.set_options(**{name: max(rates, key=rates.__getitem__)})
 
-    @property
-    def forecaster(self) -> Forecaster:
-        """The author's network and what is around it."""
-        return cast("Forecaster", self.networks["forecaster"])
-
-    def _inputs(self, data: dict[str, Any]) -> Tensor:
+    def inputs(self, data: dict[str, Any]) -> Tensor:
         """float32 [rows, inputs]."""
         return torch.cat([data[str(name)].float() for name in self.policy.reads], dim=1)

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from bpkit.learn.trained_config import TrainedConfig
+from bpkit.learn.config import TrainedConfig
 from bpkit.names import did_you_mean
 from bpkit.policy import PolicyError, validated
 from bpkit.registry.class_file import names_file

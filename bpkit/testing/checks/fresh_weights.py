@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from bpkit.installation.distribution import install_command
+from bpkit.learn.config import TrainedConfig
 from bpkit.learn.trained import TrainedPolicy
-from bpkit.learn.trained_config import TrainedConfig
 from bpkit.policy import PolicyError, validated
 from bpkit.testing.checks.setup import AGREEABLE, ASSISTANT, COST, tiny_setup
 from bpkit.types import OF_THE_TARGET, Feature

@@ -1,17 +1,39 @@
-"""The author's network of a `bpkit.learn.learned.LearnedPolicy`, with what is done to its inputs and outputs."""
+"""The network of a `bpkit.learn.LearnedPolicy`, what is done to its inputs and outputs, and what is made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bpkit.export.graph import survival
-from bpkit.learn.standard import Standard
+from bpkit.export.graph import best, survival
+from bpkit.learn.gains import NEVER, candidates, gain_of_choosing, going_rate, over_plain
 from bpkit.policy import PolicyError
+
+
+class Standard(nn.Module):
+    """(x - mean) / scale with the figures of the training examples, which are saved with the weights."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def fit(self, x: Tensor) -> None:
+        """Take mean and standard deviation of each column of x, [rows, size]."""
+        self.mean.copy_(x.mean(dim=0))
+        # A column that never moves says nothing, and dividing by its rounding error would make it shout.
+        deviation = x.std(dim=0, correction=0)
+        self.scale.copy_(torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.scale
 
 
 class Forecaster(nn.Module):
@@ -64,6 +86,65 @@ class Forecaster(nn.Module):
         stood = zeros.index_add(0, self.step, stands) + 0.5  # a token that never fell has no log-odds
         fell = zeros.index_add(0, self.step, counts - stands) + 0.5
         self.base.copy_((stood / fell).log())
+
+
+class WorthOfASecond(nn.Module):
+    """What a second is worth in tokens, and the place of the best fixed size, from what steps cost.
+
+    Args:
+        facts: with `yields`. columns: places of the usable block sizes among those of training.
+        rate: as in `bpkit.learn.LearnedConfig`.
+    """
+
+    def __init__(self, facts: dict[str, Any], columns: Sequence[int], rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("yields", torch.tensor([1.0, *(facts["yields"][column] for column in columns)]))
+
+    def forward(self, typical_step_seconds: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [1 + sizes] -> rho, one number, and int64 [1]."""
+        rho, floor = going_rate(self.yields, typical_step_seconds, self.rate)
+        return rho, floor
+
+
+class BestSize(nn.Module):
+    """A forecaster and `bpkit.learn.gains.Gains` as one network: features and costs in, a block size out.
+
+    Args:
+        forecaster: float32 [batch, inputs] -> tokens expected to stand, [batch, sizes of training].
+        facts: as in `Gains`. columns: as there.
+        config: a `bpkit.learn.LearnedConfig`.
+    """
+
+    def __init__(self, forecaster: nn.Module, facts: dict[str, Any], columns: Sequence[int], config: Any) -> None:
+        super().__init__()
+        self.forecaster, self.margin, self.decision = forecaster, config.margin, config.decision
+        self.worth = WorthOfASecond(facts, columns, config.rate)
+        self.register_buffer("columns", torch.tensor(columns))
+        self.register_buffer("outlook", torch.tensor(facts["outlook"])[:, columns])
+        self.register_buffer("sizes", torch.tensor([1, *(facts["block_sizes"][column] for column in columns)]))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, `step_seconds` [batch, 1 + sizes] and `typical_step_seconds` [1 + sizes].
+
+        Returns:
+            block_size int64 [batch], gains float32 [batch, 1 + sizes] in tokens, margin float32 [batch].
+        """
+        *features, step, typical = inputs
+        tokens = self.forecaster(joined(features))[:, cast("Tensor", self.columns)]
+        rho, floor = self.worth(typical)
+        scores = candidates(torch, over_plain(torch, tokens, step, rho), floor, self.margin)
+        expected = gain_of_choosing(torch, over_plain(torch, self.outlook, typical[None], rho), floor)
+        fixed = torch.where(torch.arange(len(typical)) == floor, 1.0, NEVER)
+        scores = torch.where(expected > rho * self.decision, scores, fixed.expand_as(scores))
+        chosen, margin = best(scores)
+        return cast("Tensor", self.sizes)[chosen], scores, margin
+
+
+def joined(features: Sequence[Tensor]) -> Tensor:
+    """One float32 [batch, inputs] of features [batch, ...]."""
+    flat = [value[:, None] if value.ndim == 1 else value.flatten(1) for value in features]
+    return torch.cat([value.float() for value in flat], dim=1)
 
 
 def checked_network(make: Callable[[int, int], nn.Module], inputs: int, outputs: int, owner: str) -> nn.Module:

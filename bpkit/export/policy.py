@@ -1,21 +1,24 @@
-"""The policy `onnx`: the decisions of an exported policy, made by onnxruntime."""
+"""The policy `onnx`: the decisions of an exported policy, made by onnxruntime. Imports no torch by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field
 
 import bpkit
 from bpkit.export.core import DECIDES, Method
-from bpkit.installation.distribution import install_command
-from bpkit.learn.curves import CostCurves, Curves
+from bpkit.export.curves import CostCurves, Curves
+from bpkit.installation.distribution import install_command, requirement
 from bpkit.policy import Policy, PolicyConfig, PolicyError, State
 from bpkit.types import ON_THE_HOST, Context, CostModel, DecoderSpec, Draft, Feature
-from bpkit_onnx.config import OnnxConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bpkit.export.load import Loaded
 
 NEXT = "next_"
 SHIPPED = tuple(Path(bpkit.__file__).parents[above] / "exported" for above in (0, 1))
@@ -40,6 +43,21 @@ def folder_of(path: str) -> Path:
     return shipped[path]
 
 
+class OnnxConfig(PolicyConfig):
+    """Options of `onnx`."""
+
+    path: str | None = Field(
+        default=None, description="folder that `bpkit export` wrote, or the name of one that ships, as in onnx:forecast"
+    )
+    provider: Literal["cpu", "cuda"] = Field(
+        default="cpu",
+        description=f"where it runs; cuda needs {requirement('gpu')}, and is never exchanged for the CPU silently",
+    )
+    allow_other_models: bool = Field(
+        default=False, description="run it for models of other names than those that it was trained for"
+    )
+
+
 class Onnx(Policy):
     """Asks the networks of an exported policy, each for its own decision, and keeps what they keep of a request.
 
@@ -59,8 +77,19 @@ class Onnx(Policy):
             from bpkit.export.load import load_exported
         except ModuleNotFoundError as error:
             raise PolicyError(f"policy 'onnx' needs {error.name}: {install_command('onnx')}") from None
-        self.loaded = load_exported(folder_of(self.config.path), provider=self.config.provider)
-        self.wants = frozenset(Feature(name) for name in self.loaded.description.features)  # type: ignore[misc]
+        self._take(load_exported(folder_of(self.config.path), provider=self.config.provider))
+
+    @classmethod
+    def of(cls, loaded: Loaded, config: OnnxConfig) -> Self:
+        """The policy over sessions that were opened already, with or without a folder."""
+        policy = cls.__new__(cls)
+        Policy.__init__(policy, config)
+        policy._take(loaded)
+        return policy
+
+    def _take(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.wants = frozenset(Feature(name) for name in loaded.description.features)  # type: ignore[misc]
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         from bpkit.export.check import check_decoder
@@ -120,9 +149,7 @@ class Onnx(Policy):
     def _curves(self, cost: CostModel | None) -> Any:
         description = self.loaded.description
         default = description.curves
-        if default is None:
-            return lambda context_length: Curves([], [])
-        if cost is None:
-            curves = Curves(default.steps, default.verify)
+        if cost is None or default is None:
+            curves = Curves([], []) if default is None else Curves(default.steps, default.verify)
             return lambda context_length: curves
         return CostCurves(cost, [size for size in description.block_sizes if size > 1])

@@ -1,14 +1,25 @@
-"""Options of policies that weigh forecast tokens against time. Imports no torch, so that they can be listed."""
+"""Options of policies with weights. Imports neither torch nor the Hub's client, so that they can be listed quickly."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from bpkit.learn.trained_config import TrainedConfig
+from bpkit.policy import PolicyConfig
+
+
+class TrainedConfig(PolicyConfig):
+    """Base of the options of policies with weights, `bpkit.learn.TrainedPolicy`.
+
+    A policy whose options derive from this class is one that `bpkit train NAME` trains.
+    """
+
+    weights: str | None = Field(
+        default=None, description="folder of a trained policy; by default the one that ships for this pair"
+    )
 
 
 class LearnedConfig(TrainedConfig):
-    """Base of the options of `bpkit.learn.learned.LearnedPolicy`; `rate` and `margin` are settled by training."""
+    """Base of the options of `bpkit.learn.LearnedPolicy`; `rate` and `margin` are settled by training."""
 
     rate: float = Field(
         default=0.85,
