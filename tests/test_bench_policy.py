@@ -156,6 +156,8 @@ def test_both_backends_decide_alike(contestant: Contestant, recorder: Recorder) 
 
 def test_disagreement_is_counted_and_only_near_ties_excuse_it(contestant: Contestant, recorder: Recorder) -> None:
     class Other(Forecast):
+        name = "forecast"
+
         def select(self, state: State, context: Context) -> torch.Tensor:
             return context.full(99)
 

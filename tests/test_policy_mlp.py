@@ -16,7 +16,7 @@ import torch
 from bpkit_mlp.blockpilot import BlockPilot, BlockPilotConfig
 from bpkit_mlp.blockpilot_training import BlockPilotModule, BlockPilotOptions
 from bpkit_mlp.curves import candidate_sizes, curve
-from bpkit_mlp.fold import fold, folded_layer
+from bpkit_mlp.fold import folded_layer
 from bpkit_mlp.ldlp import Ldlp, LdlpConfig
 from bpkit_mlp.ldlp_threshold import LdlpThreshold, LdlpThresholdConfig
 from bpkit_mlp.ldlp_training import LdlpModule, LdlpOptions, labelled_rows
@@ -406,7 +406,7 @@ def test_folded_policy_decides_alike(normalise: str, bias: bool) -> None:
     standard = policy.networks["normalisation"]
     if isinstance(standard, Standard):
         standard.fit(logits)
-    folded = fold(policy, head)
+    folded = policy.folded(head)
     folded.bind(decoder(), COST)
     assert folded.wants == {Feature.PREFILL_HIDDEN}
     before, after = policy.scores(logits), folded.scores(hidden)
@@ -438,7 +438,7 @@ def test_fold_takes_the_head_of_a_target(pair: TinyPair) -> None:
     spec = decoder(hidden=config.hidden_size, vocab=config.vocab_size)
     facts = {"inputs": config.vocab_size, "sizes": [2, 4]}
     policy = made(BlockPilot, BlockPilotConfig(width=8), facts, spec=spec)
-    folded = fold(policy, pair.target.lm_head, config=config)
+    folded = policy.folded(pair.target.lm_head, config=config)
     folded.bind(spec, COST)
     with torch.no_grad():
         output = pair.target(pair.ids("a = b + c"), output_hidden_states=True)
@@ -464,21 +464,21 @@ def test_what_does_not_fold_is_refused(changed: dict[str, Any], message: str) ->
     policy = blockpilot(**changed.get("policy", {}))
     rest = {name: value for name, value in changed.items() if name in ("config", "processors")}
     with pytest.raises(PolicyError, match=message):
-        fold(policy, changed.get("head", nn.Linear(HIDDEN, VOCAB)), **rest)
+        policy.folded(changed.get("head", nn.Linear(HIDDEN, VOCAB)), **rest)
 
 
 def test_heads_with_hooks_and_policies_without_weights_are_refused() -> None:
     head = nn.Linear(HIDDEN, VOCAB)
     with pytest.raises(PolicyError, match="bind it"):
-        fold(BlockPilot.untrained(BlockPilotConfig()), head)
+        BlockPilot.untrained(BlockPilotConfig()).folded(head)
     head.register_forward_hook(lambda module, args, output: output.tanh())
     with pytest.raises(PolicyError, match="hooks"):
-        fold(blockpilot(), head)
+        blockpilot().folded(head)
 
 
 def test_folded_policy_is_saved_and_loaded(tmp_path: Path) -> None:
     head, hidden = nn.Linear(HIDDEN, VOCAB), noise(9, HIDDEN)
-    folded = fold(blockpilot(), head)
+    folded = blockpilot().folded(head)
     folded.bind(decoder(), COST)
     folded.save_pretrained(tmp_path)
     loaded = resolve_policy({"name": "blockpilot", "weights": str(tmp_path)})

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import typer
-from bpkit_mlp.fold import fold
+from bpkit_mlp.blockpilot import BlockPilot
 from torch import nn
 from typer.testing import Result
 
@@ -163,10 +163,12 @@ def test_the_fold_decides_the_same_and_says_so(recipe: Recipe, tmp_path: Path) -
 def test_another_fold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = FoldSettings(vocab_size=300, hidden_size=16, width=16, states=64, rounds=2)
 
-    def wrong(raw: Any, head: nn.Linear) -> Any:
-        return fold(raw, nn.Linear(16, 300, bias=False))
+    right = BlockPilot.folded
 
-    monkeypatch.setattr("recipes.fold.measure.fold", wrong)
+    def wrong(self: BlockPilot, lm_head: nn.Module, **options: Any) -> BlockPilot:
+        return right(self, nn.Linear(16, 300, bias=False), **options)
+
+    monkeypatch.setattr(BlockPilot, "folded", wrong)
     decisions = bench_fold(settings)["decisions"]
     assert decisions["clear_agree"] < decisions["clear"]
     assert decisions["largest_difference"] > TOLERANCE

@@ -108,7 +108,7 @@ class Gains:
         Args:
             tokens: expected to stand, by block size of training, [rows, sizes].
         """
-        seconds = np.array([self.curves(length).steps for length in context_lengths])
+        seconds = np.array([self.curves(length).steps for length in context_lengths]).reshape(-1, 1 + len(self.sizes))
         gains = over_plain(np, tokens[:, self.columns].astype(np.float64), seconds, self.rho)
         places: NDArray[np.int64] = candidates(np, gains, self._fixed, self.margin).argmax(axis=1)
         return self._choices[places]

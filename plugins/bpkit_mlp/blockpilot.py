@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from bpkit.export.core import Core, Export, Port, decision, given, margin
 from bpkit.learn import TrainedConfig, TrainedPolicy
-from bpkit.policy import State
+from bpkit.policy import PolicyError, State
 from bpkit.types import Context, CostModel, DecoderSpec, Feature
 
 if TYPE_CHECKING:
@@ -112,8 +112,34 @@ class BlockPilot(TrainedPolicy):
         )
         return Export({"policy": core}, sorted({1, *self.sizes}))
 
-    def folded(self, lm_head: nn.Module, *, config: Any = None) -> BlockPilot:
-        """The same decisions from the hidden state that logits come from; see `bpkit_mlp.fold`."""
-        from bpkit_mlp.fold import fold
+    def folded(self, lm_head: nn.Module, *, config: Any = None, processors: Sequence[object] = ()) -> BlockPilot:
+        """A policy that decides alike from `prefill_hidden` instead of `prefill_logits`; bind this one first.
 
-        return fold(self, lm_head, config=config)
+        Args:
+            lm_head: of the target, a plain linear layer.
+            config: of the target, to see what it does to the logits behind its head.
+            processors: that the policy's logits went through in training. bpkit's own features are raw: none.
+
+        Raises:
+            PolicyError: what stands between hidden state and first layer is not affine, or not known to be.
+        """
+        from torch import nn
+
+        from bpkit_mlp.fold import folded_mlp, refuse_what_is_not_affine
+        from bpkit_mlp.networks import ResidualMLP
+
+        if self.config.input != "logits":
+            raise PolicyError("this policy reads hidden states already: there is nothing to fold")
+        if "mlp" not in self.networks:
+            raise PolicyError("the policy has no weights yet: bind it to its decoder before it is folded")
+        refuse_what_is_not_affine(self.config.normalise, self.facts["inputs"], lm_head, config, processors)
+        mlp, normalisation, spec = self.networks["mlp"], self.networks["normalisation"], self.decoder
+        assert isinstance(mlp, ResidualMLP)
+        assert isinstance(lm_head, nn.Linear)
+        if lm_head.in_features != spec.hidden_size:
+            raise PolicyError(
+                f"the head reads {lm_head.in_features} numbers, hidden states of {spec.target} have {spec.hidden_size}"
+            )
+        options = self.config.model_copy(update={"input": "hidden", "normalise": "none", "weights": None})
+        networks = {"normalisation": nn.Identity(), "mlp": folded_mlp(mlp, normalisation, lm_head)}
+        return BlockPilot.trained(options, {**self.facts, "inputs": spec.hidden_size}, networks, spec)

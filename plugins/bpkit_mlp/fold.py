@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from bpkit.policy import PolicyError
-from bpkit_mlp.blockpilot import DEPTH, DROPOUT, BlockPilot
 from bpkit_mlp.networks import ResidualMLP, Standard
 
 COLUMNS_AT_ONCE = 8192
@@ -25,42 +24,18 @@ SCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multipl
 """Settings of a target that multiply what its head gives; the head alone does not know them."""
 
 
-def fold(
-    policy: BlockPilot,
-    lm_head: nn.Module,
-    *,
-    config: Any = None,
-    processors: Sequence[object] = (),
-) -> BlockPilot:
-    """A policy that decides as `policy` does, from `prefill_hidden` instead of `prefill_logits`.
+def folded_mlp(mlp: ResidualMLP, normalisation: nn.Module, lm_head: nn.Linear) -> ResidualMLP:
+    """What `mlp(normalisation(lm_head(hidden)))` gives, from hidden states.
 
     Weights are multiplied in float64. The folded network is float32, so that scores differ by rounding, and decisions
     only where the two best scores are as close as that.
-
-    Args:
-        policy: bound, with `input="logits"`.
-        lm_head: of the target, a plain linear layer.
-        config: of the target, to see what it does to the logits behind its head.
-        processors: that the policy's logits went through in training. bpkit's own features are raw: none.
-
-    Raises:
-        PolicyError: what stands between hidden state and first layer is not affine, or not known to be.
     """
-    _refuse_what_is_not_affine(policy, lm_head, config, processors)
-    assert isinstance(lm_head, nn.Linear)
-    mlp = policy.networks["mlp"]
-    assert isinstance(mlp, ResidualMLP)
-    weight, bias = folded_layer(mlp.layers[0], policy.networks["normalisation"], lm_head)
-    inputs, spec = int(weight.shape[1]), policy.decoder
-    if inputs != spec.hidden_size:
-        raise PolicyError(f"the head reads {inputs} numbers, hidden states of {spec.target} have {spec.hidden_size}")
+    weight, bias = folded_layer(mlp.layers[0], normalisation, lm_head)
+    width, outputs = mlp.output.in_features, mlp.output.out_features
     with torch.random.fork_rng(devices=[]):
-        made = ResidualMLP(inputs, mlp.output.in_features, mlp.output.out_features, depth=DEPTH, dropout=DROPOUT)
-    state = {**mlp.state_dict(), "layers.0.weight": weight.float(), "layers.0.bias": bias.float()}
-    made.load_state_dict(state)
-    options = policy.config.model_copy(update={"input": "hidden", "normalise": "none", "weights": None})
-    facts = {**policy.facts, "inputs": inputs}
-    return BlockPilot.trained(options, facts, {"normalisation": nn.Identity(), "mlp": made}, spec)
+        made = ResidualMLP(weight.shape[1], width, outputs, depth=len(mlp.layers), dropout=mlp.dropout)
+    made.load_state_dict({**mlp.state_dict(), "layers.0.weight": weight.float(), "layers.0.bias": bias.float()})
+    return made
 
 
 def folded_layer(layer: nn.Module, normalisation: nn.Module, lm_head: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -88,17 +63,19 @@ def folded_layer(layer: nn.Module, normalisation: nn.Module, lm_head: nn.Linear)
     return weight, bias
 
 
-def _refuse_what_is_not_affine(
-    policy: BlockPilot, lm_head: nn.Module, config: Any, processors: Sequence[object]
+def refuse_what_is_not_affine(
+    normalise: str, inputs: int, lm_head: nn.Module, config: Any, processors: Sequence[object]
 ) -> None:
-    """Raise PolicyError unless the first layer's input is an affine function of the hidden state."""
-    if policy.config.input != "logits":
-        raise PolicyError("this policy reads hidden states already: there is nothing to fold")
-    if "mlp" not in policy.networks:
-        raise PolicyError("the policy has no weights yet: bind it to its decoder before it is folded")
-    if policy.config.normalise not in ("none", "standard"):
+    """Raise PolicyError unless the input of the first layer is an affine function of the hidden state.
+
+    Args:
+        normalise: the option of `blockpilot`. inputs: logits that the first layer reads.
+        config: of the target, to see what it does to the logits behind its head.
+        processors: that the policy's logits went through in training.
+    """
+    if normalise not in ("none", "standard"):
         raise PolicyError(
-            f"normalise={policy.config.normalise!r} is not affine: it depends on all logits of a prompt at once, which "
+            f"normalise={normalise!r} is not affine: it depends on all logits of a prompt at once, which "
             "no layer on the hidden state can do. Train with normalise=none or normalise=standard to fold"
         )
     if processors:
@@ -108,7 +85,6 @@ def _refuse_what_is_not_affine(
     if type(lm_head) is not nn.Linear or hooked:
         kind = "a head with hooks or parametrizations" if hooked else f"a {type(lm_head).__name__}"
         raise PolicyError(f"only a plain torch.nn.Linear head folds, this is {kind}")
-    inputs = policy.facts["inputs"]
     if lm_head.out_features != inputs:
         raise PolicyError(f"the head has {lm_head.out_features} outputs, but the policy reads {inputs} logits")
     _refuse_bent_logits(config)

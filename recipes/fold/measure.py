@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from bpkit_mlp.blockpilot import DEPTH, DROPOUT, BlockPilot, BlockPilotConfig
-from bpkit_mlp.fold import fold
 from bpkit_mlp.networks import ResidualMLP
 from torch import Tensor, nn
 
@@ -74,7 +73,7 @@ def bench_fold(settings: FoldSettings, progress: Progress | None = None) -> dict
         head, raw, hidden = made(settings)
         ticker.start("folding in float64", 1)
         started = time.perf_counter()
-        folded = fold(raw, head)
+        folded = raw.folded(head)
         folded.bind(raw.decoder)
         seconds = time.perf_counter() - started
     with torch.inference_mode():
