@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bpkit.export.core import Core, Export, Port, decision, given, margin
 from bpkit.learn.config import LearnedConfig
-from bpkit.learn.gains import Gains
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.names import snake_case
 from bpkit.policy import PolicyConfig, PolicyError, State
@@ -116,6 +115,8 @@ class LearnedPolicy(TrainedPolicy):
             raise PolicyError(
                 f"policy {self.name!r} was trained for block sizes {trained}; this decoder drafts none of them"
             )
+        from bpkit.learn.gains import Gains
+
         config = self.config
         self.forecaster = self.networks[self.deciding]
         self.gains = Gains(self.facts, usable, cost, rate=config.rate, margin=config.margin, decision=config.decision)
