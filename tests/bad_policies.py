@@ -10,7 +10,7 @@ from bpkit_mlp.ldlp import Ldlp
 from torch import Tensor, nn
 
 from bpkit import Policy
-from bpkit.learn.learned import LearnedPolicy
+from bpkit.learn import LearnedPolicy
 from bpkit.policy import State
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, FeatureNotWanted, Step
 

@@ -32,7 +32,7 @@ from bpkit.export.policy import Onnx
 from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison
 from bpkit.export.write import as_array, export_policy
-from bpkit.learn.trained import TrainedPolicy
+from bpkit.learn import TrainedPolicy
 from bpkit.policy import PolicyError
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair

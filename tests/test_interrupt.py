@@ -167,7 +167,7 @@ def test_training_goes_on_from_the_last_checkpoint(tiny_folder: Path, prompts: P
 POLICY = """
 from torch import nn
 from bpkit import Feature
-from bpkit.learn.learned import LearnedPolicy
+from bpkit.learn import LearnedPolicy
 
 
 class Mine(LearnedPolicy):

@@ -21,7 +21,7 @@ from bpkit.trace.cost import CostTable, write_cost
 
 MY_POLICY = """\
 from torch import nn
-from bpkit.learn.learned import LearnedConfig, LearnedPolicy
+from bpkit.learn import LearnedConfig, LearnedPolicy
 
 class MyPolicy(LearnedPolicy):
     class Config(LearnedConfig):
@@ -276,7 +276,7 @@ def test_a_rule_with_a_network_of_its_own_is_exported_without_training(place: Pa
 @pytest.mark.slow
 def test_what_cannot_be_trained_or_exported_is_told_what_to_do(place: Path) -> None:
     said = refused("train", "./cautious.py", "TRACE", "--out", "runs/no", "--cost", "cost.json")
-    assert "'./cautious.py' has no weights, so there is nothing to train: derive it from bpkit.learn.learned" in said
+    assert "'./cautious.py' has no weights, so there is nothing to train: derive it from bpkit.learn" in said
     said = refused("export", "./cautious.py:Cautious", "--trace", "TRACE")
     assert "'./cautious.py:Cautious' has no trained weights and no `export(self)`, so there is nothing" in said
     assert "name a policy to export" in refused("export", "--trace", "TRACE")

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from bpkit.learn import TrainedPolicy
 from bpkit.learn.networks import Standard
-from bpkit.learn.trained import TrainedPolicy
 from bpkit.learn.training.hazards import hazard_labels, hazard_loss
 from bpkit.learn.training.learned import LearnedModule, LearnedOptions
 from bpkit.trace.records import PromptTrace

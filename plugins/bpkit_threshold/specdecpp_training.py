@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bpkit.learn.trained import TrainedPolicy
+from bpkit.learn import TrainedPolicy
 from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.policy import PolicyError
 from bpkit.trace.records import PromptTrace

@@ -33,7 +33,7 @@ class Cautious(Policy):
         return (context.remaining // 4 + 2).clamp(max=self.config.most)
 """
 LEARNED = """from torch import nn
-from bpkit.learn.learned import LearnedPolicy
+from bpkit.learn import LearnedPolicy
 
 
 class MyPolicy(LearnedPolicy):

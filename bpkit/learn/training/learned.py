@@ -1,4 +1,4 @@
-"""Training of any `bpkit.learn.learned.LearnedPolicy`: on every position and block size of the traces."""
+"""Training of any `bpkit.learn.LearnedPolicy`: on every position and block size of the traces."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ def _checked(made: Any, name: str) -> type[TrainedPolicy]:
         refuse_untrainable(name)
         raise PolicyError(
             f"policy {name!r} has no weights, so there is nothing to train: derive it from "
-            "bpkit.learn.learned.LearnedPolicy, which needs a network only, or from "
-            "bpkit.learn.trained.TrainedPolicy with a trainer of its own"
+            "bpkit.learn.LearnedPolicy, which needs a network only, or from "
+            "bpkit.learn.TrainedPolicy with a trainer of its own"
         )
     if not getattr(made, "trainer", ""):
         raise PolicyError(f"policy {name!r} does not say what trains it: add a class attribute `trainer`")
