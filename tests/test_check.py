@@ -193,6 +193,8 @@ def test_a_policy_may_be_given_in_any_form(tmp_path: Path) -> None:
     ):
         report = check_policy(given, skip=skip)
         assert report["sizes"].said == ("block sizes 3" if "Four" not in report.policy else "block sizes 4")
+    former = skip - {"edge_cases"} | {"survival"}
+    assert [result.name for result in check_policy(bad.Four, skip=former).results] == ["sizes"]
     with pytest.raises(PolicyError, match="there is no policy 'fixt'"):
         check_policy("fixt")
     with pytest.raises(ValueError, match="no check 'speed' to skip; the checks are: lossless, "):
@@ -326,7 +328,7 @@ def test_fixtures_are_there_in_anybodys_tests(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(
         "from my_policy import Mine\n\n\n"
         "def test_pair(bpkit_pair):\n    assert bpkit_pair.ids('ab').shape == (1, 2)\n\n\n"
-        "def test_other(bpkit_check):\n    assert bpkit_check('fixed:4', skip=['edge_cases', 'memory']).ok\n\n\n"
+        f"def test_other(bpkit_check):\n    assert bpkit_check('fixed:4', skip={NAMES[1:]!r}).ok\n\n\n"
         "def test_mine(bpkit_check):\n    bpkit_check(Mine)\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]

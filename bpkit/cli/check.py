@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -114,7 +115,9 @@ def _report(config: Config, policy: PolicyLike, skip: tuple[str, ...], *, real: 
             raise
         unfit = Result("tiny pair", "all other checks, on models made in memory", "skipped", str(error))
         report = Report(str(policy), seed, (unfit,))
-    return report.with_results([_with_models(config, policy, seed, bar)]) if real else report
+    if real:
+        report = replace(report, results=(*report.results, _with_models(config, policy, seed, bar)))
+    return report
 
 
 def _with_models(config: Config, policy: PolicyLike, seed: int, bar: Bar) -> Result:

@@ -108,7 +108,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
             counts.append(self.reads - before)
             before = self.reads
             tokens += record.tokens[0].tolist()
-        return DeviceReads(tuple(tokens), counts[0], tuple(counts[1:]), Counter(self.places))
+        return DeviceReads(tuple(tokens), tuple(counts[1:]), Counter(self.places))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._run(func, args, kwargs or {})
@@ -250,11 +250,10 @@ class DeviceReads:
 
     Attributes:
         tokens: of the output.
-        prefill: reads until the first token. steps: reads of each step.
+        steps: reads of each step.
         places: all of them by line of code.
     """
 
     tokens: tuple[int, ...]
-    prefill: int
     steps: tuple[int, ...]
     places: Counter[str]

@@ -45,12 +45,12 @@ class CheckedPolicy:
         first = self._make()
         self.name, self.shown = type(first).__name__, repr(first)
         self._weights = FreshWeights(first) if isinstance(first, TrainedPolicy) else None
-        self.left_out: dict[str, str] = {}
         self.saved: dict[str, dict[str, Any] | str] = {}
         self.recorders: dict[str, CallRecorder] = {}
         self._unbound: dict[str, Fault] = {}
-        self._without_weights: set[str] = set()
+        self._refused: dict[str, PolicyError] = {}
         self.drafters = [drafter for drafter in USUAL if self._serves(drafter)]
+        self.left_out = {drafter: str(why) for drafter, why in self._refused.items()}
         if not self.drafters:
             raise self._unserved()
 
@@ -112,9 +112,7 @@ class CheckedPolicy:
         except NoTrainer:
             raise
         except PolicyError as error:
-            self.left_out[drafter] = str(error)
-            if isinstance(error, NoWeights):
-                self._without_weights.add(drafter)
+            self._refused[drafter] = error
             return False
         except Exception as error:
             self._unbound[drafter] = Fault("bind", "raised", raised(error))
@@ -126,7 +124,7 @@ class CheckedPolicy:
         for drafter, why in self.left_out.items():
             groups.setdefault(gist(why), []).append(drafter)
         first = {drafters[0]: ", ".join(drafters) for drafters in groups.values()}
-        if self._without_weights == set(self.left_out):
+        if all(isinstance(why, NoWeights) for why in self._refused.values()):
             causes = "; ".join(self.left_out[drafter] for drafter in first)
             return PolicyError(
                 f"policy {self.name} cannot be checked, because no weights for the tiny pair can be made: {causes}"

@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from bpkit.learn.training.policy_module import PolicyModule
 
 
-NOT_ALWAYS = frozenset(Feature) - OF_THE_TARGET
-"""Features that depend on the drafter."""
-
-
-def offered(drafter: str) -> frozenset[Feature]:
-    """What a drafter adds to the features that every target has."""
-    known = tiny_setup().drafters[drafter]
-    return known.provides | ({Feature.TARGET_FEATURES} if known.feature_layers else frozenset())
-
-
 class NoTrainer(PolicyError):
     """Fresh weights cannot be made, whatever the drafter."""
 
@@ -67,7 +57,9 @@ class FreshWeights:
         decoder = tiny_setup().decoder(drafter, "fixed:1")
         module = trainer(self.kind.untrained(self.config), decoder.spec, COST, trainer.Options())
         wanted = frozenset(module.features | self.wants)
-        missing = (wanted & NOT_ALWAYS) - offered(drafter)
+        known = decoder.drafter
+        offered = known.provides | ({Feature.TARGET_FEATURES} if known.feature_layers else set())
+        missing = (wanted & frozenset(Feature)) - OF_THE_TARGET - offered
         if missing:
             raise PolicyError(
                 f"policy {self.kind.__name__} is trained with {', '.join(sorted(missing))}, which drafter {drafter} "

@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.guard import PolicyFault
 from bpkit.decode.result import Generation
 from bpkit.policy import overrides
 from bpkit.testing.checks.answers import DECIDES, Fault, Kind, raised, wrong_answer
-from bpkit.testing.checks.records import Given, copied, differences
+from bpkit.testing.checks.records import Given, NotedFeatures, copied, differences
 from bpkit.testing.checks.setup import Case
 from bpkit.testing.checks.surroundings import seed_everything
-from bpkit.types import Context, Draft, Feature, FeatureNotWanted
+from bpkit.types import Context, Draft, FeatureNotWanted
 
 
 @dataclass
@@ -98,37 +97,6 @@ class Change(NamedTuple):
     what: str
     before: str
     after: str
-
-
-class NotedFeatures(dict[Feature, Tensor]):
-    """Features that note who reads them.
-
-    Args:
-        read: features read. missed: names that were asked for and are not there.
-    """
-
-    def __init__(self, features: Any, read: set[str], missed: set[str]) -> None:
-        super().__init__(features)
-        self.read, self.missed = read, missed
-
-    def __getitem__(self, name: Any) -> Tensor:
-        self._note(name)
-        return super().__getitem__(name)
-
-    def get(self, name: Any, default: Any = None) -> Any:
-        self._note(name)
-        return super().get(name, default)
-
-    def items(self) -> Any:
-        self.read.update(map(str, self))
-        return super().items()
-
-    def values(self) -> Any:
-        self.read.update(map(str, self))
-        return super().values()
-
-    def _note(self, name: Any) -> None:
-        (self.read if name in self else self.missed).add(str(name))
 
 
 class CallRecorder:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bpkit.types import Context, Draft, Step
+from bpkit.types import Context, Draft, Feature, Step
 
 Given = Context | Draft | Step
 """What methods of a policy are handed, beside the state."""
@@ -19,6 +19,30 @@ FILL = 1
 """What stands in the padding of a batch: a probability that tempts a policy to trust positions that are not there."""
 
 
+class NotedFeatures(Mapping[Feature, Tensor]):
+    """Features that note who reads them.
+
+    Args:
+        read: features read. missed: names that were asked for and are not there.
+    """
+
+    def __init__(self, features: Mapping[Feature, Tensor], read: set[str], missed: set[str]) -> None:
+        self.unnoted, self.read, self.missed = features, read, missed
+
+    def __getitem__(self, name: Feature) -> Tensor:
+        (self.read if name in self.unnoted else self.missed).add(str(name))
+        return self.unnoted[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.unnoted
+
+    def __iter__(self) -> Iterator[Feature]:
+        return iter(self.unnoted)
+
+    def __len__(self) -> int:
+        return len(self.unnoted)
+
+
 def changed(given: G, change: Callable[[Tensor], Tensor]) -> G:
     """The record with every tensor of it changed, and plain features."""
 
@@ -26,7 +50,7 @@ def changed(given: G, change: Callable[[Tensor], Tensor]) -> G:
         if isinstance(value, Tensor):
             return change(value)
         if isinstance(value, Mapping):
-            return {name: change(tensor) for name, tensor in _unnoted(value)}
+            return {name: change(tensor) for name, tensor in _unnoted(value).items()}
         return changed(value, change) if isinstance(value, Context) else value
 
     return dataclasses.replace(given, **{e.name: of(getattr(given, e.name)) for e in dataclasses.fields(given)})
@@ -102,16 +126,16 @@ def _named(given: Given, prefix: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Context):
             yield from _named(value, name)
         elif entry.name == "features":
-            yield from ((f"{prefix}[{str(feature)!r}]", tensor) for feature, tensor in _unnoted(value))
+            yield from ((f"{prefix}[{str(feature)!r}]", tensor) for feature, tensor in _unnoted(value).items())
         elif entry.name == "predictions":
             yield from ((f"{name}[{own!r}]", tensor) for own, tensor in (value or {}).items())
         else:
             yield name, value
 
 
-def _unnoted(features: Mapping[Any, Tensor]) -> Any:
+def _unnoted(features: Mapping[Any, Tensor]) -> Mapping[Any, Tensor]:
     """The features, without a note that they were read."""
-    return dict.items(features) if isinstance(features, dict) else features.items()
+    return features.unnoted if isinstance(features, NotedFeatures) else features
 
 
 def _padded(value: Tensor, width: int) -> Tensor:

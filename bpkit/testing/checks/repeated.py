@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -14,9 +13,9 @@ from bpkit.installation.distribution import install_command
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy
 from bpkit.registry.resolve import resolve_policy
-from bpkit.testing.checks.answers import DECIDES, raised
+from bpkit.testing.checks.answers import raised
 from bpkit.testing.checks.checked_policy import LATER, CheckedPolicy
-from bpkit.testing.checks.recorder import CallRecorder, Recording, first_difference
+from bpkit.testing.checks.recorder import CallRecorder, first_difference
 from bpkit.testing.checks.report import Findings, Skip
 from bpkit.testing.checks.setup import AGREEABLE, COST, tiny_setup
 
@@ -28,45 +27,22 @@ NEEDED = ("onnx", "onnxruntime", "onnxscript")
 """To export a policy."""
 
 
-def _decide_the_same(
-    first: Recording,
-    again: Recording,
-    out: Findings,
-    *,
-    did: str,
-    expected: str,
-    got: str,
-    methods: Collection[str] = DECIDES,
-    drafter: str = "",
-) -> bool:
-    """Whether two recordings hold the same decisions; tell of the first difference.
-
-    Args:
-        got: with {where}, {one} and {other}.
-    """
-    parted = first_difference(first, again, methods)
-    if parted is not None:
-        out.fail(did, expected, got.format(**parted._asdict()), drafter=drafter)
-    return parted is None
-
-
 def determinism(policy: CheckedPolicy, out: Findings) -> None:
     """All that a policy decides follows from what it is handed: the seed of its generator and the clock included."""
     compared = 0
     for drafter, usual in policy.ends().items():
         recorder = policy.recorder(drafter)
         for first in usual[:AGAIN]:
-            if not _decide_the_same(
-                first,
-                recorder.record(first.case, surroundings=OTHER),
-                out,
-                did=f"decoded twice with {first}: two fresh policies, the same seed, every step priced by the same "
-                "cost model",
-                expected=f"{policy.name} decides the same both times: random numbers come from `context.generator`, "
-                "time from `step.seconds`",
-                got="{where} was {one} the first time and {other} the second",
-                drafter=drafter,
-            ):
+            parted = first_difference(first, recorder.record(first.case, surroundings=OTHER))
+            if parted is not None:
+                out.fail(
+                    f"decoded twice with {first}: two fresh policies, the same seed, every step priced by the same "
+                    "cost model",
+                    f"{policy.name} decides the same both times: random numbers come from `context.generator`, time "
+                    "from `step.seconds`",
+                    f"{parted.where} was {parted.one} the first time and {parted.other} the second",
+                    drafter=drafter,
+                )
                 break
             compared += len(first.decisions)
     out.said = f"{compared} decisions twice, same seed, steps priced by the same cost model"
@@ -106,14 +82,13 @@ def memory(policy: CheckedPolicy, out: Findings) -> None:
             )
             return
     for first in later:
-        if not _decide_the_same(
-            first,
-            restored.record(first.case),
-            out,
-            did=f"{did}, then one more with the same policy and with {fresh}: {first.case}",
-            expected=f"{policy.name} decides the same in both: all that outlives a request is in state_dict()",
-            got=f"{{where}} was {{one}} in the one and {{other}} in the other: {advice}",
-        ):
+        parted = first_difference(first, restored.record(first.case))
+        if parted is not None:
+            out.fail(
+                f"{did}, then one more with the same policy and with {fresh}: {first.case}",
+                f"{policy.name} decides the same in both: all that outlives a request is in state_dict()",
+                f"{parted.where} was {parted.one} in the one and {parted.other} in the other: {advice}",
+            )
             return
     kept = f"a memory of {len(json.dumps(saved))} bytes" if saved else "no memory"
     out.said = f"{kept}; {sum(len(first.decisions) for first in later)} later decisions the same"
@@ -136,15 +111,13 @@ def export(policy: CheckedPolicy, out: Findings) -> None:
         loaded = resolve_policy({"name": "onnx", "path": str(folder)})
         recorder = CallRecorder(tiny_setup().decoder(drafter, loaded), drafter)
         for first in usual:
-            if not _decide_the_same(
-                first,
-                recorder.record(first.case),
-                out,
-                did=f"exported {policy.name} and decoded with the files, policy `onnx`, {first}",
-                expected="onnxruntime decides as the policy does",
-                got="{where} was {one} by the policy and {other} by onnxruntime",
-                methods={method for method, _ in first.decisions},
-            ):
+            parted = first_difference(first, recorder.record(first.case), {method for method, _ in first.decisions})
+            if parted is not None:
+                out.fail(
+                    f"exported {policy.name} and decoded with the files, policy `onnx`, {first}",
+                    "onnxruntime decides as the policy does",
+                    f"{parted.where} was {parted.one} by the policy and {parted.other} by onnxruntime",
+                )
                 return
     decisions = sum(len(first.decisions) for first in usual)
     out.said = f"{rows} rows of a trace and {decisions} decisions while decoding the same in onnxruntime"

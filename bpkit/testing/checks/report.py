@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 State = Literal["passed", "failed", "skipped"]
@@ -101,10 +101,6 @@ class Report:
         if not self.ok:
             raise PolicyCheckError(self)
 
-    def with_results(self, more: Iterable[Result]) -> Report:
-        """The same with further results."""
-        return Report(self.policy, self.seed, (*self.results, *more), self.drafters, self.left_out)
-
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"schema_version": 1, "ok": self.ok, **asdict(self), "left_out": dict(self.left_out)}
@@ -134,39 +130,21 @@ def gist(text: str) -> str:
     return re.sub(r"-?\d+(\.\d+)?", "#", without_lists)
 
 
-@dataclass
-class _Mistake:
-    """A failure, how often it was found, and the drafter of each time that named one."""
-
-    failure: Failure
-    times: int = 0
-    drafters: list[str] = field(default_factory=list)
-
-    def told(self) -> Failure:
-        """Once, with all that is known of the other times."""
-        others = list(dict.fromkeys(name for name in self.drafters if name != self.drafters[0]))
-        more = self.times - 1 - len(others)
-        parts = [f"drafter{'s' if len(others) > 1 else ''} {', '.join(others)}"] if others else []
-        if more:
-            parts.append("once more" if more == 1 else f"{more} times more")
-        if not parts:
-            return self.failure
-        said = f"with {', and '.join(parts)}" if others else parts[0]
-        return replace(self.failure, also=f"the same {said}")
-
-
 class Findings:
     """Where a check writes what it finds. Failures that differ in numbers alone are one, told as it was first met."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.said = ""
-        self._mistakes: dict[tuple[str, str], _Mistake] = {}
+        self._mistakes: dict[tuple[str, str], list[tuple[Failure, str]]] = {}
 
     @property
     def failures(self) -> list[Failure]:
-        """One for each mistake."""
-        return [mistake.told() for mistake in self._mistakes.values()]
+        """One for each mistake, as it was first met, with where else it was."""
+        return [
+            replace(found[0][0], also=_elsewhere([drafter for _, drafter in found]))
+            for found in self._mistakes.values()
+        ]
 
     def fail(self, did: str, expected: str, got: str, *, drafter: str = "") -> None:
         """The policy does something wrong.
@@ -174,10 +152,7 @@ class Findings:
         Args:
             drafter: with which it was found, where it may be found with others as well.
         """
-        mistake = self._mistakes.setdefault((gist(expected), gist(got)), _Mistake(Failure(did, expected, got)))
-        mistake.times += 1
-        if drafter:
-            mistake.drafters.append(drafter)
+        self._mistakes.setdefault((gist(expected), gist(got)), []).append((Failure(did, expected, got), drafter))
 
     def note(self, text: str) -> None:
         """Something worth knowing that is no failure."""
@@ -194,3 +169,13 @@ class Findings:
         if skipped is not None and not failures:
             state, said = "skipped", skipped
         return Result(name, summary, state, said, tuple(failures), tuple(notes), seconds)
+
+
+def _elsewhere(drafters: Sequence[str]) -> str:
+    """How often the same was found after the first time, and with which drafters, by that of each time."""
+    others = list(dict.fromkeys(name for name in drafters if name and name != drafters[0]))
+    more = len(drafters) - 1 - len(others)
+    parts = [f"with drafter{'s' if len(others) > 1 else ''} {', '.join(others)}"] if others else []
+    if more:
+        parts.append("once more" if more == 1 else f"{more} times more")
+    return f"the same {', and '.join(parts)}" if parts else ""
