@@ -57,7 +57,7 @@ def check(
 ) -> None:
     """Check that a policy does what a policy must.
 
-    Lossless, in range, deterministic, rows of a batch apart, memory saved, hard cases, and more: `--list` says what.
+    Lossless, in range, deterministic, rows of a batch apart, memory saved, edge cases, and more: `--list` says what.
     It decodes with tiny models that are made in memory, in seconds; trained policies get fresh weights for them. With
     --shipped, or --target and --drafter, a few shipped prompts are decoded by real models too, with the policy's own
     weights. Exit code 1 if a check fails.
