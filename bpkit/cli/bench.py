@@ -55,7 +55,7 @@ def bench(
     *,
     texts: list[Prompt],
     repeats: Annotated[
-        int, typer.Option(help="Runs of each contestant on each prompt.", min=1, rich_help_panel=_COMPARISON)
+        int, typer.Option(help="Runs of each policy on each prompt.", min=1, rich_help_panel=_COMPARISON)
     ] = 1,
     files: Outputs,
     config: Config,
@@ -93,7 +93,7 @@ def refuse_options_before(context: typer.Context) -> None:
 
 
 def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
-    """The contestants by name: those of the flags, else the config's one, else the default ones."""
+    """The policies by name: those of the flags, else the config's one, else the default ones."""
     return options.named_policies(given, config) or dict(zip(DEFAULT_POLICIES, DEFAULT_POLICIES, strict=True))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bpkit.trace.store.storage import Trace
 
 DEFAULT_SPLIT = "0.4,0.2,0.4"
-_HOW, _RECOMPUTE = "How to judge", "Features that the trace lacks"
+_HOW = "How to judge"
 
 
 @options.takes(files=outputs.figures_and_page, config=options.settings(options.MODELS | options.PLACE))
@@ -78,14 +78,7 @@ def evaluate(
         int | None,
         typer.Option(help="Prompts of each domain, the first ones; all by default.", min=1, rich_help_panel=_HOW),
     ] = None,
-    recompute: Annotated[
-        bool,
-        typer.Option(
-            "--recompute",
-            help="Run the models again for what policies want and the trace does not hold. Held in memory.",
-            rich_help_panel=_RECOMPUTE,
-        ),
-    ] = False,
+    recompute: options.Recompute = False,
     config: Config,
 ) -> None:
     """Judge policies on a trace, by prompts that nothing was chosen on.

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from bpkit.trace.replay import Fill
     from bpkit.trace.store.storage import Trace
 
-_RECOMPUTE = "Features that the trace lacks"
-
 
 @options.takes(config=options.settings(options.MODELS | options.PLACE))
 def export(
@@ -73,14 +71,7 @@ def export(
     ] = DEFAULT_SPLIT,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Validation prompts, the first ones.", min=1)] = None,
-    recompute: Annotated[
-        bool,
-        typer.Option(
-            "--recompute",
-            help="Run the models again for what policies want and the trace does not hold.",
-            rich_help_panel=_RECOMPUTE,
-        ),
-    ] = False,
+    recompute: options.Recompute = False,
     *,
     config: Config,
 ) -> None:

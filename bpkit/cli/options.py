@@ -155,10 +155,18 @@ PolicySpecs = Annotated[
     typer.Option(
         "--policy",
         "-p",
-        help=f"A contestant; repeat for more. {POLICY_HELP}",
+        help=f"A policy to compare; repeat for more. {POLICY_HELP}",
         metavar="SPEC",
         autocompletion=completion.policies,
         rich_help_panel=_MODELS,
+    ),
+]
+Recompute = Annotated[
+    bool,
+    typer.Option(
+        "--recompute",
+        help="Run the models again for what policies want and the trace does not hold. Held in memory.",
+        rich_help_panel="Features that the trace lacks",
     ),
 ]
 Domains = Annotated[

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bpkit.cli import train_options, train_policy
+from bpkit.cli import options, train_options, train_policy
 from bpkit.cli.command import Group, dressed
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.installation.distribution import install_command
@@ -77,8 +77,8 @@ NO_PROMPTS = (
 
 
 @app.command("drafter")
+@options.takes(run=train_options.model_run)
 def drafter(
-    context: typer.Context,
     target: Annotated[
         str, typer.Option(help="Folder or Hub name of the target; its tokenizer needs a mask token.", metavar="MODEL")
     ],
@@ -107,15 +107,8 @@ def drafter(
     sequences: Annotated[int, typer.Option(help="Answers of the target to train on.", min=65)] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Tokens that the target generates for each.", min=2)] = 160,
     batch_size: Annotated[int, typer.Option(help="Sequences a step on each device.", min=1)] = 8,
-    # `model_run` reads these, and layers, sequences, new tokens and batch size, from the context.
-    minutes: train_options.Minutes = 30.0,
-    steps: train_options.Steps = None,
-    devices: train_options.Devices = 1,
-    accelerator: train_options.Accelerator = "auto",
-    strategy: train_options.Strategy = "auto",
-    compile: train_options.Compile = False,
-    resume: train_options.Resume = True,
-    seed: train_options.Seed = 0,
+    *,
+    run: dict[str, Any],
 ) -> None:
     """Let a target answer prompts, and train a drafter on the answers.
 
@@ -145,5 +138,6 @@ def drafter(
     )
     texts = [prompt.text for prompt in read_prompts(prompts)]
     with when_interrupted(checkpoint_in(out)):
-        train(target, out, prompts=texts, run=train_options.model_run(context, DrafterRun))
+        how = DrafterRun(layers=layers, sequences=sequences, new_tokens=new_tokens, batch_size=batch_size, **run)
+        train(target, out, prompts=texts, run=how)
     train_options.say_written(out, f"bpkit bench --target {target} --drafter {out}")

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from bpkit.cli.terminal import say
 
-if TYPE_CHECKING:
-    from bpkit.learn.training.model import ModelRun
-
-Run = TypeVar("Run", bound="ModelRun")
 RUN, _BUDGET = "How to run", "Budget"
 
 Out = Annotated[Path, typer.Option(help="Folder for the result, its checkpoints and logs.", metavar="FOLDER")]
@@ -27,26 +22,29 @@ Strategy = Annotated[
 ]
 Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in the folder.", rich_help_panel=RUN)]
 
-# Of models alone; `model_run` reads all but the folder from the context.
 
-Minutes = Annotated[
-    float, typer.Option(help="Training time; the learning rate ends at zero then.", min=0.01, rich_help_panel=_BUDGET)
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(help="Optimizer steps at most, if fewer than the minutes allow.", min=1, rich_help_panel=_BUDGET),
-]
-Compile = Annotated[
-    bool, typer.Option(help="Run through torch.compile; pays off after a few minutes.", rich_help_panel=RUN)
-]
-Seed = Annotated[int, typer.Option(help="Of data and initial weights.", rich_help_panel=RUN)]
-
-
-def model_run(context: typer.Context, kind: type[Run]) -> Run:
-    """How a model is trained, as the options of the command say it."""
-    given = dict(context.params)
-    given |= {"max_minutes": given["minutes"], "max_steps": given["steps"] or kind.max_steps}
-    return kind(**{field.name: given[field.name] for field in fields(kind)})
+def model_run(
+    minutes: Annotated[
+        float,
+        typer.Option(help="Training time; the learning rate ends at zero then.", min=0.01, rich_help_panel=_BUDGET),
+    ] = 30.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Optimizer steps at most, if fewer than the minutes allow.", min=1, rich_help_panel=_BUDGET),
+    ] = None,
+    devices: Devices = 1,
+    accelerator: Accelerator = "auto",
+    strategy: Strategy = "auto",
+    compile: Annotated[
+        bool, typer.Option(help="Run through torch.compile; pays off after a few minutes.", rich_help_panel=RUN)
+    ] = False,
+    resume: Resume = True,
+    seed: Annotated[int, typer.Option(help="Of data and initial weights.", rich_help_panel=RUN)] = 0,
+) -> dict[str, Any]:
+    """How a model is trained, for `ModelRun`, which needs Lightning: a group for `bpkit.cli.options.takes`."""
+    how = {"devices": devices, "accelerator": accelerator, "strategy": strategy, "compile": compile}
+    budget = {"max_minutes": minutes, **({"max_steps": steps} if steps is not None else {})}
+    return {**budget, **how, "resume": resume, "seed": seed}
 
 
 def say_written(out: Path, following: str) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bpkit.trace.collect.recompute import Recompute
     from bpkit.trace.store.storage import Trace
 
-_PROMPTS, _TRAINING, _RUN, _RECOMPUTE = "Prompts", "Training", train_options.RUN, "Features that the trace lacks"
+_PROMPTS, _TRAINING, _RUN = "Prompts", "Training", train_options.RUN
 Logger = Literal["csv", "tensorboard"]
 Places = dict[str, list[tuple["Trace", Sequence[int]]]]
 """By role, `train` and `validation`: traces, and which of their prompts."""
@@ -86,14 +86,7 @@ def train_policy(
         typer.Option(help="Of the figures of each epoch, under `logs`: `csv` or `tensorboard`.", rich_help_panel=_RUN),
     ] = "csv",
     resume: train_options.Resume = True,
-    recompute: Annotated[
-        bool,
-        typer.Option(
-            "--recompute",
-            help="Run the models again for what the policy reads and the trace does not hold.",
-            rich_help_panel=_RECOMPUTE,
-        ),
-    ] = False,
+    recompute: options.Recompute = False,
     *,
     config: Config,
 ) -> None:

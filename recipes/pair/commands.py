@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bpkit.cli import train_options
+from bpkit.cli import options, train_options
 from bpkit.cli.errors import checkpoint_in, nothing_written, require, when_interrupted
 from bpkit.cli.terminal import say
 
@@ -23,8 +23,8 @@ _Maths = Annotated[
 ]
 
 
+@options.takes(run=train_options.model_run)
 def train_target(
-    context: typer.Context,
     out: train_options.Out,
     maths: _Maths = None,
     layers: Annotated[int, typer.Option(help="Transformer layers.", min=1)] = 12,
@@ -41,15 +41,8 @@ def train_target(
             file_okay=False,
         ),
     ] = None,
-    # `model_run` reads these from the context.
-    minutes: train_options.Minutes = 30.0,
-    steps: train_options.Steps = None,
-    devices: train_options.Devices = 1,
-    accelerator: train_options.Accelerator = "auto",
-    strategy: train_options.Strategy = "auto",
-    compile: train_options.Compile = False,
-    resume: train_options.Resume = True,
-    seed: train_options.Seed = 0,
+    *,
+    run: dict[str, Any],
 ) -> None:
     """Train tokenizer and target from scratch.
 
@@ -70,7 +63,7 @@ def train_target(
         target.train_target(
             out,
             maths=maths,
-            run=train_options.model_run(context, ModelRun),
+            run=ModelRun(batch_size=batch_size, **run),
             layers=layers,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
