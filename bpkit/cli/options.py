@@ -165,7 +165,7 @@ Recompute = Annotated[
     bool,
     typer.Option(
         "--recompute",
-        help="Run the models again for what policies want and the trace does not hold. Held in memory.",
+        help="Run the models again for what policies want and the trace does not hold.",
         rich_help_panel="Features that the trace lacks",
     ),
 ]
