@@ -17,7 +17,9 @@ from typer.testing import CliRunner, Result
 
 from bpkit import __version__
 from bpkit.cli import generate as generate_command
-from bpkit.cli import main, models
+from bpkit.cli import main, models, options, outputs
+from bpkit.cli.outputs import Outputs
+from bpkit.config import Config
 from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.policy import PolicyError
 from bpkit.registry.discovery import Registry, build
@@ -400,3 +402,25 @@ def test_the_kind_of_drafter_chooses_the_recipe(
     assert list(seen) == [recipe]
     assert given["prompts"] == ["x"]
     assert given["run"] == DrafterRun(max_steps=7, max_minutes=2.0, devices=2, resume=False, new_tokens=9)
+
+
+# Options that commands share.
+
+
+def test_a_command_takes_a_group_of_options_as_the_object_that_they_settle(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("sampling: {temperature: 0.5, top_k: 3}\n", encoding="utf-8")
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    @options.takes(config=options.settings(options.MODELS | options.SAMPLING), files=outputs.figures)
+    def show(name: str, *, config: Config, files: Outputs, loud: bool = False) -> None:
+        typer.echo(f"{name} {config.sampling.temperature} {config.sampling.top_k} {files.figures} {loud}")
+
+    names = [parameter.name for parameter in typer.main.get_command(app).params]
+    assert names == ["name", *options.MODELS, *options.SAMPLING, "json", "loud"]
+    done = CliRunner().invoke(app, ["me", "--config", str(file), "--top-k", "4", "--json", f"{tmp_path}/x.json"])
+    assert done.stdout == f"me 0.5 4 {tmp_path}/x.json False\n"
+    refused = CliRunner().invoke(app, ["me", "--json", f"{tmp_path}/nowhere/x.json"])
+    assert "there is no folder" in str(refused.exception)
+    assert "--temperature" in str(CliRunner().invoke(app, ["me", "--temperature", "-1"]).exception)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bpkit.registry.resolve import PolicyLike
 
 DEFAULT_POLICIES = ("fixed:4", "fixed:8", "fixed:16", "threshold", "bandit")
-DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
+DEFAULT_NEW_TOKENS = 128
 _COMPARISON = "Comparison"
 
 app = typer.Typer(invoke_without_command=True)
@@ -124,7 +124,7 @@ def compare(
         against=against,
         repeats=repeats,
         threads=config.runtime.threads,
-        seed=DEFAULT_SEED if config.sampling.seed is None else config.sampling.seed,
+        seed=config.sampling.seed or 0,
     )
     with closing(decoder):
         return run_bench(decoder, prompts, settings, bar)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from bpkit.trace.cost import CostTable
 
-DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
+DEFAULT_NEW_TOKENS = 128
 DEFAULT_SPREAD, DEFAULT_MINUTES = 2.0, 10.0
 _HOW_LONG = "How long, and what"
 
@@ -118,7 +118,7 @@ def measure(config: Config, prompts: list[Prompt], wanted: dict[str, Any], bar: 
     settings = CalibrationSettings(
         **wanted,
         options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
-        seed=DEFAULT_SEED if config.sampling.seed is None else config.sampling.seed,
+        seed=config.sampling.seed or 0,
         command=command_line(),
     )
     return calibrate(decoder, prompts, settings, bar.show)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bpkit.trace.collect.job import Workers
     from bpkit.trace.store.manifest import Manifest
 
-DEFAULT_NEW_TOKENS, DEFAULT_SEED = 128, 0
+DEFAULT_NEW_TOKENS = 128
 TO_BE_ADDED = frozenset(
     {
         Feature.PREFILL_LOGITS,
@@ -176,7 +176,7 @@ def trace_options(config: Config, sizes: tuple[int, ...], features: frozenset[Fe
     new_tokens = wanted.pop("max_new_tokens")
     seed = None
     if wanted["temperature"] > 0:
-        seed = DEFAULT_SEED if config.sampling.seed is None else config.sampling.seed
+        seed = config.sampling.seed or 0
     return TraceOptions(sizes, new_tokens, wanted, seed, features)
 
 
