@@ -233,7 +233,7 @@ def test_only_what_is_broken_fails(
 def test_help_imports_neither_torch_nor_onnxruntime() -> None:
     program = (
         "import sys, bpkit.cli.main, bpkit.installation.doctor\n"
-        "for command in (['doctor'], ['bench', 'policy'], ['bench', 'fold']):\n"
+        "for command in (['doctor'], ['bench'], ['bench', 'policy'], ['evaluate']):\n"
         "    sys.argv = ['bpkit', *command, '--help']\n"
         "    try: bpkit.cli.main.main()\n"
         "    except SystemExit as end: assert end.code == 0, end.code\n"
