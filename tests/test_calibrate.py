@@ -22,7 +22,7 @@ from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.trace.cost import CostError, CostTable, read_cost
 from bpkit.trace.cost.calibrate import CalibrationSettings, RandomSizes, calibrate
-from bpkit.trace.cost.estimate import Steps, estimate, merged_ranges, trimmed, waiting_range
+from bpkit.trace.cost.estimate import TimedSteps, estimate, merged_ranges, trimmed, waiting_range
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Seconds, Work, work_of
 
 LARGEST = 6
@@ -251,7 +251,7 @@ def test_drafts_are_told_apart_from_catching_up_where_one_hides_the_other() -> N
         seconds = DRAFT[size] + {1: 0.0, 2: 0.003, 6: 0.02}[waiting]
         timed.append((Work(size, waiting, size, 50), Seconds(draft=seconds, verify=1.0, rest=0.1)))
     timed += [(Work(0, 0, 1, 50), Seconds(verify=1.0, rest=0.1))] * 30
-    figures = estimate(Steps.of(timed), 4, work_of(BLOCK_DIFFUSION))
+    figures = estimate(TimedSteps.of(timed), 4, work_of(BLOCK_DIFFUSION))
     assert figures.draft == pytest.approx({size: DRAFT[size] for size in (2, 3, 4)}, rel=1e-3)
     assert figures.catch_up == pytest.approx({2: 0.003, 6: 0.02}, rel=1e-3)
 

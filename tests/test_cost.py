@@ -16,7 +16,7 @@ from bpkit.decode.clock import CostClock, price
 from bpkit.policy import State
 from bpkit.testing import TinyPair
 from bpkit.trace.cost import CostError, CostTable, flat, linear, read_cost, write_cost
-from bpkit.trace.cost.estimate import Steps
+from bpkit.trace.cost.estimate import TimedSteps
 from bpkit.trace.cost.presets import PRESETS
 from bpkit.types import PHASES, Context, CostModel, DecoderSpec, Seconds, Work
 
@@ -126,7 +126,9 @@ def test_tokens_that_are_read_again_widen_the_pass_or_take_one_of_their_own() ->
     assert verify(4, 16) == 400
     assert verify(4, 17) == 17**2 + 16  # a committing pass before it
     assert verify(1, 17) == 18**2  # a single token commits them itself
-    steps = Steps.of([(Work(0, 0, width, 9, reread=reread), Seconds()) for width, reread in ((4, 3), (4, 17), (1, 17))])
+    steps = TimedSteps.of(
+        [(Work(0, 0, width, 9, reread=reread), Seconds()) for width, reread in ((4, 3), (4, 17), (1, 17))]
+    )
     assert steps.width.tolist() == [7, 18]
 
 

@@ -34,7 +34,7 @@ from bpkit.testing import TinyPair, tiny_pair
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.collect.job import ThisProcess, Traces, describe, run_job
 from bpkit.trace.collect.ray_workers import OnRay
-from bpkit.trace.collect.workers import Models, Processes, Task, WorkerError
+from bpkit.trace.collect.workers import IndexedPrompt, Models, Processes, WorkerError
 from bpkit.trace.fingerprint import fingerprint_model
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store import parquet as tables
@@ -704,7 +704,7 @@ class FakeActor:
         self.number, self.ready, self.dies_at = number, ready, dies_at
         self.run = types.SimpleNamespace(remote=self._run)
 
-    def _run(self, task: Task | None) -> Reference:
+    def _run(self, task: IndexedPrompt | None) -> Reference:
         if task is None:
             return Reference(self.ready, None)
         gone = FakeRay.exceptions.RayError("The actor died.\nlong story") if task[1].id == self.dies_at else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from bpkit.decode.sampling import Processors
 from bpkit.trace.collect.pieces import HeldNoise, Positions, pieces, positions_at_once
 
-Places = tuple[slice, slice, slice]
+TablePart = tuple[slice, slice, slice]
 """Part of a table: rows, columns (block sizes) and places in the draft."""
 
 
@@ -81,7 +81,7 @@ class Drafts:
         """int64 [rows, sizes]"""
         return (self.tokens >= 0).sum(dim=-1)
 
-    def draw(self, where: Places, score: Callable[[Tensor], Tensor], values: Tensor, hidden: Tensor | None) -> None:
+    def draw(self, where: TablePart, score: Callable[[Tensor], Tensor], values: Tensor, hidden: Tensor | None) -> None:
         """Draw tokens as the live decoder would, the same in all columns of `where`.
 
         Where a processor looks at the tokens before, those of earlier places are there, and `where` has one place.
@@ -99,7 +99,7 @@ class Drafts:
 
         self.put(where, drawn, hidden)
 
-    def put(self, where: Places, drawn: Callable[[slice], tuple[Tensor, Tensor]], hidden: Tensor | None) -> None:
+    def put(self, where: TablePart, drawn: Callable[[slice], tuple[Tensor, Tensor]], hidden: Tensor | None) -> None:
         """Enter tokens, the same in all columns of `where`, with what a trace keeps of them.
 
         Args:
@@ -122,13 +122,13 @@ class Drafts:
             kept = self.hidden[where]
             kept.copy_(hidden.view(len(kept), 1, -1, hidden.shape[-1]))
 
-    def _index(self, where: Places) -> Tensor:
+    def _index(self, where: TablePart) -> Tensor:
         """The output position of each token, int64 [rows * places], row after row."""
         rows, _, places = where
         first = torch.arange(rows.start, rows.stop, device=self.finished.ids.device)[:, None]
         return (first + torch.arange(places.start + 1, places.stop + 1, device=first.device)).flatten()
 
-    def _processed(self, where: Places, piece: slice, logits: Tensor) -> Tensor:
+    def _processed(self, where: TablePart, piece: slice, logits: Tensor) -> Tensor:
         """Scores after the logits processors, float32 [count, vocab]."""
         finished, (rows, columns, places) = self.finished, where
         logits, processors = logits.float(), finished.processors.processors

@@ -14,7 +14,7 @@ import torch
 
 from bpkit.trace.collect.job import Traces
 from bpkit.trace.collect.tracer import TraceOptions
-from bpkit.trace.collect.workers import Models, Task, Worker, WorkerError, gone, share_out
+from bpkit.trace.collect.workers import IndexedPrompt, Models, Worker, WorkerError, gone, share_out
 from bpkit.trace.records import PromptTrace
 
 LOCAL = "local"
@@ -36,7 +36,7 @@ class OnRay:
     count: int
     address: str
 
-    def traces(self, prompts: Sequence[Task]) -> Traces:
+    def traces(self, prompts: Sequence[IndexedPrompt]) -> Traces:
         """Trace each (index, prompt), as they come. Raises WorkerError."""
         if not prompts:
             return
@@ -69,7 +69,7 @@ class OnRay:
         return ray.remote(Worker).options(**wanted).remote(models, self.options)
 
 
-def _take(ray: Any, given: Any, task: Task | None) -> PromptTrace:
+def _take(ray: Any, given: Any, task: IndexedPrompt | None) -> PromptTrace:
     try:
         found: PromptTrace = ray.get(given)
     except ray.exceptions.RayTaskError as error:

@@ -29,8 +29,8 @@ from bpkit.trace.records import PromptTrace
 
 GO_ON = "What was traced is kept: the same command goes on from there"
 
-W = TypeVar("W")
-Task = tuple[int, Prompt]
+AnyWorker = TypeVar("AnyWorker")
+IndexedPrompt = tuple[int, Prompt]
 """A prompt and its place in the trace."""
 
 
@@ -38,17 +38,17 @@ class WorkerError(ChildProcessError):
     """A worker failed or is gone; the message names the prompt and says what to do."""
 
 
-def gone(worker: str, task: Task | None, said: str) -> WorkerError:
+def gone(worker: str, task: IndexedPrompt | None, said: str) -> WorkerError:
     """What is raised for a worker that is gone with a task, or while it loaded the models."""
     at = "while it loaded the models" if task is None else f"with prompt {task[1].id!r}"
     return WorkerError(f"{worker} is gone {at} ({said}). {GO_ON}")
 
 
 def share_out(
-    workers: Iterable[W],
-    tasks: Sequence[Task],
-    give: Callable[[W, Task | None], Any],
-    take: Callable[[W, Any, Task | None], PromptTrace],
+    workers: Iterable[AnyWorker],
+    tasks: Sequence[IndexedPrompt],
+    give: Callable[[AnyWorker, IndexedPrompt | None], Any],
+    take: Callable[[AnyWorker, Any, IndexedPrompt | None], PromptTrace],
     wait: Callable[[list[Any]], Iterable[Any]],
 ) -> Traces:
     """Hand out the tasks one by one. A worker that does not get to loading its models has none, and holds nobody up.
@@ -59,7 +59,7 @@ def share_out(
         wait: until some of what was returned are ready, which it returns.
     """
     left, missing = iter(tasks), len(tasks)
-    busy: dict[Any, tuple[W, Task | None]] = {give(worker, None): (worker, None) for worker in workers}
+    busy: dict[Any, tuple[AnyWorker, IndexedPrompt | None]] = {give(worker, None): (worker, None) for worker in workers}
     while missing:
         for given in wait(list(busy)):
             worker, task = busy.pop(given)
@@ -119,7 +119,7 @@ class Worker:
         torch.set_num_threads(1)
         return Tracer(self.models.load(), self.options)
 
-    def run(self, task: Task | None) -> PromptTrace | None:
+    def run(self, task: IndexedPrompt | None) -> PromptTrace | None:
         """Trace one prompt, or only load the models. Raises WorkerError, which any process can read, whatever fails."""
         try:
             tracer = self._tracer
@@ -147,7 +147,7 @@ class Processes:
     options: TraceOptions
     count: int
 
-    def traces(self, prompts: Sequence[Task]) -> Traces:
+    def traces(self, prompts: Sequence[IndexedPrompt]) -> Traces:
         """Trace each (index, prompt), as they come. Raises WorkerError."""
         processes: list[_Process] = []
         try:
@@ -169,7 +169,7 @@ class _Process:
         self.process.start()
         theirs.close()  # ours to close: only then is the end of theirs the end of the pipe
 
-    def give(self, task: Task | None) -> Any:
+    def give(self, task: IndexedPrompt | None) -> Any:
         """Hand it over. The process waits in `recv`, so that this never blocks."""
         try:
             self.pipe.send(task)
@@ -177,7 +177,7 @@ class _Process:
             raise self._gone(task) from None
         return self.pipe
 
-    def take(self, given: Any, task: Task | None) -> PromptTrace:
+    def take(self, given: Any, task: IndexedPrompt | None) -> PromptTrace:
         try:
             found: PromptTrace | WorkerError = self.pipe.recv()
         except (EOFError, OSError):
@@ -192,7 +192,7 @@ class _Process:
         self.process.kill()
         self.process.join()
 
-    def _gone(self, task: Task | None) -> WorkerError:
+    def _gone(self, task: IndexedPrompt | None) -> WorkerError:
         self.process.join(timeout=5)
         code = self.process.exitcode
         said = f"exit code {code}"

@@ -22,7 +22,7 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
 from bpkit.policy import Policy, PolicyConfig, State
 from bpkit.prompts import Prompt
-from bpkit.trace.cost.estimate import Steps, estimate, worst_cell
+from bpkit.trace.cost.estimate import TimedSteps, estimate, worst_cell
 from bpkit.trace.cost.measured import Measured
 from bpkit.trace.cost.table import CostTable
 from bpkit.types import OF_THE_DISTRIBUTION, Context, Draft, Feature, Seconds, Work
@@ -79,7 +79,7 @@ class RandomSizes(Policy):
         return block_size, block_size if between(0, 1) else between(1, block_size), 0
 
 
-class Recorder:
+class RecordingClock:
     """The decoder's clock, with a memory of the work and the seconds of every step."""
 
     def __init__(self, clock: Clock) -> None:
@@ -134,7 +134,7 @@ def calibrate(
     """
     largest = largest_size(decoder, settings.max_block_size)
     clock = decoder.clock.waiting() if isinstance(decoder.clock, WallClock) else decoder.clock
-    recorder = Recorder(clock)
+    recorder = RecordingClock(clock)
     decoders = [_timed(decoder, policy, recorder) for policy in _policies(decoder, largest, settings)]
     machine, spec, target = describe_machine(decoder.target.device), decoder.spec, decoder.target
     for variant in decoders:  # first calls allocate and choose kernels
@@ -142,7 +142,7 @@ def calibrate(
     recorder.timed.clear()
     started = time.time()
     rounds, ended = _measure(decoders, recorder, prompts, settings, largest, progress)
-    steps = Steps.of(recorder.timed)
+    steps = TimedSteps.of(recorder.timed)
     cost = estimate(steps, largest, spec.work)
     dtype, threads = str(target.dtype).removeprefix("torch."), torch.get_num_threads()
     measured = Measured(
@@ -190,7 +190,7 @@ def _policies(decoder: SpeculativeDecoder, largest: int, settings: CalibrationSe
     return [RandomSizes(largest=largest), WithFeatures(largest=largest)]
 
 
-def _timed(decoder: SpeculativeDecoder, policy: Policy, recorder: Recorder) -> SpeculativeDecoder:
+def _timed(decoder: SpeculativeDecoder, policy: Policy, recorder: RecordingClock) -> SpeculativeDecoder:
     made = decoder.with_policy(policy)
     made.clock, made.strict = recorder, True
     return made
@@ -198,7 +198,7 @@ def _timed(decoder: SpeculativeDecoder, policy: Policy, recorder: Recorder) -> S
 
 def _measure(
     decoders: Sequence[SpeculativeDecoder],
-    recorder: Recorder,
+    recorder: RecordingClock,
     prompts: Sequence[Prompt],
     settings: CalibrationSettings,
     largest: int,
@@ -213,13 +213,13 @@ def _measure(
         rng.shuffle(tasks)
         for done, (index, prompt) in enumerate(tasks):
             if done % REQUESTS_BETWEEN_LOOKS == 0:
-                said = _how_far(Steps.of(recorder.timed), largest)
+                said = _how_far(TimedSteps.of(recorder.timed), largest)
             tell(f"round {round_}, {said}", done, len(tasks))
             variant = decoders[(round_ + done) % len(decoders)]
             variant.run(prompt.text, seed=settings.seed, stream_id=index, **settings.options).finish()
             if time.monotonic() > deadline:
                 return round_, f"{settings.max_minutes:g} minutes were over"
-        worst = worst_cell(Steps.of(recorder.timed), largest)
+        worst = worst_cell(TimedSteps.of(recorder.timed), largest)
         if worst is not None and worst.spread < settings.spread:
             return round_, f"every draft and target pass was known to {100 * settings.spread:g}%"
         if round_ == settings.rounds:
@@ -227,14 +227,14 @@ def _measure(
     raise AssertionError("rounds have no end of their own")
 
 
-def _how_far(steps: Steps, largest: int) -> str:
+def _how_far(steps: TimedSteps, largest: int) -> str:
     worst = worst_cell(steps, largest)
     if worst is None or worst.spread == float("inf"):
         return "not all sizes seen yet"
     return f"worst spread {100 * worst.spread:.1f}% ({worst.phase} {worst.size})"
 
 
-def _checks(steps: Steps, cost: CostTable, largest: int) -> dict[str, Any]:
+def _checks(steps: TimedSteps, cost: CostTable, largest: int) -> dict[str, Any]:
     """How far the figures are to be trusted: their worst spread, their sum against the clock, and drift."""
     worst = worst_cell(steps, largest)
     assert worst is not None  # or there would be no figures

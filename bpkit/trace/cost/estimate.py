@@ -39,7 +39,7 @@ _WAITING: tuple[int, ...] = (
 
 
 @dataclass(frozen=True)
-class Steps:
+class TimedSteps:
     """Timed steps as columns, each [steps]; see `Work` and `Seconds` for what they are."""
 
     draft_size: NDArray[np.int64]
@@ -53,7 +53,7 @@ class Steps:
     rest: Floats
 
     @classmethod
-    def of(cls, timed: list[tuple[Work, Seconds]]) -> Steps:
+    def of(cls, timed: list[tuple[Work, Seconds]]) -> TimedSteps:
         """Columns of a list of steps, without those of two target passes. Tokens that are read again widen a pass."""
         timed = [(w, s) for w, s in timed if not commits(w.reread, w.verify_width)]
         done = [(w.draft_size, w.waiting, w.verify_width + w.reread, w.context_length, w.features) for w, _ in timed]
@@ -97,7 +97,7 @@ class Steps:
         return drafts + cost.array("verify", self.width, self.context_length) + cost.rest
 
 
-def estimate(steps: Steps, largest: int, work: DraftWork) -> CostTable:
+def estimate(steps: TimedSteps, largest: int, work: DraftWork) -> CostTable:
     """The figures for block sizes and verify widths up to `largest`.
 
     Raises:
@@ -130,7 +130,7 @@ def estimate(steps: Steps, largest: int, work: DraftWork) -> CostTable:
     )
 
 
-def worst_cell(steps: Steps, largest: int) -> Cell | None:
+def worst_cell(steps: TimedSteps, largest: int) -> Cell | None:
     """The figure that is known least, of drafts by block size and target passes by width.
 
     None while something has not been measured at all, but for what drafters that may draft less did not do.
@@ -145,7 +145,7 @@ def worst_cell(steps: Steps, largest: int) -> Cell | None:
 # Phases. Cells are in the order of their sizes.
 
 
-def draft_cells(steps: Steps) -> tuple[list[Cell], list[Cell]]:
+def draft_cells(steps: TimedSteps) -> tuple[list[Cell], list[Cell]]:
     """What drafts take by block size, and catching up by waiting positions: a draft's time is the sum of its two.
 
     Both are fitted to all drafts in turn (backfitting), with nothing to catch up at one waiting position. A cell of
@@ -173,7 +173,7 @@ def draft_cells(steps: Steps) -> tuple[list[Cell], list[Cell]]:
     )
 
 
-def feature_cells(steps: Steps) -> Iterator[Cell]:
+def feature_cells(steps: TimedSteps) -> Iterator[Cell]:
     """What computing features took, by block size: policy time with, less policy time without."""
     for size, here in _each(steps.draft_size, steps.drafted):
         with_them, without = here & steps.features, here & ~steps.features
@@ -188,7 +188,7 @@ def feature_cells(steps: Steps) -> Iterator[Cell]:
             )
 
 
-def verify_cells(steps: Steps) -> tuple[list[Cell], list[Cell]]:
+def verify_cells(steps: TimedSteps) -> tuple[list[Cell], list[Cell]]:
     """Target passes by width, and by width and context length, this in ranges of powers of two.
 
     By width alone it is the mean over context lengths as they came, each range with its own spread.
