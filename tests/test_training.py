@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,29 @@ from bpkit.learn.training.model import ModelRun
 from bpkit.learn.training.provenance import write_provenance
 from bpkit.types import AUTOREGRESSIVE
 from recipes.pair import structured
-from recipes.pair.corpus import maths_documents, training_prompts
+from recipes.pair.corpus import maths_documents, training_documents, training_prompts
 from recipes.pair.target import train_target
 
 QUICK: dict[str, Any] = {"max_steps": 3, "max_minutes": 2.0, "accelerator": "cpu", "batch_size": 4}
-ANSWERS = DrafterRun(layers=1, sequences=96, new_tokens=12, **QUICK)
+ANSWERS = DrafterRun(layers=1, sequences=76, new_tokens=12, **QUICK)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A one-layer target and a drafter for it, each trained for three steps."""
+    """A small target and two drafters for it, each trained for three steps on a little text."""
     folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sysconfig, "get_paths", lambda: {"stdlib": Path(json.__file__).parent})
+        patch.setattr("recipes.pair.target.training_documents", a_little_text)
+        train_all(folder)
+    return folder
+
+
+def a_little_text(maths: Path | None, **options: Any) -> dict[str, list[str]]:
+    return training_documents(maths, **{**options, "structured_count": 60})
+
+
+def train_all(folder: Path) -> None:
     maths = folder / "maths.jsonl"
     rows = [{"question": f"What is {a} + {b}?", "answer": f"{a}+{b}={a + b}"} for a in range(20) for b in range(20)]
     maths.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -60,9 +73,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompts=training_prompts(maths, per_domain=40, seed=0),
         run=ANSWERS,
     )
-    return folder
 
 
+@pytest.mark.slow
 def test_an_autoregressive_drafter_is_cut_from_the_target_and_decodes_without_loss(trained: Path) -> None:
     decoder = SpeculativeDecoder.from_pretrained(trained / "target", str(trained / "assistant"), strict=True)
     assert decoder.drafter.kind == AUTOREGRESSIVE
@@ -71,6 +84,7 @@ def test_an_autoregressive_drafter_is_cut_from_the_target_and_decodes_without_lo
     assert len(texts) == 1
 
 
+@pytest.mark.slow
 def test_distillation_begins_at_the_target_and_learns_its_distributions(trained: Path) -> None:
     target = AutoModelForCausalLM.from_pretrained(trained / "target", dtype=torch.float32)
     drafter = first_layers(target, 2)
@@ -89,6 +103,7 @@ def test_distillation_begins_at_the_target_and_learns_its_distributions(trained:
     assert float(DistillationLoss(target, target)(*batch)) == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_padding_does_not_count_in_distillation(trained: Path) -> None:
     target = AutoModelForCausalLM.from_pretrained(trained / "target", dtype=torch.float32)
     loss = DistillationLoss(first_layers(target, 1), target)
@@ -99,6 +114,7 @@ def test_padding_does_not_count_in_distillation(trained: Path) -> None:
     assert float(loss(ids, *lengths)) == pytest.approx(float(loss(other, *lengths)), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [0, 4, 9])
 def test_a_drafter_has_fewer_layers_than_its_target(trained: Path, layers: int) -> None:
     target = AutoModelForCausalLM.from_pretrained(trained / "target")
@@ -106,6 +122,7 @@ def test_a_drafter_has_fewer_layers_than_its_target(trained: Path, layers: int) 
         first_layers(target, layers)
 
 
+@pytest.mark.slow
 def test_trained_pair_decodes_without_loss(trained: Path) -> None:
     decoder = SpeculativeDecoder.from_pretrained(trained / "target", str(trained / "drafter"), strict=True)
     assert decoder.spec.trained_block_size == 8
@@ -113,12 +130,14 @@ def test_trained_pair_decodes_without_loss(trained: Path) -> None:
     assert len(texts) == 1
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_in_bfloat16(trained: Path) -> None:
     for name in ("target", "drafter", "assistant"):
         weights = load_file(trained / name / "model.safetensors")
         assert {w.dtype for w in weights.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_provenance_says_what_made_an_artifact_and_keeps_no_path(trained: Path) -> None:
     for name, key in (("target", "maths"), ("drafter", "prompts"), ("assistant", "prompts")):
         text = (trained / name / "provenance.json").read_text(encoding="utf-8")
@@ -145,13 +164,15 @@ def test_a_failed_write_leaves_the_old_provenance_and_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == ["provenance.json"]
 
 
+@pytest.mark.slow
 def test_outputs_are_reused_and_hold_prompt_and_answer(trained: Path) -> None:
     data = load_file(trained / "drafter" / "outputs.safetensors")
-    assert len(data["ids"]) == 96
+    assert len(data["ids"]) == 76
     assert bool((data["length"] > data["prompt_length"]).all())
     assert bool((data["length"] <= data["prompt_length"] + 12).all())
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_from_its_checkpoint_and_ends_at_once(trained: Path) -> None:
     before = load_file(trained / "drafter" / "model.safetensors")
     train_drafter(
