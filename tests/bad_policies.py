@@ -130,6 +130,15 @@ class WritesToFeature(Four):
         return draft.draft_length
 
 
+class ReplacesFeature(Four):
+    wants = frozenset({Feature.DRAFT_PROBABILITY})
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        features: Any = draft.features
+        features["draft_probability"] = draft["draft_probability"] * 0.5
+        return draft.draft_length
+
+
 class WritesToStep(Four):
     def observe(self, state: State, step: Step) -> None:
         step.num_accepted.add_(1)

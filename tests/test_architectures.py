@@ -73,14 +73,14 @@ class Free:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the table: options of `generate`, and whether they did to the text what they are there for.
+class Case:
+    """One case of the table: options of `generate`, and whether they did to the text what they are there for.
 
-    A row whose event does not happen would show nothing.
+    A case whose event does not happen would show nothing.
 
     Attributes:
         long: the text is long enough for drafts that are accepted and drafts that are rejected.
-        each: of every drafter there must be both; the n-grams of some rows have no chance.
+        each: of every drafter there must be both; the n-grams of some cases have no chance.
         cut: the text ends inside a draft.
     """
 
@@ -101,64 +101,64 @@ def other(free: Free, tokens: list[int]) -> bool:
     return tokens != free.tokens
 
 
-ROWS = (
-    Row("no option", lambda free: {}, same, each=True),
-    Row("match near the end", lambda free: {}, same, prompt=(3, 50, 12, 60, 61, 40, 60, 61, 60, 61), each=True),
-    Row(
+CASES = (
+    Case("no option", lambda free: {}, same, each=True),
+    Case("match near the end", lambda free: {}, same, prompt=(3, 50, 12, 60, 61, 40, 60, 61, 60, 61), each=True),
+    Case(
         "end token inside a draft",
         lambda free: {"eos_token_id": free.tokens[free.inside]},
         lambda free, tokens: tokens == free.tokens[: free.inside + 1],
         long=False,
         cut=True,
     ),
-    Row(
+    Case(
         "end token instead of a drafted one",
         lambda free: {"eos_token_id": free.tokens[free.instead]},
         lambda free, tokens: tokens == free.tokens[: free.instead + 1],
         long=False,
         cut=True,
     ),
-    Row(
+    Case(
         "several end tokens",
         lambda free: {"eos_token_id": [free.absent, free.tokens[free.later], free.tokens[free.inside]]},
         lambda free, tokens: tokens == free.tokens[: free.inside + 1],
         long=False,
         cut=True,
     ),
-    Row(
+    Case(
         "min_new_tokens",
         lambda free: {"eos_token_id": free.tokens[free.inside], "min_new_tokens": free.inside + 6},
         lambda free, tokens: other(free, tokens) and len(tokens) >= free.inside + 6,
     ),
-    Row("bad_words_ids", lambda free: {"bad_words_ids": [[free.tokens[6]], free.tokens[2:4]]}, other),
-    Row("sequence_bias", lambda free: {"sequence_bias": [[free.tokens[1:3], -9.0], [[free.tokens[7]], 2.0]]}, other),
-    Row("no_repeat_ngram_size", lambda free: {"no_repeat_ngram_size": 2}, other),
-    Row(
+    Case("bad_words_ids", lambda free: {"bad_words_ids": [[free.tokens[6]], free.tokens[2:4]]}, other),
+    Case("sequence_bias", lambda free: {"sequence_bias": [[free.tokens[1:3], -9.0], [[free.tokens[7]], 2.0]]}, other),
+    Case("no_repeat_ngram_size", lambda free: {"no_repeat_ngram_size": 2}, other),
+    Case(
         "forced_bos_token_id",
         lambda free: {"forced_bos_token_id": free.absent},
         lambda free, tokens: tokens[0] == free.absent,
         prompt=(30,),
     ),
-    Row(
+    Case(
         "forced_eos_token_id",
         lambda free: {"forced_eos_token_id": free.absent},
         lambda free, tokens: tokens == [*free.tokens[:-1], free.absent],
     ),
-    Row("suppress_tokens", lambda free: {"suppress_tokens": [free.tokens[2], free.tokens[5]]}, other),
-    Row(
+    Case("suppress_tokens", lambda free: {"suppress_tokens": [free.tokens[2], free.tokens[5]]}, other),
+    Case(
         "begin_suppress_tokens",
         lambda free: {"begin_suppress_tokens": [free.tokens[0]]},
         lambda free, tokens: tokens[0] != free.tokens[0],
     ),
-    Row("repetition_penalty", lambda free: {"repetition_penalty": 1.4}, other),
-    Row(
+    Case("repetition_penalty", lambda free: {"repetition_penalty": 1.4}, other),
+    Case(
         "exponential_decay_length_penalty",
         lambda free: {"eos_token_id": free.absent, "exponential_decay_length_penalty": (4, 1.3)},
         lambda free, tokens: 4 < len(tokens) < COUNT and tokens[-1] == free.absent,
         long=False,
     ),
     # At least one token, as in plain decoding.
-    Row("max_time", lambda free: {"max_time": 1e-9}, lambda free, tokens: tokens == free.tokens[:1], long=False),
+    Case("max_time", lambda free: {"max_time": 1e-9}, lambda free, tokens: tokens == free.tokens[:1], long=False),
 )
 
 
@@ -214,7 +214,7 @@ class InformedSession:
 
 
 @dataclass
-class Subject:
+class Models:
     """A model with everything that drafts for it, made once."""
 
     target: PreTrainedModel
@@ -237,9 +237,9 @@ class Subject:
 
 
 @functools.cache
-def subject(architecture: str) -> Subject:
+def models(architecture: str) -> Models:
     target = repeating_causal_lm(architecture)
-    return Subject(target, tiny_dflash(target), AutoregressiveDrafter(disturbed(target), target))
+    return Models(target, tiny_dflash(target), AutoregressiveDrafter(disturbed(target), target))
 
 
 @dataclass
@@ -261,33 +261,33 @@ class Counts:
 
 
 def test_every_registered_drafter_is_in_the_table() -> None:
-    assert set(subject("llama").drafters([])) == set(registry().drafters)
+    assert set(models("llama").drafters([])) == set(registry().drafters)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 @pytest.mark.parametrize("architecture", TABLE)
-def test_options_do_to_the_text_what_they_do_in_plain_decoding(architecture: str, row: Row) -> None:
-    model, prompt = subject(architecture), torch.tensor([row.prompt])
+def test_options_do_to_the_text_what_they_do_in_plain_decoding(architecture: str, case: Case) -> None:
+    model, prompt = models(architecture), torch.tensor([case.prompt])
     counts, happened = {name: Counts() for name in registry().drafters}, 0
     for temperature in (0, 1):
-        free = model.free_text(row.prompt, temperature)
-        options = row.options(free)
+        free = model.free_text(case.prompt, temperature)
+        options = case.options(free)
         wanted = generated(model.target, prompt, temperature, **options)
-        happened += row.happened(free, wanted)
+        happened += case.happened(free, wanted)
         # After an end token the text would have gone on as it does without.
         for name, drafter in model.drafters([*wanted, *free.tokens[len(wanted) :]]).items():
             decoder = SpeculativeDecoder(model.target, drafter, f"fixed:{BLOCK_SIZE}", strict=True)
             made = decoder.generate(prompt, max_new_tokens=COUNT, seed=SEED, **SAMPLING[temperature], **options)
             assert made.tokens[0].tolist() == wanted, f"{name} at temperature {temperature} with {options}"
             counts[name].add(made)
-            if row.cut and name == "block-diffusion":
+            if case.cut and name == "block-diffusion":
                 assert 0 < int(made.steps[-1].num_accepted) < int(made.steps[-1].verify_length)
     assert happened, "the options changed nothing, or not what they are there to change"
     informed, assistant, ngram = (counts[name] for name in ("block-diffusion", "autoregressive", "ngram"))
-    if row.long:
+    if case.long:
         assert min(informed.accepted, assistant.accepted) >= 10
         assert informed.rejected >= 3
-    if row.each:
+    if case.each:
         assert all(drafter.accepted and drafter.rejected for drafter in counts.values())
         assert ngram.shorter, "no match lay so near the end that fewer tokens followed than were asked for"
 
@@ -295,7 +295,7 @@ def test_options_do_to_the_text_what_they_do_in_plain_decoding(architecture: str
 @pytest.mark.parametrize("architecture", REPEATING)
 def test_generate_keeps_its_caches_right(architecture: str, plain: PlainDecoding) -> None:
     """The oracle itself: with a cache, and sliding windows in it, the text is that without one."""
-    model, prompt = subject(architecture), torch.tensor([PROMPT])
+    model, prompt = models(architecture), torch.tensor([PROMPT])
     for temperature, seed in ((0, None), (1, SEED)):
         wanted = plain(model.target, prompt, max_new_tokens=COUNT, seed=seed)
         assert model.free_text(PROMPT, temperature).tokens == wanted.tokens

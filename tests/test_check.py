@@ -48,6 +48,7 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
     ("features", bad.NeverReads, ["NeverReads", "no method ever read 'draft_entropy'"]),
     ("mutation", bad.WritesToDraft, ["WritesToDraft.truncate", "draft.draft_length", "was [3] and is [2]"]),
     ("mutation", bad.WritesToFeature, ["WritesToFeature.truncate", "draft['draft_probability']"]),
+    ("mutation", bad.ReplacesFeature, ["ReplacesFeature.truncate", "draft['draft_probability']"]),
     ("mutation", bad.WritesToStep, ["WritesToStep.observe", "step.num_accepted", "was [0] and is [1]"]),
     ("mutation", bad.WritesToContextLater, ["WritesToContextLater.observe", "context.position (handed to `begin`)"]),
     ("determinism", bad.GlobalRandomness, ["GlobalRandomness", "answer 1 of select", "`context.generator`"]),

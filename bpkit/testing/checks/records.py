@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ FILL = 1
 """What stands in the padding of a batch: a probability that tempts a policy to trust positions that are not there."""
 
 
-class NotedFeatures(Mapping[Feature, Tensor]):
+class NotedFeatures(MutableMapping[Feature, Tensor]):
     """Features that note who reads them.
 
     Args:
@@ -27,11 +27,18 @@ class NotedFeatures(Mapping[Feature, Tensor]):
     """
 
     def __init__(self, features: Mapping[Feature, Tensor], read: set[str], missed: set[str]) -> None:
-        self.unnoted, self.read, self.missed = features, read, missed
+        self.unnoted: dict[Feature, Tensor] = dict(_unnoted(features))
+        self.read, self.missed = read, missed
 
     def __getitem__(self, name: Feature) -> Tensor:
         (self.read if name in self.unnoted else self.missed).add(str(name))
         return self.unnoted[name]
+
+    def __setitem__(self, name: Feature, value: Tensor) -> None:
+        self.unnoted[name] = value
+
+    def __delitem__(self, name: Feature) -> None:
+        del self.unnoted[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self.unnoted
@@ -69,11 +76,8 @@ def joined(given: Sequence[G]) -> G:
         if any(value is None for value in values):
             return None
         if isinstance(first, Tensor):
-            return (
-                torch.cat([_padded(value, max(v.shape[1] for v in values)) for value in values])
-                if first.ndim > 1
-                else torch.cat(list(values))
-            )
+            width = max(value.shape[1] for value in values) if first.ndim > 1 else 0
+            return torch.cat([_padded(value, width) for value in values])
         if isinstance(first, Mapping):
             return {name: of([value[name] for value in values]) for name in first}
         return joined(values) if isinstance(first, Context) else first
@@ -139,5 +143,7 @@ def _unnoted(features: Mapping[Any, Tensor]) -> Mapping[Any, Tensor]:
 
 
 def _padded(value: Tensor, width: int) -> Tensor:
-    """[1, count, ...] -> [1, width, ...]."""
+    """[1, count, ...] -> [1, width, ...]; [1] as it is."""
+    if value.ndim == 1 or value.shape[1] == width:
+        return value
     return torch.cat([value, value.new_full((1, width - value.shape[1], *value.shape[2:]), FILL)], dim=1)
