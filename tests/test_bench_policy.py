@@ -17,9 +17,9 @@ from bpkit.cli.bench_policy import batch_sizes, those_that_ship
 from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.latency import agreement
-from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Contestant, decide, make_contestant
+from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, backends_of, decide
 from bpkit.judge.latency.pair import measure_pair
-from bpkit.judge.latency.rows import Recorder, batches
+from bpkit.judge.latency.questions import Recorder, batches
 from bpkit.judge.latency.table import sentences
 from bpkit.judge.latency.timing import BLOCK, interleave, percentile, ratio
 from bpkit.policy import State
@@ -67,13 +67,13 @@ def policy_folder(decoder: SpeculativeDecoder, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def contestant(decoder: SpeculativeDecoder, policy_folder: Path) -> Contestant:
-    return make_contestant(str(policy_folder), decoder)
+def backends(decoder: SpeculativeDecoder, policy_folder: Path) -> Backends:
+    return backends_of(str(policy_folder), decoder)
 
 
 @pytest.fixture(scope="module")
-def recorder(decoder: SpeculativeDecoder, contestant: Contestant) -> Recorder:
-    made = Recorder(contestant.policies[TORCH], contestant.wants)
+def recorder(decoder: SpeculativeDecoder, backends: Backends) -> Recorder:
+    made = Recorder(backends.policies[TORCH], backends.wants)
     under = decoder.with_policy(made)
     for prompt in PROMPTS:
         under.run(prompt.text, max_new_tokens=16, temperature=0.0).finish()
@@ -107,14 +107,14 @@ def prompts(tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_recorder_keeps_what_was_asked_and_changes_nothing(
-    decoder: SpeculativeDecoder, contestant: Contestant, recorder: Recorder
+    decoder: SpeculativeDecoder, backends: Backends, recorder: Recorder
 ) -> None:
-    bare = decoder.with_policy(contestant.policies[TORCH])
+    bare = decoder.with_policy(backends.policies[TORCH])
     steps = [bare.run(p.text, max_new_tokens=16, temperature=0.0).finish().steps for p in PROMPTS]
     assert len(recorder.begun) == len(PROMPTS)
     assert len(recorder.steps) == sum(map(len, steps)) == len(recorder.seconds["select"])
     with torch.inference_mode():
-        decided = [decide(contestant.policies[TORCH], "select", row) for row in recorder.of("select")]
+        decided = [decide(backends.policies[TORCH], "select", row) for row in recorder.of("select")]
     assert [int(size) for size in decided] == [int(step.block_size) for each in steps for step in each]
 
 
@@ -143,26 +143,26 @@ def test_drafts_of_a_batch_have_one_width(recorder: Recorder) -> None:
 # Backends
 
 
-def test_both_backends_decide_alike(contestant: Contestant, recorder: Recorder) -> None:
-    assert contestant.methods == ("select", "truncate")
-    assert contestant.asks
-    for method in contestant.methods:
+def test_both_backends_decide_alike(backends: Backends, recorder: Recorder) -> None:
+    assert backends.methods == ("select", "truncate")
+    assert backends.asks
+    for method in backends.methods:
         with torch.inference_mode():
             made = [batch for size in (1, 8) for batch in batches(recorder.of(method), size)]
-            found = agreement(contestant, method, made)
+            found = agreement(backends, method, made)
         assert found["rows"] == sum(batch.begin.batch_size for batch in made)
         assert found["agree"] + found["near_ties"] == found["rows"]
 
 
-def test_disagreement_is_counted_and_only_near_ties_excuse_it(contestant: Contestant, recorder: Recorder) -> None:
+def test_disagreement_is_counted_and_only_near_ties_excuse_it(backends: Backends, recorder: Recorder) -> None:
     class Other(Forecast):
         name = "forecast"
 
         def select(self, state: State, context: Context) -> torch.Tensor:
             return context.full(99)
 
-    other = Other(ForecastConfig(weights=str(contestant.policies[TORCH].folder)))  # type: ignore[attr-defined]
-    wrong = Contestant("other", {**contestant.policies, TORCH: other}, contestant.cores)
+    other = Other(ForecastConfig(weights=str(backends.policies[TORCH].folder)))  # type: ignore[attr-defined]
+    wrong = Backends("other", {**backends.policies, TORCH: other}, backends.cores)
     with torch.inference_mode():
         found = agreement(wrong, "select", batches(recorder.of("select"), 8))
     assert found["agree"] == 0
@@ -170,7 +170,7 @@ def test_disagreement_is_counted_and_only_near_ties_excuse_it(contestant: Contes
 
 
 def test_a_policy_without_networks_runs_in_torch_alone(decoder: SpeculativeDecoder) -> None:
-    made = make_contestant("threshold:0.5", decoder)
+    made = backends_of("threshold:0.5", decoder)
     assert set(made.policies) == {TORCH}
     assert "not exportable" in (made.why_not or "")
     assert "truncate" in made.methods

@@ -14,13 +14,19 @@ import numpy as np
 import pytest
 import torch
 from bpkit_mlp.blockpilot import BlockPilot, BlockPilotConfig
-from bpkit_mlp.blockpilot_training import BlockPilotModule, BlockPilotOptions
-from bpkit_mlp.curves import candidate_sizes, curve
+from bpkit_mlp.blockpilot_training import (
+    BlockPilotModule,
+    BlockPilotOptions,
+    Target,
+    candidate_sizes,
+    choice_loss,
+    curve,
+    relative,
+)
 from bpkit_mlp.fold import folded_layer
 from bpkit_mlp.ldlp import Ldlp, LdlpConfig
 from bpkit_mlp.ldlp_threshold import LdlpThreshold, LdlpThresholdConfig
-from bpkit_mlp.ldlp_training import LdlpModule, LdlpOptions, labelled_rows
-from bpkit_mlp.losses import Target, asymmetric_l1, choice_loss, relative
+from bpkit_mlp.ldlp_training import LdlpModule, LdlpOptions, asymmetric_l1, labelled_rows
 from bpkit_mlp.networks import ResidualMLP, Standard, normalisation
 from torch import Tensor, nn
 from torch.nn import functional as F

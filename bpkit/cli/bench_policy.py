@@ -19,7 +19,7 @@ from bpkit.prompts import Prompt
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.judge.latency import LatencySettings
-    from bpkit.judge.latency.backends import Contestant
+    from bpkit.judge.latency.backends import Backends
 
 DEFAULT_BATCHES, DEFAULT_LIMIT, DEFAULT_CALLS, DEFAULT_NEW_TOKENS = "1+8+64", 8, 1000, 64
 _TIMING = "Timing"
@@ -134,21 +134,21 @@ def measure(
     for spec in specs:
         resolve_policy(spec)  # a mistyped policy is told before any weights are read
     decoder = load_decoder(config, "fixed")
-    contestants = chosen(specs, decoder, settings.provider, weights)
-    report = bench_latency(decoder, contestants, prompts, settings, bar)
+    policies = chosen(specs, decoder, settings.provider, weights)
+    report = bench_latency(decoder, policies, prompts, settings, bar)
     return {"command": portable(sys.argv[1:]), **report}
 
 
-def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights: Path | None) -> list[Contestant]:
+def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights: Path | None) -> list[Backends]:
     """The policies that were named; else every trained one that ships and serves this pair."""
-    from bpkit.judge.latency.backends import make_contestant
+    from bpkit.judge.latency.backends import backends_of
 
     if specs:
-        return [make_contestant(s, decoder, provider=provider, weights=weights) for s in dict.fromkeys(specs)]
+        return [backends_of(s, decoder, provider=provider, weights=weights) for s in dict.fromkeys(specs)]
     found = []
     for spec in those_that_ship():
         try:
-            found.append(make_contestant(spec, decoder, provider=provider))
+            found.append(backends_of(spec, decoder, provider=provider))
         except PolicyError as error:
             say(f"Left out: {error}")
     if not found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,15 +103,14 @@ def export(
     names = {shown: export_name(shown, policy, name if len(chosen) == 1 else None) for shown, policy in chosen.items()}
     opened = open_trace(trace)
     held = split_prompts(opened.ids, opened.domains, seed=seed, fractions=parse_fractions(split)).validation[:limit]
-    work = _Work(opened, list(held), read_cost(cost) if cost else None, opset)
-    if recompute:
-        work.fill = filler(config, opened)
-    if fold:
-        work.model = load_decoder(config, "fixed").target
+    costs, fill = read_cost(cost) if cost else None, filler(config, opened) if recompute else None
+    model = load_decoder(config, "fixed").target if fold else None
     for spec, policy in chosen.items():
         with when_interrupted("Policies that were said to be written are; the others are not."), progress_bar() as bar:
-            found = work.export(policy, out / names[spec], names[spec], bar)
-        report(found, out / names[spec])
+            made = policy if model is None else folded(policy, model, opened, costs)
+            folder = out / names[spec]
+            found = write(made, opened, held, folder, names[spec], cost=costs, opset=opset, fill=fill, progress=bar)
+        report(found, folder)
 
 
 def named_policies(given: list[str], config: Config) -> dict[str, str | dict[str, Any]]:
@@ -149,68 +149,72 @@ def export_name(spec: str, policy: Policy, given: str | None) -> str:
     return name
 
 
-class _Work:
-    """What all exports of a command share."""
+def write(
+    policy: Policy,
+    trace: Trace,
+    places: Sequence[int],
+    out: Path,
+    name: str,
+    *,
+    cost: CostTable | None,
+    opset: int,
+    fill: Fill | None,
+    progress: Progress,
+) -> ExportedPolicy:
+    """Export one policy to the folder `out`.
 
-    def __init__(self, trace: Trace, places: list[int], cost: CostTable | None, opset: int) -> None:
-        self.trace, self.places, self.cost, self.opset = trace, places, cost, opset
-        self.fill: Fill | None = None
-        self.model: Any = None
+    Args:
+        places: of the prompts to try it on, in the trace. fill: computes features that the trace lacks.
+    """
+    from bpkit.export.write import export_policy
 
-    def export(self, policy: Policy, out: Path, name: str, progress: Progress) -> ExportedPolicy:
-        from bpkit.export.write import export_policy
+    progress.start(f"{name}: comparing", len(places))
+    models = (("target", trace.manifest.target), ("drafter", trace.manifest.drafter))
+    return export_policy(
+        policy,
+        [with_what_it_reads(trace[place], policy, fill) for place in places],
+        trace.spec,
+        out,
+        name=name,
+        summary=summary_of(policy),
+        cost=cost,
+        opset=opset,
+        fingerprints={kind: facts.fingerprint for kind, facts in models if facts.fingerprint},
+        evaluation=beside(policy, "evaluation.json"),
+        provenance={
+            "command": portable(sys.argv[1:]),
+            "training": beside(policy, "provenance.json"),
+            "versions": versions(),
+        },
+        progress=progress.tick,
+    )
 
-        spec = self.trace.spec
-        if self.model is not None:
-            policy = self._folded(policy)
-        progress.start(f"{name}: comparing", len(self.places))
-        manifest = self.trace.manifest
-        return export_policy(
-            policy,
-            [self._prompt(place, policy) for place in self.places],
-            spec,
-            out,
-            name=name,
-            summary=summary_of(policy),
-            cost=self.cost,
-            opset=self.opset,
-            fingerprints={
-                kind: facts.fingerprint
-                for kind, facts in (("target", manifest.target), ("drafter", manifest.drafter))
-                if facts.fingerprint
-            },
-            evaluation=beside(policy, "evaluation.json"),
-            provenance={
-                "command": portable(sys.argv[1:]),
-                "training": beside(policy, "provenance.json"),
-                "versions": versions(),
-            },
-            progress=progress.tick,
+
+def with_what_it_reads(prompt: PromptTrace, policy: Policy, fill: Fill | None) -> PromptTrace:
+    """The prompt with all features that the policy wants. Raises PolicyError."""
+    from bpkit.trace.replay import offered
+
+    missing = policy.wants - offered(prompt)
+    if not missing:
+        return prompt
+    if fill is None:
+        flags = " ".join(f"--features {feature}" for feature in sorted(missing))
+        raise PolicyError(
+            f"policy {name_of(type(policy))!r} reads {', '.join(sorted(missing))}, which the trace does not hold: "
+            f"trace into a new folder with `{flags}`, or let them be computed again with `--recompute`"
         )
+    return fill(prompt, missing)
 
-    def _prompt(self, place: int, policy: Policy) -> PromptTrace:
-        from bpkit.trace.replay import offered
 
-        prompt = self.trace[place]
-        missing = policy.wants - offered(prompt)
-        if not missing:
-            return prompt
-        if self.fill is None:
-            flags = " ".join(f"--features {feature}" for feature in sorted(missing))
-            raise PolicyError(
-                f"policy {name_of(type(policy))!r} reads {', '.join(sorted(missing))}, which the trace does not hold: "
-                f"trace into a new folder with `{flags}`, or let them be computed again with `--recompute`"
-            )
-        return self.fill(prompt, missing)
+def folded(policy: Policy, model: Any, trace: Trace, costs: CostTable | None) -> Policy:
+    """The policy with the target's head in its first layer. Raises PolicyError."""
+    from bpkit.export.core import Foldable
 
-    def _folded(self, policy: Policy) -> Policy:
-        from bpkit.export.core import Foldable
-
-        if not isinstance(policy, Foldable):
-            name = name_of(type(policy))
-            raise PolicyError(f"--fold is for policies on raw logits, such as blockpilot; {name!r} is none")
-        policy.bind(self.trace.spec, self.cost)
-        return policy.folded(self.model.get_output_embeddings(), config=self.model.config)
+    if not isinstance(policy, Foldable):
+        name = name_of(type(policy))
+        raise PolicyError(f"--fold is for policies on raw logits, such as blockpilot; {name!r} is none")
+    policy.bind(trace.spec, costs)
+    return policy.folded(model.get_output_embeddings(), config=model.config)
 
 
 def summary_of(policy: Policy) -> str:

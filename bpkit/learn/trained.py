@@ -37,13 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainedConfig", "TrainedElsewhereWarning", "TrainedPolicy", "is_policy_folder"]
 
-_DOWNLOAD: dict[str, Any] = {
-    "revision": None,
-    "cache_dir": None,
-    "force_download": False,
-    "local_files_only": False,
-    "token": None,
-}
+_DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 _FILES = [POLICY, WEIGHTS, "prompts.json", "provenance.json", "evaluation.json", "README.md"]
 
 
@@ -180,39 +174,14 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         folder = Path(name).expanduser()
         if folder.is_dir() or name.startswith((".", "/", "~")):
             return cls._from_folder(folder, options)
+        download = {argument: options.pop(argument) for argument in _DOWNLOAD if argument in options}
         try:
-            download = {argument: options.pop(argument, default) for argument, default in _DOWNLOAD.items()}
-            # Not through the mixin's own method, which looks for a config.json first.
-            return cls._from_pretrained(model_id=name, **download, **options)
-        except PolicyError:
-            raise
+            folder = Path(snapshot_download(name, allow_patterns=_FILES, **download))
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise PolicyError(
                 f"there is no folder {name!r}, and the Hub gave no policy of that name: {error}"
             ) from error
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **options: Any,
-    ) -> Self:
-        folder = snapshot_download(
-            model_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            allow_patterns=_FILES,
-        )
-        return cls._from_folder(Path(folder), options)
+        return cls._from_folder(folder, options)
 
     @classmethod
     def _from_folder(cls, folder: Path, options: dict[str, Any]) -> Self:

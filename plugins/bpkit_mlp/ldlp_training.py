@@ -14,7 +14,6 @@ from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 from bpkit_mlp.ldlp import Ldlp
 from bpkit_mlp.ldlp_threshold import LdlpThresholdConfig
-from bpkit_mlp.losses import asymmetric_l1
 from bpkit_mlp.networks import ResidualMLP, Standard
 
 
@@ -98,3 +97,15 @@ def labelled_rows(prompt: PromptTrace) -> NDArray[np.bool_]:
     cut = prompt.output_length >= prompt.max_new_tokens
     room = prompt.output_length - position - 1
     return ~(cut & (room < prompt.drafts.draft_length[:, -1]))
+
+
+def asymmetric_l1(forecast: Tensor, accepted: Tensor, penalty: float) -> Tensor:
+    """Mean of |forecast - accepted|, times `penalty` where the forecast is too low (AdaEAGLE, equation 4).
+
+    This is the pinball loss: its minimiser is the quantile penalty / (1 + penalty) of what is accepted.
+
+    Args:
+        forecast, accepted: draft lengths, [batch].
+    """
+    missed = accepted - forecast
+    return (missed.clamp(min=0) * penalty + (-missed).clamp(min=0)).mean()

@@ -17,7 +17,7 @@ from bpkit.export.policy import Onnx, OnnxConfig
 from bpkit.export.schema import Golden
 from bpkit.export.session import open_session
 from bpkit.export.write import description
-from bpkit.judge.latency.rows import Row
+from bpkit.judge.latency.questions import Question
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy, PolicyError, State, overrides, validated
 from bpkit.registry.resolve import parse_spec, resolve_policy
@@ -43,7 +43,7 @@ def exported_here(export: Export, spec: DecoderSpec, provider: str) -> Onnx:
 
 
 @dataclass
-class Contestant:
+class Backends:
     """One policy under the backends that it has.
 
     Attributes:
@@ -79,10 +79,10 @@ def features_of(cores: Iterable[Core]) -> frozenset[Feature]:
     return frozenset(Feature(port.name) for core in cores for port in core.inputs if port.name in FEATURES)
 
 
-def make_contestant(
+def backends_of(
     spec: str, decoder: SpeculativeDecoder, *, provider: str = "cpu", weights: Path | None = None
-) -> Contestant:
-    """The contestant that a spec names.
+) -> Backends:
+    """Both backends of the policy that a spec names.
 
     Args:
         spec: a policy, exported here; or `onnx:FOLDER`, which is compared with the policy that it was exported from.
@@ -99,14 +99,14 @@ def make_contestant(
         origin = _origin(exported, weights)
         cores = _export(resolve_policy(origin), decoder).cores
         policies = {TORCH: _bound(resolve_policy(origin), decoder), ONNXRUNTIME: _bound(exported, decoder)}
-        return Contestant(spec, policies, {core.method: core for core in cores.values()})
+        return Backends(spec, policies, {core.method: core for core in cores.values()})
     policies = {TORCH: _bound(resolve_policy(spec), decoder)}
     try:
         export = _export(resolve_policy(spec), decoder)  # another object: its networks stay as and where they are
         policies[ONNXRUNTIME] = _bound(exported_here(export, decoder.spec, provider), decoder)
     except PolicyError as error:
-        return Contestant(spec, policies, why_not=str(error))
-    return Contestant(spec, policies, {core.method: core for core in export.cores.values()})
+        return Backends(spec, policies, why_not=str(error))
+    return Backends(spec, policies, {core.method: core for core in export.cores.values()})
 
 
 def _origin(exported: Onnx, weights: Path | None) -> Mapping[str, Any]:
@@ -130,32 +130,23 @@ def _bound(policy: AnyPolicy, decoder: SpeculativeDecoder) -> AnyPolicy:
     return policy
 
 
-def decide(policy: Policy, method: Method, batch: Row) -> Tensor:
-    """What a policy decides about a batch, asked in the order of the loop: [batch]."""
-    state = prepared(policy, method, batch)
-    if method == "begin":
-        return policy.select(policy.begin(batch.begin), batch.begin)
-    decided: Tensor = ask(policy, method, state, batch)
-    return decided
+def decide(policy: Policy, method: Method, question: Question) -> Tensor:
+    """What a policy decides, asked in the order of the loop: [batch]."""
+    state = prepared(policy, method, question)
+    decided = ask(policy, method, state, question)
+    made: Tensor = policy.select(decided, question.begin) if method == "begin" else decided
+    return made
 
 
-def prepared(policy: Policy, method: Method, batch: Row) -> State:
+def prepared(policy: Policy, method: Method, question: Question) -> State:
     """The state that `method` finds."""
-    if method == "begin":
-        return {}
-    state = policy.begin(batch.begin)
-    if method != "select":
-        assert batch.context is not None
-        policy.select(state, batch.context)
+    state = {} if method == "begin" else policy.begin(question.begin)
+    if method in ("extend", "truncate") and question.context is not None:
+        policy.select(state, question.context)
     return state
 
 
-def ask(policy: Policy, method: Method, state: State, batch: Row) -> Any:
+def ask(policy: Policy, method: Method, state: State, question: Question) -> Any:
     """One call of a method: the state for `begin`, the decision for the others."""
-    if method == "begin":
-        return policy.begin(batch.begin)
-    if method == "select":
-        assert batch.context is not None
-        return policy.select(state, batch.context)
-    assert batch.draft is not None
-    return policy.extend(state, batch.draft) if method == "extend" else policy.truncate(state, batch.draft)
+    source = question.source(method)
+    return policy.begin(question.begin) if method == "begin" else getattr(policy, method)(state, source)

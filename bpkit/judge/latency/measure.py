@@ -31,9 +31,9 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.export.core import Core, Method
 from bpkit.installation.doctor import onnxruntime_distributions
 from bpkit.installation.machine import describe_machine
-from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Contestant, ask, decide, prepared
+from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, ask, decide, prepared
 from bpkit.judge.latency.pair import measure_pair
-from bpkit.judge.latency.rows import Recorder, Row, batches
+from bpkit.judge.latency.questions import Question, Recorder, batches
 from bpkit.judge.latency.timing import Ask, Nanoseconds, interleave, percentile, ratio
 from bpkit.judge.wall_clock.measure import use_threads
 from bpkit.policy import Policy, PolicyError
@@ -66,7 +66,7 @@ class LatencySettings:
 
 def bench_latency(
     decoder: SpeculativeDecoder,
-    contestants: Sequence[Contestant],
+    chosen: Sequence[Backends],
     prompts: Sequence[Prompt],
     settings: LatencySettings,
     progress: Progress | None = None,
@@ -84,7 +84,7 @@ def bench_latency(
             progress=ticker,
         )
         bench = LatencyBench(decoder, prompts, settings, pair, ticker)
-        policies = {contestant.name: bench.run(contestant) for contestant in contestants}
+        policies = {backends.name: bench.run(backends) for backends in chosen}
     finally:
         use_threads(usual)
     return {
@@ -131,30 +131,30 @@ class LatencyBench:
         self.pair, self.progress = pair, progress
         self.device = decoder.target.device
 
-    def run(self, contestant: Contestant) -> dict[str, Any]:
+    def run(self, backends: Backends) -> dict[str, Any]:
         """The entry of a policy."""
         use_threads(self.settings.threads)
-        recorders = {backend: self.record(contestant, backend) for backend in contestant.policies}
+        recorders = {backend: self.record(backends, backend) for backend in backends.policies}
         use_threads(THREADS)
-        methods = [method for method in contestant.methods if recorders[TORCH].seconds[method]]
+        methods = [method for method in backends.methods if recorders[TORCH].seconds[method]]
         if not methods:
             raise PolicyError(
-                f"policy {contestant.name!r} decided nothing on {len(self.prompts)} prompts: it defines none of begin, "
+                f"policy {backends.name!r} decided nothing on {len(self.prompts)} prompts: it defines none of begin, "
                 "select, extend and truncate, or outputs end at once (--limit, --max-new-tokens)"
             )
-        self.progress.start(f"{contestant.name}: timing", len(methods) * len(self.settings.batch_sizes))
+        self.progress.start(f"{backends.name}: timing", len(methods) * len(self.settings.batch_sizes))
         return {
-            "asks": contestant.asks,
-            "why_not": contestant.why_not,
-            "methods": {method: self.method(contestant, method, recorders) for method in methods},
+            "asks": backends.asks,
+            "why_not": backends.why_not,
+            "methods": {method: self.method(backends, method, recorders) for method in methods},
         }
 
-    def record(self, contestant: Contestant, backend: str) -> Recorder:
+    def record(self, backends: Backends, backend: str) -> Recorder:
         """Decode the prompts under a backend of the policy."""
-        recorder = Recorder(contestant.policies[backend], contestant.wants)
+        recorder = Recorder(backends.policies[backend], backends.wants)
         decoder = self.decoder.with_policy(recorder)
         decoder.strict = True  # a decision that was mended is none to be timed
-        self.progress.start(f"{contestant.name}: decoding under {backend}", len(self.prompts))
+        self.progress.start(f"{backends.name}: decoding under {backend}", len(self.prompts))
         for index, prompt in enumerate(self.prompts):
             run = decoder.run(
                 prompt.text, stream_id=index, max_new_tokens=self.settings.max_new_tokens, temperature=0.0
@@ -164,11 +164,11 @@ class LatencyBench:
         return recorder
 
     @torch.inference_mode()
-    def method(self, contestant: Contestant, method: Method, recorders: dict[str, Recorder]) -> dict[str, Any]:
+    def method(self, backends: Backends, method: Method, recorders: dict[str, Recorder]) -> dict[str, Any]:
         """The entry of one of its methods."""
         rows = recorders[TORCH].of(method)
         made = {size: batches(rows, size) for size in self.settings.batch_sizes}
-        spent = {str(size): self.timed(contestant, method, of_size) for size, of_size in made.items()}
+        spent = {str(size): self.timed(backends, method, of_size) for size, of_size in made.items()}
         found: dict[str, Any] = {"rows": len(rows)}
         for backend, recorder in recorders.items():
             times = {size: each[backend] for size, each in spent.items()}
@@ -181,13 +181,13 @@ class LatencyBench:
             }
         if ONNXRUNTIME in recorders:
             found["torch_over_onnxruntime"] = {s: ratio(each[TORCH], each[ONNXRUNTIME]) for s, each in spent.items()}
-            found["agreement"] = agreement(contestant, method, [b for each in made.values() for b in each])
+            found["agreement"] = agreement(backends, method, [b for each in made.values() for b in each])
         return found
 
-    def timed(self, contestant: Contestant, method: Method, made: Sequence[Row]) -> dict[str, Nanoseconds]:
+    def timed(self, backends: Backends, method: Method, made: Sequence[Question]) -> dict[str, Nanoseconds]:
         """The backends in turn on batches of one size."""
         spent = interleave(
-            {backend: asker(policy, method, made) for backend, policy in contestant.policies.items()},
+            {backend: asker(policy, method, made) for backend, policy in backends.policies.items()},
             calls=self.settings.calls,
             warm_up=self.settings.warm_up,
             device=self.device,
@@ -207,33 +207,32 @@ class LatencyBench:
         return {"p50_us": p50, "p99_us": p99, "calls": len(seconds), **self.shares(p50)}
 
 
-def asker(policy: Policy, method: Method, made: Sequence[Row]) -> Ask:
+def asker(policy: Policy, method: Method, made: Sequence[Question]) -> Ask:
     """Calls a method of the policy, with the batches in turn."""
     questions = [partial(ask, policy, method, prepared(policy, method, batch), batch) for batch in made]
     count = len(questions)
     return lambda number: questions[number % count]()
 
 
-def agreement(contestant: Contestant, method: Method, made: Sequence[Row]) -> dict[str, int]:
+def agreement(backends: Backends, method: Method, made: Sequence[Question]) -> dict[str, int]:
     """How many rows of the batches both backends decide alike."""
     rows = agree = near_ties = 0
     for batch in made:
-        ours = decide(contestant.policies[TORCH], method, batch).cpu()
-        theirs = decide(contestant.policies[ONNXRUNTIME], method, batch).cpu()
+        ours = decide(backends.policies[TORCH], method, batch).cpu()
+        theirs = decide(backends.policies[ONNXRUNTIME], method, batch).cpu()
         same = ours == theirs
         rows, agree = rows + len(same), agree + int(same.sum())
         if not bool(same.all()):
-            near = margins(contestant, method, batch) < contestant.cores[method].tolerance
+            near = margins(backends, method, batch) < backends.cores[method].tolerance
             near_ties += int((~same & near).sum())
     return {"rows": rows, "agree": agree, "near_ties": near_ties}
 
 
-def margins(contestant: Contestant, method: Method, batch: Row) -> torch.Tensor:
+def margins(backends: Backends, method: Method, batch: Question) -> torch.Tensor:
     """How clear each row's decision is: float32 [batch]."""
-    core: Core = contestant.cores[method]
-    policy: Any = contestant.policies[ONNXRUNTIME]
-    source = batch.draft if method in ("extend", "truncate") else batch.begin if method == "begin" else batch.context
-    given = policy.inputs[method](source, prepared(policy, method, batch))
+    core: Core = backends.cores[method]
+    policy: Any = backends.policies[ONNXRUNTIME]
+    given = policy.inputs[method](batch.source(method), prepared(policy, method, batch))
     module = deepcopy(core.module).cpu()
     outputs = module(*(given[port.name].cpu() for port in core.inputs))
     margin: torch.Tensor = outputs[[port.name for port in core.outputs].index(core.margin)]

@@ -1,4 +1,4 @@
-"""Times calls of several contestants in turn, a few calls of one, then a few of the next, so that drift meets all."""
+"""Times calls of several functions in turn, a few calls of one, then a few of the next, so that drift meets all."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ Ask = Callable[[int], Any]
 """The call of that number: it may choose its inputs by it."""
 Nanoseconds = NDArray[np.int64]
 BLOCK = 20
-"""Calls of one contestant before it is the next one's turn."""
+"""Calls of one function before it is the next one's turn."""
 
 
-def interleave(
-    contestants: Mapping[str, Ask], *, calls: int, warm_up: int, device: torch.device
-) -> dict[str, Nanoseconds]:
+def interleave(asks: Mapping[str, Ask], *, calls: int, warm_up: int, device: torch.device) -> dict[str, Nanoseconds]:
     """Time `calls` calls of each, rounded up to whole blocks: int64 [blocks, BLOCK] by name.
 
     Args:
         warm_up: calls of each before, which do not count.
         device: whose queue each call waits for, if it has one.
     """
-    for ask in contestants.values():
+    for ask in asks.values():
         _block(ask, 0, warm_up, device)
-    blocks: dict[str, list[Nanoseconds]] = {name: [] for name in contestants}
+    blocks: dict[str, list[Nanoseconds]] = {name: [] for name in asks}
     for number in range(-(-calls // BLOCK)):
-        order = list(contestants)
+        order = list(asks)
         for name in order if number % 2 == 0 else order[::-1]:
-            blocks[name].append(_block(contestants[name], number * BLOCK, BLOCK, device))
+            blocks[name].append(_block(asks[name], number * BLOCK, BLOCK, device))
     return {name: np.stack(found) for name, found in blocks.items()}
 
 

@@ -1,8 +1,8 @@
-"""What a policy is asked in a live decoder: contexts and drafts of real prompts, kept row by row, joined to batches."""
+"""What a policy is asked in a live decoder: contexts and drafts of real prompts, kept one by one, joined to batches."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -19,16 +19,18 @@ Answer = TypeVar("Answer")
 
 
 @dataclass
-class Row:
-    """One row of a batch: how its request began, and a step of it.
-
-    Attributes:
-        begin, context, draft: of batch 1. In a `Row` of several rows, of their batch.
-    """
+class Question:
+    """What a policy is asked: how a request began, and a step of it. Of batch 1, or of several requests joined."""
 
     begin: Context
     context: Context | None = None
     draft: Draft | None = None
+
+    def source(self, method: Method) -> Context | Draft:
+        """What the method is handed."""
+        source = self.begin if method == "begin" else self.context if method == "select" else self.draft
+        assert source is not None
+        return source
 
 
 class Recorder(Policy):
@@ -38,7 +40,7 @@ class Recorder(Policy):
         wants: features to keep that the policy itself does not read.
 
     Attributes:
-        rows: of every request its beginning and its steps. seconds: of each call, by method.
+        begun, steps: of every request its beginning and its steps. seconds: of each call, by method.
     """
 
     wants = frozenset()
@@ -48,28 +50,28 @@ class Recorder(Policy):
         self.policy = policy
         self.wants = policy.wants | wants  # type: ignore[misc]
         self.wants_optional = policy.wants_optional  # type: ignore[misc]
-        self.begun: list[Row] = []
-        self.steps: list[Row] = []
+        self.begun: list[Question] = []
+        self.steps: list[Question] = []
         self.seconds: dict[Method, list[float]] = {"begin": [], "select": [], "extend": [], "truncate": []}
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         self.policy.bind(decoder, cost)
 
     def begin(self, context: Context) -> State:
-        self.begun.append(Row(_kept(context)))
+        self.begun.append(Question(_kept(context)))
         return self._timed("begin", context, lambda: self.policy.begin(context))
 
     def select(self, state: State, context: Context) -> Tensor:
-        self.steps.append(Row(self.begun[-1].begin, _kept(context)))
+        self.steps.append(Question(self.begun[-1].begin, _kept(context)))
         return self._timed("select", context, lambda: self.policy.select(state, context))
 
     def extend(self, state: State, draft: Draft) -> Tensor:
         return self._timed("extend", draft.context, lambda: self.policy.extend(state, draft))
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
-        row = self.steps[-1]
-        assert row.context is not None
-        row.draft = replace(draft, context=row.context, logits=None, features=_cloned(draft.features))
+        step = self.steps[-1]
+        assert step.context is not None
+        step.draft = replace(draft, context=step.context, logits=None, features=_cloned(draft.features))
         return self._timed("truncate", draft.context, lambda: self.policy.truncate(state, draft))
 
     def observe(self, state: State, step: Step) -> None:
@@ -78,13 +80,13 @@ class Recorder(Policy):
     def end(self, state: State) -> None:
         self.policy.end(state)
 
-    def of(self, method: Method) -> list[Row]:
+    def of(self, method: Method) -> list[Question]:
         """The rows that a method can be asked about."""
         if method == "begin":
             return self.begun
         if method == "select":
-            return [Row(row.begin, row.context) for row in self.steps]
-        return _of_one_width([row for row in self.steps if row.draft is not None])
+            return [Question(row.begin, row.context) for row in self.steps]
+        return _of_one_width(self.steps)
 
     def _timed(self, method: Method, context: Context, ask: Callable[[], Answer]) -> Answer:
         device = context.position.device
@@ -94,21 +96,21 @@ class Recorder(Policy):
         return answer
 
 
-def batches(rows: Sequence[Row], size: int) -> list[Row]:
+def batches(rows: Sequence[Question], size: int) -> list[Question]:
     """The rows in batches of `size`; the last, and where there are too few the only one, is filled from the first."""
     count = -(-len(rows) // size) * size
     chosen = [rows[place % len(rows)] for place in range(count)]
     return [joined(chosen[start : start + size]) for start in range(0, count, size)]
 
 
-def joined(rows: Sequence[Row]) -> Row:
+def joined(rows: Sequence[Question]) -> Question:
     """One batch of rows of one kind, drafts of one width."""
     begin = _contexts([row.begin for row in rows])
     if rows[0].context is None:
-        return Row(begin)
+        return Question(begin)
     context = _contexts([row.context for row in rows if row.context is not None])
     if rows[0].draft is None:
-        return Row(begin, context)
+        return Question(begin, context)
     drafts = [row.draft for row in rows if row.draft is not None]
     draft = Draft(
         context=context,
@@ -117,7 +119,7 @@ def joined(rows: Sequence[Row]) -> Row:
         tokens=torch.cat([d.tokens for d in drafts]),
         features=_stacked([d.features for d in drafts]),
     )
-    return Row(begin, context, draft)
+    return Question(begin, context, draft)
 
 
 def _contexts(contexts: Sequence[Context]) -> Context:
@@ -143,10 +145,10 @@ def _cloned(features: Mapping[Feature, Tensor]) -> dict[Feature, Tensor]:
     return {name: value.clone() for name, value in features.items()}
 
 
-def _of_one_width(rows: list[Row]) -> list[Row]:
-    """Those with the commonest draft length: rows of other widths make no batch."""
-    widths = Counter(row.draft.tokens.shape[1] for row in rows if row.draft is not None)
-    if not widths:
-        return []
-    width = widths.most_common(1)[0][0]
-    return [row for row in rows if row.draft is not None and row.draft.tokens.shape[1] == width]
+def _of_one_width(asked: list[Question]) -> list[Question]:
+    """Those with the commonest draft length: drafts of other widths make no batch."""
+    by_width: defaultdict[int, list[Question]] = defaultdict(list)
+    for question in asked:
+        if question.draft is not None:
+            by_width[question.draft.tokens.shape[1]].append(question)
+    return max(by_width.values(), key=len, default=[])
