@@ -14,10 +14,12 @@ from bpkit import hookimpl
 def bpkit_register_commands(app: typer.Typer) -> None:
     """Add the commands of all recipes."""
     from recipes.fold.command import bench_fold
+    from recipes.modelled.command import bench_model
     from recipes.pair.commands import drafter_prompts, policy_prompts, train_target
     from recipes.reads.command import bench_reads
     from recipes.sweep.command import sweep
     from recipes.tracing.command import bench_trace
 
-    for command in (train_target, drafter_prompts, policy_prompts, sweep, bench_trace, bench_reads, bench_fold):
+    making = (train_target, drafter_prompts, policy_prompts)
+    for command in (*making, sweep, bench_trace, bench_model, bench_reads, bench_fold):
         app.command()(command)

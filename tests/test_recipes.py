@@ -125,6 +125,25 @@ def test_without_lightning_it_is_said_how_to_get_it(
     assert "pip install 'block-policy-kit[train]'" in result.stderr
 
 
+def test_bench_model_compares_replay_with_the_clock(recipe: Recipe, on: list[str], tmp_path: Path) -> None:
+    trace, out = tmp_path / "trace", tmp_path / "model.json"
+    made = recipe("trace", "--out", trace, *on, "--block-sizes", "2+4")
+    assert made.exit_code == 0, made.stderr
+    costs = ROOT / "docs" / "benchmarks" / "costs.json"
+    result = recipe(
+        "bench-model", trace, "--cost", costs, *on[:4], "-p", "fixed:4", "-p", "threshold", "--limit", 1, "--json", out
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["settings"]["prompts"] == ["a1", "b1", "c1"]
+    for name in ("fixed:4", "threshold"):
+        entry = report["policies"][name]
+        ratio = entry["modelled_tokens_per_second"] / entry["measured_tokens_per_second"]
+        assert entry["modelled_over_measured"]["value"] == pytest.approx(ratio)
+        assert entry["prompts_with_the_same_steps"] == 3
+        assert name in result.stdout
+
+
 def test_bench_trace_reports_against_both_brute_forces(recipe: Recipe, on: list[str], tmp_path: Path) -> None:
     out = tmp_path / "b.json"
     more = ["--block-sizes", "2+4+8", "--positions", "2"]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bpkit.cli import options, outputs
-from bpkit.cli.bench_model import bench_model
 from bpkit.cli.bench_policy import bench_policy
 from bpkit.cli.outputs import Outputs
 from bpkit.cli.terminal import Bar, say
@@ -25,7 +24,6 @@ DEFAULT_NEW_TOKENS = 128
 _COMPARISON = "Comparison"
 
 app = typer.Typer(invoke_without_command=True)
-app.command("model")(bench_model)
 app.command("policy")(bench_policy)
 
 

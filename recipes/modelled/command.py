@@ -1,4 +1,4 @@
-"""`bpkit bench model`: modelled speed against wall clock, for the same policies on the same prompts."""
+"""`bpkit --plugin recipes bench-model`: modelled speed against the wall clock, policies and prompts being the same."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def bench_model(
     Prompts of a trace are decoded by wall clock and replayed, in turn: how far modelled speed can be trusted. Time of
     steps only, prefill left out, as in `bpkit evaluate`. Use the number of threads of the calibration.
 
-    `bpkit bench model TRACE --cost cost.json --threads 2 --json model_bench.json`
+    `bpkit --plugin recipes bench-model TRACE --cost cost.json --threads 2 --json model_bench.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
     from bpkit.cli.evaluate import first_prompts
     from bpkit.cli.models import load_decoder
-    from bpkit.judge.evaluation.modelled import bench_model as measure
     from bpkit.trace.collect.recompute import check_models
     from bpkit.trace.cost import read_cost
     from bpkit.trace.store.storage import open_trace
+    from recipes.modelled.measure import bench_model as measure
 
     opened, table = open_trace(trace), read_cost(cost)
     decoder = load_decoder(config, "fixed")
