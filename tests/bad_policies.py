@@ -327,7 +327,7 @@ class CannotLoad(ForgetsToSave):
         return {"requests": self.requests}
 
 
-# edge_cases
+# survival
 
 
 class TrainedSizeOnly(Four):

@@ -16,7 +16,7 @@ REPEATING = "abcabcabcabc"
 _EXPECTED = {"size": "a decision in range", "feature": "features that are there to be read"}
 
 
-def edge_cases(policy: CheckedPolicy, out: Findings) -> None:
+def survival(policy: CheckedPolicy, out: Findings) -> None:
     """Decode every edge case; a fault counts if the usual recordings did not have it already."""
     known = {(fault.method, fault.kind) for _, fault in policy.faults}
     tried = 0
