@@ -1,4 +1,4 @@
-"""Writing files so that no reader ever sees half of one, and no minutes are spent on what cannot be written."""
+"""Files: written so that no reader ever sees half of one; and what is wrong with one, in words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 PICTURES = (".png", ".svg", ".pdf")
 """Formats of plots, by suffix."""
@@ -23,8 +25,24 @@ def write_at_once(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain values as JSON, at once. Raises ValueError for infinite ones."""
-    write_at_once(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Write plain values or a pydantic model as JSON, at once. Raises ValueError for NaN and infinity."""
+    write_at_once(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What `write_json` writes. Raises ValueError for NaN and infinity."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return json.dumps(plain, indent=1, allow_nan=False) + "\n"
+
+
+def faults(error: ValidationError, *, most: int = 5) -> str:
+    """What pydantic refused in a file, as `key: what is wrong`. Short, however large or hostile the file is."""
+    found = error.errors(include_input=False, include_url=False)
+    said = []
+    for fault in found[:most]:
+        place = ".".join(map(str, fault["loc"]))[:120] or "all of it"
+        said.append(f"unknown key {place}" if fault["type"] == "extra_forbidden" else f"{place}: {fault['msg'][:200]}")
+    return "; ".join(said) + (f"; and {len(found) - most} more" if len(found) > most else "")
 
 
 def check_writable(path: Path, *, suffixes: tuple[str, ...] = ()) -> None:

@@ -114,7 +114,7 @@ def test_a_memory_that_is_none_or_does_not_fit_leaves_the_old_one() -> None:
     policy = Counting()
     policy.memory = Counts(tokens=3.0)
     for state, said in (
-        ({"tokens": "many", "more": 1}, r"no memory of Counting \(tokens: .*; more: "),
+        ({"tokens": "many", "more": 1}, r"no memory of Counting \(tokens: .*; unknown key more"),
         ({"tokens": 10.0}, "too many"),
     ):
         with pytest.raises(PolicyError, match=said):

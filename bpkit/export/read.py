@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bpkit.export.schema import ExportedPolicy, Network
+from bpkit.files import faults
 from bpkit.policy import PolicyError
 
 DESCRIPTION, VERSION = "policy.json", 1
@@ -38,7 +39,8 @@ def read_description(folder: Path) -> ExportedPolicy:
     try:
         return ExportedPolicy.model_validate(values, strict=False)
     except (ValidationError, RecursionError) as error:
-        raise PolicyError(f"{path} does not describe an exported policy ({_faults(error)}): export it again") from None
+        said = faults(error) if isinstance(error, ValidationError) else "it is nested too deeply"
+        raise PolicyError(f"{path} does not describe an exported policy ({said}): export it again") from None
 
 
 def _check_version(path: Path, values: Any) -> None:
@@ -55,16 +57,6 @@ def _check_version(path: Path, values: Any) -> None:
             f"{path} has schema_version {str(version)[:40]}, and this version of bpkit reads schema_version {VERSION}: "
             "update bpkit, or export the policy again with this version"
         )
-
-
-def _faults(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return "it is nested too deeply"
-    said = []
-    for fault in error.errors(include_input=False, include_url=False)[:3]:
-        place = ".".join(map(str, fault["loc"]))[:120] or "all of it"
-        said.append(f"unknown key {place}" if fault["type"] == "extra_forbidden" else f"{place}: {fault['msg'][:200]}")
-    return "; ".join(said)
 
 
 def _finite(text: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,7 @@ from bpkit.export.inputs import Given, Inputs
 from bpkit.export.readme import readme
 from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison, compare
-from bpkit.files import write_at_once
+from bpkit.files import write_at_once, write_json
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.policy_folder import TrainedFor
 from bpkit.registry.resolve import name_of
@@ -80,7 +79,7 @@ def export_policy(
     for file, content in data.items():
         write_at_once(out / file, content)
     write_at_once(out / "README.md", readme(described))
-    write_at_once(out / DESCRIPTION, json.dumps(described.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+    write_json(out / DESCRIPTION, described)
     return described
 
 

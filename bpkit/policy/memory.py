@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bpkit.files import write_json
+from bpkit.files import faults, write_json
 from bpkit.policy.policy import Policy, PolicyConfig, PolicyError, State
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ class RememberingPolicy(Policy, Generic[M]):
         try:
             loaded = self.Memory.model_validate(state)
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in error.errors())
-            raise PolicyError(f"this is no memory of {type(self).__name__} ({faults})") from None
+            raise PolicyError(f"this is no memory of {type(self).__name__} ({faults(error)})") from None
         self.memory = self.fitted(loaded)
 
     def save(self, path: str | Path) -> None:

@@ -6,7 +6,6 @@ Nothing is unpickled, and nothing that the folder names is imported or run.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from bpkit.files import write_at_once
+from bpkit.files import faults, json_text, write_at_once
 from bpkit.policy import PolicyError
 from bpkit.types import DecoderSpec
 
@@ -109,8 +108,7 @@ def read_policy_file(folder: Path) -> PolicyFile:
     except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'all of it'}: {f['msg']}" for f in error.errors()[:3])
-        raise PolicyError(f"{path} is no description of a policy that this version reads ({faults})") from None
+        raise PolicyError(f"{path} is no description of a policy that this version reads ({faults(error)})") from None
 
 
 def read_weights(folder: Path, file: PolicyFile, networks: Mapping[str, nn.Module]) -> None:
@@ -189,7 +187,7 @@ def write_policy_folder(
             weights_sha256=digest,
             created=created,
         )
-        text = json.dumps(file.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+        text = json_text(file)
     except ValueError as error:
         raise PolicyError(f"policy {policy!r}: facts and options must be plain, finite JSON values ({error})") from None
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from bpkit.files import write_json
 from bpkit.installation.distribution import install_command
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.learn.training import run_folder
@@ -127,8 +128,8 @@ def train_policy(
     policy = module.finished()
     progress.start("final validation", len(prompts["validation"]))
     judged = judge(policy, prompts["validation"], spec, cost, progress.tick)
-    run_folder.write_json(out / EVALUATION, _evaluation(policy, module.replay, best, data, judged))
-    run_folder.write_json(out / PROMPTS, prompt_record(prompts))
+    write_json(out / EVALUATION, _evaluation(policy, module.replay, best, data, judged))
+    write_json(out / PROMPTS, prompt_record(prompts))
     write_provenance(out, f"{__name__}.train_policy", _arguments(facts, policy, how), facts["prompts"])
     policy.save_pretrained(out)  # last: a folder with a policy is whole
     return out

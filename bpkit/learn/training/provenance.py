@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bpkit import __version__
-from bpkit.files import write_at_once
+from bpkit.files import write_json
 
 
 def fingerprint(texts: Iterable[str]) -> str:
@@ -47,7 +46,7 @@ def write_provenance(
         },
         "git_revision": _revision(),
     }
-    write_at_once(out / name, json.dumps(facts, indent=2) + "\n")
+    write_json(out / name, facts)
 
 
 _PACKAGES = ("torch", "transformers", "lightning")

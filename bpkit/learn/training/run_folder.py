@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bpkit.files import write_at_once
+from bpkit.files import write_json
 from bpkit.learn.training.examples import describe_cost
 from bpkit.learn.training.fit import first_process
 from bpkit.learn.training.policy_module import PolicyModule
@@ -61,10 +61,5 @@ def begun(out: Path, facts: dict[str, Any], *, resume: bool) -> bool:
     elif out.exists() and any(entry.name not in ("examples", "logs") for entry in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run of `bpkit train`: name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_at_once(path, json.dumps(facts, indent=1) + "\n")
+    write_json(path, facts)
     return False
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Replace a file by plain JSON values. Raises ValueError for NaN and infinity."""
-    write_at_once(path, json.dumps(values, indent=1, allow_nan=False) + "\n")

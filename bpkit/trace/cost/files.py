@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bpkit.files import write_at_once
+from bpkit.files import write_json
 from bpkit.trace.cost.presets import PRESETS
 from bpkit.trace.cost.table import CostError, CostTable
 
@@ -44,7 +44,7 @@ def read_cost(path_or_preset: str | Path) -> CostTable:
 
 def write_cost(cost: CostTable, path: str | Path) -> None:
     """Write a cost file at once: whoever reads it sees the old file or the whole new one."""
-    write_at_once(Path(path), json.dumps(cost.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+    write_json(Path(path), cost)
 
 
 _HOW_TO_MEND = {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bpkit.files import write_at_once
+from bpkit.files import faults, write_json
 from bpkit.types import DecoderSpec, DraftWork, Feature, work_of
 
 MANIFEST = "manifest.json"
@@ -102,13 +101,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is no trace (no {MANIFEST} in it): make one with `bpkit trace --out {folder}`"
         )
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        faults = error.errors() if isinstance(error, ValidationError) else []
-        said = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in faults) or str(error)
-        raise TraceError(f"{path} is not a manifest that this version reads ({said}); trace again") from None
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise TraceError(f"{path} is not a manifest that this version reads ({faults(error)}); trace again") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it at once: a reader sees the old one or the new one."""
-    write_at_once(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
+    write_json(folder / MANIFEST, manifest)
