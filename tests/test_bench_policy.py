@@ -118,6 +118,7 @@ def test_a_recorder_keeps_what_was_asked_and_changes_nothing(
     assert [int(size) for size in decided] == [int(step.block_size) for each in steps for step in each]
 
 
+@pytest.mark.slow
 def test_batches_hold_every_row_once_and_are_filled_from_the_first(recorder: Recorder) -> None:
     rows = recorder.of("select")
     made = batches(rows, 4)
@@ -132,6 +133,7 @@ def test_batches_hold_every_row_once_and_are_filled_from_the_first(recorder: Rec
     assert large.context[Feature.LAST_HIDDEN].shape[0] == 8
 
 
+@pytest.mark.slow
 def test_drafts_of_a_batch_have_one_width(recorder: Recorder) -> None:
     for batch in batches(recorder.of("truncate"), 2):
         assert batch.draft is not None
@@ -143,6 +145,7 @@ def test_drafts_of_a_batch_have_one_width(recorder: Recorder) -> None:
 # Backends
 
 
+@pytest.mark.slow
 def test_both_backends_decide_alike(backends: Backends, recorder: Recorder) -> None:
     assert backends.methods == ("select", "truncate")
     assert backends.asks
@@ -154,6 +157,7 @@ def test_both_backends_decide_alike(backends: Backends, recorder: Recorder) -> N
         assert found["agree"] + found["near_ties"] == found["rows"]
 
 
+@pytest.mark.slow
 def test_disagreement_is_counted_and_only_near_ties_excuse_it(backends: Backends, recorder: Recorder) -> None:
     class Other(Forecast):
         name = "forecast"

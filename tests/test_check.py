@@ -94,6 +94,7 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("check", "policy", "essentials"), WRONG, ids=[kind.__name__ for _, kind, _ in WRONG])
 def test_a_fault_fails_its_own_check_and_no_other(
     check: str, policy: type[Policy], essentials: list[str], monkeypatch: pytest.MonkeyPatch

@@ -261,6 +261,7 @@ def two_tokens(rule: Rejection, p: Tensor, q: Tensor, width: int) -> tuple[int, 
 SPEC = DecoderSpec("target", "drafter", "block-diffusion", 8, 16, hidden_size=4, vocab_size=4, verify_rule="rejection")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("case", DISAGREEING)
 def test_the_rejection_rule_draws_from_the_target_whatever_the_drafter_proposes(case: str, width: int) -> None:
