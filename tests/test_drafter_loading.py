@@ -32,9 +32,7 @@ from transformers import (
 )
 
 from bpkit import SpeculativeDecoder
-from bpkit.decode.loading import load_causal_lm
-from bpkit.decode.placement import device_of, move
-from bpkit.decode.positions import position_limit
+from bpkit.decode.pretrained import device_of, load_causal_lm, move, position_limit
 from bpkit.decode.sampling import Draw, Processors
 from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession

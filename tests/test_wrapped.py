@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bpkit import SpeculativeDecoder
 from bpkit.decode import decoder as decoder_module
-from bpkit.decode.wrapped import inside
+from bpkit.decode.pretrained import inside
 from bpkit.testing import TinyPair, tiny_pair
 
 PROMPT = "def f(a, b):\n    return "

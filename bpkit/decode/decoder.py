@@ -25,16 +25,19 @@ from bpkit.assets import model_name, shipped
 from bpkit.decode.attention import use_grouped_attention
 from bpkit.decode.clock import Clock, GuardedClock, WallClock
 from bpkit.decode.inputs import ModelInputs, model_inputs
-from bpkit.decode.loading import load_causal_lm
 from bpkit.decode.loop import decode
 from bpkit.decode.noise import POLICY_SALT, TARGET_SALT, GumbelNoise, hashed
 from bpkit.decode.observers import ObservedRequest, ObserverLike, Observers, Watching, next_number
 from bpkit.decode.owned import DrafterLike, KeptDecoders, drafter_key, policy_for, policy_key
-from bpkit.decode.placement import input_device, move
-from bpkit.decode.refuse import refuse_what_generate_dropped, refuse_what_we_cannot_do
+from bpkit.decode.pretrained import input_device, inside, load_causal_lm, move
+from bpkit.decode.refuse import (
+    refuse_changing_frequencies,
+    refuse_virtual_tokens,
+    refuse_what_generate_dropped,
+    refuse_what_we_cannot_do,
+)
 from bpkit.decode.request import Request
 from bpkit.decode.result import Generation, Run
-from bpkit.decode.rope import refuse_changing_frequencies
 from bpkit.decode.sampling import Processors
 from bpkit.decode.serving import is_stateful, target_session
 from bpkit.decode.stopping import Stopping
@@ -42,7 +45,6 @@ from bpkit.decode.streaming import TextPieces
 from bpkit.decode.text import RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
 from bpkit.decode.verify import RULES, make_rule
-from bpkit.decode.wrapped import inside, refuse_virtual_tokens
 from bpkit.draft.base import Drafter
 from bpkit.draft.resolve import resolve_drafter
 from bpkit.policy import Policy, PolicyError

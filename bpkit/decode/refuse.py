@@ -6,16 +6,9 @@ import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers import (
-    Cache,
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedModel,
-    SynthIDTextWatermarkingConfig,
-)
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, SynthIDTextWatermarkingConfig
 
-from bpkit.decode.placement import input_device
-from bpkit.decode.wrapped import inside
+from bpkit.decode.pretrained import input_device, inside
 
 # Options of a generation config that ask for another way of decoding, and what to do instead.
 _OTHER_MODES = {
@@ -110,3 +103,41 @@ def refuse_what_generate_dropped() -> None:
         value = caller.f_locals.get(name)
         if value is not None and value is not False:
             raise ValueError(f"{name}: {instead}")
+
+
+def refuse_virtual_tokens(model: Any) -> None:
+    """Refuse adapters of PEFT that put virtual tokens before the input of every pass."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        kind = getattr(config, "peft_type", "prompt learning")
+        raise ValueError(
+            f"the target's adapter ({getattr(kind, 'value', kind)}) puts virtual tokens before every input, which a "
+            "pass over several tokens cannot have; use an adapter that lives in the layers, such as LoRA"
+        )
+
+
+def refuse_changing_frequencies(model: PreTrainedModel, prompt_length: int, max_length: int) -> None:
+    """Refuse a text in which rotary embeddings would change their frequencies after the prompt.
+
+    A pass has one set of frequencies, that of its last position. Plain decoding would change them at another token
+    than passes over several tokens do.
+    """
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else [x for x in parameters.values() if isinstance(x, dict)]
+    last = max_length - 1  # the text's last token is not read
+    for rope in kinds:  # several where layer types differ
+        kind = str(rope.get("rope_type", ""))
+        if "dynamic" in kind:
+            kind, limit = "dynamic", int(config.max_position_embeddings)
+            changes = last > limit
+        elif kind == "longrope":
+            limit = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+            changes = prompt_length <= limit < last
+        else:
+            continue
+        if changes:
+            raise ValueError(
+                f"the target's rotary embedding ({kind}) changes its frequencies beyond {limit} tokens, and the text "
+                f"may have {max_length}: keep prompt and max_new_tokens within {limit + 1}, or use plain generate"
+            )

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from bpkit.decode.placement import input_device
+from bpkit.decode.pretrained import input_device
 from bpkit.decode.snapshot import crop_of
 from bpkit.decode.stateful import StatefulTarget, cache_argument
 from bpkit.decode.target import CachedTarget

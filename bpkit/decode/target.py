@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from bpkit.decode.inputs import ModelInputs
-from bpkit.decode.positions import position_limit
+from bpkit.decode.pretrained import position_limit
 from bpkit.decode.text import RunningText
 from bpkit.types import Feature
 

@@ -11,15 +11,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from bpkit.assets import shipped
-from bpkit.decode.loading import load_causal_lm
-from bpkit.decode.placement import device_of, input_device, move
-from bpkit.decode.positions import position_limit
+from bpkit.decode.pretrained import device_of, input_device, inside, load_causal_lm, move, position_limit
 from bpkit.decode.sampling import Draw
 from bpkit.decode.serving import served_by
 from bpkit.decode.snapshot import Snapshot
 from bpkit.decode.stateful import StatefulTarget, cache_argument, new_cache
 from bpkit.decode.text import RunningText
-from bpkit.decode.wrapped import inside
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.config import ASSISTANT_BLOCK_SIZE
 from bpkit.draft.vocabulary import embedding_rows, fetch_tokenizer, refuse_another_tokenizer

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from bpkit.assets import shipped
-from bpkit.decode.loading import hub_options, refuse_other_weights
-from bpkit.decode.placement import device_of, head_device, move, working_dtype
+from bpkit.decode.pretrained import device_of, hub_options, move, refuse_other_weights, working_dtype
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
 from bpkit.draft.base import GoOn, Proposal
@@ -68,7 +67,7 @@ class BlockDiffusionDrafter:
             path, dtype=target.dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         refuse_other_weights(path, info, "a DFlash drafter of the known layout")
-        return cls(move(model, head_device(target)), target, name=path)
+        return cls(move(model, device_of(target.get_output_embeddings(), target)), target, name=path)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embeddings of tokens, int64 [..., count] -> [..., count, hidden]."""

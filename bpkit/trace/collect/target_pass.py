@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from bpkit.decode.features import anchor_statistics
 from bpkit.decode.noise import GumbelNoise
-from bpkit.decode.placement import device_of, input_device
+from bpkit.decode.pretrained import device_of, input_device
 from bpkit.decode.sampling import Processors
 from bpkit.decode.verify import near_ties, tie_tolerance
 from bpkit.trace.collect.pieces import Positions, pieces, positions_at_once
