@@ -156,7 +156,8 @@ def test_two_ways_to_write_a_policy_are_one(one: Any, other: Any) -> None:
 def test_other_options_are_another_policy() -> None:
     keys = {policy_key(p) for p in ("fixed:4", "fixed:5", "threshold:0.6", "threshold:0.7", None)}
     assert len(keys) == 5
-    assert policy_key(Remembering()) != policy_key(Remembering())
+    one, two = Remembering(), Remembering()
+    assert policy_key(one) != policy_key(two)
     with pytest.raises(PolicyError, match="there is no policy 'fixd'"):
         policy_key("fixd:4")
 

@@ -56,7 +56,8 @@ class KeptDecoders:
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[Hashable, Hashable], Any] = OrderedDict()
+        self._kept: OrderedDict[tuple[Hashable, Hashable], tuple[Any, Any]] = OrderedDict()
+        """Each decoder with the policy and drafter of its key, so that no other object gets the id of one."""
 
     def get(
         self, policy: PolicyLike | None, drafter: DrafterLike | None, make: Callable[[Drafter | None], Decoder]
@@ -66,33 +67,19 @@ class KeptDecoders:
         Args:
             make: called with a drafter that was made for another policy already, if there is one.
         """
-        by_drafter = drafter_key(drafter)
-        key = (policy_key(policy), by_drafter)
-        found: Decoder | None = self._kept.pop(key, None)
-        if found is None:
-            same = (d.drafter for (_, other), d in self._kept.items() if other == by_drafter)
-            found = make(next(same, None) if drafter is not None else None)
-        self._kept[key] = found
+        key = (policy_key(policy), drafter_key(drafter))
+        if key not in self._kept:
+            same = (d.drafter for (_, other), (d, _) in self._kept.items() if other == key[1])
+            self._kept[key] = make(next(same, None) if drafter is not None else None), (policy, drafter)
+        self._kept.move_to_end(key)
         while len(self._kept) > MOST:
             self._kept.popitem(last=False)
+        found: Decoder = self._kept[key][0]
         return found
 
 
-class Same:
-    """Equal for one object only, which it keeps alive so that no other gets its id."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
 def policy_key(policy: PolicyLike | None) -> Hashable:
-    """Equal for two ways to write one policy, and for one instance. Raises PolicyError if it cannot be made.
+    """Equal for two ways to write one policy, and for one instance while it lives. Raises PolicyError for no policy.
 
     >>> policy_key("fixed:4") == policy_key({"name": "fixed", "block_size": 4})
     True
@@ -100,11 +87,13 @@ def policy_key(policy: PolicyLike | None) -> Hashable:
     if policy is None:
         return None
     if isinstance(policy, Policy):
-        return Same(policy)
+        return id(policy)
     spec = parse_spec(policy) if isinstance(policy, str) else dict(policy)
     name = str(spec.get("name", ""))
     if names_file(name):  # each reading of a file makes another class
-        return (name, _as_text(spec), _version(name))
+        file = Path(name.partition(".py")[0] + ".py").expanduser()
+        about = file.stat() if file.is_file() else None
+        return (name, _as_text(spec), about and (about.st_mtime_ns, about.st_size))
     made, options, name = policy_class(policy)
     if isinstance(made, type) and issubclass(made, Policy):
         return (made, repr(validated(made.Config, options, owner=name)))
@@ -112,21 +101,13 @@ def policy_key(policy: PolicyLike | None) -> Hashable:
 
 
 def drafter_key(drafter: DrafterLike | None) -> Hashable:
-    """Equal for one spelling of a drafter, and for one instance."""
+    """Equal for one spelling of a drafter, and for one instance while it lives."""
     if drafter is None:
         return None
     if not isinstance(drafter, (str, Mapping)):
-        return Same(drafter)
+        return id(drafter)
     return _as_text(parse_spec(drafter) if isinstance(drafter, str) else drafter)
 
 
 def _as_text(options: Mapping[str, Any]) -> Hashable:
     return tuple(sorted((name, str(value)) for name, value in options.items()))
-
-
-def _version(name: str) -> Hashable:
-    file = Path(name.partition(".py")[0] + ".py").expanduser()
-    if not file.is_file():
-        return None
-    about = file.stat()
-    return (about.st_mtime_ns, about.st_size)
