@@ -11,10 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from bpkit_forecast.networks import Before
+from bpkit_mlp.networks import ResidualMLP
 from torch import Tensor, nn
 
 from bpkit.learn.learned import READABLE, LearnedConfig, LearnedPolicy
-from bpkit.learn.networks import Forecaster
+from bpkit.learn.networks import Forecaster, Standard
+from bpkit.learn.quick import quick
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.learn.training import trainable
 from bpkit.learn.training.learned import LearnedModule, LearnedOptions
@@ -208,6 +211,56 @@ def test_training_lowers_the_loss_of_every_feature_that_can_be_read() -> None:
         "anchor_log_probability": 1,
         "anchor_entropy": 1,
     }
+
+
+# The network as one line of calls
+
+
+class Branches(nn.Module):
+    """Decides by values, which cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(x)
+        return made if bool((made > 0).all()) else -made
+
+
+class Deceives(nn.Linear):
+    """Gives something else where it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = super().forward(x)
+        return made if isinstance(x, Tensor) else made + 1
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        ResidualMLP(5, 7, 3, depth=3, dropout=0.2),
+        nn.Sequential(Standard(5), ResidualMLP(5, 7, 3, depth=2)),
+        Before(5, [2, 4, 6], 8, 0.3),
+        Forecaster(nn.Sequential(nn.Linear(5, 9), nn.SiLU(), nn.Dropout(0.5), nn.Linear(9, 3)), 5, [2, 4, 6]),
+        nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 2)),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_a_quick_network_gives_the_same_over_the_same_weights(network: nn.Module) -> None:
+    network.eval().requires_grad_(False)
+    made, x = quick(network, 5), torch.randn(6, 5)
+    assert made is not network
+    torch.testing.assert_close(made(x), network(x))
+    torch.testing.assert_close(made(x[:1]), network(x[:1]))
+    for value in network.state_dict().values():
+        value.mul_(1.5)
+    torch.testing.assert_close(made(x), network(x))
+
+
+@pytest.mark.parametrize("network", [Branches(), Deceives(5, 2)], ids=lambda network: type(network).__name__)
+def test_a_network_that_cannot_be_written_so_stays_itself(network: nn.Module) -> None:
+    assert quick(network.eval(), 5) is network
 
 
 # Export

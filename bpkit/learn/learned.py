@@ -116,9 +116,10 @@ class LearnedPolicy(TrainedPolicy):
                 f"policy {self.name!r} was trained for block sizes {trained}; this decoder drafts none of them"
             )
         from bpkit.learn.gains import Gains
+        from bpkit.learn.quick import quick
 
-        config = self.config
-        self.forecaster = self.networks[self.deciding]
+        self.decoder, config = decoder, self.config
+        self.forecaster = quick(self.networks[self.deciding], sum(self.widths().values()))
         self.gains = Gains(self.facts, usable, cost, rate=config.rate, margin=config.margin, decision=config.decision)
         # Without asking nothing is read, and nothing need be computed.
         others = self.wants - set(self.reads)
@@ -150,7 +151,7 @@ class LearnedPolicy(TrainedPolicy):
         features = [given(name, width) for name, width in self.widths().items()]
         return Core(
             "select",
-            BestSize(self.forecaster, self.facts, self.gains.columns, self.config),
+            BestSize(self.networks[self.deciding], self.facts, self.gains.columns, self.config),
             inputs=(*features, given("step_seconds", sizes), given("typical_step_seconds", sizes)),
             outputs=(
                 decision("select"),

@@ -75,7 +75,6 @@ class Forecast(LearnedPolicy):
         super().bind(decoder, cost)
         from bpkit_forecast.networks import Truncation
 
-        self.decoder = decoder
         after = cast("After", self.networks["after"]).cpu()  # of numbers that are on the host
         self.truncation = Truncation(after, self.facts, self.gains.columns, self.config.rate)
 

@@ -75,11 +75,13 @@ class BlockPilot(TrainedPolicy):
         super().bind(decoder, cost)
         from torch import nn
 
+        from bpkit.learn.quick import quick
         from bpkit_mlp.networks import Choice
 
         self.decoder = decoder
         self.sizes = [min(int(size), decoder.max_block_size) for size in self.facts["sizes"]]
         self.choice = Choice(nn.Sequential(*self.networks.values()), self.sizes)
+        self.quick = quick(self.choice.network, int(self.facts["inputs"]))
 
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         if self.feature not in features:
@@ -91,8 +93,7 @@ class BlockPilot(TrainedPolicy):
 
     def scores(self, inputs: Tensor) -> Tensor:
         """Of each block size: float32 [batch, inputs] -> [batch, sizes]."""
-        scores: Tensor = self.choice.network(inputs)
-        return scores
+        return self.quick(inputs)
 
     def select(self, state: State, context: Context) -> Tensor:
         block_size: Tensor = state["block_size"]

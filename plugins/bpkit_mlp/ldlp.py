@@ -55,12 +55,15 @@ class Ldlp(TrainedPolicy):
         import torch
         from torch import nn
 
+        from bpkit.learn.quick import quick
         from bpkit_mlp.networks import Length
 
         self.sizes = sizes = self.usable(decoder)
         # A trace may have gaps; the next size above drafts all that the forecast asks for.
         enough = [next(size for size in sizes if size > length) for length in range(sizes[-1])]
-        self.decision = Length(nn.Sequential(*self.networks.values()), torch.tensor(enough), self.whole(decoder))
+        network = nn.Sequential(*self.networks.values())
+        self.quick = quick(network, 2 * int(self.facts["hidden_size"]))
+        self.decision = Length(network, torch.tensor(enough), self.whole(decoder))
 
     def whole(self, decoder: DecoderSpec) -> int | None:
         """The block size of every draft, if the forecast does not say it."""
@@ -74,8 +77,10 @@ class Ldlp(TrainedPolicy):
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         if Feature.LAST_HIDDEN not in features:
             return {}
-        vectors = features[Feature.ANCHOR_EMBEDDING].float(), features[Feature.LAST_HIDDEN].float()
-        return {"length": self.decision.length(*vectors)}
+        import torch
+
+        vectors = features[Feature.ANCHOR_EMBEDDING], features[Feature.LAST_HIDDEN]
+        return {"length": self.quick(torch.cat(vectors, dim=1).float())[:, 0]}
 
     def forecast(self, context: Context) -> Tensor:
         """Draft length that the network names, rounded and clipped: int64 [batch]."""

@@ -94,10 +94,6 @@ class Length(nn.Module):
         self.largest = len(block_sizes) - 1
         self.register_buffer("block_sizes", block_sizes)
 
-    def length(self, anchor_embedding: Tensor, last_hidden: Tensor) -> Tensor:
-        """Draft length before rounding: float32 [batch]."""
-        return cast("Tensor", self.network(torch.cat([anchor_embedding, last_hidden], dim=1))[:, 0])
-
     def forecast(self, length: Tensor) -> Tensor:
         """Rounded, and kept within 0 .. largest: int64 [batch]."""
         return count(length.round()[:, None] > torch.arange(self.largest))
@@ -110,7 +106,7 @@ class Length(nn.Module):
 
     def forward(self, anchor_embedding: Tensor, last_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns block_size and forecast, int64 [batch]; length before rounding and margin, float32 [batch]."""
-        length = self.length(anchor_embedding, last_hidden)
+        length = self.network(torch.cat([anchor_embedding, last_hidden], dim=1))[:, 0]
         forecast = self.forecast(length)
         # Another length begins at each half; beyond the ends nothing changes any more.
         margin = (length[:, None] - (torch.arange(self.largest) + 0.5)).abs().amin(dim=1)
