@@ -25,7 +25,7 @@ from bpkit.judge.tables import Row, Table
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable, flat, linear, write_cost
-from bpkit.trace.oracle import fixed_path, oracle_step_truncate
+from bpkit.trace.oracle.paths import fixed_path, oracle_step_truncate
 from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.trace.store.manifest import Manifest, ModelFacts, TraceError
 from bpkit.trace.store.storage import TraceWriter

@@ -10,8 +10,8 @@ import pytest
 
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.cost import CostTable
-from bpkit.trace.oracle import Path, best_fixed, fixed_path, oracle_step_truncate
 from bpkit.trace.oracle.informed import FROM_A_PROMPT, Informed, calibrate, has_confidences
+from bpkit.trace.oracle.paths import Path, best_fixed, fixed_path, oracle_step_truncate
 from bpkit.trace.records import PromptTrace
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Feature, work_of
 

@@ -28,7 +28,7 @@ from bpkit.registry.policy_folder import POLICY
 from bpkit.registry.resolve import resolve_policy, spec_of
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.cost import CostTable
-from bpkit.trace.oracle import best_fixed
+from bpkit.trace.oracle.paths import best_fixed
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
 from bpkit.types import BLOCK_DIFFUSION, Context, DecoderSpec, Feature

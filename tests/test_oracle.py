@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bpkit.decode.clock import price
 from bpkit.testing.traces import synthetic_prompt
-from bpkit.trace.oracle import (
+from bpkit.trace.oracle.paths import (
     Path,
     best_fixed,
     fixed_path,
@@ -24,7 +24,7 @@ from bpkit.trace.oracle import (
     oracle_step,
     oracle_step_truncate,
 )
-from bpkit.trace.oracle.steps import CachedCost
+from bpkit.trace.oracle.plan import CachedCost
 from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.types import PHASES, CostModel, DraftWork, Work, work_of
 

@@ -19,9 +19,9 @@ from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.cost import CostTable
-from bpkit.trace.oracle import fixed_path, hindsight, oracle_step_truncate
-from bpkit.trace.oracle.regret import KINDS, NotTraced, Taken, features_seconds, step_regret
-from bpkit.trace.records import DraftTable, PromptTrace
+from bpkit.trace.oracle.paths import fixed_path, oracle_step_truncate
+from bpkit.trace.oracle.regret import KINDS, NotTraced, features_seconds, step_regret
+from bpkit.trace.records import DraftTable, PromptTrace, Taken
 from bpkit.trace.replay import Replayed, Replayer
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Feature, work_of
 
@@ -94,7 +94,7 @@ def replayed(prompt: PromptTrace, kind: str, cost: CostTable, seed: int, **optio
 
 def regret_of(prompt: PromptTrace, kind: str, cost: CostTable, taken: Taken) -> NDArray[np.float64]:
     work = work_of(kind)
-    return step_regret(prompt, work, hindsight(prompt, work, cost), taken)
+    return step_regret(prompt, work, oracle_step_truncate(prompt, work, cost), taken)
 
 
 @every_kind
@@ -102,11 +102,10 @@ def regret_of(prompt: PromptTrace, kind: str, cost: CostTable, taken: Taken) -> 
 def test_regret_sums_to_what_a_policy_takes_more_than_the_oracle(kind: str, seed: int) -> None:
     prompt, cost = prompt_for(kind, seed), random_cost(seed)
     found = replayed(prompt, kind, cost, seed)
-    taken = Taken.by_policy(found)
-    regret = regret_of(prompt, kind, cost, taken)
+    regret = regret_of(prompt, kind, cost, found)
     assert regret.shape == (found.steps, len(KINDS))
     assert (regret >= 0).all()
-    features = features_seconds(prompt, cost, taken)
+    features = features_seconds(prompt, cost, found)
     assert features > 0
     best = oracle_step_truncate(prompt, work_of(kind), cost).seconds
     assert regret.sum() + features == pytest.approx(found.seconds(cost) - best, rel=1e-9)
@@ -120,7 +119,7 @@ def test_dice_make_every_mistake(kind: str) -> None:
     cost, total = random_cost(0), np.zeros(len(KINDS))
     for seed in range(6):
         prompt = prompt_for(kind, seed)
-        total += regret_of(prompt, kind, cost, Taken.by_policy(replayed(prompt, kind, cost, seed))).sum(axis=0)
+        total += regret_of(prompt, kind, cost, replayed(prompt, kind, cost, seed)).sum(axis=0)
     assert (total > 0).all()
 
 
@@ -130,9 +129,9 @@ def test_regret_of_fixed_sizes_and_of_the_oracle(kind: str) -> None:
     best = oracle_step_truncate(prompt, work_of(kind), cost)
     for size in (1, *SIZES):
         path = fixed_path(prompt, work_of(kind), cost, size)
-        regret = regret_of(prompt, kind, cost, Taken.by_path(prompt, path))
+        regret = regret_of(prompt, kind, cost, path)
         assert regret.sum() == pytest.approx(path.seconds - best.seconds, rel=1e-9)
-    assert (regret_of(prompt, kind, cost, Taken.by_path(prompt, best)) == 0).all()
+    assert (regret_of(prompt, kind, cost, best) == 0).all()
 
 
 def test_early_ends_are_drafts_of_smaller_sizes_if_those_were_traced() -> None:
@@ -145,7 +144,7 @@ def test_early_ends_are_drafts_of_smaller_sizes_if_those_were_traced() -> None:
     prompt = prompt_for(AUTOREGRESSIVE, 0, (4, 8))
     gaps = replayed(prompt, AUTOREGRESSIVE, cost, 0, sizes=(4, 8))
     with pytest.raises(NotTraced, match="is not traced"):
-        regret_of(prompt, AUTOREGRESSIVE, cost, Taken.by_policy(gaps))
+        regret_of(prompt, AUTOREGRESSIVE, cost, gaps)
 
 
 # Names, by hand: a step of size 1, 2, 4 takes 1, 2, 3 if the whole draft is verified
@@ -173,12 +172,19 @@ def named(prompt: PromptTrace, taken: Taken) -> dict[str, float]:
 
 
 def steps(position: list[int], block_size: list[int], verify_length: list[int]) -> Taken:
-    sizes = np.array(block_size, np.int32)
-    return Taken(np.array(position, np.int32), sizes, sizes - 1, np.array(verify_length, np.int32))
+    sizes, verified = np.array(block_size, np.int32), np.array(verify_length, np.int32)
+    return Taken(
+        tokens=12,
+        position=np.array(position, np.int32),
+        block_size=sizes,
+        draft_length=sizes - 1,
+        verify_length=verified,
+        num_accepted=verified,
+    )
 
 
 def fixed_steps(prompt: PromptTrace, size: int) -> Taken:
-    return Taken.by_path(prompt, fixed_path(prompt, work_of(BLOCK_DIFFUSION), BY_HAND, size))
+    return fixed_path(prompt, work_of(BLOCK_DIFFUSION), BY_HAND, size)
 
 
 def test_drafts_that_fall_were_too_large_and_verified_too_much() -> None:
@@ -212,7 +218,7 @@ def test_features_are_paid_where_something_was_drafted() -> None:
 def test_one_token_has_no_steps_to_regret() -> None:
     prompt = synthetic_prompt(0, output_length=1, max_new_tokens=4)
     path = oracle_step_truncate(prompt, work_of(BLOCK_DIFFUSION), BY_HAND)
-    assert regret_of(prompt, BLOCK_DIFFUSION, BY_HAND, Taken.by_path(prompt, path)).shape == (0, 4)
+    assert regret_of(prompt, BLOCK_DIFFUSION, BY_HAND, path).shape == (0, 4)
 
 
 @pytest.mark.parametrize("name", ["block-diffusion", "autoregressive", "n-gram"])
@@ -226,8 +232,7 @@ def test_regret_sums_on_traces_of_models(pair: TinyPair, name: str, temperature:
     cost, kind = random_cost(4), decoder.spec.drafter_kind
     policy = BlindDice if name == "n-gram" else Dice
     found = Replayer(decoder.spec, policy(0), cost, strict=True).run(prompt)
-    taken = Taken.by_policy(found)
-    regret = regret_of(prompt, kind, cost, taken)
-    best = oracle_step_truncate(prompt, work_of(kind), cost).seconds + features_seconds(prompt, cost, taken)
+    regret = regret_of(prompt, kind, cost, found)
+    best = oracle_step_truncate(prompt, work_of(kind), cost).seconds + features_seconds(prompt, cost, found)
     assert (regret >= 0).all()
     assert regret.sum() == pytest.approx(found.seconds(cost) - best, rel=1e-9)

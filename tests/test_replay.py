@@ -26,7 +26,7 @@ from bpkit.trace.collect import TraceOptions, Tracer, generation_options
 from bpkit.trace.collect.job import ThisProcess, describe, run_job
 from bpkit.trace.collect.recompute import Recompute
 from bpkit.trace.cost import CostTable
-from bpkit.trace.oracle import fixed_path
+from bpkit.trace.oracle.paths import fixed_path
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
 from bpkit.trace.store.manifest import TraceError

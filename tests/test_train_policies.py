@@ -39,7 +39,7 @@ from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.collect.job import ThisProcess, describe, run_job
 from bpkit.trace.cost import CostTable, write_cost
-from bpkit.trace.oracle import best_fixed, fixed_path
+from bpkit.trace.oracle.paths import best_fixed, fixed_path
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.manifest import Manifest, ModelFacts
 from bpkit.trace.store.storage import TraceWriter

@@ -105,3 +105,27 @@ class PromptTrace:
     def most_verified(self, position: int) -> int:
         """Drafted tokens that may be verified at a position: a step yields one token more than it verifies."""
         return self.max_new_tokens - position - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """The steps that decided one output.
+
+    Attributes:
+        tokens: that the steps yielded; the one that prefill decides is not among them.
+        position, block_size, draft_length, verify_length, num_accepted: of each step, int32 [steps].
+        features: whether features of the drafter's distributions were wanted.
+    """
+
+    tokens: int
+    position: Ints
+    block_size: Ints
+    draft_length: Ints
+    verify_length: Ints
+    num_accepted: Ints
+    features: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Turns of the loop."""
+        return len(self.position)

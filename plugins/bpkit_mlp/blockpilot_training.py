@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions
 from bpkit.policy import PolicyError
 from bpkit.sizes import format_sizes, parse_sizes
-from bpkit.trace.oracle import fixed_path
+from bpkit.trace.oracle.paths import fixed_path
 from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DraftWork
 from bpkit_mlp.blockpilot import BlockPilot

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from bpkit.judge.evaluation.policies import PolicyResult
 from bpkit.judge.evaluation.setup import Setup
 from bpkit.judge.statistics import Floats, Ints, Totals, totals_of
-from bpkit.trace.oracle import (
+from bpkit.trace.oracle.paths import (
     Expectation,
     Hindsight,
     Path,
     fixed_path,
-    hindsight,
     oracle_distributions,
     oracle_step,
+    oracle_step_truncate,
 )
-from bpkit.trace.oracle.regret import KINDS, NotTraced, Taken, features_seconds, step_regret
-from bpkit.trace.records import PromptTrace
+from bpkit.trace.oracle.regret import KINDS, NotTraced, features_seconds, step_regret
+from bpkit.trace.records import PromptTrace, Taken
 from bpkit.types import CostModel, DraftWork
 
 HEADLINE = "step_truncate"
@@ -67,12 +67,12 @@ def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bound
     choices, fixed_regret, regrets = Choices(best_fixed), Regret(work, cost), {p: Regret(work, cost) for p in policies}
     setup.progress.start(f"oracles, {name}", len(test))
     for place, prompt in enumerate(setup.test):
-        known = hindsight(prompt, work, cost)
-        choices.add(prompt, known.path)
+        known = oracle_step_truncate(prompt, work, cost)
+        choices.add(prompt, known)
         for policy, result in policies.items():
             regrets[policy].add(prompt, known, result.taken[place])
-        fixed_regret.add(prompt, known, [Taken.by_path(prompt, fixed_path(prompt, work, cost, best_fixed))])
-        found: dict[str, Path | Expectation] = {"step": oracle_step(prompt, work, cost), HEADLINE: known.path}
+        fixed_regret.add(prompt, known, [fixed_path(prompt, work, cost, best_fixed)])
+        found: dict[str, Path | Expectation] = {"step": oracle_step(prompt, work, cost), HEADLINE: known}
         if summary.sampled:
             found["distributions"] = oracle_distributions(prompt, work, cost)
         for oracle, path in found.items():

@@ -13,7 +13,7 @@ from bpkit.judge.evaluation.setup import Setup, charged
 from bpkit.judge.evaluation.tune import Tuned, tune_options
 from bpkit.judge.statistics import Ints, Totals
 from bpkit.registry.resolve import PolicyLike
-from bpkit.trace.oracle.regret import Taken
+from bpkit.trace.records import Taken
 
 
 @dataclass(frozen=True)

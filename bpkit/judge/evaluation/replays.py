@@ -9,8 +9,7 @@ import numpy as np
 
 from bpkit.judge.evaluation.candidate import Candidate
 from bpkit.judge.statistics import Floats, Totals, trimmed_mean
-from bpkit.trace.oracle.regret import Taken
-from bpkit.trace.records import PromptTrace
+from bpkit.trace.records import PromptTrace, Taken
 from bpkit.trace.replay import Replayer
 from bpkit.types import CostModel, DecoderSpec
 
@@ -70,7 +69,7 @@ class PolicyReplay:
                     one.begin_seconds,
                     one.step_seconds,
                     one.fallbacks,
-                    Taken.by_policy(one),
+                    one,
                 )
             )
 

@@ -13,7 +13,7 @@ from bpkit.judge.evaluation.splits import Split, split_prompts
 from bpkit.judge.statistics import Floats, Ints, Totals
 from bpkit.progress import Progress
 from bpkit.trace.cost import CostTable
-from bpkit.trace.oracle import fixed_path
+from bpkit.trace.oracle.paths import fixed_path
 from bpkit.trace.records import PromptTrace
 from bpkit.types import DecoderSpec, DraftWork, Feature
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bpkit.learn.trained import TrainedPolicy
-from bpkit.trace.oracle import fixed_path
-from bpkit.trace.oracle.steps import array_cost
+from bpkit.trace.oracle.paths import fixed_path
+from bpkit.trace.oracle.plan import array_cost
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
 from bpkit.types import CostModel, DecoderSpec, Feature

@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.trace.oracle.paths import Path, walk
-from bpkit.trace.oracle.plan import Choice
-from bpkit.trace.oracle.steps import Float64, step_table
+from bpkit.trace.oracle.plan import Choice, Float64, step_table
 from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DraftWork, Feature
 

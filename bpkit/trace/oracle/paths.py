@@ -4,17 +4,13 @@ An output is one fixed sequence of tokens, so each prompt's number of tokens is 
 prompts, sum of tokens / sum of seconds, is largest when every prompt takes its least seconds: minimising prompt by
 prompt is exact for the set, whatever the set is. (A best fixed size is one choice for all, so it is chosen by the sum.)
 
-From weakest to strongest: `best_fixed` (one size for a set), `oracle_prompt` (one size for each prompt), `oracle_step`
-(a size for each step), `oracle_step_truncate` (a size, and how much of the draft to verify, for each step: the headline
-bound). All of them choose among the traced block sizes and 1. They know which drafted tokens match before they choose;
-at temperature 0 that is knowable in principle, at temperatures above it includes the luck of the noise, and
+All of them choose among the traced block sizes and 1. They know which drafted tokens match before they choose; at
+temperature 0 that is knowable in principle, at temperatures above it includes the luck of the noise, and
 `oracle_distributions` says what is left without it.
 
 A policy that ends autoregressive drafts early (`extend`) in effect drafts at a smaller block size: the oracles bound it
-if that size was traced too. No oracle is charged for deciding, or for features.
-
-How the least is found says `bpkit.trace.oracle.plan`. Ties go to no draft, then to the smaller block size, then to the
-smaller number of verified tokens.
+if that size was traced too. No oracle is charged for deciding, or for features. Ties go to no draft, then to the
+smaller block size, then to the smaller number of verified tokens.
 """
 
 from __future__ import annotations
@@ -24,51 +20,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bpkit.trace.oracle.plan import Choice, Plan, solve
-from bpkit.trace.oracle.steps import (
-    Float64,
-    StepTable,
-    array_cost,
-    price_steps,
-    step_table,
-    waiting_before_drafts,
-)
-from bpkit.trace.records import PromptTrace
+from bpkit.trace.oracle.plan import Choice, Float64, Int64, Plan, StepTable, array_cost, solve, step_table
+from bpkit.trace.records import PromptTrace, Taken
 from bpkit.types import CostModel, DraftWork
 
 
-@dataclass(frozen=True)
-class Path:
-    """The steps that decided one output.
-
-    Attributes:
-        seconds: of all steps, prefill left out.
-        tokens: that the steps yielded: the output length less one.
-        position, block_size, verify_length, num_accepted: of each step, int32 [steps].
-    """
+@dataclass(frozen=True, kw_only=True)
+class Path(Taken):
+    """The steps that decided one output, and their seconds; prefill is left out."""
 
     seconds: float
-    tokens: int
-    position: NDArray[np.int32]
-    block_size: NDArray[np.int32]
-    verify_length: NDArray[np.int32]
-    num_accepted: NDArray[np.int32]
-
-    @property
-    def steps(self) -> int:
-        """Turns of the loop."""
-        return len(self.position)
 
 
-@dataclass(frozen=True)
-class Hindsight:
-    """The best plan of one prompt for who knows which drafted tokens match, what it was made from, and its path."""
+@dataclass(frozen=True, kw_only=True)
+class Hindsight(Path):
+    """The best path for who knows which drafted tokens match, and the plan that it follows."""
 
-    table: StepTable
     plan: Plan
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -137,25 +106,24 @@ def oracle_prompt(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Path
     return min((fixed_path(prompt, work, cost, size) for size in _sizes(prompt)), key=lambda path: path.seconds)
 
 
-def oracle_step(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Path:
+def oracle_step(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Hindsight:
     """The best path with a block size for each step; of each draft is verified what the limit on new tokens allows."""
-    return hindsight(prompt, work, cost, truncate=False).path
+    return _hindsight(prompt, work, cost, truncate=False)
 
 
-def oracle_step_truncate(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Path:
+def oracle_step_truncate(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Hindsight:
     """The best path with a block size for each step, and with any number of its drafted tokens verified.
 
     No policy can be faster on this output under this cost model.
     """
-    return hindsight(prompt, work, cost).path
+    return _hindsight(prompt, work, cost, truncate=True)
 
 
-def hindsight(prompt: PromptTrace, work: DraftWork, cost: CostModel, *, truncate: bool = True) -> Hindsight:
-    """`oracle_step_truncate`, or without `truncate` `oracle_step`, with the plan that it follows."""
+def _hindsight(prompt: PromptTrace, work: DraftWork, cost: CostModel, *, truncate: bool) -> Hindsight:
     table = step_table(prompt, work, cost, truncate=truncate)
     stands = np.arange(table.draft.shape[2] - 1) < prompt.drafts.num_accepted[:, :, None]
     plan = solve(table, stands.astype(np.float64))
-    return Hindsight(table, plan, walk(prompt, work, cost, plan.choose))
+    return Hindsight(**vars(walk(prompt, work, cost, plan.choose)), plan=plan)
 
 
 def oracle_distributions(
@@ -198,26 +166,34 @@ def _sizes(prompt: PromptTrace) -> list[int]:
 
 def walk(prompt: PromptTrace, work: DraftWork, cost: CostModel, choose: Callable[[int, int], Choice]) -> Path:
     """The path of `choose`, which is asked with position and waiting, and answers what was traced or (1, 0)."""
-    table, position = prompt.drafts, 1
-    waiting = waiting_before_drafts(work, prompt.prompt_length, position)
+    table, position, waiting = prompt.drafts, 1, work.first(prompt.prompt_length)
     columns = {size: column for column, size in enumerate(table.block_sizes.tolist())}
-    steps: list[tuple[int, int, int, int]] = []
-    sizes: list[int] = []
+    steps: list[tuple[int, int, int, int, int]] = []
     waited: list[int] = []
     while position < prompt.output_length:
         block_size, verify_length = choose(position, waiting)
         at = (position - 1, columns[block_size]) if block_size > 1 else None
         length, standing = (int(table.draft_length[at]), int(table.num_accepted[at])) if at else (0, 0)
         accepted = min(standing, verify_length)
-        sizes.append(length + 1 if length else 0)
         waited.append(waiting)
-        steps.append((position, block_size, verify_length, accepted))
-        drafted = sizes[-1] > 0
-        waiting = work.after_draft(length, accepted) if drafted else work.after_no_draft(waiting)
+        steps.append((position, block_size, length, verify_length, accepted))
+        waiting = work.after_draft(length, accepted) if length else work.after_no_draft(waiting)
         position += accepted + 1
-    fields = np.ascontiguousarray(np.array(steps, np.int32).reshape(-1, 4).T)
-    seconds = price_steps(prompt, cost, fields[0], sizes, waited, fields[2])
-    return Path(math.fsum(seconds), prompt.decided_by_steps, *fields)
+    names = ("position", "block_size", "draft_length", "verify_length", "num_accepted")
+    fields = dict(zip(names, np.ascontiguousarray(np.array(steps, np.int32).reshape(-1, 5).T), strict=True))
+    taken = Taken(tokens=prompt.decided_by_steps, **fields)
+    return Path(**vars(taken), seconds=math.fsum(_seconds(prompt, cost, taken, np.array(waited, np.int64))))
+
+
+def _seconds(prompt: PromptTrace, cost: CostModel, taken: Taken, waited: Int64) -> Float64:
+    """Of each step, as `bpkit.decode.clock.price` says, by what waited before it: float64 [steps]."""
+    prices, at = array_cost(cost), prompt.prompt_length + taken.position
+    drafted, seconds = taken.draft_length > 0, np.zeros(len(at))
+    if drafted.any():
+        seconds[drafted] = prices.array("draft", taken.draft_length[drafted] + 1, at[drafted])
+        seconds[drafted] += prices.array("catch_up", waited[drafted], at[drafted])
+    seconds += prices.array("verify", taken.verify_length + 1, at)
+    return seconds + prices.array("rest", np.ones_like(at), at)
 
 
 def _match_probability(prompt: PromptTrace, work: DraftWork, table: StepTable) -> Float64:
