@@ -36,7 +36,7 @@ class DraftTable:
             target's along the realised text, but not the noise: float32 [rows, sizes, width], NaN where nothing was
             drafted or beyond the output. None for greedy traces and for drafters without a distribution. An
             autoregressive draft goes on from its own tokens, so that after one that does not match this is no longer
-            the chance given that all earlier ones matched; `bpkit.trace.oracle` says what to take instead.
+            the chance given that all earlier ones matched; `oracle_distributions` takes another.
     """
 
     block_sizes: Ints
