@@ -17,9 +17,7 @@ from typing import Any
 import pytest
 import torch
 from bpkit_bandit.arm import Arm, pooled_rate
-from bpkit_bandit.learner import BanditConfig, Learner
-from bpkit_bandit.thompson import Thompson
-from bpkit_bandit.ucb import UCB
+from bpkit_bandit.bandit import UCB, BanditConfig, Learner, Thompson
 
 from bpkit.policy import PolicyError, validated
 from bpkit.registry.discovery import build
@@ -61,7 +59,7 @@ def picks(policy: Learner, times: int, seed: int = 0) -> Counter[int]:
 
 
 def test_hook_modules_and_options_load_without_torch() -> None:
-    code = "import bpkit_bandit, bpkit_bandit.thompson, bpkit_bandit.ucb, sys; assert 'torch' not in sys.modules"
+    code = "import bpkit_bandit, bpkit_bandit.bandit, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -18,7 +18,7 @@ from bpkit_bandit.exp3 import Exp3
 from bpkit_bandit.rules import FIXED, THRESHOLDS, parse_rule
 from bpkit_bandit.tapout import TapOut
 from bpkit_threshold.adaedl import AdaEdl
-from bpkit_threshold.confidence import Confidence
+from bpkit_threshold.thresholds import Confidence
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import Policy, PolicyError, State
@@ -44,7 +44,7 @@ def draft(
 
 def test_options_load_without_torch() -> None:
     code = (
-        "import bpkit_threshold.confidence, bpkit_threshold.adaedl, bpkit_bandit.exp3, bpkit_bandit.eesd, sys;"
+        "import bpkit_threshold.thresholds, bpkit_threshold.adaedl, bpkit_bandit.exp3, bpkit_bandit.eesd, sys;"
         "import bpkit_bandit.tapout; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

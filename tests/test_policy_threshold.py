@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bpkit_threshold.schedule import Schedule
-from bpkit_threshold.svip import Svip
-from bpkit_threshold.threshold import Threshold
+from bpkit_threshold.thresholds import Svip, Threshold
 
 from bpkit.policy import Policy, PolicyError, State
 from bpkit.registry.discovery import build
@@ -32,7 +31,7 @@ def entropies(rows: list[list[float]], lengths: list[int] | None = None) -> Draf
 
 def test_hook_modules_and_options_load_without_torch() -> None:
     code = (
-        "import bpkit_threshold, bpkit_threshold.threshold, bpkit_threshold.svip, bpkit_threshold.schedule, sys;"
+        "import bpkit_threshold, bpkit_threshold.thresholds, bpkit_threshold.schedule, sys;"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -64,11 +64,6 @@ def sure(draft: Draft, least: float) -> Tensor:
     return draft[Feature.DRAFT_PROBABILITY] >= least
 
 
-def sure_together(draft: Draft, least: float) -> Tensor:
-    """The product of the drafter's probabilities of this token and all before it is at least `least`."""
-    return draft[Feature.DRAFT_PROBABILITY].cumprod(dim=1) >= least
-
-
 def low_entropy(draft: Draft, most: float) -> Tensor:
     """The root of the drafter's entropy, in nats, is at most `most` (SVIP, 2411.18462)."""
     # Squared on the other side: an entropy of 0 may be rounded to -1e-8, and its root would be NaN.

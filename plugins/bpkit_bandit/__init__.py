@@ -9,15 +9,15 @@ from bpkit.registry.hookspecs import Register, hookimpl
 def bpkit_register_policies(register: Register) -> None:
     register(
         "bandit",
-        "bpkit_bandit.thompson:Thompson",
+        "bpkit_bandit.bandit:Thompson",
         summary="Learns tokens per second of every block size; Thompson sampling picks one before each draft.",
-        config="bpkit_bandit.learner:BanditConfig",
+        config="bpkit_bandit.bandit:BanditConfig",
     )
     register(
         "ucb",
-        "bpkit_bandit.ucb:UCB",
+        "bpkit_bandit.bandit:UCB",
         summary="Learns tokens per second of every block size; the upper confidence bound picks one before each draft.",
-        config="bpkit_bandit.ucb:UCBConfig",
+        config="bpkit_bandit.bandit:UCBConfig",
     )
     register(
         "exp3",

@@ -13,6 +13,8 @@ from bpkit.policy import PolicyError
 from bpkit.types import Context, Step
 
 Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Name = TypeVar("Name", int, str)
+Known = TypeVar("Known")
 FORGOTTEN = 1e-6
 """A discounted count below this is no knowledge any more."""
 
@@ -79,14 +81,6 @@ class Arm:
         deviations = max(deviations, 0.0) / mean_seconds**2  # rounding may leave it just below 0
         return math.sqrt((deviations + typical_rate**2) / (self.count + 1))
 
-    def upper_bound(self, bonus: float, scale: float, log_steps: float) -> float:
-        """The rate + `bonus` * `scale` * sqrt(2 ln n / n_arm), as in UCB1 (Auer et al. 2002); ln n of all arms."""
-        return self.rate + bonus * scale * math.sqrt(2 * log_steps / self.count)
-
-    def draw(self, z: float, typical_rate: float) -> float:
-        """A draw around the rate with its standard error, from standard normal noise `z`."""
-        return self.rate + z * self.spread(typical_rate) / math.sqrt(self.count)
-
 
 def pooled_rate(arms: Collection[Arm]) -> float:
     """Tokens per second over all arms together; 0 if nothing was counted."""
@@ -94,18 +88,45 @@ def pooled_rate(arms: Collection[Arm]) -> float:
     return sum(arm.tokens for arm in arms) / seconds if seconds > 0 else 0.0
 
 
-def log_steps(arms: Collection[Arm]) -> float:
-    """ln n of all steps that were counted."""
-    return math.log(max(1.0, sum(arm.count for arm in arms)))
+def upper_bound(
+    arms: Mapping[Name, Arm], usable: Sequence[Name], min_pulls: int, exploration: float, *, scaled: bool = True
+) -> Name:
+    """The arm with the highest rate + `exploration` * scale * sqrt(2 ln n / n_arm), as in UCB1 (Auer et al. 2002).
+
+    n is the count of all usable arms; the scale is the arm's own spread, or 1. Untried arms come first, in order.
+    """
+    typical_rate = pooled_rate(arms.values())
+    log_n = math.log(max(1.0, sum(arms[name].count for name in usable)))
+
+    def bound(name: Name) -> float:
+        arm = arms[name]
+        if not arm.tried(min_pulls):
+            return math.inf
+        scale = arm.spread(typical_rate) if scaled else 1.0
+        return arm.rate + exploration * scale * math.sqrt(2 * log_n / arm.count)
+
+    return max(usable, key=bound)
 
 
-def normal_noise(context: Context, count: int) -> list[float]:
-    """Standard normal numbers from the context's generator."""
+def likeliest(
+    arms: Mapping[Name, Arm], usable: Sequence[Name], min_pulls: int, context: Context, spread: float = 1.0
+) -> Name:
+    """Thompson sampling: the arm with the highest of normal draws, around its rate with `spread` standard errors.
+
+    Untried arms come first, at random. The noise is of the context's generator.
+    """
     import torch  # here, so that options can be listed without it
 
-    of = context.generator
-    noise: list[float] = torch.randn(count, generator=of, device=of.device, dtype=torch.float64).tolist()
-    return noise
+    typical_rate, of = pooled_rate(arms.values()), context.generator
+    noise = torch.randn(len(usable), generator=of, device=of.device, dtype=torch.float64).tolist()
+
+    def draw(place: int) -> tuple[bool, float]:
+        arm, z = arms[usable[place]], noise[place]
+        if not arm.tried(min_pulls):
+            return True, z
+        return False, arm.rate + spread * z * arm.spread(typical_rate) / math.sqrt(arm.count)
+
+    return usable[max(range(len(usable)), key=draw)]
 
 
 def row_seconds(step: Step) -> float:
@@ -116,10 +137,6 @@ def row_seconds(step: Step) -> float:
     """
     seconds = step.seconds.total / len(step.block_size)
     return seconds if 0 < seconds < math.inf else 0.0
-
-
-Name = TypeVar("Name", int, str)
-Known = TypeVar("Known")
 
 
 def configured(

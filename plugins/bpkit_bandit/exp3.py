@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,7 +12,7 @@ from pydantic import Field
 from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
 from bpkit.types import Context, CostModel, DecoderSpec, Step
 from bpkit_bandit.arm import Sum, configured, row_seconds
-from bpkit_bandit.learner import Arms, Discount
+from bpkit_bandit.bandit import Arms, Discount
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,13 +92,8 @@ class Exp3(RememberingPolicy[Exp3Memory]):
 
         chances = self.probabilities()
         generator = context.generator
-        left = float(torch.rand(1, generator=generator, device=generator.device, dtype=torch.float64))
-        arm = len(chances) - 1
-        for place, chance in enumerate(chances):
-            left -= chance
-            if left < 0:
-                arm = place
-                break
+        drawn = float(torch.rand(1, generator=generator, device=generator.device, dtype=torch.float64))
+        arm = min(bisect(list(accumulate(chances)), drawn), len(chances) - 1)  # rounding may leave the sum below 1
         # Kept with the request: others may have taught the policy something before this step ends.
         state["chance"] = context.position.new_full((context.batch_size,), chances[arm], dtype=torch.float64)
         return context.full(self.usable[arm])

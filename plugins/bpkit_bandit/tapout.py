@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State, StopRule
 from bpkit.sizes import BlockSize
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
-from bpkit_bandit.arm import Arm, configured, log_steps, normal_noise, pooled_rate, row_seconds
+from bpkit_bandit.arm import Arm, configured, likeliest, row_seconds, upper_bound
 from bpkit_bandit.rules import FIXED, Rule, parse_rule
 
 if TYPE_CHECKING:
@@ -110,18 +110,13 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
         return context.full(self.rules[place].block_size(self.block_size))
 
     def _pick(self, context: Context) -> int:
-        arms, typical_rate, factor = self.arms, pooled_rate(self.arms), self.config.exploration
-        usable = [arms[place] for place in self.usable]
-        untried = [place for place in self.usable if not arms[place].tried(self.config.min_pulls)]
+        arms, least, exploration = dict(enumerate(self.arms)), self.config.min_pulls, self.config.exploration
+        untried = [place for place in self.usable if not arms[place].tried(least)]
         if untried:
             return untried[0]
         if self.config.bandit == "thompson":
-            noise = normal_noise(context, len(usable))
-            scores = [arm.draw(factor * z, typical_rate) for arm, z in zip(usable, noise, strict=True)]
-        else:
-            blended, log_n = self.config.reward == "blend", log_steps(usable)
-            scores = [arm.upper_bound(factor, 1.0 if blended else arm.spread(typical_rate), log_n) for arm in usable]
-        return self.usable[scores.index(max(scores))]
+            return likeliest(arms, self.usable, least, context, spread=exploration)
+        return upper_bound(arms, self.usable, least, exploration, scaled=self.config.reward == "time")
 
     def trusted(self, state: State, draft: Draft) -> Tensor:
         places = set(state["rule"].tolist())

@@ -9,15 +9,15 @@ from bpkit.registry.hookspecs import Register, hookimpl
 def bpkit_register_policies(register: Register) -> None:
     register(
         "threshold",
-        "bpkit_threshold.threshold:Threshold",
+        "bpkit_threshold.thresholds:Threshold",
         summary="Verifies a draft as far as the product of the drafter's probabilities stays above a threshold.",
-        config="bpkit_threshold.threshold:ThresholdConfig",
+        config="bpkit_threshold.thresholds:ThresholdConfig",
     )
     register(
         "svip",
-        "bpkit_threshold.svip:Svip",
+        "bpkit_threshold.thresholds:Svip",
         summary="Verifies a draft up to the first position where the drafter's entropy is high.",
-        config="bpkit_threshold.svip:SvipConfig",
+        config="bpkit_threshold.thresholds:SvipConfig",
     )
     register(
         "schedule",
@@ -27,9 +27,9 @@ def bpkit_register_policies(register: Register) -> None:
     )
     register(
         "confidence",
-        "bpkit_threshold.confidence:Confidence",
+        "bpkit_threshold.thresholds:Confidence",
         summary="Verifies a draft up to the first token of low probability, as transformers' dynamic speculation.",
-        config="bpkit_threshold.confidence:ConfidenceConfig",
+        config="bpkit_threshold.thresholds:ConfidenceConfig",
     )
     register(
         "adaedl",

@@ -1,16 +1,19 @@
-"""What `bandit` and `ucb` share: the arms, what a step teaches, and the memory. How to pick is theirs."""
+"""Bandits over block sizes: `bandit` picks by Thompson sampling, `ucb` by upper confidence bounds."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State
 from bpkit.sizes import BlockSizesWithNoDraft
-from bpkit.types import CostModel, DecoderSpec, Step
-from bpkit_bandit.arm import Arm, configured, row_seconds
+from bpkit.types import Context, CostModel, DecoderSpec, Step
+from bpkit_bandit.arm import Arm, configured, likeliest, row_seconds, upper_bound
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Discount = Annotated[float, Field(gt=0, le=1, description="weight of the past after each step; 1 forgets nothing")]
 Arms = Annotated[
@@ -29,6 +32,14 @@ class BanditConfig(PolicyConfig):
     discount: Discount = 1.0
     memory: str | None = Field(default=None, description="JSON file to learn from and to save to")
     save_every: int = Field(default=200, ge=1, description="steps between two saves of `memory` in a long request")
+
+
+class UCBConfig(BanditConfig):
+    """Options of `ucb`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {**BanditConfig.grid, "exploration": (0.1, 0.3, 1.0, 2.0)}
+
+    exploration: float = Field(default=1.0, ge=0, description="factor of the bonus for what is little known; 0: greedy")
 
 
 class BanditMemory(PolicyMemory):
@@ -107,3 +118,35 @@ class Learner(RememberingPolicy[BanditMemory]):
         if known and loaded and known != loaded:
             raise PolicyError(f"the memory was learned with {loaded}, this is {known}")
         return BanditMemory(learned_with=known, arms=arms)
+
+
+class Thompson(Learner):
+    """Draws tokens per second of every arm from what is known of it, and picks the arm with the highest draw.
+
+    A draw is normal around the arm's rate with its standard error, both from `Arm`. EESD (2406.03853) samples the
+    draft length the same way, but from acceptance alone; here the reward is time. Arms with fewer than `min_pulls`
+    steps come first, at random.
+
+    One draw serves all rows of a batch. Only the time of the whole step is known: were sizes mixed, large blocks
+    would be charged less than they cost, small ones more, and the bandit would settle on blocks that are too large.
+    """
+
+    def select(self, state: State, context: Context) -> Tensor:
+        return context.full(likeliest(self.arms, self.usable, self.config.min_pulls, context))
+
+
+class UCB(Learner):
+    """Picks the arm with the highest rate + `exploration` * spread * sqrt(2 ln n / n_arm); nothing is random.
+
+    n is the steps counted for all arms. UCB1 (Auer et al. 2002) is for rewards in [0, 1]; tokens per second have
+    no such scale, so the arm's own spread gives it, as in UCB-V and UCB1-tuned. All rows of a batch get the same block
+    size: they share what is known. Arms with fewer than `min_pulls` steps come first, smallest first.
+
+    BanditSpec (2505.15141) brought UCB to speculative decoding; how its program differs, docs/policies/bandits.md says.
+    """
+
+    Config = UCBConfig
+    config: UCBConfig
+
+    def select(self, state: State, context: Context) -> Tensor:
+        return context.full(upper_bound(self.arms, self.usable, self.config.min_pulls, self.config.exploration))

@@ -1,4 +1,4 @@
-"""Dynamic speculation as in transformers' assisted generation: stop at the first token the drafter is unsure of."""
+"""Stop rules with a threshold that stays as it is: `threshold`, `confidence` and `svip`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,44 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from bpkit.policy import PolicyConfig, State, StopRule
-from bpkit.policy.stop_rules import sure
+from bpkit.policy.stop_rules import low_entropy, sure
+from bpkit.sizes import BlockSize
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 from bpkit_threshold.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class ThresholdConfig(PolicyConfig):
+    """Options of `threshold`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "threshold": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        "block_size": tuple(range(2, 33)),
+    }
+
+    threshold: float = Field(
+        default=0.4, ge=0, le=1, description="least probability that the draft so far stands; 0 keeps all of it"
+    )
+    block_size: BlockSize = None
+
+
+class Threshold(StopRule):
+    """Keeps position k while the product of the drafter's probabilities of tokens 1 .. k is >= `threshold`.
+
+    A token counts only if all before it stand, hence the product: with calibrated probabilities it is the chance
+    that position k is accepted. transformers' `assistant_confidence_threshold` (also 0.4) compares each single
+    probability instead, and still verifies the token below it. SpecDec++ (2405.19715) thresholds a product as well,
+    of probabilities that a trained head predicts.
+    """
+
+    Config = ThresholdConfig
+    wants = frozenset({Feature.DRAFT_PROBABILITY})
+    config: ThresholdConfig
+
+    def trusted(self, state: State, draft: Draft) -> Tensor:
+        return draft[Feature.DRAFT_PROBABILITY].cumprod(dim=1) >= self.config.threshold
 
 
 class ConfidenceConfig(PolicyConfig):
@@ -76,3 +108,32 @@ class Confidence(StopRule):
 
     def trusted(self, state: State, draft: Draft) -> Tensor:
         return sure(draft, self.config.threshold)
+
+
+class SvipConfig(PolicyConfig):
+    """Options of `svip`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "h": (0.2, 0.4, 0.6, 0.775, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0),
+        "block_size": tuple(range(2, 33)),
+    }
+
+    h: float = Field(default=0.6, ge=0, description="largest sqrt(entropy) that is trusted; the entropy is in nats")
+    block_size: BlockSize = None
+
+
+class Svip(StopRule):
+    """Keeps positions up to the first whose sqrt(entropy) exceeds `h`.
+
+    The paper bounds the acceptance rate from below by a term in the root of the entropy. The authors' program tests
+    sqrt(0.15 * entropy) > 0.3, which is `h` = 0.775 here, and still verifies the token at which it stops; here that
+    token is left out. Entropy belongs to the distribution and not to the drafted token, so this policy may also run
+    under the rejection rule.
+    """
+
+    Config = SvipConfig
+    wants = frozenset({Feature.DRAFT_ENTROPY})
+    config: SvipConfig
+
+    def trusted(self, state: State, draft: Draft) -> Tensor:
+        return low_entropy(draft, self.config.h)
