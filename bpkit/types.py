@@ -12,9 +12,9 @@ Every tensor carries a leading batch axis: row *i* is request *i*. Terms (one me
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -313,14 +313,17 @@ class Draft:
 
     def first(self, count: int) -> Draft:
         """The draft as it was after `count` tokens."""
-        return Draft(
-            self.context,
-            self.block_size,
-            self.draft_length.clamp(max=count),
-            self.tokens[:, :count],
-            None if self.logits is None else self.logits[:, :count],
-            {name: value[:, :count] for name, value in self.features.items()},
-            None if self.predictions is None else {name: value[:, :count] for name, value in self.predictions.items()},
+
+        def cut(values: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+            return {name: value[:, :count] for name, value in values.items()}
+
+        return replace(
+            self,
+            draft_length=self.draft_length.clamp(max=count),
+            tokens=self.tokens[:, :count],
+            logits=None if self.logits is None else self.logits[:, :count],
+            features=cut(self.features),
+            predictions=None if self.predictions is None else cut(self.predictions),
         )
 
     def __getitem__(self, name: Feature | str) -> Tensor:
@@ -386,17 +389,8 @@ class Step:
 
     def clone(self) -> Step:
         """A copy with tensors of its own."""
-        return Step(
-            self.block_size.clone(),
-            self.draft_length.clone(),
-            self.verify_length.clone(),
-            self.num_accepted.clone(),
-            self.tokens.clone(),
-            self.position.clone(),
-            self.seconds,
-            self.fallbacks,
-            self.near_ties,
-        )
+        counts = ("block_size", "draft_length", "verify_length", "num_accepted", "tokens", "position")
+        return replace(self, **{name: getattr(self, name).clone() for name in counts})
 
     @property
     def acceptance_length(self) -> Tensor:
