@@ -19,9 +19,8 @@ from bpkit.assets import prompts
 from bpkit.draft.blocks import block_attention_mask
 from bpkit.learn.training.answers import DrafterRun
 from bpkit.learn.training.assistant import DistillationLoss, first_layers, train_assistant
-from bpkit.learn.training.budget import learning_rate_factor
 from bpkit.learn.training.drafter import position_weights, train_drafter
-from bpkit.learn.training.model import ModelRun
+from bpkit.learn.training.model import ModelRun, learning_rate_factor
 from bpkit.learn.training.provenance import write_provenance
 from bpkit.types import AUTOREGRESSIVE
 from recipes.pair import structured

@@ -196,9 +196,9 @@ def cost_models(given: str | None, largest: int) -> list[CostTable]:
 
 def first_prompts(trace: Trace, limit: int | None) -> Part:
     """The first prompts of each domain, read when they are asked for."""
-    from bpkit.learn.training.prompts import Part, first_of_each
+    from bpkit.learn.training.prompts import Part
 
-    return Part(trace, first_of_each(trace, range(len(trace)), limit))
+    return Part(trace, range(len(trace)), limit=limit)
 
 
 def filler(config: Config, trace: Trace) -> Fill:

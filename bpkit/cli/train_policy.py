@@ -178,12 +178,12 @@ def prompts_of(
     trace: Trace, places: Sequence[int], limit: int | None, module: PolicyModule, fill: Recompute | None
 ) -> Part:
     """Prompts of a trace, with what the policy and its training read, and where it can be computed what it may read."""
-    from bpkit.learn.training.prompts import Part, first_of_each
+    from bpkit.learn.training.prompts import Part
 
     features = module.features | module.policy.wants
     if fill is not None:
         features |= module.policy.wants_optional & fill.offers
-    return Part(trace, first_of_each(trace, places, limit), fill=fill, features=features)
+    return Part(trace, places, limit=limit, fill=fill, features=features)
 
 
 def with_config(spec: str, config: Config) -> str | dict[str, Any]:

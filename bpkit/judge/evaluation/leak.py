@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bpkit.judge.evaluation.candidate import Candidate
 from bpkit.learn.trained import TrainedPolicy
-from bpkit.learn.training.prompts import PROMPTS, fingerprints
+from bpkit.learn.training.prompts import PROMPTS, labels
 from bpkit.policy import PolicyError
 from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.records import PromptTrace
@@ -157,7 +157,7 @@ def _leak(folder: Path, seen: SeenPrompts, evaluated: Mapping[str, Sequence[Prom
         """Ids of the prompts of a part of the evaluation that the policy has seen as `of`."""
         known = set(seen.fingerprints[of] if by_tokens else getattr(seen, of))
         prompts = evaluated[part]
-        keys = fingerprints(prompts) if by_tokens else [prompt.id for prompt in prompts]
+        keys = labels(prompts, "fingerprint" if by_tokens else "id")
         return [prompt.id for prompt, key in zip(prompts, keys, strict=True) if key in known]
 
     trained_on = {part: both(part, "train") for part in ("test", "validation")}

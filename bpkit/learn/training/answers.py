@@ -11,6 +11,7 @@ import torch
 from rich.progress import track
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bpkit.files import write_at_once
@@ -54,25 +55,24 @@ def target_answers(
         `ids` int64 [sequences, time] right-padded, `prompt_length` and `length` int64 [sequences].
     """
     result, shards = out / "outputs.safetensors", out / "outputs"
-    if result.exists():
-        return _columns(load_file(result))
-    # Sorting by length keeps padding, and so wasted work, small.
-    chosen = sorted(islice(cycle(prompts), run.sequences), key=len)
-    batches = [chosen[i : i + AT_ONCE] for i in range(0, run.sequences, AT_ONCE)]
-    for index, batch in track(list(enumerate(batches)), description="target outputs"):
-        shard = shards / f"{index:05d}.safetensors"
-        if not shard.exists():
-            torch.manual_seed(run.seed + index)
-            greedy = _answers(target, tokenizer, batch[::2], run.new_tokens, sample=False)
-            sampled = _answers(target, tokenizer, batch[1::2], run.new_tokens, sample=True)
-            write_at_once(shard, save(_padded([*greedy, *sampled])))
-    parts = [load_file(shards / f"{index:05d}.safetensors") for index in range(len(batches))]
-    rows = [part["ids"][i, : part["length"][i]] for part in parts for i in range(len(part["length"]))]
-    starts = torch.cat([part["prompt_length"] for part in parts]).tolist()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed)).tolist()
-    whole = _padded([(rows[i], starts[i]) for i in order])
-    write_at_once(result, save(whole))
-    return _columns(whole)
+    if not result.exists():
+        # Sorting by length keeps padding, and so wasted work, small.
+        chosen = sorted(islice(cycle(prompts), run.sequences), key=len)
+        batches = [chosen[i : i + AT_ONCE] for i in range(0, run.sequences, AT_ONCE)]
+        files = [shards / f"{index:05d}.safetensors" for index in range(len(batches))]
+        for index, file in track(list(enumerate(files)), description="target outputs"):
+            if not file.exists():
+                torch.manual_seed(run.seed + index)
+                greedy = _answers(target, tokenizer, batches[index][::2], run.new_tokens, sample=False)
+                sampled = _answers(target, tokenizer, batches[index][1::2], run.new_tokens, sample=True)
+                write_at_once(file, _padded([*greedy, *sampled]))
+        parts = [load_file(file) for file in files]
+        rows = [part["ids"][i, : part["length"][i]] for part in parts for i in range(len(part["length"]))]
+        starts = torch.cat([part["prompt_length"] for part in parts]).tolist()
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed)).tolist()
+        write_at_once(result, _padded([(rows[i], starts[i]) for i in order]))
+    data = load_file(result)
+    return data["ids"].long(), data["prompt_length"], data["length"]
 
 
 @torch.inference_mode()
@@ -112,13 +112,12 @@ def _answers(
         yield torch.cat([prompt, answer[:stop]]), len(prompt)
 
 
-def _padded(rows: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-    lengths = torch.tensor([len(ids) for ids, _ in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int32)
-    for i, (row, _) in enumerate(rows):
-        ids[i, : len(row)] = row
-    return {"ids": ids, "prompt_length": torch.tensor([start for _, start in rows]), "length": lengths}
-
-
-def _columns(data: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return data["ids"].long(), data["prompt_length"], data["length"]
+def _padded(rows: list[tuple[Tensor, int]]) -> bytes:
+    """A shard of these answers, right-padded."""
+    return save(
+        {
+            "ids": pad_sequence([ids.int() for ids, _ in rows], batch_first=True),
+            "prompt_length": torch.tensor([start for _, start in rows]),
+            "length": torch.tensor([len(ids) for ids, _ in rows]),
+        }
+    )

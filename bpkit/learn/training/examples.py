@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bpkit.files import write_at_once
 from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions
+from bpkit.learn.training.run_folder import describe_cost
 from bpkit.policy import PolicyError
 from bpkit.progress import Progress
+from bpkit.trace.fingerprint import fingerprint_values
 from bpkit.trace.records import PromptTrace
 
 PROMPTS_A_FILE = 64
@@ -107,15 +108,7 @@ def examples_key(module: PolicyModule, data: str) -> str:
         "spec": repr(module.spec),
         "code": hashlib.sha256(code).hexdigest(),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def describe_cost(cost: Any) -> str:
-    """Name of a cost model, and a fingerprint of its figures where it has any."""
-    name = str(getattr(cost, "name", type(cost).__name__))
-    if not hasattr(cost, "model_dump_json"):
-        return name
-    return f"{name} {hashlib.sha256(cost.model_dump_json(exclude={'spread'}).encode()).hexdigest()[:16]}"
+    return fingerprint_values(facts)
 
 
 def size_of(data: Examples) -> dict[str, int]:

@@ -1,15 +1,22 @@
-"""The training of a model, which is written to a folder: budget, precision, checkpoints, logs."""
+"""The training of a model to a budget of steps or minutes, whichever ends first. It is written to a folder.
+
+The learning rate follows the share of the budget that is spent: a short warm-up, a plateau, then a linear decay to zero
+over the second half. So a run that is given twenty minutes ends annealed after twenty minutes, whatever the machine did
+meanwhile.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -17,12 +24,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
-from bpkit.learn.training.budget import BudgetedModule
 from bpkit.learn.training.fit import FitOptions, fit
 from bpkit.learn.training.provenance import write_provenance
 
 HELD_OUT = 64
 """Examples that are validated on: the first ones."""
+MUON_RATE, ADAMW_RATE = 6e-3, 2e-3
+"""Learning rates at their peaks."""
+WARMUP, DECAY_FROM = 0.03, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,77 @@ class ModelRun(FitOptions):
     batch_size: int = 8
     compile: bool = False
     seed: int = 0
+
+
+def learning_rate_factor(progress: float) -> float:
+    """Share of the peak learning rate at `progress` in [0, 1] through the budget."""
+    if progress < WARMUP:
+        return max(progress, 1e-3) / WARMUP
+    return min(1.0, max(0.0, (1.0 - progress) / (1.0 - DECAY_FROM)))
+
+
+class BudgetedModule(L.LightningModule):
+    """Trains `loss_module(*batch) -> loss` with Muon on matrices and AdamW on everything else.
+
+    Muon is Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, as in `torch.optim.Muon`.
+
+    Args:
+        loss_module: maps a batch to a scalar loss.
+    """
+
+    def __init__(self, loss_module: nn.Module, run: ModelRun) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.loss_module, self.run = loss_module, run
+        self.seconds_before, self.started = 0.0, time.monotonic()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        named = [(n, p) for n, p in self.loss_module.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+        others = [p for n, p in named if not any(p is m for m in matrices)]
+        return [
+            torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=ADAMW_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+
+    def on_train_start(self) -> None:
+        self.started = time.monotonic()
+        self.loss_module.train()
+
+    def seconds(self) -> float:
+        """Spent so far, those before an interruption included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def progress(self) -> float:
+        """Share of the budget that is spent, the same on every rank."""
+        steps = self.global_step / 2  # Lightning counts the steps of both optimizers
+        share = max(steps / self.run.max_steps, self.seconds() / (60 * self.run.max_minutes))
+        return float(self.trainer.strategy.reduce(torch.tensor(share), reduce_op="mean"))
+
+    def training_step(self, batch: Iterable[Tensor], batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        loss = self.loss_module(*batch)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.loss_module.parameters(), 1.0)
+        progress = self.progress()
+        for optimizer, peak in zip(optimizers, (MUON_RATE, ADAMW_RATE), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * learning_rate_factor(progress)
+            optimizer.step()
+        self.log_dict({"train/loss": loss.detach(), "budget": progress}, prog_bar=True)
+        if progress >= 1.0:
+            self.trainer.should_stop = True
+
+    def validation_step(self, batch: Iterable[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.loss_module(*batch), prog_bar=True, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seconds"] = self.seconds()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seconds_before = checkpoint["seconds"]
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -65,7 +145,6 @@ def train_model(
             fingerprints: of its texts.
         columns: the loss's arguments, examples first in each.
     """
-    module = BudgetedModule(loss, max_steps=run.max_steps, max_minutes=run.max_minutes, muon_lr=6e-3, adamw_lr=2e-3)
     if run.compile:
         loss.compile(dynamic=False)
     data = [
@@ -74,7 +153,7 @@ def train_model(
     ]
     with _threads_for(run.devices):
         is_first = fit(
-            module,
+            BudgetedModule(loss, run),
             data,
             out,
             run,

@@ -16,27 +16,20 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from bpkit.files import write_json
 from bpkit.installation.distribution import install_command
 from bpkit.learn.trained import TrainedPolicy
-from bpkit.learn.training import run_folder
-from bpkit.learn.training.best import RATE, BestByReplay
-from bpkit.learn.training.examples import (
-    ExampleData,
-    collect_examples,
-    describe_cost,
-    examples_key,
-    size_of,
-)
+from bpkit.learn.training.examples import ExampleData, collect_examples, examples_key, size_of
 from bpkit.learn.training.fit import FitOptions, fit
 from bpkit.learn.training.policy_module import PolicyModule
-from bpkit.learn.training.prompts import PROMPTS, joined, labels, prompt_record
+from bpkit.learn.training.prompts import PROMPTS, joined, prompt_record
 from bpkit.learn.training.provenance import write_provenance
+from bpkit.learn.training.run_folder import begun, describe, describe_cost
 from bpkit.learn.training.trainable import make_module
-from bpkit.learn.training.validation import Validation, judge, spread, trimmed
+from bpkit.learn.training.validation import RATE, BestByReplay, Validation
 from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress, Progress
 from bpkit.trace.fingerprint import fingerprint_values
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import offered
-from bpkit.types import CostModel, DecoderSpec, Feature
+from bpkit.types import CostModel, DecoderSpec
 
 EVALUATION = "evaluation.json"
 NOTE = (
@@ -97,11 +90,10 @@ def train_policy(
         if not len(of_part):
             raise ValueError(f"there are no {part} prompts: trace more of them, or split them otherwise")
         check_features(module, of_part[0])
-    _refuse_overlap(**prompts)
-    facts = run_folder.describe(
-        module, how.fingerprints or {part: _fingerprint(of_part) for part, of_part in prompts.items()}
-    )
-    if run_folder.begun(out, facts, resume=how.resume):
+    record = prompt_record(prompts)
+    _refuse_overlap(record)
+    facts = describe(module, how.fingerprints or {part: _fingerprint(of_part) for part, of_part in prompts.items()})
+    if begun(out, facts, resume=how.resume):
         return out
     with torch.random.fork_rng(devices=[]):
         key = examples_key(module, fingerprint_values(facts["prompts"]))
@@ -116,21 +108,24 @@ def train_policy(
         torch.manual_seed(module.options.seed)
         module.prepare(data.train)
         check_prepared(module)
-        module.replay = Validation(spec, cost, _held(module, prompts["validation"]))
-        best = BestByReplay(
-            out / "checkpoints", patience=module.options.patience, epochs=module.options.epochs, progress=progress
-        )
+        module.replay = replay = Validation.of(module, prompts["validation"])
+        best = BestByReplay(out / "checkpoints", module.options, progress)
         if not _fit(module, data, best, out, how):
             return out  # another process writes the result
         best.restore(module)
         module.calibrate(data.validation)
-        module.choose(module.replay)
+        module.choose(replay)
     policy = module.finished()
     progress.start("final validation", len(prompts["validation"]))
-    judged = judge(policy, prompts["validation"], spec, cost, progress.tick)
-    write_json(out / EVALUATION, _evaluation(policy, module.replay, best, data, judged))
-    write_json(out / PROMPTS, prompt_record(prompts))
-    write_provenance(out, f"{__name__}.train_policy", _arguments(facts, policy, how), facts["prompts"])
+    judged = replay.judge(policy, prompts["validation"], progress.tick)
+    arguments = {
+        **{key.replace(" ", "_"): value for key, value in facts.items() if key != "prompts"},
+        "options_in_the_end": policy.config.model_dump(mode="json", exclude={"weights"}),
+        **{name: getattr(how, name) for name in ("command", "devices", "strategy", "accelerator", "logger")},
+    }
+    write_json(out / EVALUATION, _evaluation(policy, judged, replay, best, data))
+    write_json(out / PROMPTS, record)
+    write_provenance(out, f"{__name__}.train_policy", arguments, facts["prompts"])
     policy.save_pretrained(out)  # last: a folder with a policy is whole
     return out
 
@@ -210,31 +205,19 @@ def check_prepared(module: PolicyModule) -> None:
         raise PolicyError(f"{where} must set self.facts to plain, finite JSON values: {error}") from None
 
 
-def _refuse_overlap(train: Sequence[PromptTrace], validation: Sequence[PromptTrace]) -> None:
+def _refuse_overlap(record: Mapping[str, Any]) -> None:
     """The same id may stand for other prompts in other traces; a split of one trace never repeats one."""
-    ids = labels(train, "id"), labels(validation, "id")
-    both = set(ids[0]) & set(ids[1])
-    texts = (
-        {prompts[place].prompt_tokens.tobytes() for place, name in enumerate(names) if name in both}
-        for prompts, names in zip((train, validation), ids, strict=True)
-    )
-    same = len(set.intersection(*texts))
-    if same:
+    known = (zip(record[part], record["fingerprints"][part], strict=True) for part in ("train", "validation"))
+    both = sorted(set.intersection(*map(set, known)))
+    if both:
         raise ValueError(
-            f"{same} prompts are both trained on and validated by, such as {sorted(both)[0]!r}: give traces of "
+            f"{len(both)} prompts are both trained on and validated by, such as {both[0][0]!r}: give traces of "
             "different prompts, or one trace and --split"
         )
 
 
-def _held(module: PolicyModule, prompts: Sequence[PromptTrace]) -> list[PromptTrace]:
-    """The prompts that every validation replays, in memory."""
-    wanted: frozenset[Feature] = module.policy.wants | module.policy.wants_optional
-    places = spread(labels(prompts, "domain"), module.options.validation_prompts)
-    return [trimmed(prompts[place], wanted) for place in places]
-
-
 def _evaluation(
-    policy: TrainedPolicy, replay: Validation, best: BestByReplay, data: ExampleData, judged: dict[str, Any]
+    policy: TrainedPolicy, judged: dict[str, Any], replay: Validation, best: BestByReplay, data: ExampleData
 ) -> dict[str, Any]:
     """What `evaluation.json` says."""
     return {
@@ -252,13 +235,4 @@ def _evaluation(
         "stopped_early": best.stopped_early,
         "epochs": best.epochs,
         "examples": {"train": size_of(data.train), "validation": size_of(data.validation)},
-    }
-
-
-def _arguments(facts: Mapping[str, Any], policy: TrainedPolicy, how: PolicyRun) -> dict[str, Any]:
-    """What `provenance.json` says of the call."""
-    return {
-        **{key.replace(" ", "_"): value for key, value in facts.items() if key != "prompts"},
-        "options_in_the_end": policy.config.model_dump(mode="json", exclude={"weights"}),
-        **{name: getattr(how, name) for name in ("command", "devices", "strategy", "accelerator", "logger")},
     }

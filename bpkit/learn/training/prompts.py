@@ -17,54 +17,36 @@ PROMPTS = "prompts.json"
 _MUST_AGREE = ("drafter_kind", "trained_block_size", "hidden_size", "vocab_size", "block_sizes")
 
 
-class _Lazy(Sequence[PromptTrace]):
-    """Prompts that are read when they are asked for.
+class Chain(Sequence[PromptTrace]):
+    """Prompts of other sequences, read when they are asked for.
 
-    Attributes:
-        ids, domains: of all prompts.
+    Args:
+        places: of each prompt, the sequence that has it and its place there.
     """
 
-    ids: list[str]
-    domains: list[str]
-
-    def _read(self, place: int) -> PromptTrace:
-        raise NotImplementedError
-
-    @property
-    def prompt_fingerprints(self) -> list[str]:
-        """Of the tokens of all prompts."""
-        raise NotImplementedError
+    def __init__(self, places: Sequence[tuple[Sequence[PromptTrace], int]]) -> None:
+        self._places = places
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._places)
 
     def __getitem__(self, place: Any) -> Any:
-        chosen = range(len(self))[place]
-        return [self._read(p) for p in chosen] if isinstance(chosen, range) else self._read(chosen)
+        if isinstance(place, slice):
+            return [self[p] for p in range(*place.indices(len(self)))]
+        source, there = self._places[place]
+        return source[there]
+
+    def labels(self, name: str) -> list[str]:
+        """As the function `labels`."""
+        known = {key: labels(source, name) for key, source in {id(s): s for s, _ in self._places}.items()}
+        return [known[id(source)][place] for source, place in self._places]
 
 
-class Chain(_Lazy):
-    """Sequences of prompts, one after the other."""
-
-    def __init__(self, parts: Sequence[Sequence[PromptTrace]]) -> None:
-        self._parts = parts
-        self._places = [(part, place) for part in parts for place in range(len(part))]
-        self.ids = [label for part in parts for label in labels(part, "id")]
-        self.domains = [label for part in parts for label in labels(part, "domain")]
-
-    def _read(self, place: int) -> PromptTrace:
-        part, at = self._places[place]
-        return part[at]
-
-    @property
-    def prompt_fingerprints(self) -> list[str]:
-        return [found for part in self._parts for found in fingerprints(part)]
-
-
-class Part(_Lazy):
+class Part(Chain):
     """Some prompts of one trace.
 
     Args:
+        limit: most prompts of each domain, the first ones.
         fill: adds `features` where the trace lacks them.
         features: that are wanted of every prompt.
     """
@@ -74,45 +56,47 @@ class Part(_Lazy):
         trace: Trace,
         places: Sequence[int],
         *,
+        limit: int | None = None,
         fill: Fill | None = None,
         features: frozenset[Feature] = frozenset(),
     ) -> None:
-        self.trace, self.places, self.fill, self.features = trace, list(places), fill, features
-        self.ids = [trace.ids[place] for place in places]
-        self.domains = [trace.domains[place] for place in places]
+        by_domain: dict[str, list[int]] = {}
+        for place in places:
+            by_domain.setdefault(trace.domains[place], []).append(place)
+        self.trace, self.fill, self.features = trace, fill, features
+        self.places = sorted(place for of_domain in by_domain.values() for place in of_domain[:limit])
+        super().__init__([(trace, place) for place in self.places])
 
-    def _read(self, place: int) -> PromptTrace:
-        prompt = self.trace[self.places[place]]
+    def __getitem__(self, place: Any) -> Any:
+        prompt = super().__getitem__(place)
+        if self.fill is None or isinstance(place, slice):
+            return prompt
         missing = self.features - offered(prompt)
-        return self.fill(prompt, missing) if missing and self.fill is not None else prompt
-
-    @property
-    def prompt_fingerprints(self) -> list[str]:
-        return [self.trace.prompt_fingerprints[place] for place in self.places]
+        return self.fill(prompt, missing) if missing else prompt
 
 
 def labels(prompts: Sequence[PromptTrace], name: str) -> list[str]:
-    """`id` or `domain` of all prompts; read only where the sequence does not know them."""
-    known = getattr(prompts, f"{name}s", None)
-    return list(known) if known is not None else [str(getattr(prompt, name)) for prompt in prompts]
-
-
-def fingerprints(prompts: Sequence[PromptTrace]) -> list[str]:
-    """Of the tokens of each prompt, whatever its id; prompts are read only where the sequence does not know them."""
-    known = getattr(prompts, "prompt_fingerprints", None)
-    return list(known) if known is not None else [fingerprint_values(p.prompt_tokens.tolist()) for p in prompts]
+    """`id`, `domain` or `fingerprint` (of the tokens) of all prompts; they are read only if they are in no trace."""
+    if isinstance(prompts, Chain):
+        return prompts.labels(name)
+    if isinstance(prompts, Trace):
+        known = {"id": "ids", "domain": "domains", "fingerprint": "prompt_fingerprints"}
+        return list(getattr(prompts, known[name]))
+    if name == "fingerprint":
+        return [fingerprint_values(prompt.prompt_tokens.tolist()) for prompt in prompts]
+    return [getattr(prompt, name) for prompt in prompts]
 
 
 def prompt_record(parts: Mapping[str, Sequence[PromptTrace]]) -> dict[str, Any]:
     """What `prompts.json` says: ids by part, and under `fingerprints` those of the tokens in the same order."""
-    ids = {part: labels(prompts, "id") for part, prompts in parts.items()}
-    return {**ids, "fingerprints": {part: fingerprints(prompts) for part, prompts in parts.items()}}
+    ids, fingerprints = ({p: labels(prompts, name) for p, prompts in parts.items()} for name in ("id", "fingerprint"))
+    return {**ids, "fingerprints": fingerprints}
 
 
 def joined(traces: Sequence[Any]) -> Sequence[PromptTrace]:
     """One sequence of prompts from prompts or from traces."""
     if len(traces) and not isinstance(traces[0], PromptTrace):
-        return Chain(traces)
+        return Chain([(trace, place) for trace in traces for place in range(len(trace))])
     return traces
 
 
@@ -141,11 +125,3 @@ def fingerprint_part(part: Part) -> str:
     aside = {"complete", "command", "versions", "machine"}
     facts = part.trace.manifest.model_dump(mode="json", exclude=aside)
     return fingerprint_values([facts, part.places, sorted(part.features)])
-
-
-def first_of_each(trace: Trace, places: Sequence[int], limit: int | None) -> list[int]:
-    """The first `limit` of the places in each domain; places ascend."""
-    by_domain: dict[str, list[int]] = {}
-    for place in places:
-        by_domain.setdefault(trace.domains[place], []).append(place)
-    return sorted(place for of_domain in by_domain.values() for place in of_domain[:limit])

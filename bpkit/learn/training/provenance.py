@@ -6,7 +6,8 @@ import hashlib
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,11 @@ from bpkit.files import write_json
 
 def fingerprint(texts: Iterable[str]) -> str:
     """SHA-256 over texts, in order."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest()
 
 
 PROVENANCE = "provenance.json"
+_PACKAGES = ("torch", "transformers", "lightning")
 
 
 def write_provenance(
@@ -42,22 +40,11 @@ def write_provenance(
         "versions": {
             "python": platform.python_version(),
             "bpkit": __version__,
-            **{package: found for package in _PACKAGES if (found := _version(package)) is not None},
+            **{package: version(package) for package in _PACKAGES if find_spec(package) is not None},
         },
         "git_revision": _revision(),
     }
     write_json(out / name, facts)
-
-
-_PACKAGES = ("torch", "transformers", "lightning")
-
-
-def _version(package: str) -> str | None:
-    """None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _revision() -> str | None:

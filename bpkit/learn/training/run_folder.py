@@ -1,4 +1,4 @@
-"""The folder of a policy's training: one run, which the same call goes on with."""
+"""The folder of a policy's training: one run, which the same call goes on with, and what is said of it in the end."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bpkit.files import write_json
-from bpkit.learn.training.examples import describe_cost
 from bpkit.learn.training.fit import first_process
 from bpkit.learn.training.policy_module import PolicyModule
 from bpkit.registry.class_file import file_of
 from bpkit.registry.policy_folder import POLICY, TrainedFor, is_policy_folder
+from bpkit.types import CostModel
 
 RUN = "run.json"
 
@@ -34,6 +34,14 @@ def describe(module: PolicyModule, fingerprints: Mapping[str, str]) -> dict[str,
     }
 
 
+def describe_cost(cost: CostModel) -> str:
+    """Name of a cost model, and a fingerprint of its figures where it has any."""
+    name = str(getattr(cost, "name", type(cost).__name__))
+    if not hasattr(cost, "model_dump_json"):
+        return name
+    return f"{name} {hashlib.sha256(cost.model_dump_json(exclude={'spread'}).encode()).hexdigest()[:16]}"
+
+
 def begun(out: Path, facts: dict[str, Any], *, resume: bool) -> bool:
     """Claim the folder for a run. True if that run is finished.
 
@@ -41,8 +49,7 @@ def begun(out: Path, facts: dict[str, Any], *, resume: bool) -> bool:
         ValueError: it holds another run, or something else.
     """
     path = out / RUN
-    anew = not resume and path.is_file() and first_process()
-    if anew:
+    if path.is_file() and not resume and first_process():
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         (out / POLICY).unlink(missing_ok=True)
     elif path.is_file():
