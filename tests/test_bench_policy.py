@@ -16,13 +16,14 @@ from typer.testing import CliRunner, Result
 from bpkit.cli.bench_policy import batch_sizes, those_that_ship
 from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.judge.latency import agreement
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, backends_of, decide
+from bpkit.judge.latency.measure import agreement
 from bpkit.judge.latency.pair import measure_pair
 from bpkit.judge.latency.questions import Recorder, batches
-from bpkit.judge.latency.table import sentences
+from bpkit.judge.latency.report import sentences
 from bpkit.judge.latency.timing import BLOCK, interleave, percentile, ratio
 from bpkit.policy import State
+from bpkit.progress import NoProgress
 from bpkit.prompts import Prompt
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.types import Context, Feature
@@ -212,14 +213,14 @@ def test_a_ratio_compares_neighbouring_blocks() -> None:
 
 
 def test_the_pair_is_measured_at_its_fastest_size(decoder: SpeculativeDecoder) -> None:
-    found = measure_pair(decoder, PROMPTS, max_new_tokens=8)
+    found = measure_pair(decoder, PROMPTS, 8, None, NoProgress())
     rates = {int(size): rate for size, rate in found["tokens_per_second"].items()}
     assert max(rates) <= decoder.spec.max_block_size
     assert found["block_size"] == max(rates, key=lambda size: rates[size])
     assert found["prefill_ms"]["count"] == len(rates) * len(PROMPTS)
-    assert measure_pair(decoder, PROMPTS, max_new_tokens=8, block_size=3)["block_size"] == 3
+    assert measure_pair(decoder, PROMPTS, 8, 3, NoProgress())["block_size"] == 3
     with pytest.raises(ValueError, match="beyond its first token"):
-        measure_pair(decoder, PROMPTS, max_new_tokens=1, block_size=3)
+        measure_pair(decoder, PROMPTS, 1, 3, NoProgress())
 
 
 # bench policy

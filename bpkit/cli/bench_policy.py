@@ -18,8 +18,8 @@ from bpkit.prompts import Prompt
 
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
-    from bpkit.judge.latency import LatencySettings
     from bpkit.judge.latency.backends import Backends
+    from bpkit.judge.latency.measure import LatencySettings
 
 DEFAULT_BATCHES, DEFAULT_LIMIT, DEFAULT_CALLS, DEFAULT_NEW_TOKENS = "1+8+64", 8, 1000, 64
 _TIMING = "Timing"
@@ -87,7 +87,7 @@ def bench_policy(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="export", purpose="A comparison with onnxruntime")
     sizes = batch_sizes(batch)
-    from bpkit.judge.latency import LatencySettings
+    from bpkit.judge.latency.measure import LatencySettings
 
     settings = LatencySettings(
         batch_sizes=sizes,
@@ -100,8 +100,7 @@ def bench_policy(
     )
     with files.pending() as bar:
         report = measure(config, policies or [], texts, settings, weights, bar)
-    from bpkit.judge.latency.plot import plot_latency
-    from bpkit.judge.latency.table import print_latency_report
+    from bpkit.judge.latency.report import plot_latency, print_latency_report
 
     files.deliver(report, print_latency_report, plot_latency)
 
@@ -128,7 +127,7 @@ def measure(
 ) -> dict[str, Any]:
     """Load the models, measure, and return the report."""
     from bpkit.cli.models import load_decoder
-    from bpkit.judge.latency import bench_latency
+    from bpkit.judge.latency.measure import bench_latency
     from bpkit.registry.resolve import resolve_policy
 
     for spec in specs:

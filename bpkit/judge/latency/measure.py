@@ -34,7 +34,7 @@ from bpkit.installation.machine import describe_machine
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, ask, decide, prepared
 from bpkit.judge.latency.pair import measure_pair
 from bpkit.judge.latency.questions import Question, Recorder, batches
-from bpkit.judge.latency.timing import Ask, Nanoseconds, interleave, percentile, ratio
+from bpkit.judge.latency.timing import Ask, interleave, percentile, ratio
 from bpkit.judge.wall_clock.measure import use_threads
 from bpkit.policy import Policy, PolicyError
 from bpkit.progress import NoProgress, Progress
@@ -76,60 +76,42 @@ def bench_latency(
     machine = describe_machine(decoder.target.device)
     try:
         use_threads(settings.threads)
-        pair = measure_pair(
-            decoder,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            block_size=settings.block_size,
-            progress=ticker,
-        )
-        bench = LatencyBench(decoder, prompts, settings, pair, ticker)
+        pair = measure_pair(decoder, prompts, settings.max_new_tokens, settings.block_size, ticker)
+        bench = _Bench(decoder, prompts, settings, pair, ticker)
         policies = {backends.name: bench.run(backends) for backends in chosen}
     finally:
         use_threads(usual)
     return {
         "schema_version": SCHEMA_VERSION,
         "machine": {**machine, "onnxruntime": onnxruntime_distributions()},
-        "settings": describe_settings(decoder, prompts, settings, started),
+        "settings": {
+            "target": decoder.spec.target,
+            "drafter": decoder.spec.drafter,
+            "dtype": str(decoder.target.dtype).removeprefix("torch."),
+            "prompts": [prompt.id for prompt in prompts],
+            "max_new_tokens": settings.max_new_tokens,
+            "batch_sizes": list(settings.batch_sizes),
+            "calls": settings.calls,
+            "warm_up": settings.warm_up,
+            "provider": settings.provider,
+            "threads": {"decisions": THREADS, "models": settings.threads},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "seconds": time.time() - started,
+        },
         "pair": pair,
         "policies": policies,
     }
 
 
-def describe_settings(
-    decoder: SpeculativeDecoder, prompts: Sequence[Prompt], settings: LatencySettings, started: float
-) -> dict[str, Any]:
-    """What was measured with what, as plain JSON values."""
-    return {
-        "target": decoder.spec.target,
-        "drafter": decoder.spec.drafter,
-        "dtype": str(decoder.target.dtype).removeprefix("torch."),
-        "prompts": [prompt.id for prompt in prompts],
-        "max_new_tokens": settings.max_new_tokens,
-        "batch_sizes": list(settings.batch_sizes),
-        "calls": settings.calls,
-        "warm_up": settings.warm_up,
-        "provider": settings.provider,
-        "threads": {"decisions": THREADS, "models": settings.threads},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": time.time() - started,
-    }
-
-
-class LatencyBench:
+@dataclass(frozen=True)
+class _Bench:
     """Times policies on one pair, whose figures `measure_pair` gave."""
 
-    def __init__(
-        self,
-        decoder: SpeculativeDecoder,
-        prompts: Sequence[Prompt],
-        settings: LatencySettings,
-        pair: dict[str, Any],
-        progress: Progress,
-    ) -> None:
-        self.decoder, self.prompts, self.settings = decoder, prompts, settings
-        self.pair, self.progress = pair, progress
-        self.device = decoder.target.device
+    decoder: SpeculativeDecoder
+    prompts: Sequence[Prompt]
+    settings: LatencySettings
+    pair: dict[str, Any]
+    progress: Progress
 
     def run(self, backends: Backends) -> dict[str, Any]:
         """The entry of a policy."""
@@ -154,46 +136,39 @@ class LatencyBench:
         recorder = Recorder(backends.policies[backend], backends.wants)
         decoder = self.decoder.with_policy(recorder)
         decoder.strict = True  # a decision that was mended is none to be timed
+        limit = self.settings.max_new_tokens
         self.progress.start(f"{backends.name}: decoding under {backend}", len(self.prompts))
         for index, prompt in enumerate(self.prompts):
-            run = decoder.run(
-                prompt.text, stream_id=index, max_new_tokens=self.settings.max_new_tokens, temperature=0.0
-            )
-            run.finish()
+            decoder.run(prompt.text, stream_id=index, max_new_tokens=limit, temperature=0.0).finish()
             self.progress.tick()
         return recorder
 
     @torch.inference_mode()
     def method(self, backends: Backends, method: Method, recorders: dict[str, Recorder]) -> dict[str, Any]:
         """The entry of one of its methods."""
-        rows = recorders[TORCH].of(method)
-        made = {size: batches(rows, size) for size in self.settings.batch_sizes}
-        spent = {str(size): self.timed(backends, method, of_size) for size, of_size in made.items()}
+        rows, settings = recorders[TORCH].of(method), self.settings
+        made = {str(size): batches(rows, size) for size in settings.batch_sizes}
+        spent = {}
+        for size, of_size in made.items():
+            asks = {backend: asker(policy, method, of_size) for backend, policy in backends.policies.items()}
+            device = self.decoder.target.device
+            spent[size] = interleave(asks, calls=settings.calls, warm_up=settings.warm_up, device=device)
+            self.progress.tick()
         found: dict[str, Any] = {"rows": len(rows)}
         for backend, recorder in recorders.items():
             times = {size: each[backend] for size, each in spent.items()}
+            p50 = {size: percentile(each, 50) for size, each in times.items()}
             found[backend] = {
-                "p50_us": {size: percentile(each, 50) for size, each in times.items()},
+                "p50_us": p50,
                 "p99_us": {size: percentile(each, 99) for size, each in times.items()},
                 "calls": {size: each.size for size, each in times.items()},
-                **self.shares(percentile(times[str(min(made))], 50)),
+                **self.shares(p50[str(min(settings.batch_sizes))]),
                 "in_loop": self.in_loop(recorder.seconds[method]),
             }
         if ONNXRUNTIME in recorders:
             found["torch_over_onnxruntime"] = {s: ratio(each[TORCH], each[ONNXRUNTIME]) for s, each in spent.items()}
             found["agreement"] = agreement(backends, method, [b for each in made.values() for b in each])
         return found
-
-    def timed(self, backends: Backends, method: Method, made: Sequence[Question]) -> dict[str, Nanoseconds]:
-        """The backends in turn on batches of one size."""
-        spent = interleave(
-            {backend: asker(policy, method, made) for backend, policy in backends.policies.items()},
-            calls=self.settings.calls,
-            warm_up=self.settings.warm_up,
-            device=self.device,
-        )
-        self.progress.tick()
-        return spent
 
     def shares(self, p50_us: float) -> dict[str, float]:
         """Of a prefill and of a step."""
