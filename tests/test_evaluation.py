@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from bpkit.cli.main import build_app
 from bpkit.judge.evaluation import evaluate
-from bpkit.judge.evaluation.oracles import Choices
+from bpkit.judge.evaluation.hindsight import describe_choices, steps_beside
 from bpkit.judge.evaluation.page import html_report
 from bpkit.judge.evaluation.tables import print_evaluation
 from bpkit.judge.statistics import Bootstrap, shares_of_gap
@@ -340,25 +340,25 @@ def test_a_table_says_the_same_on_terminals_and_pages(tmp_path: Path) -> None:
 
 def test_choices_of_the_oracle_are_counted_by_position() -> None:
     prompt = crafted(0, stands=True, length=13)
-    choices = Choices(best_fixed=2)
-    choices.add(prompt, oracle_step_truncate(prompt, SPEC.work, BY_HAND))
-    said = choices.as_json()
+    path = oracle_step_truncate(prompt, SPEC.work, BY_HAND)
+    said = describe_choices(2, [steps_beside(2, prompt, path)])
     assert said["block_size"] == {"4": 3}
     assert said["verify_length"] == {"3": 3}
     assert said["differs"] == {"block_size": 1.0, "verify_length": 1.0, "either": 1.0}
     assert [(s["start"], s["end"], s["steps"]) for s in said["positions"]] == [(0, 2, 1), (4, 6, 1), (8, 10, 1)]
-    same = Choices(best_fixed=4)
-    same.add(prompt, oracle_step_truncate(prompt, SPEC.work, BY_HAND))
-    assert same.as_json()["differs"] == {"block_size": 0.0, "verify_length": 0.0, "either": 0.0}
+    same = describe_choices(4, [steps_beside(4, prompt, path)])
+    assert same["differs"] == {"block_size": 0.0, "verify_length": 0.0, "either": 0.0}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_best_fixed_size_does_not_differ_from_itself_where_the_limit_cuts_it_short(size: int) -> None:
     prompt = dataclasses.replace(crafted(0, stands=True, length=12), max_new_tokens=12)
     path = fixed_path(prompt, SPEC.work, BY_HAND, size)
-    choices = Choices(best_fixed=size)
-    choices.add(prompt, path)
-    assert choices.as_json()["differs"] == {"block_size": 0, "verify_length": 0, "either": 0}
+    assert describe_choices(size, [steps_beside(size, prompt, path)])["differs"] == {
+        "block_size": 0,
+        "verify_length": 0,
+        "either": 0,
+    }
     assert size != 4 or path.verify_length.tolist() == [3, 3, 2]
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bpkit.judge.evaluation import tune as tuning
+from bpkit.judge.evaluation import policies as tuning
 from bpkit.judge.evaluation.candidate import Candidate
+from bpkit.judge.evaluation.policies import Tuned, rounds, tune_options
 from bpkit.judge.evaluation.replays import PolicyReplay
-from bpkit.judge.evaluation.tune import Tuned, rounds, tune_options
 from bpkit.judge.statistics import trimmed_mean
 from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress
@@ -85,7 +85,8 @@ def replayed(spec: str | Candidate, *costs: CostTable) -> dict[str, tuple[int, l
         replay.run(prompt)
     done = {cost.name: replay.prompts(cost.name) for cost in costs}
     return {
-        name: (sum(one.tokens for one in prompts), [one.modelled for one in prompts]) for name, prompts in done.items()
+        name: (sum(one.tokens for one, _ in prompts), [seconds for _, seconds in prompts])
+        for name, prompts in done.items()
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from bpkit.judge.evaluation.setup import Setup
@@ -16,37 +15,22 @@ FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 """Of the best fixed size's tokens per second: what a second may be worth in tokens."""
 
 
-@dataclass(frozen=True)
-class ConfidenceBound:
-    """Under one cost model.
-
-    Attributes:
-        totals: on the test prompts.
-        factor: of `FACTORS`, chosen on validation prompts.
-        tokens: drafted tokens of training prompts that were learned from.
-    """
-
-    totals: Totals
-    factor: float
-    tokens: int
-
-    def as_json(self) -> dict[str, Any]:
-        """What was learned from and chosen, as plain JSON values."""
-        return {"tokens": self.tokens, "factor": self.factor}
-
-
-def confidence_bounds(setup: Setup, prompts: Sequence[PromptTrace]) -> dict[str, ConfidenceBound]:
-    """The bound under each cost model; none where the trace holds no confidences of greedy drafts.
+def confidence_bounds(setup: Setup, prompts: Sequence[PromptTrace]) -> dict[str, tuple[Totals, dict[str, Any]]]:
+    """The bound on the test prompts under each cost model; none where the trace holds no confidences of greedy drafts.
 
     Args:
         prompts: of the trace; training prompts are read from it.
+
+    Returns:
+        The figures, and what was learned from and chosen as plain JSON values: `tokens`, drafted ones of training
+        prompts, and `factor`, the one of `FACTORS` that is best on validation prompts.
     """
     if not all(has_confidences(prompt) for prompt in (*setup.validation, *setup.test)):
         return {}
     setup.progress.start("confidences", len(setup.validation) + len(setup.test))
     train = (prompts[setup.summary.places[i]] for i in setup.split.train)
     try:
-        calibration = calibrate(filter(has_confidences, train), setup.settings.seed)
+        calibration = calibrate(filter(has_confidences, train), setup.seed)
     except ImportError:  # an optional package; the bound is an extra
         return {}
     if calibration is None:
@@ -61,7 +45,7 @@ def confidence_bounds(setup: Setup, prompts: Sequence[PromptTrace]) -> dict[str,
         for prompt in of:
             survival = calibration.survival(prompt)
             for name, cost in setup.costs.items():
-                informed = Informed(prompt, setup.work, cost, survival)
+                informed = Informed(prompt, setup.spec.work, cost, survival)
                 for factor in factors[name]:
                     path = informed.path(factor * rates[name])
                     found[name, factor].append((path.tokens, path.steps, path.seconds))
@@ -74,5 +58,6 @@ def confidence_bounds(setup: Setup, prompts: Sequence[PromptTrace]) -> dict[str,
     factor = {name: min(FACTORS, key=lambda f: (seconds[name, f], abs(f - 1))) for name in setup.costs}
     judged = paths(setup.test, {name: (chosen,) for name, chosen in factor.items()})
     return {
-        name: ConfidenceBound(totals_of(rows), chosen, calibration.tokens) for (name, chosen), rows in judged.items()
+        name: (totals_of(rows), {"tokens": calibration.tokens, "factor": chosen})
+        for (name, chosen), rows in judged.items()
     }

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from bpkit.judge.evaluation.oracles import HEADLINE, Results
+from bpkit.judge.evaluation.hindsight import HEADLINE, Regret, Results
 from bpkit.judge.evaluation.policies import PolicyResult
 from bpkit.judge.statistics import TOUCHES_ZERO, Bootstrap, Floats, Ints, Totals, interval, shares_of_gap
+from bpkit.trace.oracle.regret import KINDS
 
+FEATURES, DECIDING, ORACLE, REASON = "features", "deciding", "oracle", "reason"
 NO_GAP = (
     "the interval of the gap between the best fixed size and the oracle touches zero: a share of it would mean nothing"
 )
@@ -42,7 +44,7 @@ class GroupFigures:
             own_best: the size that is best on this domain's own validation prompts, if there are any.
         """
         results, base = self.results, self.base
-        regret = results.fixed_regret.shares(self.prompts, float(base.seconds.sum()), 0.0)
+        regret = self._shares(results.fixed_regret, float(base.seconds.sum()), 0.0)
         described = {
             "prompts": len(base.tokens),
             "tokens": int(base.tokens.sum()),
@@ -83,7 +85,7 @@ class GroupFigures:
         steps = sum(float(one.steps.sum()) for one in orders)
         spent = result.decision.per_step * steps + result.decision.per_begin * (len(orders) * len(self.prompts))
         total = sum(float(one.seconds.sum()) for one in orders)
-        regret = self.results.regrets[name].shares(self.prompts, total, spent if result.charged else 0.0)
+        charged = result.decision.charged
         return {
             "tokens_per_second": float(np.mean([one.rate for one in orders])),
             "tokens_per_second_ratio": _estimate(
@@ -100,15 +102,26 @@ class GroupFigures:
             "decision_seconds_per_step": result.decision.per_step,
             "decision_seconds_per_step_untrimmed": result.decision.mean_per_step,
             "decision_seconds_per_prompt": result.decision.per_begin,
-            "decision_share": spent / total if result.charged else None,
+            "decision_share": spent / total if charged else None,
             "fallbacks": int(result.fallbacks[self.prompts].sum()),
             "options": result.tuned.candidate.describe(),
             "tuned": result.tuned.candidates > 1,
             "tuning": result.tuned.as_json(),
             "memory": bool(result.order_seeds),
             "orders": result.order_seeds,
-            "regret": regret,
+            "regret": self._shares(self.results.regrets[name], total, spent if charged else 0.0),
         }
+
+    def _shares(self, regret: Regret, total: float, deciding: float) -> dict[str, float | str]:
+        """Of one's own time: `KINDS`, `features`, `deciding` and, the rest, what the oracle takes too.
+
+        Args:
+            total: seconds of these prompts in all orders. deciding: of them, for decisions.
+        """
+        if isinstance(regret, str):
+            return {REASON: regret}
+        parts = np.append(np.sum([regret[i] for i in self.prompts], axis=0), deciding) / total
+        return {**dict(zip((*KINDS, FEATURES, DECIDING), parts.tolist(), strict=True)), ORACLE: float(1 - parts.sum())}
 
     def _gap_share(self, orders: Sequence[Totals], rates: Sequence[Floats]) -> dict[str, Any]:
         """Below 0 where a policy is slower than the best fixed size."""

@@ -14,7 +14,6 @@ prompts, which no such average gives, so the loop over permutations is written o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -137,14 +136,8 @@ def _verdict(gain: float, p_value: float) -> str:
     return f"{said}: more than features of other prompts give, so something of the choice is learnable."
 
 
-@dataclass(frozen=True)
-class _Fold:
-    """Who trains and who is judged, and their features, reduced by what the training prompts say alone."""
-
-    train: Ints
-    test: Ints
-    train_features: Floats
-    test_features: Floats
+_Fold = tuple[Ints, Ints, Floats, Floats]
+"""Who trains and who is judged, and the features of both, reduced by what the training prompts say alone."""
 
 
 def _folds(x: Floats, folds: int, seed: int) -> Iterator[_Fold]:
@@ -161,7 +154,7 @@ def _folds(x: Floats, folds: int, seed: int) -> Iterator[_Fold]:
     for train, test in KFold(folds, shuffle=True, random_state=seed).split(x):
         components = min(COMPONENTS, len(train) - 1, x.shape[1])
         reduce = make_pipeline(StandardScaler(), PCA(components, random_state=seed, svd_solver="full"))
-        yield _Fold(train, test, reduce.fit_transform(x[train]), reduce.transform(x[test]))
+        yield train, test, reduce.fit_transform(x[train]), reduce.transform(x[test])
 
 
 def _held_out(folds: Sequence[_Fold], seconds: Floats, tokens: Floats) -> Floats:
@@ -176,14 +169,12 @@ def _held_out(folds: Sequence[_Fold], seconds: Floats, tokens: Floats) -> Floats
     # Its own level says nothing of a prompt's best size, but would rule the choice of the penalty.
     curves -= curves.mean(axis=1, keepdims=True)
     result = np.empty((len(seconds), 2))
-    for fold in folds:
+    for train, test, train_features, test_features in folds:
         # Weighted by tokens, the curve that is predicted where features say nothing is total seconds over total tokens,
         # less a constant: its lowest point is the best fixed size, and the choice falls back to that.
-        x, y, weight = fold.train_features, curves[fold.train], tokens[fold.train]
-        chosen = RidgeCV(alphas=ALPHAS).fit(x, y, sample_weight=weight).predict(fold.test_features).argmin(axis=1)
-        fixed = seconds[fold.train].sum(axis=0).argmin()
-        result[fold.test, 0] = seconds[fold.test, chosen]
-        result[fold.test, 1] = seconds[fold.test, fixed]
+        ridge = RidgeCV(alphas=ALPHAS).fit(train_features, curves[train], sample_weight=tokens[train])
+        result[test, 0] = seconds[test, ridge.predict(test_features).argmin(axis=1)]
+        result[test, 1] = seconds[test, seconds[train].sum(axis=0).argmin()]
     return result
 
 

@@ -1,17 +1,16 @@
 """An evaluation as one HTML file: pictures, tables, terms and where it all comes from. No script, nothing from outside.
 
-Needs matplotlib.
+Needs matplotlib. Texts are escaped where they become elements.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bpkit.judge.evaluation import plots
-from bpkit.judge.evaluation.html import PAGE, figure_element, paragraphs
 from bpkit.judge.evaluation.tables import (
     RATIO,
     about,
@@ -22,6 +21,45 @@ from bpkit.judge.evaluation.tables import (
     sentences,
     size_table,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 62rem;
+  padding: 1rem 1.2rem 4rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .6rem 0 1rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .8rem; border-top: 1px solid #ddd; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; max-width: 36rem; }
+figure img { width: 100%; height: auto; display: block; }
+figcaption { font-size: .85rem; color: #555; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 2rem; }
+.wide { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem .3rem 0; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+th { font-weight: 600; color: #555; vertical-align: bottom; white-space: normal; }
+table.text td:last-child, table.text th:last-child { text-align: left; white-space: normal; min-width: 11rem;
+  overflow-wrap: anywhere; }
+tr.dim td { color: #777; }
+.note { background: #fff8e5; border-left: 4px solid #e6a700; padding: .3rem 1rem; margin: 1rem 0; }
+details { margin: .8rem 0; }
+summary { cursor: pointer; color: #0060a0; }
+pre { font-size: .75rem; white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f7f7; padding: .8rem; }
+dt { font-weight: 600; margin-top: .6rem; overflow-wrap: anywhere; }
+dd { margin: 0 0 0 1rem; max-width: 46rem; }
+"""
+
+PAGE = (
+    "<!doctype html>\n"
+    '<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    "<title>{title}</title><style>" + STYLE.replace("{", "{{").replace("}", "}}") + "</style></head>\n"
+    "<body>\n{body}\n</body></html>\n"
+)
+"""To be formatted with `title` and `body`, both HTML."""
 
 
 def html_report(report: Mapping[str, Any]) -> str:
@@ -34,8 +72,8 @@ def html_report(report: Mapping[str, Any]) -> str:
         f"<h1>Block-size policies on {escape(title)}</h1>",
         _summary(report),
         "<h2>Acceptance length by block size</h2>",
-        figure_element(
-            plots.data_uri(plots.acceptance_lengths(first)),
+        picture(
+            plots.acceptance_lengths(first),
             "Test prompts; the same under every cost model. Bands: 95%, bootstrap over prompts. A larger block yields "
             "more tokens a step, and each step costs more: which size is fastest depends on the costs below.",
         ),
@@ -91,27 +129,27 @@ def _model(name: str, result: Mapping[str, Any]) -> str:
         f"<h2>Under {escape(name)} costs</h2>",
         paragraphs([p for p in (result["description"], result["source"]) if p]),
         '<div class="pair">',
-        figure_element(
-            plots.data_uri(plots.ratios(group)),
+        picture(
+            plots.ratios(group),
             f"Tokens/s on {group['prompts']} test prompts, with intervals; decision time is {charged}.",
         ),
-        figure_element(
-            plots.data_uri(plots.cost_curves(result)),
+        picture(
+            plots.cost_curves(result),
             f"What a step costs{at}. The size where a token costs least depends on how many are accepted.",
         ),
         "</div>",
         overall_table(name, result).html(),
         "<h3>Where the gap is, % of one's own time</h3>",
-        figure_element(
-            plots.data_uri(plots.regrets(group)),
+        picture(
+            plots.regrets(group),
             "Of each one's own time, what oracle.step_truncate does not take, by the choice that took it. A draft that "
             "was too large only because too much of it was verified counts as verified too much.",
         ),
         regret_table(name, group).html(),
         f"<h3>By domain, over best fixed</h3>{domain_table(name, domains).html()}" if len(domains) > 1 else "",
         "<h3>Where the step oracle chooses otherwise</h3>",
-        figure_element(
-            plots.data_uri(plots.choices(result)),
+        picture(
+            plots.choices(result),
             f"{sentences(result)[0]} Ties go to no draft, the smaller block, the shorter verification.",
         ),
         tested,
@@ -142,3 +180,14 @@ def _origin(report: Mapping[str, Any]) -> str:
         if value
     )
     return f"<h2>Where this comes from</h2>{paragraphs(said)}{details}"
+
+
+def paragraphs(texts: Iterable[str]) -> str:
+    """A paragraph for each text."""
+    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+
+
+def picture(figure: Figure, caption: str) -> str:
+    """A picture that is part of the page, with a caption that also says it to those who cannot see it."""
+    said = escape(caption)
+    return f'<figure><img src="{plots.data_uri(figure)}" alt="{said}"><figcaption>{said}</figcaption></figure>'

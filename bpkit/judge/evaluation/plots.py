@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bpkit.judge.evaluation.oracles import REASON
+from bpkit.judge.evaluation.figures import REASON
 from bpkit.judge.evaluation.tables import LOST, RATIO, bounds, compared, lost
 
 if TYPE_CHECKING:
@@ -17,22 +17,19 @@ WIDTH = 6.2
 """Inches; with letters of `STYLE` that leaves them readable at 360 pixels."""
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "bpkit"}
 DOMAINS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+ABOVE: dict[str, Any] = {"frameon": False, "fontsize": 10, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+"""Where a legend stands."""
 INK, POLICY, ORACLE, FIXED = "#333333", "#0072b2", "#8a8a8a", "#d55e00"
 
 
-def svg(figure: Figure) -> bytes:
-    """A picture as SVG, the same bytes for the same figures."""
+def data_uri(figure: Figure) -> str:
+    """A picture as it stands in an `img` element, as SVG: the same text for the same figures."""
     import matplotlib as mpl
 
     out = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
-
-
-def data_uri(figure: Figure) -> str:
-    """A picture as it stands in an `img` element."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode("ascii")
+    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
 def _figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -78,7 +75,7 @@ def cost_curves(result: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("milliseconds" if seconds else "plain steps")
     axes.set_xticks(_ticks(curves["block_size"]))
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, ncols=3, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(ncols=3, **ABOVE)
     return figure
 
 
@@ -131,7 +128,7 @@ def regrets(group: Mapping[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("% of one's own time")
-    axes.legend(frameon=False, ncols=2, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(ncols=2, **ABOVE)
     return figure
 
 
@@ -149,14 +146,13 @@ def choices(result: Mapping[str, Any]) -> Figure:
         differs.plot(range(len(stretches)), values, "o-", color=colour, label=label)
     differs.set_ylim(0, 105)
     differs.set_ylabel(f"% that differ\nfrom size {chosen['best_fixed']}")
-    differs.legend(frameon=False, ncols=2, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    differs.legend(ncols=2, **ABOVE)
     _shares(sizes, stretches, "block_size", colours)
     sizes.set_ylabel("block size,\n% of steps")
     _shares(lengths, stretches, "verify_length", colours)
     lengths.set_ylabel("verify length,\n% of steps")
-    lengths.set_xticks(
-        range(len(stretches)), [f"{s['start']}-{s['end'] - 1}" for s in stretches], rotation=30, ha="right"
-    )
+    spans = [f"{s['start']}-{s['end'] - 1}" for s in stretches]
+    lengths.set_xticks(range(len(stretches)), spans, rotation=30, ha="right")
     lengths.set_xlabel("output tokens before the step")
     bar = figure.colorbar(colours, ax=[sizes, lengths], aspect=30, fraction=0.05)
     bar.set_label("block size; drafted tokens verified")

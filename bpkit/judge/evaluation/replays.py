@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bpkit.judge.evaluation.candidate import Candidate
-from bpkit.judge.statistics import Floats, Totals, trimmed_mean
-from bpkit.trace.records import PromptTrace, Taken
-from bpkit.trace.replay import Replayer
-from bpkit.types import CostModel, DecoderSpec
+from bpkit.judge.statistics import Totals, trimmed_mean
+from bpkit.trace.cost import CostTable
+from bpkit.trace.records import PromptTrace
+from bpkit.trace.replay import Replayed, Replayer
+from bpkit.types import DecoderSpec
 
-
-@dataclass(frozen=True)
-class ReplayedPrompt:
-    """What a policy did with one prompt, priced under one cost model.
-
-    Attributes:
-        index: of the prompt in its trace.
-        modelled: seconds by the cost model, decision time left out.
-        begin_seconds, step_seconds: measured decision time of `begin` and of each step.
-        fallbacks: policy faults that were mended.
-        taken: the steps.
-    """
-
-    index: int
-    tokens: int
-    steps: int
-    modelled: float
-    begin_seconds: float
-    step_seconds: Floats
-    fallbacks: int
-    taken: Taken
+Priced = tuple[Replayed, float]
+"""What a policy did with one prompt, and its seconds by a cost model, decision time left out."""
 
 
 class PolicyReplay:
@@ -47,12 +29,12 @@ class PolicyReplay:
     """
 
     def __init__(
-        self, candidate: Candidate, spec: DecoderSpec, costs: Mapping[str, CostModel], seed: int | None = None
+        self, candidate: Candidate, spec: DecoderSpec, costs: Mapping[str, CostTable], seed: int | None = None
     ) -> None:
         self.costs = costs
         names = list(costs)[:1] if candidate.knows_no_cost(spec) else list(costs)
         self._replayers = {name: Replayer(spec, candidate.make(), costs[name], seed=seed) for name in names}
-        self._done: dict[str, list[ReplayedPrompt]] = {name: [] for name in costs}
+        self._done: dict[str, list[Priced]] = {name: [] for name in costs}
 
     def run(self, prompt: PromptTrace) -> None:
         """One prompt more."""
@@ -60,22 +42,11 @@ class PolicyReplay:
         first = next(iter(replayed.values()))
         for name, cost in self.costs.items():
             one = replayed.get(name, first)
-            self._done[name].append(
-                ReplayedPrompt(
-                    one.index,
-                    one.tokens,
-                    one.steps,
-                    one.seconds(cost),
-                    one.begin_seconds,
-                    one.step_seconds,
-                    one.fallbacks,
-                    one,
-                )
-            )
+            self._done[name].append((replace(one, work=()), one.seconds(cost)))  # once priced, its work is let go
 
-    def prompts(self, cost: str) -> list[ReplayedPrompt]:
+    def prompts(self, cost: str) -> list[Priced]:
         """What was done so far under a cost model, in the order of the trace."""
-        return sorted(self._done[cost], key=lambda one: one.index)
+        return sorted(self._done[cost], key=lambda done: done[0].index)
 
 
 @dataclass(frozen=True)
@@ -85,25 +56,24 @@ class DecisionTime:
     Attributes:
         mean_per_step: plain mean of what was measured. Far above `per_step` either the machine was busy, or the
             policy works in rare bursts, which the trimmed mean forgives.
+        charged: whether it is added to the modelled time, which must be in seconds then.
     """
 
-    per_step: float = 0.0
-    per_begin: float = 0.0
-    mean_per_step: float = 0.0
+    per_step: float
+    per_begin: float
+    mean_per_step: float
+    charged: bool
 
     @classmethod
-    def measured(cls, prompts: Sequence[ReplayedPrompt]) -> DecisionTime:
+    def measured(cls, prompts: Sequence[Priced], cost: CostTable) -> DecisionTime:
         """From all steps of one or several replays of one policy."""
-        steps = np.concatenate([one.step_seconds for one in prompts] or [np.zeros(0)])
-        begins = np.array([one.begin_seconds for one in prompts])
-        return cls(trimmed_mean(steps), trimmed_mean(begins), float(steps.mean()) if len(steps) else 0.0)
+        steps = np.concatenate([one.step_seconds for one, _ in prompts] or [np.zeros(0)])
+        begins = np.array([one.begin_seconds for one, _ in prompts])
+        mean = float(steps.mean()) if len(steps) else 0.0
+        return cls(trimmed_mean(steps), trimmed_mean(begins), mean, cost.unit == "seconds")
 
-
-NOTHING = DecisionTime()
-"""Charged under cost models that are not in seconds."""
-
-
-def totals(prompts: Sequence[ReplayedPrompt], charged: DecisionTime) -> Totals:
-    """Of each prompt, decision time charged."""
-    tokens, steps, modelled = np.array([(one.tokens, one.steps, one.modelled) for one in prompts], np.float64).T
-    return Totals(tokens, steps, modelled + charged.per_begin + charged.per_step * steps)
+    def totals(self, prompts: Sequence[Priced]) -> Totals:
+        """Of each prompt, with decision time where it is charged."""
+        rows = [(one.tokens, one.steps, seconds) for one, seconds in prompts]
+        tokens, steps, modelled = np.array(rows, np.float64).T
+        return Totals(tokens, steps, modelled + (self.per_begin + self.per_step * steps if self.charged else 0.0))

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bpkit.judge.evaluation.setup import charged
 from bpkit.judge.statistics import Ints
 from bpkit.trace.cost import CostTable
 
@@ -88,7 +88,7 @@ def describe_cost(cost: CostTable, sizes: Sequence[int]) -> dict[str, Any]:
         "unit": cost.unit,
         "description": cost.description,
         "source": cost.source,
-        "decision_time_charged": charged(cost),
+        "decision_time_charged": cost.unit == "seconds",
         "curves": {
             "context_length": at,
             "block_size": list(sizes),
@@ -115,22 +115,17 @@ def notes(results: Mapping[str, Any], near_ties: Ints, without_steps: int) -> li
         )
     if without_steps:
         said.append(f"{without_steps} prompts are left out: their output has one token, so no step decides anything.")
+    mended: Counter[str] = Counter()
+    uneven: dict[str, None] = {}
     for cost, result in results.items():
         if not result["decision_time_charged"]:
             said.append(f"{cost}: in {result['unit']}, not in seconds; decision time is measured but not charged.")
-    return said + _about_policies(results)
-
-
-def _about_policies(results: Mapping[str, Any]) -> list[str]:
-    mended: dict[str, int] = {}
-    uneven = []
-    for result in results.values():
         for name, policy in result["overall"]["policies"].items():
-            mended[name] = mended.get(name, 0) + policy["fallbacks"]
+            mended[name] += policy["fallbacks"]
             usual, mean = policy["decision_seconds_per_step"], policy["decision_seconds_per_step_untrimmed"]
-            if mean > UNEVEN * usual > 0 and name not in uneven:
-                uneven.append(name)
-    said = [
+            if mean > UNEVEN * usual > 0:
+                uneven[name] = None
+    said += [
         f"Policy {name} made {count} decisions that had to be mended (`fallbacks`); the figures are of the mended ones."
         for name, count in mended.items()
         if count

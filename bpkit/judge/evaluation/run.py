@@ -1,8 +1,7 @@
 """Policies judged on prompts that nothing was chosen on; `docs/evaluation.md` says what comes out.
 
 Options are tuned, and the best fixed size is chosen, on validation prompts; figures are of test prompts only; training
-prompts are left to policies that are trained, and to the bound that is calibrated
-(`bpkit.judge.evaluation.confidences`).
+prompts are left to policies that are trained, to the bound that is calibrated, and to the test of what is learnable.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ import numpy as np
 
 from bpkit.judge.described import describe_policies, describe_spec
 from bpkit.judge.evaluation.candidate import Candidate
-from bpkit.judge.evaluation.confidences import ConfidenceBound, confidence_bounds
+from bpkit.judge.evaluation.confidences import confidence_bounds
 from bpkit.judge.evaluation.figures import GroupFigures
+from bpkit.judge.evaluation.hindsight import compare
 from bpkit.judge.evaluation.leak import find_leaks, leak_notes, refusal
 from bpkit.judge.evaluation.learnable import learnable
-from bpkit.judge.evaluation.oracles import compare
 from bpkit.judge.evaluation.policies import PolicyResult, judge_policy
 from bpkit.judge.evaluation.report import DEFINITIONS, SCHEMA_VERSION, describe_cost, notes
-from bpkit.judge.evaluation.setup import Settings, Setup, prepare
+from bpkit.judge.evaluation.setup import Setup, prepare
 from bpkit.judge.evaluation.splits import FRACTIONS, PARTS
-from bpkit.judge.statistics import LEVEL, RESAMPLES
+from bpkit.judge.statistics import LEVEL, RESAMPLES, Totals
 from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress, Progress
 from bpkit.registry.resolve import PolicyLike
@@ -63,12 +62,17 @@ def evaluate(
         spec: of its decoder (`Trace.spec`).
         policies: by name, as specs: each run makes a fresh one.
         cost_models: their names, all different, are those that the results go by.
-        seed, fractions, orders, tune, permutations, second_test: see `bpkit.judge.evaluation.setup.Settings`.
-        trace_seed: of the trace, for the policies' own random numbers.
-        fill: where features come from that policies want and the trace does not hold; asked once for each prompt.
+        seed: of split, orders, bootstrap and permutations.
+        fractions: of train, validation and test prompts.
+        orders: of the test prompts, for policies with a memory.
+        tune: whether options that the user left open are chosen on validation prompts.
+        permutations: of the test whether per-prompt choice is learnable; 0 leaves it out.
+        second_test: judge on the prompts that were left for training, and leave the test prompts alone.
         leave_out: a policy that the trace cannot serve is left out with a sentence; otherwise it is an error.
         allow_leaks: judge a trained policy also on prompts that it was trained or chosen on, and say so in `leaks`
             and `notes`; otherwise such a policy is one that the trace cannot serve.
+        trace_seed: of the trace, for the policies' own random numbers.
+        fill: where features come from that policies want and the trace does not hold; asked once for each prompt.
 
     Returns:
         Plain JSON values.
@@ -78,15 +82,16 @@ def evaluate(
         CostError: a cost model has no cost for a traced size.
         ValueError: too few prompts, or two cost models of one name.
     """
-    settings = Settings(seed, fractions, orders, tune, permutations, second_test)
     setup = prepare(
         prompts,
         spec,
         cost_models,
-        settings,
         trace_seed=trace_seed,
-        progress=progress or NoProgress(),
+        seed=seed,
+        fractions=fractions,
+        second_test=second_test,
         filled=_filler(policies, fill),
+        progress=progress or NoProgress(),
     )
     held = {"validation": setup.validation, "test": setup.test}
     leaks, silent = find_leaks(policies, held, spec, cost_models[0])
@@ -98,27 +103,47 @@ def evaluate(
         if name in left_out:
             continue
         try:
-            judged[name] = judge_policy(setup, policy, name)
+            judged[name] = judge_policy(setup, policy, name, orders=orders, tune=tune)
         except Exception as error:  # others' policies may fail in any way; the rest are judged all the same
             if not leave_out:
                 raise
             known = isinstance(error, (PolicyError, TraceError))
             left_out[name] = str(error) if known else f"{type(error).__name__}: {error}"
     bounds = confidence_bounds(setup, prompts)
-    results = {
-        cost: _under_costs(setup, cost, {name: found[cost] for name, found in judged.items()}, bounds.get(cost))
-        for cost in setup.costs
-    }
+    results = {}
+    for cost in setup.costs:
+        of_policies = {name: found[cost] for name, found in judged.items()}
+        results[cost] = {
+            **_under_costs(setup, cost, of_policies, bounds.get(cost)),
+            "learnable": _learnable(setup, cost, permutations) if permutations else None,
+        }
     leaks = {name: leak for name, leak in leaks.items() if name in judged}
     said = leak_notes(leaks, [name for name in silent if name in judged])
+    summary = setup.summary
+    parts = {part: [summary.domains[i] for i in getattr(setup.split, part)] for part in PARTS}
     return {
         "schema_version": SCHEMA_VERSION,
         "definitions": DEFINITIONS,
-        "settings": _describe_settings(setup, policies),
-        "split": setup.split.as_json(setup.summary.ids),
+        "settings": {
+            **describe_spec(spec),
+            "block_sizes": list(summary.sizes),
+            "policies": describe_policies(policies),
+            "seed": seed,
+            "orders": orders,
+            "tune": tune,
+            "permutations": permutations,
+            "second_test": second_test,
+            "resamples": RESAMPLES,
+            "level": LEVEL,
+            "prompts": {
+                domain: {part: found.count(domain) for part, found in parts.items()}
+                for domain in dict.fromkeys(summary.domains)
+            },
+        },
+        "split": setup.split.as_json(summary.ids),
         "left_out": left_out,
         "leaks": {name: leak.as_json() for name, leak in leaks.items()},
-        "notes": said + notes(results, setup.summary.near_ties[list(setup.split.test)], setup.summary.left_out),
+        "notes": said + notes(results, summary.near_ties[list(setup.split.test)], summary.left_out),
         "cost_models": results,
     }
 
@@ -138,11 +163,11 @@ def _filler(policies: Mapping[str, PolicyLike], fill: Fill | None) -> Callable[[
 
 
 def _under_costs(
-    setup: Setup, cost: str, policies: Mapping[str, PolicyResult], bound: ConfidenceBound | None
+    setup: Setup, cost: str, policies: Mapping[str, PolicyResult], bound: tuple[Totals, dict[str, Any]] | None
 ) -> dict[str, Any]:
-    """Everything that is said under one cost model."""
-    summary, split, seed = setup.summary, setup.split, setup.settings.seed
-    results = compare(setup, cost, policies, {} if bound is None else {"confidences": bound.totals})
+    """What is said of the test prompts under one cost model."""
+    summary, split, seed = setup.summary, setup.split, setup.seed
+    results = compare(setup, cost, policies, {} if bound is None else {"confidences": bound[0]})
     domains = {}
     for domain in dict.fromkeys(summary.domains):
         inside, chosen_on = (
@@ -155,43 +180,20 @@ def _under_costs(
         **describe_cost(setup.costs[cost], summary.sizes),
         "overall": GroupFigures(results, np.arange(len(split.test)), seed).as_json(),
         "domains": domains,
-        "oracle_choices": results.choices.as_json(),
-        "confidences": None if bound is None else bound.as_json(),
-        "learnable": _learnable(setup, cost),
+        "oracle_choices": results.choices,
+        "confidences": None if bound is None else bound[1],
     }
 
 
-def _learnable(setup: Setup, cost: str) -> dict[str, Any] | None:
+def _learnable(setup: Setup, cost: str, permutations: int) -> dict[str, Any]:
     """The permutation test, on training and validation prompts: test prompts decide nothing."""
-    if not setup.settings.permutations:
-        return None
     rows, summary = np.array(sorted((*setup.split.train, *setup.split.validation))), setup.summary
     return learnable(
         summary.features[rows],
         summary.seconds[cost][rows],
         summary.tokens[rows],
         summary.sizes,
-        permutations=setup.settings.permutations,
-        seed=setup.settings.seed,
+        permutations=permutations,
+        seed=setup.seed,
         progress=setup.progress,
     )
-
-
-def _describe_settings(setup: Setup, policies: Mapping[str, PolicyLike]) -> dict[str, Any]:
-    settings, domains = setup.settings, setup.summary.domains
-    parts = {part: [domains[i] for i in getattr(setup.split, part)] for part in PARTS}
-    return {
-        **describe_spec(setup.spec),
-        "block_sizes": list(setup.summary.sizes),
-        "policies": describe_policies(policies),
-        "seed": settings.seed,
-        "orders": settings.orders,
-        "tune": settings.tune,
-        "permutations": settings.permutations,
-        "second_test": settings.second_test,
-        "resamples": RESAMPLES,
-        "level": LEVEL,
-        "prompts": {
-            domain: {part: found.count(domain) for part, found in parts.items()} for domain in dict.fromkeys(domains)
-        },
-    }

@@ -19,27 +19,6 @@ from bpkit.types import DecoderSpec, DraftWork, Feature
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How an evaluation is made.
-
-    Attributes:
-        seed: of split, orders, bootstrap and permutations.
-        fractions: of train, validation and test prompts.
-        orders: of the test prompts, for policies with a memory.
-        tune: whether options that the user left open are chosen on validation prompts.
-        permutations: of the test whether per-prompt choice is learnable; 0 leaves it out.
-        second_test: judge on the prompts that were left for training, and leave the test prompts alone.
-    """
-
-    seed: int
-    fractions: Sequence[float]
-    orders: int
-    tune: bool
-    permutations: int
-    second_test: bool = False
-
-
-@dataclass(frozen=True)
 class TraceSummary:
     """Of all prompts whose output has at least two tokens: in the others nothing is left to decide.
 
@@ -85,47 +64,40 @@ class Setup:
     Attributes:
         spec: of the decoder that the trace stands for. trace_seed: for the policies' own random numbers.
         costs: by name.
+        seed: of split, orders, bootstrap and permutations.
         validation, test: prompts in memory; the first in a mixed order, the second in the trace's.
     """
 
     spec: DecoderSpec
     trace_seed: int | None
     costs: Mapping[str, CostTable]
-    settings: Settings
+    seed: int
     progress: Progress
     summary: TraceSummary
     split: Split
     validation: Sequence[PromptTrace]
     test: Sequence[PromptTrace]
 
-    @property
-    def work(self) -> DraftWork:
-        """Of the drafter."""
-        return self.spec.work
-
-
-def charged(cost: CostTable) -> bool:
-    """Whether decision time, which is in seconds, can be added to a cost model's figures."""
-    return cost.unit == "seconds"
-
 
 def prepare(
     prompts: Sequence[PromptTrace],
     spec: DecoderSpec,
     cost_models: Sequence[CostTable],
-    settings: Settings,
     *,
     trace_seed: int | None,
-    progress: Progress,
+    seed: int,
+    fractions: Sequence[float],
+    second_test: bool,
     filled: Callable[[PromptTrace], PromptTrace],
+    progress: Progress,
 ) -> Setup:
     """Read the trace, split it, and hold what will be needed again, `filled`. Raises ValueError, CostError."""
     costs = {cost.name: cost for cost in cost_models}
     if len(costs) < len(cost_models) or not costs:
         raise ValueError(f"cost models need names of their own: {', '.join(c.name for c in cost_models) or 'none'}")
     summary = summarise_trace(prompts, spec.work, costs, progress)
-    split = split_prompts(summary.ids, summary.domains, seed=settings.seed, fractions=settings.fractions)
-    if settings.second_test:
+    split = split_prompts(summary.ids, summary.domains, seed=seed, fractions=fractions)
+    if second_test:
         split = split.exchanged()
     for part in ("validation", "test"):
         if not getattr(split, part):
@@ -134,23 +106,20 @@ def prepare(
                 f"{','.join(f'{f:g}' for f in split.fractions)}): trace more prompts, or split otherwise"
             )
     mixed = list(split.validation)
-    random.Random(settings.seed).shuffle(mixed)
+    random.Random(seed).shuffle(mixed)
     progress.start("reading prompts", len(mixed) + len(split.test))
     held = []
     for i in (*mixed, *split.test):
         held.append(filled(prompts[summary.places[i]]))
         progress.tick()
     validation, test = held[: len(mixed)], held[len(mixed) :]
-    return Setup(spec, trace_seed, costs, settings, progress, summary, split, validation, test)
+    return Setup(spec, trace_seed, costs, seed, progress, summary, split, validation, test)
 
 
 def summarise_trace(
     prompts: Sequence[PromptTrace], work: DraftWork, costs: Mapping[str, CostTable], progress: Progress
 ) -> TraceSummary:
     """Read every prompt once; none is kept.
-
-    Args:
-        work: of the drafter.
 
     Raises:
         ValueError: no prompt has an output of two tokens, or prompts were traced at different sizes.

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from bpkit.judge.evaluation.oracles import DECIDING, FEATURES, REASON, Shares
+from bpkit.judge.evaluation.figures import DECIDING, FEATURES, REASON
 from bpkit.judge.tables import Row, Table, bracketed
 from bpkit.trace.oracle.regret import KINDS
 
@@ -161,13 +161,13 @@ def figure(entry: Mapping[str, Any], *, digits: int = 3) -> str:
     return f"{entry['value']:.{digits}f} {bracketed(entry['interval'], f'.{digits}f')}"
 
 
-def lost(shares: Shares) -> dict[str, float]:
+def lost(shares: Mapping[str, Any]) -> dict[str, float]:
     """Percents of one's own time that the oracle does not take, by what they are called; those of deciding last."""
     percents = {title: 100 * float(shares[kind]) for kind, title in LOST.items()}
     return {**percents, "deciding": 100 * (float(shares[DECIDING]) + float(shares[FEATURES]))}
 
 
-def _percents(shares: Shares) -> list[str]:
+def _percents(shares: Mapping[str, Any]) -> list[str]:
     if REASON in shares:
         return ["-"] * (len(KINDS) + 2)
     parts = list(lost(shares).values())

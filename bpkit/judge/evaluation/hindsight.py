@@ -1,0 +1,147 @@
+"""What hindsight says of the test prompts: oracles, where they choose otherwise, and time that they would not take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpkit.judge.evaluation.policies import PolicyResult
+from bpkit.judge.evaluation.setup import Setup
+from bpkit.judge.statistics import Floats, Totals, totals_of
+from bpkit.trace.oracle.paths import (
+    Expectation,
+    Hindsight,
+    Path,
+    fixed_path,
+    oracle_distributions,
+    oracle_step,
+    oracle_step_truncate,
+)
+from bpkit.trace.oracle.regret import NotTraced, features_seconds, step_regret
+from bpkit.trace.records import PromptTrace, Taken
+from bpkit.types import CostModel, DraftWork
+
+HEADLINE = "step_truncate"
+"""The oracle that gaps are measured up to."""
+STRETCHES = 8
+"""Stretches of the output that are told apart, at most."""
+
+Steps = NDArray[np.int32]
+Regret = list[Floats] | str
+"""Seconds that the best choices would not have taken, by `KINDS` and for features, all orders of the test prompts
+together: float64 [kinds + 1] for each prompt. Or why they are not known.
+"""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything on the test prompts under one cost model.
+
+    Attributes:
+        best_fixed: the block size chosen on all validation prompts.
+        fixed: by block size. oracles, bounds, policies: by name.
+        choices: where the oracle `HEADLINE` chooses otherwise than the best fixed size, plain JSON values.
+        regrets: of the policies, by name. fixed_regret: of the best fixed size.
+    """
+
+    best_fixed: int
+    fixed: dict[int, Totals]
+    oracles: dict[str, Totals]
+    bounds: dict[str, Totals]
+    policies: Mapping[str, PolicyResult]
+    choices: dict[str, Any]
+    regrets: dict[str, Regret]
+    fixed_regret: Regret
+
+
+def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bounds: dict[str, Totals]) -> Results:
+    """Fixed sizes, oracles and policies under one cost model, and what the latter take beyond the oracle."""
+    summary, test, work, cost = setup.summary, setup.split.test, setup.spec.work, setup.costs[name]
+    best_fixed = summary.best_fixed(name, setup.split.validation)
+    rows: dict[str, list[tuple[float, ...]]] = {"step": [], HEADLINE: []}
+    if summary.sampled:
+        rows["distributions"] = []
+    steps: list[Steps] = []
+    fixed_regret: list[Floats] = []
+    regrets: dict[str, Regret] = {policy: [] for policy in policies}
+    setup.progress.start(f"oracles, {name}", len(test))
+    for place, prompt in enumerate(setup.test):
+        known = oracle_step_truncate(prompt, work, cost)
+        for policy, result in policies.items():
+            so_far = regrets[policy]
+            if isinstance(so_far, list):
+                try:
+                    so_far.append(_regret(prompt, work, cost, known, result.taken[place]))
+                except NotTraced as error:
+                    regrets[policy] = str(error)
+        fixed_regret.append(_regret(prompt, work, cost, known, [fixed_path(prompt, work, cost, best_fixed)]))
+        steps.append(steps_beside(best_fixed, prompt, known))
+        found: dict[str, Path | Expectation] = {"step": oracle_step(prompt, work, cost), HEADLINE: known}
+        if summary.sampled:
+            found["distributions"] = oracle_distributions(prompt, work, cost)
+        for oracle, path in found.items():
+            rows[oracle].append((path.tokens, path.steps, path.seconds))
+        setup.progress.tick()
+    fixed = {size: summary.fixed(name, test, size) for size in summary.sizes}
+    oracles = {"prompt": summary.fixed(name, test), **{oracle: totals_of(sums) for oracle, sums in rows.items()}}
+    choices = describe_choices(best_fixed, steps)
+    return Results(best_fixed, fixed, oracles, bounds, policies, choices, regrets, fixed_regret)
+
+
+def _regret(prompt: PromptTrace, work: DraftWork, cost: CostModel, known: Hindsight, taken: Sequence[Taken]) -> Floats:
+    """Of one prompt, in one or more orders."""
+    by_kind = [step_regret(prompt, work, known, one).sum(axis=0) for one in taken]
+    return np.append(np.sum(by_kind, axis=0), sum(features_seconds(prompt, cost, one) for one in taken))
+
+
+def steps_beside(best_fixed: int, prompt: PromptTrace, path: Path) -> Steps:
+    """Position, block size and verify length of each step, and the best fixed size's verify length: [4, steps]."""
+    usual = np.zeros(path.steps, np.int64)
+    if best_fixed > 1:
+        drafted = prompt.drafts.draft_length[path.position - 1, prompt.drafts.column(best_fixed)]
+        usual = np.minimum(drafted, prompt.most_verified(0) - path.position)
+    return np.stack([path.position, path.block_size, path.verify_length, usual.astype(np.int32)])
+
+
+def describe_choices(best_fixed: int, steps: Sequence[Steps]) -> dict[str, Any]:
+    """Histograms of all steps, and of those in each stretch of the output; `differs` are shares of steps.
+
+    `block_size` and `verify_length` map a value to its number of steps. A stretch counts output tokens decided
+    before the step, from `start` up to but without `end`.
+
+    Args:
+        steps: of each prompt, by `steps_beside`.
+    """
+
+    def describe(block_size: Steps, verify_length: Steps, usual: Steps) -> dict[str, Any]:
+        other_size, other_length = block_size != best_fixed, verify_length != usual
+        return {
+            "steps": len(block_size),
+            "differs": {
+                "block_size": float(other_size.mean()),
+                "verify_length": float(other_length.mean()),
+                "either": float((other_size | other_length).mean()),
+            },
+            "block_size": _histogram(block_size),
+            "verify_length": _histogram(verify_length),
+        }
+
+    position, *columns = np.concatenate(steps, axis=1)
+    last = int(position.max())
+    width = 1 << (last // STRETCHES).bit_length()  # so that 0 .. `last` need no more than `STRETCHES`
+    stretches = []
+    for start in range(0, last + 1, width):
+        inside = (position >= start) & (position < start + width)
+        if inside.any():
+            described = describe(*(column[inside] for column in columns))
+            stretches.append({"start": start, "end": start + width, **described})
+    return {"best_fixed": best_fixed, **describe(*columns), "positions": stretches}
+
+
+def _histogram(values: Steps) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values.tolist()).items())}
