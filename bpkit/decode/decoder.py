@@ -291,9 +291,7 @@ class SpeculativeDecoder:
         seed = seed if generation_config.do_sample else None
         request = decoder._request(text, processors, stopping, seed, stream_id, inputs)
         observed = decoder._observed(request, generation_config, seed, stream_id) if decoder.observers.active else None
-        records = decode(request)
-        if processors.rollback.rolls_back:
-            records = processors.rollback.settled(records, input_ids.shape[1])
+        records = processors.rollback.settled(decode(request), input_ids.shape[1])
         run = Run(records, request, seed, Watching(decoder.observers, observed))
         if return_run:
             return run

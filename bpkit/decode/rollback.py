@@ -15,7 +15,7 @@ The function of `prefix_allowed_tokens_fn` is treated alike.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import Any, Protocol, cast
+from typing import Any
 
 from transformers.generation import logits_process
 
@@ -79,18 +79,6 @@ PREFIX_CONSTRAINED = logits_process.PrefixConstrainedLogitsProcessor
 """It does what a function of the user's says."""
 
 
-class RollsBack(Protocol):
-    """A processor that can be taken back."""
-
-    def snapshot(self) -> Any:
-        """Its state."""
-        ...
-
-    def restore(self, state: Any) -> None:
-        """Take back a state that `snapshot` returned."""
-        ...
-
-
 class Rollback:
     """What the processors of one request remember, position by position.
 
@@ -105,7 +93,7 @@ class Rollback:
     """
 
     def __init__(self, processors: Iterable[Any]) -> None:
-        self._rolling: list[RollsBack] = []
+        self._rolling: list[Any] = []
         self._watched: list[VisibleState] = []
         self.foreign = False
         for processor in processors:
@@ -114,11 +102,6 @@ class Rollback:
         self._first = self._now()
         self._before: dict[int, list[Any]] = {}
         """States before the call at a position, by the tokens before that position."""
-
-    @property
-    def rolls_back(self) -> bool:
-        """Whether any processor has to be restored."""
-        return bool(self._rolling)
 
     def _admit(self, processor: Any) -> None:
         if type(processor) in STATEFUL:
@@ -133,7 +116,7 @@ class Rollback:
             if getattr(declares, "stateless", None) is True:
                 return
             if callable(getattr(declares, "snapshot", None)) and callable(getattr(declares, "restore", None)):
-                self._rolling.append(cast("RollsBack", declares))
+                self._rolling.append(declares)
                 return
         state = VisibleState(subject)
         if state.opaque is not None:
@@ -146,10 +129,9 @@ class Rollback:
             return
         if not self._before:
             self._before[length] = self._first
-        states = self._before.get(length)
-        if states is None:
+        if length not in self._before:
             raise RuntimeError(f"logits processors cannot go to position {length}: the one before was not called")
-        for processor, state in zip(self._rolling, states, strict=True):
+        for processor, state in zip(self._rolling, self._before[length], strict=True):
             processor.restore(state)
 
     def leave(self, length: int) -> None:
@@ -163,8 +145,7 @@ class Rollback:
     def check(self) -> None:
         """Raise ValueError if a processor that is watched changed: what it returned may be wrong."""
         for state in self._watched:
-            place = state.changed()
-            if place is not None:
+            if (place := state.changed()) is not None:
                 raise ValueError(_refusal(state.subject, f"keeps state: a call changed {place}"))
 
     def settled(self, records: Generator[Record], length: int) -> Generator[Record]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
@@ -16,20 +14,19 @@ class TextPieces(TextStreamer):
         self._ready: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._ready.append(text)
+        if text:
+            self._ready.append(text)
 
-    def put(self, tokens: Tensor) -> Iterator[str]:
-        """Take tokens, int64 [1, count], and yield the text that they complete."""
+    def put(self, tokens: Tensor) -> list[str]:
+        """Take tokens, int64 [1, count]; the text that they complete."""
+        self._ready = []
         # One by one: a token may complete a character that began in the last step.
         for token in tokens[0].cpu():
             super().put(token[None])
-        yield from self._take()
+        return self._ready
 
-    def end(self) -> Iterator[str]:
-        """Yield what is left."""
+    def end(self) -> list[str]:
+        """What is left."""
+        self._ready = []
         super().end()
-        yield from self._take()
-
-    def _take(self) -> list[str]:
-        ready, self._ready = self._ready, []
-        return [text for text in ready if text]
+        return self._ready

@@ -37,54 +37,47 @@ _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "transformers", "nump
 _REDUCERS = ("__getstate__", "__reduce__", "__reduce_ex__")
 
 
-class VisibleState:
+class VisibleState(pickle.Pickler):
     """The state of `subject` when this was made, to be compared with what it is later.
+
+    The subject is pickled part by part, with all that the parts reach; nobody ever reads the bytes but to compare them.
+    Pickling goes through containers and objects as they are, and fails for objects that are larger than their Python
+    attributes need, as those of compiled extensions are. Functions and classes are pickled by what they hold. The
+    pickler keeps alive what it saw, so that nothing new can take its place in memory.
 
     Attributes:
         opaque: where something lies that cannot be looked into, such as an object of a compiled extension; else None.
     """
 
     def __init__(self, subject: object) -> None:
-        self.subject = subject
-        self._first = _Look(subject)  # kept: what it saw stays alive, and nothing new can take its place in memory
-        self.opaque = self._first.opaque
-
-    def changed(self) -> str | None:
-        """Where the state differs from what it was, or None."""
-        before, now = self._first.parts, _Look(self.subject)
-        places = [name for name in {**now.parts, **before} if now.parts.get(name) != before.get(name)]
-        return now.opaque or (places[0] if places else None)
-
-
-class _Look(pickle.Pickler):
-    """Pickles a subject part by part, with all that the parts reach; nobody ever reads the bytes but to compare them.
-
-    Pickling goes through containers and objects as they are, and fails for objects that are larger than their Python
-    attributes need, as those of compiled extensions are. Functions and classes are pickled by what they hold.
-    """
-
-    def __init__(self, subject: object) -> None:
         file = io.BytesIO()
         super().__init__(file, protocol=4)
-        self.parts: dict[str, int] = {}
+        self.subject = self._last = subject
         self.opaque: str | None = None
-        self._seen, self._last = 0, subject
+        self._parts: dict[str, int] = {}
+        self._seen = 0
         for name, part in _parts(subject).items():
             try:
                 self.dump(part)
-            except Exception as error:
-                what = str(error) if isinstance(error, _Opaque) else type(self._last).__name__
+            except Exception:
+                what = type(self._last).__name__ if self._seen <= MOST else f"more than {MOST} objects"
                 self.opaque = f"{name} ({what})"
                 return
-            self.parts[name] = hash(file.getvalue())
+            self._parts[name] = hash(file.getvalue())
             file.seek(0)
             file.truncate()
+
+    def changed(self) -> str | None:
+        """Where the state differs from what it was, or None."""
+        now = VisibleState(self.subject)
+        names = {**now._parts, **self._parts}
+        return now.opaque or next((name for name in names if now._parts.get(name) != self._parts.get(name)), None)
 
     def reducer_override(self, value: Any) -> Any:
         """How a value is pickled that is no plain data: what identifies it, and what it holds."""
         self._seen, self._last = self._seen + 1, value
         if self._seen > MOST:
-            raise _Opaque(f"more than {MOST} objects")
+            raise pickle.PicklingError
         if value is id:  # stands for "the object at this address", below
             return NotImplemented
         if isinstance(value, Tensor):  # in-place operations count its version up; those of inference mode have none
@@ -101,15 +94,11 @@ class _Look(pickle.Pickler):
         if of_module or isinstance(value, _UNCHANGING):
             return id, (id(value),)
         if isinstance(value, (Iterator, torch.Generator)) and _of_library(type(value)):
-            raise _Opaque(type(value).__name__)  # only using it up shows what is in it
+            raise pickle.PicklingError  # only using it up shows what is in it
         own = [base for base in type(value).__mro__ if not _of_library(base)]
         if any(name in vars(base) for base in own for name in _REDUCERS):  # it may leave something out
             return id, (type(value),), object.__getstate__(value)
         return NotImplemented
-
-
-class _Opaque(Exception):
-    """There is something that cannot be watched."""
 
 
 def _parts(subject: Any) -> dict[str, object]:
@@ -126,9 +115,7 @@ def _parts(subject: Any) -> dict[str, object]:
 
 def _held_by_class(kind: type) -> dict[str, object]:
     """Attributes of a class that a call may use or write to."""
-    if _of_library(kind):
-        return {}
-    return {name: value for name, value in vars(kind).items() if _may_change(name, value)}
+    return {} if _of_library(kind) else {name: value for name, value in vars(kind).items() if _may_change(name, value)}
 
 
 def _held_by_function(function: FunctionType) -> dict[str, object]:
