@@ -16,7 +16,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HCACa
 from bpkit import Context, Policy, SpeculativeDecoder
 from bpkit.decode.clock import CostClock
 from bpkit.decode.reread import LONGEST_PENDING, Rereading, commits
-from bpkit.decode.serving import is_stateful, session_class, target_session
+from bpkit.decode.serving import is_stateful, session_class
 from bpkit.decode.snapshot import Snapshot, crop_of
 from bpkit.decode.stateful import StatefulTarget
 from bpkit.decode.text import RunningText
@@ -189,7 +189,7 @@ def test_features_of_a_pass_are_those_of_its_own_tokens() -> None:
     layers = (0, 2)
     with torch.inference_mode():
         text = RunningText(PROMPT[:, :10])
-        session = target_session(model, text, feature_layers=layers, keep_hidden=True)
+        session = session_class(model)(model, text, feature_layers=layers, keep_hidden=True)
         assert isinstance(session, StatefulTarget)
         outputs, kept = [session.prefill()], [10]
         for start, end, wrong in ((10, 12, 3), (12, 15, 1), (15, 16, 0), (16, 24, 0)):
@@ -334,6 +334,6 @@ def test_texts_in_which_the_rotary_embedding_changes_are_refused(rope: dict[str,
 
 def test_a_policy_that_reads_hidden_states_is_refused_where_there_are_several_streams() -> None:
     model = tiny_causal_lm("deepseek_v4")
-    session = target_session(model, RunningText(PROMPT), feature_layers=(0,), keep_hidden=False)
+    session = session_class(model)(model, RunningText(PROMPT), feature_layers=(0,), keep_hidden=False)
     with torch.inference_mode(), pytest.raises(ValueError, match="DeepseekV4ForCausalLM gives no hidden states"):
         session.prefill()

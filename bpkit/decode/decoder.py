@@ -39,7 +39,7 @@ from bpkit.decode.refuse import (
 from bpkit.decode.request import Request
 from bpkit.decode.result import Generation, Run
 from bpkit.decode.sampling import Processors
-from bpkit.decode.serving import is_stateful, target_session
+from bpkit.decode.serving import is_stateful, session_class
 from bpkit.decode.stopping import Stopping
 from bpkit.decode.streaming import TextPieces
 from bpkit.decode.text import RunningText
@@ -356,7 +356,8 @@ class SpeculativeDecoder:
         self.requests += 1
         generator = torch.Generator().manual_seed(hashed(seed or 0, stream_id, self.requests, POLICY_SALT) >> 1)
         keep_hidden = bool(wants & {Feature.PREFILL_HIDDEN, Feature.LAST_HIDDEN})
-        target = target_session(self.model, text, feature_layers=self.drafter.feature_layers, keep_hidden=keep_hidden)
+        session = session_class(self.model)
+        target = session(self.model, text, feature_layers=self.drafter.feature_layers, keep_hidden=keep_hidden)
         target.wrapper = self.target if self.target is not self.model else None
         target.inputs = inputs if inputs.following else None
         watch = Stopwatch(GuardedClock(self.clock))

@@ -38,13 +38,6 @@ _ORDINARY = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 _known: WeakKeyDictionary[PreTrainedModel, type[CachedTarget] | str] = WeakKeyDictionary()
 
 
-def target_session(
-    model: PreTrainedModel, text: RunningText, *, feature_layers: tuple[int, ...], keep_hidden: bool
-) -> CachedTarget:
-    """A session of the kind that this target needs. Raises ValueError for a target that cannot be served."""
-    return session_class(model)(model, text, feature_layers=feature_layers, keep_hidden=keep_hidden)
-
-
 def is_stateful(model: PreTrainedModel) -> bool:
     """Whether a target has states that cannot drop tokens. Raises ValueError for a target that cannot be served."""
     return issubclass(session_class(model), StatefulTarget)
@@ -65,14 +58,12 @@ def session_class(model: PreTrainedModel) -> type[CachedTarget]:
 
 def served_by(model: PreTrainedModel) -> type[CachedTarget] | str:
     """The kind of session whose cache goes back exactly, or why there is none."""
-    found = _known.get(model)
-    if found is None:
-        found = _known[model] = _find(model)
-    return found
+    if model not in _known:
+        _known[model] = _find(model)
+    return _known[model]
 
 
 def _find(model: PreTrainedModel) -> type[CachedTarget] | str:
-    """The kind of session, or why there is none."""
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder, and the decoder has no input for its encoder"
     if cache_argument(model) is None:
@@ -116,14 +107,18 @@ def _probe(model: PreTrainedModel, cropped: bool) -> type[CachedTarget] | str:
     with torch.inference_mode():
         tokens = _some_tokens(model)
         expected = _one_at_a_time(model, tokens)
+        at_once = _session(StatefulTarget, model, tokens)._pass(tokens, TOKENS, []).logits[:, -TOKENS:].float()
         spread = float(expected.std())
         # Where reading all at once agrees as well, what it differs by is rounding. In some architectures it does not:
         # they read a prompt by another rule than single tokens, and plain decoding is what single tokens give.
-        rounding, most = _difference(_at_once(model, tokens), expected) / spread, 8 * math.sqrt(eps)
+        rounding, most = _difference(at_once, expected) / spread, 8 * math.sqrt(eps)
         tolerance = min(max(10 * rounding, 16 * eps), most) if rounding < most else math.sqrt(eps) / 4
         error = math.inf
-        croppable = cropped and _croppable(model, tokens)
-        for kind in (CachedTarget, StatefulTarget) if croppable else (StatefulTarget,):
+        if cropped:  # whether it really is, linear layers know once they hold some tokens
+            session = _session(CachedTarget, model, tokens)
+            session.prefill()
+            cropped = session.held.is_croppable
+        for kind in (CachedTarget, StatefulTarget) if cropped else (StatefulTarget,):
             error = _difference(_with_rejections(kind, model, tokens), expected) / spread
             if error <= tolerance:
                 return kind
@@ -131,13 +126,6 @@ def _probe(model: PreTrainedModel, cropped: bool) -> type[CachedTarget] | str:
         "several tokens read at once after a prompt do not give what they give one at a time "
         f"(scores differ by {error:.1g} of their spread, rounding allows {tolerance:.1g})"
     )
-
-
-def _croppable(model: PreTrainedModel, tokens: Tensor) -> bool:
-    """Whether the cache can drop tokens, which linear layers know once they hold some."""
-    session = _session(CachedTarget, model, tokens)
-    session.prefill()
-    return bool(session.held.is_croppable)
 
 
 def _precise(model: PreTrainedModel) -> PreTrainedModel:
@@ -170,11 +158,6 @@ def _one_at_a_time(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         session.text.append(tokens[:, i : i + 1], tokens[:, i : i + 1].cpu())
         found.append(session.verify(tokens[:, :0]).logits)
     return torch.cat(found, dim=1).float()
-
-
-def _at_once(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    logits: Tensor = _session(StatefulTarget, model, tokens)._pass(tokens, TOKENS, []).logits
-    return logits[:, -TOKENS:].float()
 
 
 def _with_rejections(kind: type[CachedTarget], model: PreTrainedModel, tokens: Tensor) -> Tensor:

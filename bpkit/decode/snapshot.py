@@ -6,13 +6,17 @@ What a layer keeps for each token is cropped, which costs nothing; what it folds
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 Crop = Callable[[Any, int], None]
+_copied = partial(tree_map_only, Tensor, torch.clone)
+"""The same with copies of all tensors in dicts, lists and tuples."""
 
 
 def crop_of(kind: type) -> Crop | None:
@@ -65,14 +69,14 @@ class Snapshot:
             self.states = [torch.empty_like(state) for state in states]
         if states:
             torch._foreach_copy_(self.states, states)
-        self.values = [copied(_held(other)) for other in self.others]
+        self.values = [_copied(_held(other)) for other in self.others]
 
     def restore(self, count: int) -> None:
         """Put the copied states back and drop the `count` tokens that were read since."""
         if self.states:
             torch._foreach_copy_(list(self._linear_states()), self.states)
         for other, values in zip(self.others, self.values, strict=True):
-            _put_back(other, copied(values))
+            _put_back(other, _copied(values))
         self._crop(count)
 
     def keep(self) -> None:
@@ -88,17 +92,6 @@ class Snapshot:
             for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
                 if state is not None:
                     yield state
-
-
-def copied(value: Any) -> Any:
-    """The same with copies of all tensors in dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: copied(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(x) for x in value)
-    return value
 
 
 def _held(other: Any) -> Any:
