@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from bpkit import SpeculativeDecoder
 from bpkit.assets import prompts
-from bpkit.draft.blocks import block_attention_mask
+from bpkit.draft.dflash_model import block_attention_mask
 from bpkit.learn.training.answers import DrafterRun
 from bpkit.learn.training.assistant import DistillationLoss, first_layers, train_assistant
 from bpkit.learn.training.drafter import position_weights, train_drafter

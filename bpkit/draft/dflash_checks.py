@@ -67,38 +67,35 @@ def refuse_unfit(config: Any, target: Any, embedding_rows: int, name: str) -> No
     Args:
         config: its `DFlashConfig`. target: the target's text config. embedding_rows: of the target.
     """
-    given = {**config.to_dict(), **(config.dflash_config or {})}
-    _refuse_another_target(config, target, embedding_rows, given, name)
-    _refuse_settings(config, given, name)
-
-
-def _refuse_another_target(config: Any, target: Any, rows: int, given: Mapping[str, Any], name: str) -> None:
-    way_out = "use the drafter that was trained for this target"
-    for width in (config.hidden_size, given.get("target_hidden_size") or config.hidden_size):
-        if width != target.hidden_size:
-            raise ValueError(
-                f"drafter {name} was made for hidden size {width}, but the target has {target.hidden_size}: {way_out}"
-            )
-    depth = target.num_hidden_layers
+    nested = config.dflash_config or {}
+    given = {**config.to_dict(), **nested}
+    width, depth, layers = target.hidden_size, target.num_hidden_layers, config.target_layer_ids or ()
+    faults = [
+        f"was made for hidden size {made_for}, but the target has {width}"
+        for made_for in (config.hidden_size, given.get("target_hidden_size") or width)
+        if made_for != width
+    ]
     if (given.get("num_target_layers") or depth) != depth:
+        faults.append(f"was made for a target of {given['num_target_layers']} layers, but the target has {depth}")
+    if not all(0 <= layer < depth for layer in layers):
+        faults.append(f"wants features of target layers {layers}, but the target has layers 0 to {depth - 1}")
+    way_out = "use the drafter that was trained for this target"
+    if not (faults or 0 <= config.mask_token_id < embedding_rows):
+        faults.append(f"has mask token {config.mask_token_id}, but the target embeds tokens 0 to {embedding_rows - 1}")
+        way_out += ", or resize the target's embeddings to its tokenizer"
+    if faults:
+        raise ValueError(f"drafter {name} {faults[0]}: {way_out}")
+    if asked := _not_honoured(config, nested):
+        settings = ", ".join(f"{key} = {value!r}" for key, value in sorted(asked.items()))
         raise ValueError(
-            f"drafter {name} was made for a target of {given['num_target_layers']} layers, but the target has {depth}: "
-            f"{way_out}"
-        )
-    if not all(0 <= layer < depth for layer in config.target_layer_ids or ()):
-        raise ValueError(
-            f"drafter {name} wants features of target layers {config.target_layer_ids}, but the target has "
-            f"layers 0 to {depth - 1}: {way_out}"
-        )
-    if not 0 <= config.mask_token_id < rows:
-        raise ValueError(
-            f"drafter {name} has mask token {config.mask_token_id}, but the target embeds tokens 0 to {rows - 1}: "
-            f"{way_out}, or resize the target's embeddings to its tokenizer"
+            f"drafter {name} was trained with settings that bpkit does not honour, and would draft worse without them: "
+            f"{settings}; use another drafter, or remove them from its config.json if they change no draft"
         )
 
 
-def _refuse_settings(config: Any, given: Mapping[str, Any], name: str) -> None:
-    everywhere = [*config.to_dict().items(), *(config.dflash_config or {}).items()]
+def _not_honoured(config: Any, nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, of the config or its `dflash_config`, that ask for what the model does not do."""
+    everywhere = [*config.to_dict().items(), *nested.items()]
     asked = {key: value for key, value in everywhere if _is_unknown(key, value)}
     rope = config.rope_parameters or {}
     asked |= {f"rope_parameters.{key}": value for key, value in rope.items() if _is_unknown(key, value, _ROPE)}
@@ -106,17 +103,12 @@ def _refuse_settings(config: Any, given: Mapping[str, Any], name: str) -> None:
     if kinds - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and not config.sliding_window):
         asked |= {"layer_types": config.layer_types, "sliding_window": config.sliding_window}
     # Some engines read it from here; the model has one window.
-    nested = (config.dflash_config or {}).get("sliding_window")
-    if nested not in (None, config.sliding_window):
-        asked["dflash_config.sliding_window"] = nested
-    if (given.get("draft_vocab_size") or config.vocab_size) != config.vocab_size:
-        asked["draft_vocab_size"] = given["draft_vocab_size"]
-    if asked:
-        settings = ", ".join(f"{key} = {value!r}" for key, value in sorted(asked.items()))
-        raise ValueError(
-            f"drafter {name} was trained with settings that bpkit does not honour, and would draft worse without them: "
-            f"{settings}; use another drafter, or remove them from its config.json if they change no draft"
-        )
+    if nested.get("sliding_window") not in (None, config.sliding_window):
+        asked["dflash_config.sliding_window"] = nested["sliding_window"]
+    vocab_size = dict(everywhere).get("draft_vocab_size")
+    if vocab_size and vocab_size != config.vocab_size:
+        asked["draft_vocab_size"] = vocab_size
+    return asked
 
 
 def _is_unknown(key: str, value: Any, known: frozenset[str] = _HONOURED | _METADATA) -> bool:

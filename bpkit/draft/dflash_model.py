@@ -185,3 +185,20 @@ class DFlashModel(Qwen3PreTrainedModel):
                 hidden, context=context, rotary=rotary, attention_mask=attention_mask, past_key_values=past_key_values
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+
+def block_attention_mask(anchors: Tensor, block_size: int, context: int) -> Tensor:
+    """Which keys the positions of blocks side by side see: context before the anchor, and their own block.
+
+    Args:
+        anchors: int64 [batch, blocks].
+
+    Returns:
+        bool [batch, 1, blocks * block_size, context + blocks * block_size].
+    """
+    batch, blocks = anchors.shape
+    anchor = anchors.repeat_interleave(block_size, dim=1)
+    before = torch.arange(context, device=anchors.device) < anchor[..., None]
+    owner = torch.arange(blocks, device=anchors.device).repeat_interleave(block_size)
+    same = (owner[:, None] == owner).expand(batch, -1, -1)
+    return torch.cat([before, same], dim=-1)[:, None]

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from bpkit.draft.blocks import block_attention_mask
-from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
+from bpkit.draft.dflash_model import DFlashConfig, DFlashModel, block_attention_mask
 from bpkit.learn.training.answers import DrafterRun, load_target, target_answers
 from bpkit.learn.training.model import autocast, train_model
 from bpkit.learn.training.provenance import fingerprint

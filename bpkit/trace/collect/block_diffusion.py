@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
-from bpkit.draft.blocks import block_attention_mask
+from bpkit.draft.dflash_model import block_attention_mask
 from bpkit.trace.collect.drafts import Drafts, Finished
 from bpkit.trace.collect.pieces import pieces
 
