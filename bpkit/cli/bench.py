@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_POLICIES = ("fixed:4", "fixed:8", "fixed:16", "threshold", "bandit")
 DEFAULT_NEW_TOKENS = 128
-_COMPARISON = "Comparison"
+_comparison = partial(typer.Option, rich_help_panel="Comparison")
 
 app = typer.Typer(invoke_without_command=True)
 app.command("policy")(bench_policy)
@@ -43,18 +44,15 @@ def bench(
     policy: options.PolicySpecs = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(
+        _comparison(
             help="Also run this decoder: `transformers-dflash`.",
             metavar="NAME",
             autocompletion=lambda: ["transformers-dflash"],
-            rich_help_panel=_COMPARISON,
         ),
     ] = None,
     *,
     texts: list[Prompt],
-    repeats: Annotated[
-        int, typer.Option(help="Runs of each policy on each prompt.", min=1, rich_help_panel=_COMPARISON)
-    ] = 1,
+    repeats: Annotated[int, _comparison(help="Runs of each policy on each prompt.", min=1)] = 1,
     files: Outputs,
     config: Config,
 ) -> None:

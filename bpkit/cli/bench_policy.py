@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from bpkit.judge.latency.measure import LatencySettings
 
 DEFAULT_BATCHES, DEFAULT_LIMIT, DEFAULT_CALLS, DEFAULT_NEW_TOKENS = "1+8+64", 8, 1000, 64
-_TIMING = "Timing"
+_timing = partial(typer.Option, rich_help_panel="Timing")
 
 
 @options.takes(
@@ -45,28 +46,21 @@ def bench_policy(
             autocompletion=completion.policies,
         ),
     ] = None,
-    batch: Annotated[
-        str, typer.Option(help="Batch sizes.", metavar="SIZES", rich_help_panel=_TIMING)
-    ] = DEFAULT_BATCHES,
-    calls: Annotated[
-        int, typer.Option(help="Timed calls of each method, backend and batch size.", min=20, rich_help_panel=_TIMING)
-    ] = DEFAULT_CALLS,
-    warm_up: Annotated[int, typer.Option(help="Calls before them.", min=1, rich_help_panel=_TIMING)] = 100,
+    batch: Annotated[str, _timing(help="Batch sizes.", metavar="SIZES")] = DEFAULT_BATCHES,
+    calls: Annotated[int, _timing(help="Timed calls of each method, backend and batch size.", min=20)] = DEFAULT_CALLS,
+    warm_up: Annotated[int, _timing(help="Calls before them.", min=1)] = 100,
     block_size: Annotated[
         int | None,
-        typer.Option(
-            help="Of the steps that decisions are compared with; by default the fastest fixed one, found first.",
-            min=2,
-            rich_help_panel=_TIMING,
+        _timing(
+            help="Of the steps that decisions are compared with; by default the fastest fixed one, found first.", min=2
         ),
     ] = None,
-    provider: Annotated[str, typer.Option(help="Of onnxruntime: `cpu` or `cuda`.", rich_help_panel=_TIMING)] = "cpu",
+    provider: Annotated[str, _timing(help="Of onnxruntime: `cpu` or `cuda`.")] = "cpu",
     weights: Annotated[
         Path | None,
-        typer.Option(
+        _timing(
             help="Trained folder that `onnx:FOLDER` was exported from; by default the weights that ship.",
             metavar="FOLDER",
-            rich_help_panel=_TIMING,
         ),
     ] = None,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 128
 DEFAULT_SPREAD, DEFAULT_MINUTES = 2.0, 10.0
-_HOW_LONG = "How long, and what"
+_how_long = partial(typer.Option, rich_help_panel="How long, and what")
 
 
 @options.takes(
@@ -51,28 +52,20 @@ def calibrate(
     plot: Annotated[Path | None, typer.Option(help="Draw the costs here (.png, .svg or .pdf).", metavar="FILE")] = None,
     max_block_size: Annotated[
         int | None,
-        typer.Option(
-            help="Largest block size and verify width; by default the drafter's trained block size.",
-            metavar="N",
-            rich_help_panel=_HOW_LONG,
+        _how_long(
+            help="Largest block size and verify width; by default the drafter's trained block size.", metavar="N"
         ),
     ] = None,
     spread: Annotated[
         float,
-        typer.Option(
+        _how_long(
             help="Measure until every draft and target pass is known to this many per cent (standard error / mean).",
             min=0.01,
             metavar="PERCENT",
-            rich_help_panel=_HOW_LONG,
         ),
     ] = DEFAULT_SPREAD,
-    max_minutes: Annotated[
-        float, typer.Option(help="But no longer than this.", min=0.0, metavar="M", rich_help_panel=_HOW_LONG)
-    ] = DEFAULT_MINUTES,
-    rounds: Annotated[
-        int | None,
-        typer.Option(help="And no more rounds over the prompts.", min=1, metavar="N", rich_help_panel=_HOW_LONG),
-    ] = None,
+    max_minutes: Annotated[float, _how_long(help="But no longer than this.", min=0.0, metavar="M")] = DEFAULT_MINUTES,
+    rounds: Annotated[int | None, _how_long(help="And no more rounds over the prompts.", min=1, metavar="N")] = None,
     *,
     texts: list[Prompt],
     config: Config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
     from bpkit.testing.checks.report import Report, Result
 
 _STYLES = {"passed": "green", "skipped": "dim", "failed": "bold red"}
-_WHAT, _REAL = "What is checked", "With real models as well"
-_Seed = Annotated[
-    int | None, typer.Option(help="Of everything that is drawn; by default 0.", min=0, rich_help_panel=_WHAT)
-]
+_what = partial(typer.Option, rich_help_panel="What is checked")
+_Seed = Annotated[int | None, _what(help="Of everything that is drawn; by default 0.", min=0)]
 
 
 @options.takes(config=options.settings({"seed": _Seed} | options.MODELS))
@@ -40,16 +39,14 @@ def check(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Leave out this check; repeat for more.",
-            metavar="NAME",
-            autocompletion=completion.checks,
-            rich_help_panel=_WHAT,
-        ),
+        _what(help="Leave out this check; repeat for more.", metavar="NAME", autocompletion=completion.checks),
     ] = None,
-    only_list: Annotated[bool, typer.Option("--list", help="List the checks and exit.", rich_help_panel=_WHAT)] = False,
+    only_list: Annotated[bool, _what("--list", help="List the checks and exit.")] = False,
     shipped: Annotated[
-        bool, typer.Option("--shipped", help="Also decode with the pair that ships.", rich_help_panel=_REAL)
+        bool,
+        typer.Option(
+            "--shipped", help="Also decode with the pair that ships.", rich_help_panel="With real models as well"
+        ),
     ] = False,
     *,
     config: Config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from bpkit.trace.store.storage import Trace
 
 DEFAULT_SPLIT = "0.4,0.2,0.4"
-_HOW = "How to judge"
+_how = partial(typer.Option, rich_help_panel="How to judge")
 
 
 @options.takes(files=outputs.figures_and_page, config=options.settings(options.MODELS | options.PLACE))
@@ -42,42 +43,29 @@ def evaluate(
     policy: options.PolicySpecs = None,
     *,
     files: Outputs,
-    seed: Annotated[int, typer.Option(help="Of split, orders and intervals.", rich_help_panel=_HOW)] = 0,
-    split: Annotated[
-        str,
-        typer.Option(help="Shares of train, validation and test prompts.", metavar="A,B,C", rich_help_panel=_HOW),
-    ] = DEFAULT_SPLIT,
-    orders: Annotated[
-        int, typer.Option(help="Orders of the test prompts for policies with a memory.", min=1, rich_help_panel=_HOW)
-    ] = 8,
-    no_tune: Annotated[
-        bool, typer.Option("--no-tune", help="Take policies as they are given.", rich_help_panel=_HOW)
-    ] = False,
+    seed: Annotated[int, _how(help="Of split, orders and intervals.")] = 0,
+    split: Annotated[str, _how(help="Shares of train, validation and test prompts.", metavar="A,B,C")] = DEFAULT_SPLIT,
+    orders: Annotated[int, _how(help="Orders of the test prompts for policies with a memory.", min=1)] = 8,
+    no_tune: Annotated[bool, _how("--no-tune", help="Take policies as they are given.")] = False,
     permutations: Annotated[
-        int,
-        typer.Option(help="Of the test whether a size per prompt is learnable; 0: none.", min=0, rich_help_panel=_HOW),
+        int, _how(help="Of the test whether a size per prompt is learnable; 0: none.", min=0)
     ] = 200,
     second_test: Annotated[
         bool,
-        typer.Option(
+        _how(
             "--second-test",
             help="Judge on the prompts left for training, and leave the test prompts alone: a second test set for "
             "policies that were trained on other prompts, to be opened once.",
-            rich_help_panel=_HOW,
         ),
     ] = False,
     allow_leak: Annotated[
         bool,
-        typer.Option(
+        _how(
             "--allow-leak",
             help="Judge a trained policy also on prompts that it was trained or chosen on; the result says so.",
-            rich_help_panel=_HOW,
         ),
     ] = False,
-    limit: Annotated[
-        int | None,
-        typer.Option(help="Prompts of each domain, the first ones; all by default.", min=1, rich_help_panel=_HOW),
-    ] = None,
+    limit: Annotated[int | None, _how(help="Prompts of each domain, the first ones; all by default.", min=1)] = None,
     recompute: options.Recompute = False,
     config: Config,
 ) -> None:

@@ -31,8 +31,7 @@ def new(
     ] = None,
     author: Annotated[str | None, typer.Option(help="Name in the metadata; none by default.")] = None,
     summary: Annotated[
-        str | None,
-        typer.Option(help="One line: what the policy decides, and when. `bpkit policies` shows it."),
+        str | None, typer.Option(help="One line: what the policy decides, and when. `bpkit policies` shows it.")
     ] = None,
 ) -> None:
     """Start a policy of your own: a small distribution with tests.

@@ -6,9 +6,9 @@
     def command(*, texts: list[Prompt], config: Config) -> None: ...
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
@@ -38,7 +38,7 @@ def takes(**groups: Group) -> Callable[[Command], Command]:
         for name in inspect.signature(command).parameters:
             shown.update(of_group[name] if name in groups else {name: own[name]})
 
-        @functools.wraps(command)
+        @wraps(command)
         def run(**given: Any) -> None:
             made = {n: group(**{option: given[option] for option in of_group[n]}) for n, group in groups.items()}
             command(**{name: given[name] for name in own}, **made)
@@ -62,7 +62,8 @@ def _parameters(function: Callable[..., Any], *, leave: Collection[str] = ()) ->
 # Options that the config knows, in sets for `settings`.
 
 POLICY_HELP = "As `bpkit policies` lists them: a name, `name:value`, `name:key=value,...`, or `./file.py:ClassName`."
-_MODELS, _SAMPLING, _RUNTIME, PROMPTS = "Models and policy", "Sampling", "Runtime", "Prompts"
+_MODELS, _SAMPLING, _RUNTIME = "Models and policy", "Sampling", "Runtime"
+of_prompts = partial(typer.Option, rich_help_panel="Prompts")
 
 
 def _option(kind: Any, said: str, metavar: str, panel: str | None, *names: str, completes: Any = None) -> Any:
@@ -171,19 +172,12 @@ Recompute = Annotated[
 ]
 Domains = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Only prompts of this domain; repeat for more.",
-        metavar="NAME",
-        autocompletion=completion.domains,
-        rich_help_panel=PROMPTS,
-    ),
+    of_prompts(help="Only prompts of this domain; repeat for more.", metavar="NAME", autocompletion=completion.domains),
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option(
-        help="JSONL with `prompt`, and `id` and `domain` if you like, instead of the shipped prompts.",
-        metavar="FILE",
-        rich_help_panel=PROMPTS,
+    of_prompts(
+        help="JSONL with `prompt`, and `id` and `domain` if you like, instead of the shipped prompts.", metavar="FILE"
     ),
 ]
 
@@ -217,7 +211,7 @@ def prompts(shipped: int = DEFAULT_LIMIT) -> Group:
 
     def chosen(
         domain: Domains = None,
-        limit: Annotated[int | None, typer.Option(help=said, min=1, rich_help_panel=PROMPTS)] = None,
+        limit: Annotated[int | None, of_prompts(help=said, min=1)] = None,
         prompts: Prompts = None,
     ) -> list[Prompt]:
         return choose_prompts(prompts, domain or [], limit, shipped_limit=shipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,8 @@ TO_BE_ADDED = frozenset(
     }
 )
 """Features that a trace holds only if it is asked to."""
-_WHAT, _WORK = "What to trace", "Work"
+_what = partial(typer.Option, rich_help_panel="What to trace")
+_work = partial(typer.Option, rich_help_panel="Work")
 
 
 @options.takes(
@@ -53,60 +55,44 @@ def trace(
     ],
     prompts: Annotated[
         Path | None,
-        typer.Option(
+        options.of_prompts(
             help="JSONL with `prompt`, and `id` and `domain` if you like, or .txt with a prompt on each line; by "
             "default the shipped prompts.",
             metavar="FILE",
-            rich_help_panel=options.PROMPTS,
         ),
     ] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="A dataset of Hugging Face: `name` or `name:config`.", metavar="NAME", rich_help_panel=options.PROMPTS
-        ),
+        str | None, options.of_prompts(help="A dataset of Hugging Face: `name` or `name:config`.", metavar="NAME")
     ] = None,
-    split: Annotated[
-        str, typer.Option(help="Of the dataset.", metavar="NAME", rich_help_panel=options.PROMPTS)
-    ] = "test",
+    split: Annotated[str, options.of_prompts(help="Of the dataset.", metavar="NAME")] = "test",
     column: Annotated[
-        str,
-        typer.Option(
-            help="Key of the prompts in the file or dataset.", metavar="NAME", rich_help_panel=options.PROMPTS
-        ),
+        str, options.of_prompts(help="Key of the prompts in the file or dataset.", metavar="NAME")
     ] = "prompt",
     domain: options.Domains = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Prompts of each domain; all by default.", min=1, rich_help_panel=options.PROMPTS)
-    ] = None,
+    limit: Annotated[int | None, options.of_prompts(help="Prompts of each domain; all by default.", min=1)] = None,
     block_sizes: Annotated[
         str | None,
-        typer.Option(
+        _what(
             help="Such as `2-16` or `2+4+8`; by default every size up to the drafter's trained one. A policy that is "
             "replayed can ask for these and for 1.",
             metavar="SIZES",
-            rich_help_panel=_WHAT,
         ),
     ] = None,
     features: Annotated[
         list[str] | None,
-        typer.Option(
+        _what(
             help="Also keep what a policy wants, such as last_hidden or draft_hidden (large); repeat for more.",
             metavar="NAME",
             autocompletion=lambda: sorted(TO_BE_ADDED),
-            rich_help_panel=_WHAT,
         ),
     ] = None,
-    num_workers: Annotated[
-        int, typer.Option(help="Processes, each with its own models and one thread.", min=1, rich_help_panel=_WORK)
-    ] = 1,
+    num_workers: Annotated[int, _work(help="Processes, each with its own models and one thread.", min=1)] = 1,
     ray: Annotated[
         str | None,
-        typer.Option(
+        _work(
             help="Work on a Ray cluster: its address, or `auto` for the one that is running, or `local`. "
             "`--num-workers` actors share the prompts.",
             metavar="ADDRESS",
-            rich_help_panel=_WORK,
         ),
     ] = None,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,36 +11,27 @@ import typer
 
 from bpkit.cli.terminal import say
 
-RUN, _BUDGET = "How to run", "Budget"
+of_run = partial(typer.Option, rich_help_panel="How to run")
+_budget = partial(typer.Option, rich_help_panel="Budget")
 
 Out = Annotated[Path, typer.Option(help="Folder for the result, its checkpoints and logs.", metavar="FOLDER")]
-Devices = Annotated[
-    int, typer.Option(help="Processes: GPUs, or on a CPU one for each core or two.", min=1, rich_help_panel=RUN)
-]
-Accelerator = Annotated[str, typer.Option(help="`auto`, `cpu` or `gpu`.", rich_help_panel=RUN)]
-Strategy = Annotated[
-    str, typer.Option(help="Of Lightning, with more than one device, such as `ddp`.", rich_help_panel=RUN)
-]
-Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in the folder.", rich_help_panel=RUN)]
+Devices = Annotated[int, of_run(help="Processes: GPUs, or on a CPU one for each core or two.", min=1)]
+Accelerator = Annotated[str, of_run(help="`auto`, `cpu` or `gpu`.")]
+Strategy = Annotated[str, of_run(help="Of Lightning, with more than one device, such as `ddp`.")]
+Resume = Annotated[bool, of_run(help="Go on from the last checkpoint in the folder.")]
 
 
 def model_run(
-    minutes: Annotated[
-        float,
-        typer.Option(help="Training time; the learning rate ends at zero then.", min=0.01, rich_help_panel=_BUDGET),
-    ] = 30.0,
+    minutes: Annotated[float, _budget(help="Training time; the learning rate ends at zero then.", min=0.01)] = 30.0,
     steps: Annotated[
-        int | None,
-        typer.Option(help="Optimizer steps at most, if fewer than the minutes allow.", min=1, rich_help_panel=_BUDGET),
+        int | None, _budget(help="Optimizer steps at most, if fewer than the minutes allow.", min=1)
     ] = None,
     devices: Devices = 1,
     accelerator: Accelerator = "auto",
     strategy: Strategy = "auto",
-    compile: Annotated[
-        bool, typer.Option(help="Run through torch.compile; pays off after a few minutes.", rich_help_panel=RUN)
-    ] = False,
+    compile: Annotated[bool, of_run(help="Run through torch.compile; pays off after a few minutes.")] = False,
     resume: Resume = True,
-    seed: Annotated[int, typer.Option(help="Of data and initial weights.", rich_help_panel=RUN)] = 0,
+    seed: Annotated[int, of_run(help="Of data and initial weights.")] = 0,
 ) -> dict[str, Any]:
     """How a model is trained, for `ModelRun`, which needs Lightning: a group for `bpkit.cli.options.takes`."""
     how = {"devices": devices, "accelerator": accelerator, "strategy": strategy, "compile": compile}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from bpkit.trace.collect.recompute import Recompute
     from bpkit.trace.store.storage import Trace
 
-_PROMPTS, _TRAINING, _RUN = "Prompts", "Training", train_options.RUN
+_training = partial(typer.Option, rich_help_panel="Training")
 Logger = Literal["csv", "tensorboard"]
 Places = dict[str, list[tuple["Trace", Sequence[int]]]]
 """By role, `train` and `validation`: traces, and which of their prompts."""
@@ -43,47 +44,38 @@ def train_policy(
     ],
     split: Annotated[
         str | None,
-        typer.Option(
+        options.of_prompts(
             help=f"Shares of train, validation and test prompts, as in `bpkit evaluate`; {DEFAULT_SPLIT} by default. "
             "Test prompts are left alone.",
             metavar="A,B,C",
-            rich_help_panel=_PROMPTS,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, as in `bpkit evaluate`.", rich_help_panel=_PROMPTS)] = 0,
+    seed: Annotated[int, options.of_prompts(help="Of the split, as in `bpkit evaluate`.")] = 0,
     validation: Annotated[
         list[Path] | None,
-        typer.Option(
+        options.of_prompts(
             help="Validate by all prompts of this trace, and train on all of the others; repeat for more.",
             metavar="TRACE",
-            rich_help_panel=_PROMPTS,
         ),
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            help="Prompts of each domain and trace, after the split; all by default.", min=1, rich_help_panel=_PROMPTS
-        ),
+        int | None, options.of_prompts(help="Prompts of each domain and trace, after the split; all by default.", min=1)
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
+        _training(
             "--set",
             help="A setting of the training or of the policy, such as `learning_rate=0.001` or `seed=1`; repeat for "
             "more. One that does not exist is answered with all that do.",
             metavar="KEY=VALUE",
-            rich_help_panel=_TRAINING,
         ),
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the examples at most.", min=1, rich_help_panel=_TRAINING)
-    ] = None,
+    epochs: Annotated[int | None, _training(help="Passes over the examples at most.", min=1)] = None,
     devices: train_options.Devices = 1,
     strategy: train_options.Strategy = "auto",
     accelerator: train_options.Accelerator = "auto",
     logger: Annotated[
-        str,
-        typer.Option(help="Of the figures of each epoch, under `logs`: `csv` or `tensorboard`.", rich_help_panel=_RUN),
+        str, train_options.of_run(help="Of the figures of each epoch, under `logs`: `csv` or `tensorboard`.")
     ] = "csv",
     resume: train_options.Resume = True,
     recompute: options.Recompute = False,
