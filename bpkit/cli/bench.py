@@ -106,11 +106,8 @@ def compare(
     from bpkit.cli.models import load_decoder
     from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
     from bpkit.judge.wall_clock.decoders import check_peers
-    from bpkit.registry.resolve import resolve_policy
 
     check_peers(against)
-    for spec in policies.values():
-        resolve_policy(spec)
     decoder = load_decoder(config, next(iter(policies.values())), observers=config.observers or ())
     if tuple(policies) == DEFAULT_POLICIES:
         policies = those_that_fit(decoder, policies)

@@ -122,10 +122,8 @@ def measure(
     """Load the models, measure, and return the report."""
     from bpkit.cli.models import load_decoder
     from bpkit.judge.latency.measure import bench_latency
-    from bpkit.registry.resolve import resolve_policy
 
-    for spec in specs:
-        resolve_policy(spec)  # a mistyped policy is told before any weights are read
+    options.named_policies(specs, config)
     decoder = load_decoder(config, "fixed")
     policies = chosen(specs, decoder, settings.provider, weights)
     report = bench_latency(decoder, policies, prompts, settings, bar)

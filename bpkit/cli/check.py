@@ -8,13 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from bpkit.cli import completion, options
 from bpkit.cli.errors import FAILED, when_interrupted
-from bpkit.cli.terminal import Bar, console, progress_bar
+from bpkit.cli.terminal import Bar, console, progress_bar, text_table
 from bpkit.config import Config
 from bpkit.policy import PolicyError
 
@@ -91,9 +90,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([{"name": check.name, "summary": check.summary} for check in checks], indent=2))
         return
-    made = Table(box=box.SIMPLE_HEAD)
-    made.add_column("check", style="bold")
-    made.add_column("what holds for a policy that passes", overflow="fold")
+    made = text_table("check", "what holds for a policy that passes")
     for check in checks:
         made.add_row(check.name, escape(check.summary))
     console().print(made)
@@ -148,10 +145,7 @@ def _print(report: Report) -> None:
 
 def table(report: Report) -> Table:
     """A row for each check."""
-    made = Table(box=box.SIMPLE_HEAD)
-    made.add_column("check", style="bold")
-    made.add_column("")
-    made.add_column("what", overflow="fold")
+    made = text_table("check", "", "what")
     for result in report.results:
         what = result.said
         if result.state == "failed":

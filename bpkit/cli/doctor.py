@@ -6,12 +6,11 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from bpkit.cli.errors import FAILED
-from bpkit.cli.terminal import console
+from bpkit.cli.terminal import console, text_table
 
 if TYPE_CHECKING:
     from bpkit.installation.doctor import Finding
@@ -59,11 +58,7 @@ def doctor(
 
 def table(findings: list[Finding]) -> Table:
     """A row for each finding."""
-    made = Table(box=box.SIMPLE_HEAD)
-    made.add_column("", style="bold", no_wrap=True)
-    made.add_column("what", no_wrap=True)
-    made.add_column("state", no_wrap=True)
-    made.add_column("found", overflow="fold")
+    made = text_table("", "what", "state", "found")
     before = ""
     for finding in findings:
         state = f"[{_STYLES[finding.state]}]{finding.state}[/]"

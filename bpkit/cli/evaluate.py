@@ -18,10 +18,8 @@ from bpkit.files import write_at_once
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
-    from bpkit.learn.training.prompts import Part
     from bpkit.registry.resolve import PolicyLike
     from bpkit.trace.cost import CostTable
-    from bpkit.trace.replay import Fill
     from bpkit.trace.store.storage import Trace
 
 DEFAULT_SPLIT = "0.4,0.2,0.4"
@@ -86,19 +84,21 @@ def evaluate(
     if permutations:
         require("sklearn", extra="traces", purpose="The permutation test")
     fractions = parse_fractions(split)
-    named = named_policies(policy or [], config)
-    from bpkit.cli.models import quiet_libraries
+    named = options.named_policies(policy or [], config)
+    from bpkit.cli.models import load_decoder, quiet_libraries
     from bpkit.judge.evaluation import evaluate as judge
+    from bpkit.learn.training.prompts import Part
+    from bpkit.trace.collect.recompute import Recompute
     from bpkit.trace.store.storage import open_trace
 
     quiet_libraries()
     opened = open_trace(trace)
     costs = cost_models(cost, max(opened.manifest.block_sizes))
     started = time.time()
-    fill = filler(config, opened) if recompute else None
+    fill = Recompute(load_decoder(config, "fixed"), opened.manifest) if recompute else None
     with files.pending() as bar:
         result = judge(
-            first_prompts(opened, limit),
+            Part(opened, range(len(opened)), limit=limit),
             opened.spec,
             named or all_policies(),
             costs,
@@ -115,18 +115,16 @@ def evaluate(
             progress=bar,
         )
     if cost is None:
-        result["notes"].insert(0, NO_COST)
+        result["notes"].insert(
+            0,
+            "No cost model was given, so every step counts the same and only acceptance length matters: give --cost "
+            "with a file of `bpkit calibrate` to see which policy is fast.",
+        )
     result["provenance"] = provenance(opened, costs, started)
     from bpkit.judge.evaluation.page import html_report
     from bpkit.judge.evaluation.tables import print_evaluation
 
     files.deliver(result, print_evaluation, lambda report, page: write_at_once(page, html_report(report)))
-
-
-NO_COST = (
-    "No cost model was given, so every step counts the same and only acceptance length matters: give --cost with a "
-    "file of `bpkit calibrate` to see which policy is fast."
-)
 
 
 def parse_fractions(text: str) -> tuple[float, float, float]:
@@ -142,16 +140,6 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
     except ValueError:
         raise ValueError(f"--split {text}: write three numbers that sum to 1, such as {DEFAULT_SPLIT}") from None
     return checked_fractions(parts)
-
-
-def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
-    """The policies of the flags by name, else the config's one. Raises PolicyError for an unknown one."""
-    from bpkit.registry.resolve import resolve_policy
-
-    named = options.named_policies(given, config)
-    for policy in named.values():
-        resolve_policy(policy)
-    return named
 
 
 def all_policies() -> dict[str, PolicyLike]:
@@ -180,21 +168,6 @@ def cost_models(given: str | None, largest: int) -> list[CostTable]:
     elif cost.name in ("flat", "linear"):
         cost = cost.model_copy(update={"name": f"given ({cost.name})"})
     return [cost, flat(cost), linear(cost)]
-
-
-def first_prompts(trace: Trace, limit: int | None) -> Part:
-    """The first prompts of each domain, read when they are asked for."""
-    from bpkit.learn.training.prompts import Part
-
-    return Part(trace, range(len(trace)), limit=limit)
-
-
-def filler(config: Config, trace: Trace) -> Fill:
-    """Computes missing features with the models of the trace."""
-    from bpkit.cli.models import load_decoder
-    from bpkit.trace.collect.recompute import Recompute
-
-    return Recompute(load_decoder(config, "fixed"), trace.manifest)
 
 
 def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,20 +13,22 @@ import typer
 from bpkit import __version__
 from bpkit.cli import completion, options
 from bpkit.cli.errors import require, when_interrupted
-from bpkit.cli.evaluate import DEFAULT_SPLIT, filler, parse_fractions
+from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
 from bpkit.cli.outputs import portable
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.class_file import names_file
 from bpkit.registry.resolve import name_of
+from bpkit.types import Feature
 
 if TYPE_CHECKING:
     from bpkit.export.schema import ExportedPolicy
+    from bpkit.learn.training.prompts import Part
     from bpkit.progress import Progress
+    from bpkit.registry.resolve import PolicyLike
     from bpkit.trace.cost import CostTable
     from bpkit.trace.records import PromptTrace
-    from bpkit.trace.replay import Fill
     from bpkit.trace.store.storage import Trace
 
 
@@ -94,37 +95,31 @@ def export(
     require("pyarrow", extra="traces", purpose="A trace")
     from bpkit.cli.models import load_decoder, quiet_libraries
     from bpkit.judge.evaluation.splits import split_prompts
+    from bpkit.learn.training.prompts import Part
+    from bpkit.trace.collect.recompute import Recompute
     from bpkit.trace.cost import read_cost
     from bpkit.trace.store.storage import open_trace
 
     quiet_libraries()
-    specs = named_policies(policies or [], config)
+    specs = options.named_policies(policies or [], config)
+    if not specs:
+        raise ValueError("name a policy to export, such as runs/forecast, or one in a file for --config")
     chosen = {shown: exportable(spec) for shown, spec in specs.items()}
     names = {shown: export_name(shown, policy, name if len(chosen) == 1 else None) for shown, policy in chosen.items()}
     opened = open_trace(trace)
     held = split_prompts(opened.ids, opened.domains, seed=seed, fractions=parse_fractions(split)).validation[:limit]
-    costs, fill = read_cost(cost) if cost else None, filler(config, opened) if recompute else None
+    costs = read_cost(cost) if cost else None
+    fill = Recompute(load_decoder(config, "fixed"), opened.manifest) if recompute else None
     model = load_decoder(config, "fixed").target if fold else None
     for spec, policy in chosen.items():
         with when_interrupted("Policies that were said to be written are; the others are not."), progress_bar() as bar:
             made = policy if model is None else folded(policy, model, opened, costs)
-            folder = out / names[spec]
-            found = write(made, opened, held, folder, names[spec], cost=costs, opset=opset, fill=fill, progress=bar)
-        report(found, folder)
+            prompts = Part(opened, held, fill=fill, features=policy.wants)
+            found = write(made, prompts, out / names[spec], cost=costs, opset=opset, progress=bar)
+        report(found, out / names[spec])
 
 
-def named_policies(given: list[str], config: Config) -> dict[str, str | dict[str, Any]]:
-    """What to export, as it would be typed: the arguments, else the config's policy. Raises ValueError for none."""
-    from bpkit.registry.resolve import written
-
-    if given:
-        return dict(zip(given, given, strict=True))
-    if config.policy is None:
-        raise ValueError("name a policy to export, such as runs/forecast, or one in a file for --config")
-    return {written(config.policy): config.policy}
-
-
-def exportable(spec: str | dict[str, Any]) -> Policy:
+def exportable(spec: PolicyLike) -> Policy:
     """The policy that a spec names. Raises PolicyError if it has nothing to export."""
     from bpkit.export.core import Exportable
     from bpkit.learn.trained import TrainedPolicy
@@ -151,31 +146,28 @@ def export_name(spec: str, policy: Policy, given: str | None) -> str:
 
 def write(
     policy: Policy,
-    trace: Trace,
-    places: Sequence[int],
+    prompts: Part,
     out: Path,
-    name: str,
     *,
     cost: CostTable | None,
     opset: int,
-    fill: Fill | None,
     progress: Progress,
 ) -> ExportedPolicy:
-    """Export one policy to the folder `out`.
+    """Export one policy to the folder `out`, whose name is its own, and try it on prompts."""
+    from importlib.metadata import version
 
-    Args:
-        places: of the prompts to try it on, in the trace. fill: computes features that the trace lacks.
-    """
     from bpkit.export.write import export_policy
 
-    progress.start(f"{name}: comparing", len(places))
-    models = (("target", trace.manifest.target), ("drafter", trace.manifest.drafter))
+    progress.start(f"{out.name}: comparing", len(prompts))
+    manifest = prompts.trace.manifest
+    models = (("target", manifest.target), ("drafter", manifest.drafter))
+    packages = ("torch", "onnx", "onnxscript", "onnxruntime")
     return export_policy(
         policy,
-        [with_what_it_reads(trace[place], policy, fill) for place in places],
-        trace.spec,
+        read(prompts, policy),
+        manifest.spec,
         out,
-        name=name,
+        name=out.name,
         summary=summary_of(policy),
         cost=cost,
         opset=opset,
@@ -184,26 +176,25 @@ def write(
         provenance={
             "command": portable(sys.argv[1:]),
             "training": beside(policy, "provenance.json"),
-            "versions": versions(),
+            "versions": {"bpkit": __version__, **{package: version(package) for package in packages}},
         },
         progress=progress.tick,
     )
 
 
-def with_what_it_reads(prompt: PromptTrace, policy: Policy, fill: Fill | None) -> PromptTrace:
-    """The prompt with all features that the policy wants. Raises PolicyError."""
+def read(prompts: Part, policy: Policy) -> list[PromptTrace]:
+    """The prompts, with all features that the policy wants. Raises PolicyError for one that is not there."""
     from bpkit.trace.replay import offered
 
-    missing = policy.wants - offered(prompt)
-    if not missing:
-        return prompt
-    if fill is None:
-        flags = " ".join(f"--features {feature}" for feature in sorted(missing))
+    found = list(prompts)
+    missing = sorted(frozenset[Feature]().union(*(policy.wants - offered(prompt) for prompt in found)))
+    if missing:
+        flags = " ".join(f"--features {feature}" for feature in missing)
         raise PolicyError(
-            f"policy {name_of(type(policy))!r} reads {', '.join(sorted(missing))}, which the trace does not hold: "
+            f"policy {name_of(type(policy))!r} reads {', '.join(missing)}, which the trace does not hold: "
             f"trace into a new folder with `{flags}`, or let them be computed again with `--recompute`"
         )
-    return fill(prompt, missing)
+    return found
 
 
 def folded(policy: Policy, model: Any, trace: Trace, costs: CostTable | None) -> Policy:
@@ -235,14 +226,6 @@ def beside(policy: Policy, file: str) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = json.loads((folder / file).read_bytes())
     return found
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide what is in the files."""
-    from importlib.metadata import version
-
-    others = ("torch", "onnx", "onnxscript", "onnxruntime")
-    return {"bpkit": __version__, **{package: version(package) for package in others}}
 
 
 def report(found: ExportedPolicy, folder: Path) -> None:

@@ -7,7 +7,7 @@
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ import typer
 from bpkit.cli import completion
 from bpkit.config import Config, Runtime, Sampling, settle
 from bpkit.prompts import DEFAULT_LIMIT, Prompt, choose_prompts
-from bpkit.registry.resolve import PolicyLike, written
+from bpkit.registry.resolve import PolicyLike, resolve_policy, written
 
 Command = TypeVar("Command", bound=Callable[..., None])
 Group = Callable[..., Any]
@@ -219,14 +219,18 @@ def prompts(shipped: int = DEFAULT_LIMIT) -> Group:
     return chosen
 
 
-def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
-    """Policies by what would be typed: those of the flags, else the config's one, else none.
+def named_policies(given: Sequence[str], config: Config) -> dict[str, PolicyLike]:
+    """Policies by what would be typed: those that were given, else the config's one, else none.
 
-    Raises ValueError for one that is given twice.
+    Raises:
+        ValueError: one is given twice, or is no policy.
     """
     repeated = {name for name in given if given.count(name) > 1}
     if repeated:
-        raise ValueError(f"--policy {', '.join(sorted(repeated))} is given more than once")
-    if given or config.policy is None:
-        return dict(zip(given, given, strict=True))
-    return {written(config.policy): config.policy}
+        raise ValueError(f"policy {', '.join(sorted(repeated))} is given more than once")
+    named: dict[str, PolicyLike] = {name: name for name in given}
+    if not given and config.policy is not None:
+        named = {written(config.policy): config.policy}
+    for policy in named.values():
+        resolve_policy(policy)  # a mistyped one is told before any weights are read
+    return named

@@ -7,17 +7,14 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import pluggy
 import typer
-from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from bpkit.cli import completion
-from bpkit.cli.terminal import console
+from bpkit.cli.terminal import console, text_table
 from bpkit.learn.config import TrainedConfig
 from bpkit.policy import PolicyError
 from bpkit.registry import hookspecs
@@ -30,15 +27,14 @@ SCHEMA_VERSION = 1
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def policies(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="Show this policy alone, and its options in full.", autocompletion=completion.names("policy")
-        ),
-    ] = None,
-    as_json: _AsJson = False,
-) -> None:
+def _name(kind: str) -> Any:
+    """The argument of the three lists."""
+    return typer.Argument(
+        help=f"Show this {kind} alone, and its options in full.", autocompletion=completion.names(kind)
+    )
+
+
+def policies(name: Annotated[str | None, _name("policy")] = None, as_json: _AsJson = False) -> None:
     """List the policies, with their options and where they come from.
 
     With a name: what each option is. Options are given as `name:value` for the first one, or `name:key=value,...`.
@@ -52,15 +48,7 @@ def policies(
     _list("policy", name, as_json)
 
 
-def drafters(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="Show this drafter alone, and its options in full.", autocompletion=completion.names("drafter")
-        ),
-    ] = None,
-    as_json: _AsJson = False,
-) -> None:
+def drafters(name: Annotated[str | None, _name("drafter")] = None, as_json: _AsJson = False) -> None:
     """List the kinds of drafters, with their options.
 
     A drafter is named by its folder or Hub name, from which its kind follows, or by one of these names.
@@ -74,15 +62,7 @@ def drafters(
     _list("drafter", name, as_json)
 
 
-def observers(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="Show this observer alone, and its options in full.", autocompletion=completion.names("observer")
-        ),
-    ] = None,
-    as_json: _AsJson = False,
-) -> None:
+def observers(name: Annotated[str | None, _name("observer")] = None, as_json: _AsJson = False) -> None:
     """List the observers, which are told of every step.
 
     They are for metrics and logs; `generate` and `bench` take them.
@@ -118,9 +98,9 @@ def hooks(
     found = [_describe_hook(hook, known) for hook in ([name] if name is not None else hookspecs.hook_arguments())]
     if as_json:
         return _print_json({"hooks": found, "plugins": [_describe_plugin(one, known) for one in known.plugins]}, known)
-    table = Table(title="hooks", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("hook and what it is for", overflow="fold", ratio=1)
-    table.add_column("plug-ins, in the order of calls", overflow="fold", ratio=1)
+    table = text_table("hook and what it is for", "plug-ins, in the order of calls", title="hooks")
+    for column in table.columns:
+        column.ratio, column.no_wrap, column.style = 1, False, ""
     for hook in found:
         told = Text(f"{hook['name']}({', '.join(hook['arguments'])})", style="bold")
         told.append(f"\n{hook['purpose']}\n", style="not bold")
@@ -178,36 +158,24 @@ def _conflicts(known: Registry) -> list[str]:
 def describe(entry: Entry, kind: str = "policy") -> dict[str, Any]:
     """An entry as plain JSON values; docs/plugins.md has the keys. Raises PolicyError if its options do not load."""
     config = entry.load_config()
-    described: dict[str, Any] = {"name": entry.name, "summary": entry.summary, "options": _options(config)}
+    options = {}
+    for name, field in (config.model_fields if config else {}).items():
+        required, said = field.is_required(), field.description or ""
+        default = None if required else field.get_default(call_default_factory=True)
+        options[name] = {"default": to_jsonable_python(default), "required": required, "description": said}
+    described: dict[str, Any] = {"name": entry.name, "summary": entry.summary, "options": options}
     if kind == "policy":
         trainable = config is not None and issubclass(config, TrainedConfig)
-        described |= {
-            "trainable": trainable,
-            "weights": [one.name for one in shipped_folders(entry.name)] if trainable else [],
-        }
+        weights = [one.name for one in shipped_folders(entry.name)] if trainable else []
+        described |= {"trainable": trainable, "weights": weights}
     origin = {"plugin": entry.plugin, "distribution": entry.distribution or None, "version": entry.version or None}
     return {**described, **origin}
-
-
-def _options(config: type[BaseModel] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for name, field in (config.model_fields if config else {}).items():
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        options[name] = {
-            "default": to_jsonable_python(default),
-            "required": field.is_required(),
-            "description": field.description or "",
-        }
-    return options
 
 
 def _table(kind: str, entries: list[dict[str, Any]]) -> Table:
     """A row for each, with its options and defaults below what it is."""
     title, _, told_of = _ABOUT[kind]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("name", style="bold", no_wrap=True)
-    table.add_column(f"{told_of} (options and defaults)", overflow="fold")
-    table.add_column("from", overflow="fold")
+    table = text_table("name", f"{told_of} (options and defaults)", "from", title=title)
     for entry in entries:
         options = ", ".join(_option(n, o["default"], o["required"]) for n, o in entry["options"].items())
         told = Text(entry["summary"])
@@ -227,10 +195,7 @@ def _print_one(kind: str, entry: dict[str, Any]) -> None:
     if not entry["options"]:
         out.print(f"\nIt has no options: {flag} {escape(entry['name'])}", soft_wrap=True)
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("option", style="bold", no_wrap=True)
-    table.add_column("default", overflow="fold")
-    table.add_column("what it is", overflow="fold")
+    table = text_table("option", "default", "what it is")
     for name, option in entry["options"].items():
         unset = "required" if option["required"] else "unset"
         default = unset if option["default"] in (None, "") else _typed(option["default"])
@@ -263,29 +228,23 @@ def _describe_hook(hook: str, known: Registry) -> dict[str, Any]:
         "name": hook,
         "arguments": list(hookspecs.hook_arguments()[hook]),
         "purpose": " ".join((inspect.getdoc(getattr(hookspecs, hook)) or "").split()),
-        "implementations": [_describe_call(one, known) for one in known.calls(hook)],
-    }
-
-
-def _describe_call(implementation: pluggy.HookImpl, known: Registry) -> dict[str, Any]:
-    function = implementation.function
-    return {
-        **_describe_plugin(implementation.plugin_name, known),
-        "function": f"{function.__module__}:{function.__qualname__}",
-        "tryfirst": implementation.tryfirst,
-        "trylast": implementation.trylast,
+        "implementations": [
+            {
+                **_describe_plugin(one.plugin_name, known),
+                "function": f"{one.function.__module__}:{one.function.__qualname__}",
+                "tryfirst": one.tryfirst,
+                "trylast": one.trylast,
+            }
+            for one in known.calls(hook)
+        ],
     }
 
 
 def _describe_plugin(name: str, known: Registry) -> dict[str, Any]:
     """A plug-in by name, as plain JSON values; one that is not installed as a plug-in has no distribution."""
     plugin = known.plugins.get(name)
-    return {
-        "plugin": name,
-        "module": plugin.module if plugin else None,
-        "distribution": (plugin.distribution or None) if plugin else None,
-        "version": (plugin.version or None) if plugin else None,
-    }
+    facts = ("module", "distribution", "version")
+    return {"plugin": name, **{fact: getattr(plugin, fact, None) or None for fact in facts}}
 
 
 def _implementation(one: dict[str, Any]) -> str:

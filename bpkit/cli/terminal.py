@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 WIDTH_OF_FILES = 160
 """Columns where output goes to a file or pipe, so that tables are not folded to 80."""
@@ -45,6 +47,15 @@ def console(*, stderr: bool = False) -> Console:
 def say(text: str) -> None:
     """A line on stderr, as it is: no markup, no folding."""
     print(text, file=sys.stderr, flush=True)
+
+
+def text_table(*columns: str, title: str | None = None) -> Table:
+    """A table of texts, which fold; those of the first column, which are bold, do not."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for place, name in enumerate(columns):
+        how: dict[str, Any] = {"overflow": "fold"} if place else {"style": "bold", "no_wrap": True}
+        table.add_column(name, **how)
+    return table
 
 
 class Bar:

@@ -20,15 +20,13 @@ from bpkit.config import Config
 from bpkit.registry.resolve import with_weights
 
 if TYPE_CHECKING:
+    from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.learn.training.policy_module import PolicyModule
     from bpkit.learn.training.prompts import Part
-    from bpkit.trace.collect.recompute import Recompute
     from bpkit.trace.store.storage import Trace
 
 _training = partial(typer.Option, rich_help_panel="Training")
 Logger = Literal["csv", "tensorboard"]
-Places = dict[str, list[tuple["Trace", Sequence[int]]]]
-"""By role, `train` and `validation`: traces, and which of their prompts."""
 
 
 @options.takes(config=options.settings(options.MODELS | options.PLACE))
@@ -105,7 +103,7 @@ def train_policy(
     given = parse_settings(settings or [])
     if epochs is not None:
         given["epochs"] = epochs
-    from bpkit.cli.models import quiet_libraries
+    from bpkit.cli.models import load_decoder, quiet_libraries
 
     quiet_libraries()
     from bpkit.learn.training.fit import first_process
@@ -122,11 +120,15 @@ def train_policy(
     check_alike([*opened, *held])
     # Made here as well, so that a mistyped setting is told before any model is loaded.
     module = make_module(policy, spec, table, given)
-    places = all_places(opened, held) if held else split_places(opened, seed, parse_fractions(split or DEFAULT_SPLIT))
-    fills = recomputing(config, [*opened, *held]) if recompute else {}
+    roles = {"train": opened, "validation": held or opened}
+    if held:
+        places = {role: [list(range(len(trace))) for trace in some] for role, some in roles.items()}
+    else:
+        places = split_places(opened, seed, parse_fractions(split or DEFAULT_SPLIT))
+    decoder = load_decoder(config, "fixed") if recompute else None
     parts = {
-        role: [prompts_of(trace, some, limit, module, fills.get(trace.path)) for trace, some in chosen]
-        for role, chosen in places.items()
+        role: [prompts_of(t, p, limit, module, decoder) for t, p in zip(some, places[role], strict=True)]
+        for role, some in roles.items()
     }
     run = PolicyRun(
         devices=devices,
@@ -157,23 +159,16 @@ def train_policy(
         report(out, name)
 
 
-def recomputing(config: Config, traces: Sequence[Trace]) -> dict[Path, Recompute]:
-    """What computes features that a trace lacks, by trace; the models are loaded once."""
-    from bpkit.cli.models import load_decoder
+def prompts_of(
+    trace: Trace, places: Sequence[int], limit: int | None, module: PolicyModule, decoder: SpeculativeDecoder | None
+) -> Part:
+    """Prompts of a trace with what the policy and its training read, and with a decoder also what it may read."""
+    from bpkit.learn.training.prompts import Part
     from bpkit.trace.collect.recompute import Recompute
 
-    decoder = load_decoder(config, "fixed")
-    return {trace.path: Recompute(decoder, trace.manifest) for trace in traces}
-
-
-def prompts_of(
-    trace: Trace, places: Sequence[int], limit: int | None, module: PolicyModule, fill: Recompute | None
-) -> Part:
-    """Prompts of a trace, with what the policy and its training read, and where it can be computed what it may read."""
-    from bpkit.learn.training.prompts import Part
-
-    features = module.features | module.policy.wants
-    if fill is not None:
+    features, fill = module.features | module.policy.wants, None
+    if decoder is not None:
+        fill = Recompute(decoder, trace.manifest)
         features |= module.policy.wants_optional & fill.offers
     return Part(trace, places, limit=limit, fill=fill, features=features)
 
@@ -192,16 +187,8 @@ def with_config(spec: str, config: Config) -> str | dict[str, Any]:
     return {**{key: value for key, value in stated.items() if key not in ("", "weights")}, **given}
 
 
-def all_places(train: Sequence[Trace], validation: Sequence[Trace]) -> Places:
-    """Every prompt of every trace."""
-    return {
-        role: [(trace, range(len(trace))) for trace in traces]
-        for role, traces in (("train", train), ("validation", validation))
-    }
-
-
-def split_places(traces: Sequence[Trace], seed: int, fractions: Sequence[float]) -> Places:
-    """Places of training and validation prompts in each trace.
+def split_places(traces: Sequence[Trace], seed: int, fractions: Sequence[float]) -> dict[str, list[list[int]]]:
+    """Places of training and validation prompts in each of the traces.
 
     Each trace is split by itself, as `bpkit evaluate` does. A prompt id that several traces have belongs to the most
     protected part that it is in anywhere, so that no trace's test prompt is seen through another trace.
@@ -215,7 +202,7 @@ def split_places(traces: Sequence[Trace], seed: int, fractions: Sequence[float])
             for place in places:
                 protection[trace.ids[place]] = max(rank, protection.get(trace.ids[place], 0))
     return {
-        role: [(trace, [i for i, name in enumerate(trace.ids) if protection[name] == rank]) for trace in traces]
+        role: [[i for i, name in enumerate(trace.ids) if protection[name] == rank] for trace in traces]
         for rank, role in enumerate(("train", "validation"))
     }
 

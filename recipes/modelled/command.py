@@ -53,8 +53,8 @@ def bench_model(
     `bpkit --plugin recipes bench-model TRACE --cost cost.json --threads 2 --json model_bench.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
-    from bpkit.cli.evaluate import first_prompts
     from bpkit.cli.models import load_decoder
+    from bpkit.learn.training.prompts import Part
     from bpkit.trace.collect.recompute import check_models
     from bpkit.trace.cost import read_cost
     from bpkit.trace.store.storage import open_trace
@@ -68,7 +68,7 @@ def bench_model(
         report = measure(
             decoder,
             opened.manifest,
-            first_prompts(opened, limit),
+            Part(opened, range(len(opened)), limit=limit),
             dict(zip(names, names, strict=True)),
             table,
             seed=seed,
