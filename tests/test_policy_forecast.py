@@ -18,7 +18,7 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.learn.config import LearnedConfig
 from bpkit.learn.gains import Gains
 from bpkit.learn.networks import BestSize, Standard
-from bpkit.learn.training.hazards import hazard_labels
+from bpkit.learn.training.learned import hazard_labels
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.trace.collect import TraceOptions, Tracer

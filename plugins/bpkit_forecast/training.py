@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from bpkit.learn import TrainedPolicy
 from bpkit.learn.networks import Standard
-from bpkit.learn.training.hazards import hazard_labels, hazard_loss
-from bpkit.learn.training.learned import LearnedModule, LearnedOptions
+from bpkit.learn.training.learned import LearnedModule, LearnedOptions, hazard_labels, hazard_loss
 from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 from bpkit_forecast.networks import Before

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bpkit.files import write_at_once
-from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions
+from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions, rows
 from bpkit.learn.training.run_folder import describe_cost
 from bpkit.policy import PolicyError
 from bpkit.progress import Progress
@@ -58,7 +58,7 @@ def collect_examples(
             for _ in places:
                 progress.tick()
     data = _joined([safetensors.torch.load_file(file) for file in files], module)
-    if not data or not len(next(iter(data.values()))):
+    if not data or not rows(data):
         raise PolicyError(f"policy {module.policy.name!r}: the {part} prompts give no examples to train with")
     return data
 
@@ -81,16 +81,15 @@ class ExampleData(L.LightningDataModule):
         return self._loader(self.validation, shuffle=False)
 
     def _loader(self, data: Examples, *, shuffle: bool) -> DataLoader[Any]:
-        rows: Any = range(len(next(iter(data.values()))))
+        places: Any = range(rows(data))
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         # Each epoch it draws by its seed plus the epoch: seeds that follow each other must not share orders.
-        order: Any = DistributedSampler(rows, processes, rank, shuffle=shuffle, seed=self.seed * 1_000_003)
+        order: Any = DistributedSampler(places, processes, rank, shuffle=shuffle, seed=self.seed * 1_000_003)
 
-        def batch(places: list[int]) -> Examples:
-            chosen = torch.tensor(places)
-            return {name: tensor[chosen] for name, tensor in data.items()}
+        def batch(chosen: list[int]) -> Examples:
+            return {name: tensor[torch.tensor(chosen)] for name, tensor in data.items()}
 
-        return DataLoader(rows, self.batch_size, sampler=order, collate_fn=batch)
+        return DataLoader(places, self.batch_size, sampler=order, collate_fn=batch)
 
 
 def examples_key(module: PolicyModule, data: str) -> str:
@@ -113,10 +112,7 @@ def examples_key(module: PolicyModule, data: str) -> str:
 
 def size_of(data: Examples) -> dict[str, int]:
     """Rows and bytes."""
-    return {
-        "rows": len(next(iter(data.values()))),
-        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in data.values()),
-    }
+    return {"rows": rows(data), "bytes": sum(tensor.nbytes for tensor in data.values())}
 
 
 def _checked(module: PolicyModule, prompt: PromptTrace, progress: Progress) -> Examples:

@@ -1,19 +1,24 @@
-"""Training of any `bpkit.learn.LearnedPolicy`: on every position and block size of the traces."""
+"""Training of any `bpkit.learn.LearnedPolicy`: on every position and block size of the traces.
+
+Networks learn hazards: of each drafted token whether it stands, if all before it did.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bpkit.export.curves import CostCurves
 from bpkit.learn.learned import LearnedPolicy
-from bpkit.learn.networks import Forecaster
-from bpkit.learn.training.hazards import hazard_labels, hazard_loss, mean_yields, visited
+from bpkit.learn.networks import Forecaster, joined
 from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.policy import PolicyError
 from bpkit.trace.records import PromptTrace
@@ -108,4 +113,61 @@ class LearnedModule(PolicyModule):
 
     def inputs(self, data: dict[str, Any]) -> Tensor:
         """float32 [rows, inputs]."""
-        return torch.cat([data[str(name)].float() for name in self.policy.reads], dim=1)
+        return joined([data[str(name)] for name in self.policy.reads])
+
+
+def hazard_labels(accepted: Tensor, left: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Whether each token stands, and whether that is known and all before it stood.
+
+    Args:
+        accepted: of each position and block size, integer [batch, sizes].
+        left: most that can be accepted at each position, because the output ends: integer [batch].
+        sizes: the block sizes.
+
+    Returns:
+        Both float32 [batch, sizes, width], `width` the longest draft.
+    """
+    accepted, left = accepted.long()[..., None], left.long()[:, None, None]
+    place = torch.arange(max(sizes) - 1, device=accepted.device)
+    length = torch.tensor(list(sizes), device=accepted.device)[:, None] - 1
+    stands = place < accepted
+    first_that_fell = (place == accepted) & (accepted < left)
+    return stands.float(), ((stands | first_that_fell) & (place < length)).float()
+
+
+def hazard_loss(logits: Tensor, stands: Tensor, counts: Tensor) -> Tensor:
+    """Mean cross-entropy over the tokens that count: all of one shape, or `logits` one that expands to it."""
+    losses = F.binary_cross_entropy_with_logits(logits.expand_as(stands), stands, reduction="none")
+    mean: Tensor = (losses * counts).sum() / counts.sum().clamp(min=1)
+    return mean
+
+
+def visited(accepted: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Where steps of each block size begin if that size is kept throughout.
+
+    Args:
+        accepted: of each position and block size, [rows, sizes].
+
+    Returns:
+        bool [rows, sizes].
+
+    >>> visited(np.array([[1], [9], [0], [0]]))[:, 0].tolist()
+    [True, False, True, True]
+    """
+    found = np.zeros(accepted.shape, np.bool_)
+    for column in range(accepted.shape[1]):
+        row, steps = 0, (accepted[:, column] + 1).tolist()
+        while row < len(steps):
+            found[row, column] = True
+            row += steps[row]
+    return found
+
+
+def mean_yields(accepted: Tensor, visits: Tensor) -> list[float]:
+    """Tokens per step of each block size, over the steps that it would take: a mean over positions is too long.
+
+    Args:
+        accepted, visits: of all prompts, [rows, sizes].
+    """
+    accepted, visits = accepted.double(), visits.double()
+    return (((1 + accepted) * visits).sum(dim=0) / visits.sum(dim=0)).tolist()

@@ -156,11 +156,11 @@ class PolicyModule(L.LightningModule):
                 f"the loss of policy {self.policy.name!r} became {loss.item()} in epoch {self.current_epoch}: try a "
                 f"lower learning rate than {self.options.learning_rate}"
             )
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=_rows(batch))
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=rows(batch))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch), sync_dist=True, batch_size=_rows(batch))
+        self.log("val_loss", self.loss(batch), sync_dist=True, batch_size=rows(batch))
 
     def on_validation_epoch_end(self) -> None:
         if self.replay is None:
@@ -171,8 +171,9 @@ class PolicyModule(L.LightningModule):
         self.log("val_tokens_per_second", self.rate)
 
 
-def _rows(batch: dict[str, Tensor]) -> int:
-    return len(next(iter(batch.values())))
+def rows(examples: dict[str, Tensor]) -> int:
+    """How many examples there are."""
+    return len(next(iter(examples.values())))
 
 
 def _cosine(progress: float) -> float:

@@ -66,7 +66,15 @@ def make_module(
     made, options, name = policy_class(policy)
     kind = _checked(made, name)
     module = load_trainer(kind)
-    training, of_policy = _sorted_settings(kind, module, settings)
+    training = {key: value for key, value in settings.items() if key in module.Options.model_fields}
+    of_policy = {key: value for key, value in settings.items() if key not in training}
+    for key in of_policy:
+        if key not in kind.Config.model_fields or key == "weights":
+            hint = did_you_mean(key, [*module.Options.model_fields, *kind.Config.model_fields])
+            raise PolicyError(
+                f"policy {kind.name!r} has no setting {key!r}.{hint} "
+                f"Of the training: {_listed(module.Options)}. Of the policy: {_listed(kind.Config)}"
+            )
     options = {**options, **of_policy}
     if "weights" in options:
         raise PolicyError(f"policy {name!r}: training begins with new weights; leave out option 'weights'")
@@ -111,22 +119,6 @@ def _checked(made: Any, name: str) -> type[TrainedPolicy]:
             "folder would be taken for that one's: give it a class attribute `name` of its own"
         )
     return made
-
-
-def _sorted_settings(
-    kind: type[TrainedPolicy], module: type[PolicyModule], settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the training and of the policy. Raises PolicyError that lists both."""
-    training = {key: value for key, value in settings.items() if key in module.Options.model_fields}
-    of_policy = {key: value for key, value in settings.items() if key not in training}
-    unknown = [key for key in of_policy if key not in kind.Config.model_fields or key == "weights"]
-    if unknown:
-        hint = did_you_mean(unknown[0], [*module.Options.model_fields, *kind.Config.model_fields])
-        raise PolicyError(
-            f"policy {kind.name!r} has no setting {unknown[0]!r}.{hint} "
-            f"Of the training: {_listed(module.Options)}. Of the policy: {_listed(kind.Config)}"
-        )
-    return training, of_policy
 
 
 def _listed(config: Any) -> str:

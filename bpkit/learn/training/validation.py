@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -64,24 +64,19 @@ class Validation:
         """The policy and every fixed block size on all prompts: plain JSON values. `tick` is called after each."""
         cost, unit = self.cost, getattr(self.cost, "unit", "seconds")
         replayer, prices = Replayer(self.spec, policy, cost, strict=True), array_cost(cost)
-        tokens = steps = count = 0
-        seconds = decided = 0.0
-        decisions: list[float] = []
-        fixed: dict[int, float] = {}
+        runs, fixed = [], defaultdict[int, float](float)
         for prompt in prompts:
-            run = replayer.run(prompt)
-            count, tokens, steps = count + 1, tokens + run.tokens, steps + run.steps
-            seconds += run.seconds(cost)
-            decided += run.begin_seconds
-            decisions += run.step_seconds.tolist()
+            runs.append(replayer.run(prompt))
             for size in (1, *prompt.drafts.block_sizes.tolist()):
-                fixed[size] = fixed.get(size, 0.0) + fixed_path(prompt, self.spec.work, prices, size).seconds
+                fixed[size] += fixed_path(prompt, self.spec.work, prices, size).seconds
             tick()
+        tokens, steps = sum(run.tokens for run in runs), sum(run.steps for run in runs)
+        seconds, decided = sum(run.seconds(cost) for run in runs), sum(run.begin_seconds for run in runs)
         best = min(fixed, key=lambda size: (fixed[size], size))
-        per_step = float(np.median(decisions)) if decisions else 0.0
+        per_step = float(np.median(np.concatenate([run.step_seconds for run in runs]))) if steps else 0.0
         charged = seconds + (per_step * steps + decided if unit == "seconds" else 0.0)
         return {
-            "prompts": count,
+            "prompts": len(runs),
             "tokens": tokens,
             "steps": steps,
             "acceptance_length": tokens / max(1, steps),
@@ -89,7 +84,7 @@ class Validation:
             "tokens_per_second": tokens / charged,
             "tokens_per_second_without_decisions": tokens / seconds,
             "decision_seconds_per_step": per_step,
-            "decision_seconds_per_prompt": decided / max(1, count),
+            "decision_seconds_per_prompt": decided / max(1, len(runs)),
             "best_fixed": {"block_size": best, "tokens_per_second": tokens / fixed[best]},
             "gain_over_best_fixed": fixed[best] / charged - 1,
         }
