@@ -17,8 +17,7 @@ from bpkit import Context, Policy, SpeculativeDecoder
 from bpkit.decode.clock import CostClock
 from bpkit.decode.reread import LONGEST_PENDING, Rereading, commits
 from bpkit.decode.serving import is_stateful, session_class
-from bpkit.decode.snapshot import Snapshot, crop_of
-from bpkit.decode.stateful import StatefulTarget
+from bpkit.decode.stateful import Snapshot, StatefulTarget, crop_of
 from bpkit.decode.text import RunningText
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair

@@ -23,8 +23,7 @@ from transformers.cache_utils import (
 )
 
 from bpkit.decode.pretrained import input_device
-from bpkit.decode.snapshot import crop_of
-from bpkit.decode.stateful import StatefulTarget, cache_argument
+from bpkit.decode.stateful import StatefulTarget, cache_argument, crop_of
 from bpkit.decode.target import CachedTarget
 from bpkit.decode.text import RunningText
 

@@ -1,23 +1,106 @@
-"""A session of a target with recurrent states, which cannot drop tokens as a KV cache can."""
+"""Targets with recurrent states, which cannot drop tokens as a KV cache can: they go back to a copy of their states.
+
+What a layer keeps for each token is cropped, which costs nothing; what it folds into states is copied before a pass.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from bpkit.decode.reread import Rereading
-from bpkit.decode.snapshot import Snapshot
 from bpkit.decode.target import CachedTarget, TargetOutput
 from bpkit.decode.text import RunningText
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")
 """Names under which the architectures of transformers take their cache and return it."""
+Crop = Callable[[Any, int], None]
+_copied = partial(tree_map_only, Tensor, torch.clone)
+"""The same with copies of all tensors in dicts, lists and tuples."""
+
+
+def crop_of(kind: type) -> Crop | None:
+    """How layers of a class drop tokens from what they keep for each token; None if nothing does it wholly.
+
+    The inherited `crop` of a class that keeps more than its base does (DeepSeek-V4's compressors) would leave the rest.
+    Linear attention is left out: its own `crop` does not mend recurrent states.
+    """
+    for base in kind.__mro__:
+        if issubclass(base, LinearAttentionCacheLayerMixin):
+            continue
+        if "crop" in vars(base):
+            crop: Crop = vars(base)["crop"]
+            return crop
+        if "update" in vars(base) or "__init__" in vars(base):
+            return None
+    return None
+
+
+class Snapshot:
+    """Goes back over the tokens that a cache read since `take`.
+
+    Args:
+        cache: a `Cache`, or what an architecture of its own kind has in its place: an object, a list or a dict.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cropped: list[tuple[Any, Crop]] = []
+        self.linear: list[LinearAttentionCacheLayerMixin] = []
+        others: list[Any] = [cache]
+        for layer in cache.layers if isinstance(cache, Cache) else ():
+            crop, linear = crop_of(type(layer)), isinstance(layer, LinearAttentionCacheLayerMixin)
+            # A layer that is both would record past convolution states with its past keys.
+            if (crop is None and not linear) or (linear and getattr(layer, "is_sliding", False)):
+                others.append(layer)
+                continue
+            if linear:
+                self.linear.append(layer)
+            if crop is not None:
+                self.cropped.append((layer, crop))
+        self.others = [other if isinstance(other, (list, dict)) else vars(other) for other in others]
+        """What lies elsewhere: copied value by value."""
+        self.states: list[Tensor] = []
+        self.values: list[Any] = []
+
+    def take(self) -> None:
+        """Copy the states. Nothing is read from the device."""
+        states = self._linear_states()
+        if len(self.states) != len(states):
+            self.states = [torch.empty_like(state) for state in states]
+        if states:
+            torch._foreach_copy_(self.states, states)
+        self.values = [_copied(other) for other in self.others]
+
+    def restore(self, count: int) -> None:
+        """Put the copied states back and drop the `count` tokens that were read since."""
+        if self.states:
+            torch._foreach_copy_(self._linear_states(), self.states)
+        for other, values in zip(self.others, self.values, strict=True):
+            if isinstance(other, list):
+                other[:] = _copied(values)
+            else:
+                other.update(_copied(values))
+        self._crop(count)
+
+    def keep(self) -> None:
+        """Drop none: sliding layers forget what lies before their window."""
+        self._crop(0)
+
+    def _crop(self, count: int) -> None:
+        for layer, crop in self.cropped:
+            crop(layer, -count)
+
+    def _linear_states(self) -> list[Tensor]:
+        layers = ([*layer.conv_states.values(), *layer.recurrent_states.values()] for layer in self.linear)
+        return [state for states in layers for state in states if state is not None]
 
 
 def cache_argument(model: PreTrainedModel) -> str | None:

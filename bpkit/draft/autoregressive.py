@@ -14,8 +14,7 @@ from bpkit.assets import shipped
 from bpkit.decode.pretrained import device_of, input_device, inside, load_causal_lm, move, position_limit
 from bpkit.decode.sampling import Draw
 from bpkit.decode.serving import served_by
-from bpkit.decode.snapshot import Snapshot
-from bpkit.decode.stateful import StatefulTarget, cache_argument, new_cache
+from bpkit.decode.stateful import Snapshot, StatefulTarget, cache_argument, new_cache
 from bpkit.decode.text import RunningText
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.config import ASSISTANT_BLOCK_SIZE

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -97,16 +99,9 @@ class Goodput(RememberingPolicy[GoodputMemory]):
 
     def best(self, rates: Sequence[float], costs: Sequence[float]) -> int:
         """The block size with the most expected tokens over cost; the smallest of several. `costs` go with `sizes`."""
-        expected, standing, length = 1.0, 1.0, 0
-        chosen, most = 1, 0.0
-        for size, cost in zip(self.sizes, costs, strict=True):
-            while length < size - 1:
-                standing *= rates[length]
-                expected += standing
-                length += 1
-            if expected > most * cost:
-                chosen, most = size, expected / cost
-        return chosen
+        expected = [*accumulate(accumulate(rates, mul), initial=1.0)]  # tokens of a step, by drafted tokens
+        worth = [expected[size - 1] / cost for size, cost in zip(self.sizes, costs, strict=True)]
+        return self.sizes[worth.index(max(worth))]
 
     def costs(self, context_length: int) -> list[float]:
         """What a step of each of `sizes` costs at about this context length."""
