@@ -16,7 +16,6 @@ from bpkit.prompts import Prompt
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from bpkit.trace.cost import CostTable
 
@@ -117,15 +116,6 @@ def measure(config: Config, prompts: list[Prompt], wanted: dict[str, Any], bar: 
     return calibrate(decoder, prompts, settings, bar.show)
 
 
-def print_cost(cost: CostTable, shown: Console) -> None:
-    """The table by size, and below what it leaves out."""
-    from rich.markup import escape
-
-    shown.print(cost_table(cost))
-    for sentence in sentences(cost):
-        shown.print(escape(sentence), soft_wrap=True)
-
-
 def print_presets() -> None:
     """Names of the presets, with what they say and where it comes from."""
     from rich.markup import escape
@@ -139,39 +129,32 @@ def print_presets() -> None:
         shown.print(escape(f"  Source: {cost.source}"), soft_wrap=True)
 
 
-def cost_table(cost: CostTable) -> Table:
-    """Costs by size at the context length in the middle."""
-    from rich import box
+def print_cost(cost: CostTable, shown: Console) -> None:
+    """Costs by size at the context length in the middle, and below what the table leaves out."""
     from rich.markup import escape
-    from rich.table import Table
+
+    from bpkit.judge.tables import Row, Table
 
     at, largest_block = cost.middle_context, cost.largest_block_size or cost.largest_width
     where = f", context length {at}" if isinstance(cost.verify[1], dict) else ""
     unit = "ms" if cost.unit == "seconds" else cost.unit
-    table = Table(title=escape(f"{cost.name} ({unit}{where})"), title_justify="left", box=box.SIMPLE_HEAD)
-    columns = (
-        "size",
-        "draft",
-        "verify",
-        "step",
-        "T(1)/T(v)",
-        "break-even\nacceptance length",
-        "spread %\ndraft/verify",
-    )
-    for column in columns if cost.spread else columns[:-1]:
-        table.add_column(column, justify="right")
+    head = ["size", "draft", "verify", "step", "T(1)/T(v)", "break-even\nacceptance length"]
+    head += ["spread %\ndraft/verify"] if cost.spread else []
     known = {(cell.phase, cell.size): cell.spread for cell in cost.spread if cell.context_length is None}
+    rows = []
     for size in sorted({1, *cost.draft, *cost.verify}):
-        row = [str(size), "-", "-", "-", "-", "-", ""]
-        if size <= largest_block:
-            row[1] = _figure(cost, cost.seconds("draft", size, at)) if size > 1 else "-"
+        row = [str(size), "-", "-", "-", "-", "-"]
+        if 1 < size <= largest_block:
+            row[1] = _figure(cost, cost.seconds("draft", size, at))
         if size <= cost.largest_width:
             row[2], row[4] = _figure(cost, cost.seconds("verify", size, at)), f"{cost.target_efficiency(size):.2f}"
         if size <= min(largest_block, cost.largest_width):
             row[3], row[5] = _figure(cost, cost.step(size)), f"{cost.break_even(size):.2f}"
-        row[6] = "/".join(_percent(known.get((phase, size))) for phase in ("draft", "verify"))
-        table.add_row(*row[: len(table.columns)])
-    return table
+        row.append("/".join(_percent(known.get((phase, size))) for phase in ("draft", "verify")))
+        rows.append(Row(row[: len(head)]))
+    shown.print(Table(f"{cost.name} ({unit}{where})", head, [rows]).terminal())
+    for sentence in sentences(cost):
+        shown.print(escape(sentence), soft_wrap=True)
 
 
 def sentences(cost: CostTable) -> list[str]:
