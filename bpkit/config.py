@@ -12,7 +12,7 @@ Every key may be left out. Unknown keys are errors, and command-line flags win o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,29 +122,23 @@ def load(file: Path) -> Config:
     return _validated(stated, ".".join, f" in {file}")
 
 
-def _validated(stated: dict[Any, Any], label: Any, where: str) -> Config:
+def _validated(stated: dict[Any, Any], label: Callable[[list[str]], str], where: str) -> Config:
+    """The config that was stated; `label` writes the keys that lead to a fault. Raises ConfigError."""
     try:
         return Config(**{str(key): value for key, value in stated.items()})
     except ValidationError as error:
         faults: dict[str, str] = {}  # one for each place: a union reports each of its members
         for fault in error.errors():
-            place, section = _place(fault["loc"])
-            unknown = fault["type"] == "extra_forbidden"
-            message = _unknown(place, section) if unknown else f"{fault['msg'][:1].lower()}{fault['msg'][1:]}"
+            # Without pydantic's names of the members of unions.
+            section = _SECTIONS.get(str(fault["loc"][0]), Config) if len(fault["loc"]) > 1 else Config
+            place = [str(key) for key in fault["loc"][: 1 if section is Config else 2]]
             name = label(place)
-            text = f"unknown key {name!r}{where}{message}" if unknown else f"{name}{where}: {message}"
-            faults.setdefault(name, f"{text}, got {fault['input']!r}" if not unknown else text)
+            if fault["type"] == "extra_forbidden":
+                faults.setdefault(name, f"unknown key {name!r}{where}{_unknown(place, section)}")
+            else:
+                said = f"{fault['msg'][:1].lower()}{fault['msg'][1:]}"
+                faults.setdefault(name, f"{name}{where}: {said}, got {fault['input']!r}")
         raise ConfigError("; ".join(faults.values())) from None
-
-
-def _place(loc: tuple[int | str, ...]) -> tuple[list[str], type[_Section]]:
-    """The keys that lead to a fault, without pydantic's names of union members, and the section it is in."""
-    place: list[str] = [str(loc[0])]
-    section: type[_Section] = Config
-    inner = _SECTIONS.get(place[0])
-    if inner is not None and len(loc) > 1:
-        place, section = [place[0], str(loc[1])], inner
-    return place, section
 
 
 def _unknown(place: list[str], section: type[_Section]) -> str:

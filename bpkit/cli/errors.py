@@ -31,15 +31,6 @@ class MissingExtra(RuntimeError):
     """An optional part of bpkit is not installed; the message says how to get it."""
 
 
-# PolicyError, ConfigError and what decoder and drafters refuse are ValueErrors.
-_INPUT_ERRORS = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
 _OF_FILES: dict[type[OSError], str] = {
     FileNotFoundError: "there is no such file or folder",
     FileExistsError: "a file of that name is there already",
@@ -48,6 +39,8 @@ _OF_FILES: dict[type[OSError], str] = {
     PermissionError: "you have no permission",
 }
 """What the system's own errors mean, which say only their number."""
+# PolicyError, ConfigError and what decoder and drafters refuse are ValueErrors.
+_INPUT_ERRORS: tuple[type[Exception], ...] = (ValueError, *_OF_FILES)
 _EXPECTED = (*_INPUT_ERRORS, OSError, MissingExtra, ImportError)
 
 

@@ -18,15 +18,12 @@ def add_plugin_commands(app: typer.Typer, known: Registry, *, own: Iterable[str]
     """Let each plug-in make its commands, in the order of hook calls, and add them to those of bpkit, called `own`."""
     whose = dict.fromkeys(own, "of bpkit itself")
     for implementation in known.calls(HOOK):
-        plugin = implementation.plugin_name
-        if plugin in known.failures:
-            continue
-        made = typer.Typer()
+        plugin, made = implementation.plugin_name, typer.Typer()
         try:
             call(implementation, app=made)
             names = _checked_names(made, whose)
         except (Exception, SystemExit) as error:
-            known.failures[plugin] = f"its commands: {type(error).__name__}: {error}"
+            known.fail(plugin, f"its commands: {type(error).__name__}: {error}")
             continue
         added: list[Any] = [*made.registered_commands, *made.registered_groups]
         for one in added:

@@ -12,7 +12,7 @@ from weakref import WeakSet
 from bpkit.draft.base import Drafter
 from bpkit.policy import Policy, PolicyError, validated
 from bpkit.registry.class_file import names_file
-from bpkit.registry.resolve import PolicyLike, parse_spec, policy_class, resolve_policy
+from bpkit.registry.resolve import PolicyLike, class_and_options, parse_spec, resolve_policy
 
 DrafterLike = Drafter | str | dict[str, Any]
 MOST = 16
@@ -94,7 +94,7 @@ def policy_key(policy: PolicyLike | None) -> Hashable:
         file = Path(name.partition(".py")[0] + ".py").expanduser()
         about = file.stat() if file.is_file() else None
         return (name, _as_text(spec), about and (about.st_mtime_ns, about.st_size))
-    made, options, name = policy_class(policy)
+    made, options, name = class_and_options(policy)
     if isinstance(made, type) and issubclass(made, Policy):
         return (made, repr(validated(made.Config, options, owner=name)))
     return (made, _as_text(options))

@@ -65,18 +65,6 @@ def module_of_file(path_text: str, *, where: str = "") -> ModuleType:
     path = Path(path_text).expanduser()
     if not path.is_file():
         raise PolicyError(f"there is no file {path_text!r}{where}; looked in {os.getcwd()}")
-    return _imported(path, path_text)
-
-
-def file_of(kind: type) -> Path | None:
-    """The file that `class_of_file` found a class in; None for one that was imported by the name of its module."""
-    if not kind.__module__.startswith(MODULE):
-        return None
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return Path(file) if file is not None else None
-
-
-def _imported(path: Path, path_text: str) -> ModuleType:
     path = path.resolve()
     # Two files may have one name: what a class says of its module must lead back to its own file.
     module_name = f"{MODULE}{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
@@ -99,6 +87,14 @@ def _imported(path: Path, path_text: str) -> ModuleType:
         hint = "; import a module beside the file by its bare name, as in `import helpers`" if relative else ""
         raise PolicyError(f"{path_text} cannot be imported: {type(error).__name__}: {error}{hint}") from error
     return module
+
+
+def file_of(kind: type) -> Path | None:
+    """The file that `class_of_file` found a class in; None for one that was imported by the name of its module."""
+    if not kind.__module__.startswith(MODULE):
+        return None
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return Path(file) if file is not None else None
 
 
 def _classes(module: ModuleType, base: type[Base]) -> dict[str, type[Base]]:

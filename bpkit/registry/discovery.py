@@ -187,9 +187,15 @@ def build(points: Sequence[EntryPoint] | None = None, choice: Choice | None = No
 
 def _installed(points: Sequence[EntryPoint]) -> Iterator[Plugin]:
     """A plug-in for each entry point, in the order of their names. The second of a name is called after its dist."""
+
+    def place(point: EntryPoint) -> tuple[str, bool, str]:
+        """By name; of one name, the plug-in that comes with bpkit first."""
+        distribution = point.dist.name if point.dist else ""
+        return point.name, distribution != OURS, distribution
+
     taken: set[str] = set()
     seen: set[tuple[str, str]] = set()
-    for point in sorted(points, key=_place):
+    for point in sorted(points, key=place):
         if (point.name, point.value) in seen:
             continue  # one module under one name: metadata of a distribution that was renamed and not uninstalled
         seen.add((point.name, point.value))
@@ -197,12 +203,6 @@ def _installed(points: Sequence[EntryPoint]) -> Iterator[Plugin]:
         name = f"{distribution}:{point.name}" if point.name in taken else point.name
         taken.add(name)
         yield Plugin(name, point.value, point.load, distribution, version)
-
-
-def _place(point: EntryPoint) -> tuple[str, bool, str]:
-    """By name; of one name, the plug-in that comes with bpkit first."""
-    distribution = point.dist.name if point.dist else ""
-    return point.name, distribution != OURS, distribution
 
 
 def _named_modules(choice: Choice, installed: Sequence[Plugin]) -> Iterator[Plugin]:
@@ -244,45 +244,39 @@ def _load(registry: Registry, plugin: Plugin) -> None:
 
 def _collect(registry: Registry) -> None:
     """Let the plug-ins register their entries, in the order of calls. Of one that fails half-way nothing counts."""
-    found: list[tuple[str, Entry]] = []
+    found: dict[tuple[str, str, str], Entry] = {}
     for kind, hook in HOOK_OF.items():
         for implementation in registry.calls(hook):
+            plugin = registry.plugins[implementation.plugin_name]
             try:
-                call(implementation, register=_recorder(registry, kind, implementation.plugin_name, found))
+                call(implementation, register=_recorder(plugin, kind, found))
             except (Exception, SystemExit) as error:
-                registry.failures.setdefault(implementation.plugin_name, f"{type(error).__name__}: {error}")
-    for name in registry.failures:
-        if registry.manager.has_plugin(name):
-            registry.manager.unregister(name=name)
-    for kind, entry in found:
+                registry.fail(plugin.name, error)
+    claims: dict[tuple[str, str], list[Entry]] = {}
+    for (kind, name, _), entry in found.items():
         if entry.plugin not in registry.failures:
-            _add(registry, kind, entry)
+            claims.setdefault((kind, name), []).append(entry)
+    for (kind, name), entries in claims.items():
+        if len(entries) > 1:
+            registry.conflicts[kind, name] = entries
+        else:
+            registry.of_kind(kind)[name] = entries[0]
 
 
-def _recorder(registry: Registry, kind: str, plugin: str, found: list[tuple[str, Entry]]) -> hookspecs.Register:
-    origin = registry.plugins[plugin]
+def _recorder(plugin: Plugin, kind: str, found: dict[tuple[str, str, str], Entry]) -> hookspecs.Register:
+    """What a plug-in's hook is handed: it notes entries under kind, name and plug-in."""
 
     def register(name: str, target: str | Callable[..., Any], *, summary: str, config: str = "") -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise PolicyError(f"{name!r} is no name of a {kind}: letters, digits and . _ + - make one")
         if not (callable(target) or (isinstance(target, str) and ":" in target)):
             raise PolicyError(f"target {target!r} of {kind} {name!r} is neither 'module:Class' nor callable")
-        if any(kind == k and entry.name == name and entry.plugin == plugin for k, entry in found):
+        if (kind, name, plugin.name) in found:
             raise PolicyError(f"it registers {kind} {name!r} twice")
-        entry = Entry(name, target, summary, config, plugin, origin.distribution, origin.version)
-        found.append((kind, entry))
+        origin = (plugin.name, plugin.distribution, plugin.version)
+        found[kind, name, plugin.name] = Entry(name, target, summary, config, *origin)
 
     return register
-
-
-def _add(registry: Registry, kind: str, entry: Entry) -> None:
-    known, claimed = registry.of_kind(kind), registry.conflicts.get((kind, entry.name))
-    if claimed is not None:
-        claimed.append(entry)
-    elif entry.name in known:
-        registry.conflicts[kind, entry.name] = [known.pop(entry.name), entry]
-    else:
-        known[entry.name] = entry
 
 
 def explain_conflict(kind: str, claimed: Sequence[Entry]) -> str:

@@ -61,13 +61,8 @@ def resolve(given: Made | str | Mapping[str, Any], base: type[Made], *, what: st
     return result
 
 
-def policy_class(policy: str | Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any], str]:
-    """What `resolve_policy` would call, the options that it would give, and the name. Raises PolicyError."""
-    return class_and_options(policy, Policy, what="policy")
-
-
 def class_and_options(
-    given: str | Mapping[str, Any], base: type, *, what: str
+    given: str | Mapping[str, Any], base: type = Policy, *, what: str = "policy"
 ) -> tuple[Callable[..., Any], dict[str, Any], str]:
     """What `resolve` would call, the options that it would give, and the name. Raises PolicyError."""
     spec = parse_spec(given) if isinstance(given, str) else dict(given)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import json
 import re
 import shutil
 import tempfile
@@ -50,13 +49,14 @@ def render(names: Names, kind: Kind, *, summary: str | None = None, author: str 
         ScaffoldError: the class would have a name that the files use for something else, or a text cannot stand in
             them.
     """
+    said = _one_line(summary, "--summary", MAX_SUMMARY) if summary else SUMMARIES[kind]
     values = {
         "distribution": names.distribution,
         "package": names.package,
         "policy": names.policy,
         "Class": names.class_name,
-        "summary": _sentence(_one_line(summary, "--summary", MAX_SUMMARY) if summary else SUMMARIES[kind]),
-        "authors": f"[{{ name = {_quoted(_one_line(author, '--author', MAX_SUMMARY))} }}]" if author else "[]",
+        "summary": said if said.endswith((".", "!", "?")) else f"{said}.",
+        "authors": f'[{{ name = "{_one_line(author, "--author", MAX_SUMMARY)}" }}]' if author else "[]",
         "bpkit_distribution": DISTRIBUTION,
         "bpkit_version": __version__,
         "extras": EXTRAS[kind],
@@ -91,14 +91,6 @@ def _one_line(text: str, option: str, most: int) -> str:
     if len(text) > most:
         raise ScaffoldError(f"{option} has {len(text)} characters: use at most {most}, the README has room for more")
     return text
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _refuse_shadowed(files: dict[str, str], names: Names) -> None:

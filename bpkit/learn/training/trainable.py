@@ -11,7 +11,7 @@ from bpkit.names import did_you_mean
 from bpkit.policy import PolicyError, validated
 from bpkit.registry.class_file import names_file
 from bpkit.registry.discovery import Entry, registry
-from bpkit.registry.resolve import name_of, policy_class, registered_by_another
+from bpkit.registry.resolve import class_and_options, name_of, registered_by_another
 
 if TYPE_CHECKING:
     from bpkit.learn.trained import TrainedPolicy
@@ -63,7 +63,7 @@ def make_module(
     Raises:
         PolicyError: the policy cannot be trained, or one of the settings is unknown.
     """
-    made, options, name = policy_class(policy)
+    made, options, name = class_and_options(policy)
     kind = _checked(made, name)
     module = load_trainer(kind)
     training = {key: value for key, value in settings.items() if key in module.Options.model_fields}
