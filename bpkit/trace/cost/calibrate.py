@@ -14,18 +14,17 @@ from itertools import count
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from bpkit.decode.clock import Clock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
-from bpkit.policy import Policy, PolicyConfig, State
+from bpkit.policy import Policy, State
 from bpkit.prompts import Prompt
 from bpkit.trace.cost.estimate import TimedSteps, estimate, worst_cell
 from bpkit.trace.cost.measured import Measured
 from bpkit.trace.cost.table import CostTable
-from bpkit.types import OF_THE_DISTRIBUTION, Context, Draft, Feature, Seconds, Work
+from bpkit.types import OF_THE_DISTRIBUTION, Context, DecoderSpec, Draft, Feature, Seconds, Work
 
 CHANCE_OF_PLAIN_STEPS, MOST_PLAIN_STEPS = 0.03, 32
 REQUESTS_BETWEEN_LOOKS = 10
@@ -34,23 +33,22 @@ Progress = Callable[[str, int, int], None]
 """Is told what is going on, requests done in this round, and requests of a round."""
 
 
-class RandomSizesConfig(PolicyConfig):
-    """Options of `RandomSizes`."""
-
-    largest: int = Field(ge=2, description="largest block size and verify width")
-
-
 class RandomSizes(Policy):
     """Draws block size and verify width at random, so that every size is timed amid all others.
 
     Block sizes are drawn evenly. Half of the drafts are verified whole, so that no width is rare, and of the others as
     much as is drawn. Now and then comes a run of plain steps, its length even on a logarithmic scale: the draft after
     it has much to catch up with.
+
+    Args:
+        largest: block size and verify width, from 2.
     """
 
-    Config = RandomSizesConfig
     wants = frozenset()
-    config: RandomSizesConfig
+
+    def __init__(self, largest: int) -> None:
+        super().__init__()
+        self.largest = largest
 
     def begin(self, context: Context) -> State:
         return {"width": context.full(1), "plain_steps": context.full(0)}  # int64 [batch] both
@@ -75,7 +73,7 @@ class RandomSizes(Policy):
             plain_steps_left = int(MOST_PLAIN_STEPS ** float(torch.rand((), generator=generator)))
         if plain_steps_left > 0:
             return 1, 1, plain_steps_left - 1
-        block_size = between(2, self.config.largest)
+        block_size = between(2, self.largest)
         return block_size, block_size if between(0, 1) else between(1, block_size), 0
 
 
@@ -132,18 +130,23 @@ def calibrate(
     Raises:
         ValueError: a block size that this drafter cannot draft; CostError if too little could be measured.
     """
-    largest = largest_size(decoder, settings.max_block_size)
-    clock = decoder.clock.waiting() if isinstance(decoder.clock, WallClock) else decoder.clock
-    recorder = RecordingClock(clock)
-    decoders = [_timed(decoder, policy, recorder) for policy in _policies(decoder, largest, settings)]
-    machine, spec, target = describe_machine(decoder.target.device), decoder.spec, decoder.target
-    for variant in decoders:  # first calls allocate and choose kernels
+    spec, target = decoder.spec, decoder.target
+    largest = _largest(spec, settings.max_block_size)
+    recorder = RecordingClock(decoder.clock.waiting() if isinstance(decoder.clock, WallClock) else decoder.clock)
+    variants = [decoder.with_policy(policy) for policy in _policies(decoder, largest, settings)]
+    machine = describe_machine(target.device)
+    for variant in variants:
+        variant.clock, variant.strict = recorder, True
+        # First calls allocate and choose kernels.
         variant.run(prompts[0].text, seed=settings.seed, **settings.options).finish()
     recorder.timed.clear()
     started = time.time()
-    rounds, ended = _measure(decoders, recorder, prompts, settings, largest, progress)
+    rounds, ended = _measure(variants, recorder, prompts, settings, largest, progress)
     steps = TimedSteps.of(recorder.timed)
-    cost = estimate(steps, largest, spec.work)
+    cost, worst = estimate(steps, largest, spec.work), worst_cell(steps, largest)
+    assert worst is not None  # or there would be no figures
+    seconds, modelled, half = steps.measured, steps.modelled(cost), len(steps) // 2
+    early, late = (seconds[part].sum() / modelled[part].sum() for part in (slice(half), slice(half, None)))
     dtype, threads = str(target.dtype).removeprefix("torch."), torch.get_num_threads()
     measured = Measured(
         target=spec.target,
@@ -162,42 +165,37 @@ def calibrate(
         prompts=len(prompts),
         rounds=rounds,
         ended=ended,
-        **_checks(steps, cost, largest),
+        worst_spread=round(worst.spread, 5),
+        modelled_over_measured=round(float(modelled.sum() / seconds.sum()), 4),
+        drift=round(float(late / early) - 1, 4),
     )
-    on = f"on {machine['gpu'] or machine['cpu']}, {dtype}, {threads} thread(s)"
-    said = f"{spec.target} with {spec.drafter} {on}"
+    said = f"{spec.target} with {spec.drafter} on {machine['gpu'] or machine['cpu']}, {dtype}, {threads} thread(s)"
     return cost.model_copy(update={"description": said, "measured": measured})
 
 
-def largest_size(decoder: SpeculativeDecoder, asked: int | None) -> int:
+def _largest(spec: DecoderSpec, asked: int | None) -> int:
     """The largest block size and width to measure. Raises ValueError if the drafter cannot draft it."""
-    most = decoder.spec.max_block_size
+    most = spec.max_block_size
     if asked is not None and not 2 <= asked <= most:
-        raise ValueError(f"max_block_size {asked} is not within 2 .. {most}, what drafter {decoder.spec.drafter} can")
-    return asked or max(decoder.spec.trained_block_size, 2)
+        raise ValueError(f"max_block_size {asked} is not within 2 .. {most}, what drafter {spec.drafter} can")
+    return asked or max(spec.trained_block_size, 2)
 
 
 def _policies(decoder: SpeculativeDecoder, largest: int, settings: CalibrationSettings) -> list[Policy]:
     """One that wants no features, and one that wants all that may be had: they take time too."""
     if not decoder.drafter.provides & OF_THE_DISTRIBUTION:
-        return [RandomSizes(largest=largest)]
+        return [RandomSizes(largest)]
     # Rejection sampling forbids a policy to see the probabilities of drafted tokens.
     forbidden = decoder.rule == "rejection" and settings.options.get("temperature") != 0
 
     class WithFeatures(RandomSizes):
         wants_optional = frozenset({Feature.DRAFT_ENTROPY}) if forbidden else OF_THE_DISTRIBUTION
 
-    return [RandomSizes(largest=largest), WithFeatures(largest=largest)]
-
-
-def _timed(decoder: SpeculativeDecoder, policy: Policy, recorder: RecordingClock) -> SpeculativeDecoder:
-    made = decoder.with_policy(policy)
-    made.clock, made.strict = recorder, True
-    return made
+    return [RandomSizes(largest), WithFeatures(largest)]
 
 
 def _measure(
-    decoders: Sequence[SpeculativeDecoder],
+    variants: Sequence[SpeculativeDecoder],
     recorder: RecordingClock,
     prompts: Sequence[Prompt],
     settings: CalibrationSettings,
@@ -205,17 +203,20 @@ def _measure(
     progress: Progress | None,
 ) -> tuple[int, str]:
     """Run rounds over the prompts, requests with and without features in turn. Returns rounds and why they ended."""
-    tell = progress or (lambda said, done, total: None)
     tasks, rng = list(enumerate(prompts)), random.Random(settings.seed)
     deadline = time.monotonic() + 60 * settings.max_minutes
-    said = ""
+    known = ""
     for round_ in count(1):
         rng.shuffle(tasks)
         for done, (index, prompt) in enumerate(tasks):
             if done % REQUESTS_BETWEEN_LOOKS == 0:
-                said = _how_far(TimedSteps.of(recorder.timed), largest)
-            tell(f"round {round_}, {said}", done, len(tasks))
-            variant = decoders[(round_ + done) % len(decoders)]
+                worst = worst_cell(TimedSteps.of(recorder.timed), largest)
+                known = "not all sizes seen yet"
+                if worst is not None and worst.spread < float("inf"):
+                    known = f"worst spread {100 * worst.spread:.1f}% ({worst.phase} {worst.size})"
+            if progress is not None:
+                progress(f"round {round_}, {known}", done, len(tasks))
+            variant = variants[(round_ + done) % len(variants)]
             variant.run(prompt.text, seed=settings.seed, stream_id=index, **settings.options).finish()
             if time.monotonic() > deadline:
                 return round_, f"{settings.max_minutes:g} minutes were over"
@@ -225,24 +226,3 @@ def _measure(
         if round_ == settings.rounds:
             return round_, f"{round_} rounds were over" if round_ > 1 else "the round was over"
     raise AssertionError("rounds have no end of their own")
-
-
-def _how_far(steps: TimedSteps, largest: int) -> str:
-    worst = worst_cell(steps, largest)
-    if worst is None or worst.spread == float("inf"):
-        return "not all sizes seen yet"
-    return f"worst spread {100 * worst.spread:.1f}% ({worst.phase} {worst.size})"
-
-
-def _checks(steps: TimedSteps, cost: CostTable, largest: int) -> dict[str, Any]:
-    """How far the figures are to be trusted: their worst spread, their sum against the clock, and drift."""
-    worst = worst_cell(steps, largest)
-    assert worst is not None  # or there would be no figures
-    modelled, measured = steps.modelled(cost), steps.measured
-    half = len(steps) // 2
-    early, late = (measured[part].sum() / modelled[part].sum() for part in (slice(half), slice(half, None)))
-    return {
-        "worst_spread": round(worst.spread, 5),
-        "modelled_over_measured": round(float(modelled.sum() / measured.sum()), 4),
-        "drift": round(float(late / early) - 1, 4),
-    }

@@ -58,9 +58,8 @@ class TimedSteps:
         timed = [(w, s) for w, s in timed if not commits(w.reread, w.verify_width)]
         done = [(w.draft_size, w.waiting, w.verify_width + w.reread, w.context_length, w.features) for w, _ in timed]
         spent = [(s.draft, s.verify, s.policy, s.rest) for _, s in timed]
-        draft_size, waiting, width, context_length, features = np.array(done, np.int64).reshape(-1, 5).T
-        draft, verify, policy, rest = np.array(spent, np.float64).reshape(-1, 4).T
-        return cls(draft_size, waiting, width, context_length, features > 0, draft, verify, policy, rest)
+        *counts, features = np.array(done, np.int64).reshape(-1, 5).T
+        return cls(*counts, features > 0, *np.array(spent, np.float64).reshape(-1, 4).T)
 
     def __len__(self) -> int:
         return len(self.width)

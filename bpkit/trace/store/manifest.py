@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bpkit.files import faults, write_json
+from bpkit.files import faults
 from bpkit.types import DecoderSpec, DraftWork, Feature, work_of
 
 MANIFEST = "manifest.json"
@@ -85,12 +85,9 @@ class Manifest(BaseModel):
         """What makes `other` another trace, as `name: ours, not theirs`."""
         aside = {"drafter_work", "complete", "command", "versions", "machine", "near_ties", "output_tokens"}
         ours, theirs = self.model_dump(mode="json", exclude=aside), other.model_dump(mode="json", exclude=aside)
-        found = []
-        for name in ours:
-            if ours[name] != theirs[name]:
-                said = f"{ours[name]}, not {theirs[name]}" if name != "prompt_ids" else "other prompts"
-                found.append(f"{name}: {said}")
-        return found
+        different = [name for name in ours if ours[name] != theirs[name]]
+        said = {name: f"{ours[name]}, not {theirs[name]}" for name in different} | {"prompt_ids": "other prompts"}
+        return [f"{name}: {said[name]}" for name in different]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -104,8 +101,3 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise TraceError(f"{path} is not a manifest that this version reads ({faults(error)}); trace again") from None
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write it at once: a reader sees the old one or the new one."""
-    write_json(folder / MANIFEST, manifest)

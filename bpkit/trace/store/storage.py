@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from bpkit.files import write_json
 from bpkit.trace.fingerprint import fingerprint_values
 from bpkit.trace.records import PromptTrace
-from bpkit.trace.store.manifest import MANIFEST, Manifest, TraceError, read_manifest, write_manifest
+from bpkit.trace.store.manifest import MANIFEST, Manifest, TraceError, read_manifest
 from bpkit.trace.store.parquet import from_tables, to_tables
 from bpkit.types import DecoderSpec
 
@@ -82,7 +83,7 @@ class TraceWriter:
             if any(path.suffix != UNFINISHED and path.name != LOCK for path in found):
                 raise TraceError(f"{self.folder} is not empty and holds no trace; name a new folder")
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_manifest(self.folder, manifest)
+            write_json(self.folder / MANIFEST, manifest)
             self.parts.mkdir()
             return manifest
         there = read_manifest(self.folder)
@@ -131,7 +132,7 @@ class TraceWriter:
                 "output_tokens": _items(rows.column("output_tokens")),
             }
         )
-        write_manifest(self.folder, self.manifest)
+        write_json(self.folder / MANIFEST, self.manifest)
         self._clear()
         return self.manifest
 
