@@ -23,7 +23,7 @@ from bpkit.registry.resolve import PolicyLike
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.collect import TraceOptions, Tracer, generation_options
-from bpkit.trace.collect.job import ThisProcess, describe, run_job
+from bpkit.trace.collect.job import describe, run_job
 from bpkit.trace.collect.recompute import Recompute
 from bpkit.trace.cost import CostTable
 from bpkit.trace.oracle.paths import fixed_path
@@ -277,8 +277,7 @@ def test_missing_features_are_computed_again_from_the_models(pair: TinyPair, tmp
     replays = []
     for name, features in (("bare", frozenset()), ("full", extra)):
         options = TraceOptions(tuple(range(2, 11)), 20, {"temperature": 1.0}, 3, features)
-        tracer = ThisProcess(Tracer(decoder, options))
-        run_job(tmp_path / name, describe(decoder, prompts, options), prompts, tracer)
+        run_job(tmp_path / name, describe(decoder, prompts, options), prompts, Tracer(decoder, options))
         trace = open_trace(tmp_path / name)
         replayer = Replayer(trace.spec, Curious(), COST, seed=3, strict=True, fill=Recompute(decoder, trace.manifest))
         replays.append([replayer.run(prompt) for prompt in trace])

@@ -28,13 +28,15 @@ from typer.testing import CliRunner, Result
 from bpkit.cli import models as cli_models
 from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.result import Run
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.prompts import Prompt, read_dataset, read_prompts
 from bpkit.testing import TinyPair, tiny_pair
 from bpkit.trace.collect import TraceOptions, Tracer
-from bpkit.trace.collect.job import ThisProcess, Traces, describe, run_job
+from bpkit.trace.collect.job import describe, run_job
 from bpkit.trace.collect.ray_workers import OnRay
-from bpkit.trace.collect.workers import IndexedPrompt, Models, Processes, WorkerError
+from bpkit.trace.collect.tracer import IndexedPrompt, Traces
+from bpkit.trace.collect.workers import Models, Processes, WorkerError
 from bpkit.trace.fingerprint import fingerprint_model
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store import parquet as tables
@@ -57,7 +59,7 @@ def job(
     folder: Path, decoder: SpeculativeDecoder, options: TraceOptions, prompts: Sequence[Prompt] = PROMPTS
 ) -> Manifest:
     """A whole job in this process."""
-    return run_job(folder, describe(decoder, prompts, options), prompts, ThisProcess(Tracer(decoder, options)))
+    return run_job(folder, describe(decoder, prompts, options), prompts, Tracer(decoder, options))
 
 
 def assert_same_prompt(found: PromptTrace, expected: PromptTrace, close: float = 0.0) -> None:
@@ -98,9 +100,8 @@ class EndsAtOnce(Tracer):
 
     short: frozenset[int] = frozenset()
 
-    def _generate(self, ids: Tensor, index: int) -> Any:
-        tokens, processors = super()._generate(ids, index)
-        return (tokens[:, :1] if index in self.short else tokens), processors
+    def retrace(self, index: int, prompt: Prompt, run: Run, tokens: Tensor) -> PromptTrace:
+        return super().retrace(index, prompt, run, tokens[:, :1] if index in self.short else tokens)
 
 
 DRAFTERS: dict[str, Callable[[TinyPair], Any]] = {
@@ -123,7 +124,7 @@ def test_what_is_read_is_what_was_traced(
     tracer = EndsAtOnce(decoder, options)
     tracer.short = frozenset(short)
     expected = [tracer.trace(i, prompt) for i, prompt in enumerate(PROMPTS)]
-    manifest = run_job(tmp_path / "t", describe(decoder, PROMPTS, options), PROMPTS, ThisProcess(tracer))
+    manifest = run_job(tmp_path / "t", describe(decoder, PROMPTS, options), PROMPTS, tracer)
     found = open_trace(tmp_path / "t")
     for i, (mine, other) in enumerate(zip(found, expected, strict=True)):
         assert mine.output_length == (1 if i in short else 10)
@@ -303,7 +304,7 @@ def test_a_folder_that_was_left_in_between_is_taken_up(pair: TinyPair, moment: s
         assert len(list(out.iterdir())) == 3
 
 
-class StopsAfter(ThisProcess):
+class StopsAfter(Tracer):
     """Is interrupted after so many prompts; says whether it was closed."""
 
     count, closed = 0, False
@@ -319,7 +320,7 @@ class StopsAfter(ThisProcess):
 
 
 def stop_at(out: Path, decoder: SpeculativeDecoder, options: TraceOptions, count: int) -> None:
-    workers = StopsAfter(Tracer(decoder, options))
+    workers = StopsAfter(decoder, options)
     workers.count = count
     with pytest.raises(KeyboardInterrupt):
         run_job(out, describe(decoder, PROMPTS, options), PROMPTS, workers)
@@ -333,7 +334,7 @@ def test_what_is_traced_is_not_traced_again(pair: TinyPair, tmp_path: Path) -> N
         open_trace(tmp_path)
     asked: list[int] = []
 
-    class Notes(ThisProcess):
+    class Notes(Tracer):
         def traces(self, prompts: Sequence[tuple[int, Prompt]]) -> Traces:
             asked.extend(i for i, _ in prompts)
             yield from super().traces(prompts[::-1])  # the order in which they come does not matter
@@ -348,7 +349,7 @@ def test_what_is_traced_is_not_traced_again(pair: TinyPair, tmp_path: Path) -> N
             self.ticks += 1
 
     bar = Bar()
-    run_job(tmp_path, describe(decoder, PROMPTS, options), PROMPTS, Notes(Tracer(decoder, options)), bar)
+    run_job(tmp_path, describe(decoder, PROMPTS, options), PROMPTS, Notes(decoder, options), bar)
     assert asked == [4, 5]
     assert (bar.ticks, bar.total) == (6, 6)
     assert [p.index for p in open_trace(tmp_path)] == [0, 1, 2, 3, 4, 5]
@@ -356,7 +357,7 @@ def test_what_is_traced_is_not_traced_again(pair: TinyPair, tmp_path: Path) -> N
 
 def test_a_worker_is_closed_when_writing_fails(pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, options = decoder_of(pair), TraceOptions(SIZES, 4)
-    workers = StopsAfter(Tracer(decoder, options))
+    workers = StopsAfter(decoder, options)
     workers.count = 99
 
     def full(*_: Any, **__: Any) -> None:
@@ -553,7 +554,7 @@ def test_memory_stays_flat_over_hundreds_of_prompts(pair: TinyPair, tmp_path: Pa
                 gc.collect()
                 held[self.ticks] = resident_bytes()
 
-    workers = ThisProcess(Tracer(decoder, options))
+    workers = Tracer(decoder, options)
     run_job(tmp_path, describe(decoder, prompts, options), prompts, workers, Counts())
     # A trace of these takes some 130 kB in memory: were they kept, this would be 39 MB.
     assert held[400] - held[100] < 13_000_000

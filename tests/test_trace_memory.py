@@ -60,8 +60,7 @@ def traced(target: PreTrainedModel, drafter: Drafter, count: int, **options: Any
     tracer = Tracer(decoder, TraceOptions(block_sizes=(2, 4), max_new_tokens=count, features=FEATURES, **options))
     tokens = torch.randint(0, 90, (1, 4 + count), generator=torch.Generator().manual_seed(2))
     run = decoder.run(tokens[:, :4], max_new_tokens=count, **options["sampling"], seed=options["seed"])
-    processors = run.request.rule.processors  # type: ignore[attr-defined]
-    return tracer.retrace(0, Prompt("a", "tiny", ""), tokens[:, :4], (tokens[:, 4:], processors))
+    return tracer.retrace(0, Prompt("a", "tiny", ""), run, tokens[:, 4:])
 
 
 @pytest.mark.parametrize("drafter", ["block-diffusion", "autoregressive"])

@@ -37,7 +37,7 @@ from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.collect import TraceOptions, Tracer
-from bpkit.trace.collect.job import ThisProcess, describe, run_job
+from bpkit.trace.collect.job import describe, run_job
 from bpkit.trace.cost import CostTable, write_cost
 from bpkit.trace.oracle.paths import best_fixed, fixed_path
 from bpkit.trace.records import PromptTrace
@@ -699,7 +699,7 @@ def test_missing_features_are_computed_again(tmp_path: Path, pair: TinyPair, mon
     decoder = SpeculativeDecoder.from_pretrained(tmp_path / "target", str(tmp_path / "drafter"))
     prompts = [Prompt(f"p{i}", "d", f"{i} + {i} = ") for i in range(4)]
     options = TraceOptions((2, 4), 6)
-    run_job(tmp_path / "trace", describe(decoder, prompts, options), prompts, ThisProcess(Tracer(decoder, options)))
+    run_job(tmp_path / "trace", describe(decoder, prompts, options), prompts, Tracer(decoder, options))
     write_cost(COST, tmp_path / "cost.json")
     monkeypatch.setattr(ToyModule, "features", frozenset({Feature.LAST_HIDDEN, Feature.PREFILL_HIDDEN}))
     monkeypatch.setattr(f"{__name__}.SIZES", (2, 4))

@@ -171,9 +171,8 @@ def chosen_workers(
 ) -> Workers:
     """This process, several, or a Ray cluster."""
     from bpkit.trace.collect import Tracer
-    from bpkit.trace.collect.job import ThisProcess
 
-    here = ThisProcess(Tracer(decoder, settings))  # refuses what cannot be traced, whoever works
+    here = Tracer(decoder, settings)  # refuses what cannot be traced, whoever works
     if num_workers == 1 and ray is None:
         return here
     from bpkit.trace.collect.workers import Models, Processes

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from bpkit.trace.collect.tracer import GENERATE_WITH, PARTS, TraceOptions, Tracer, generation_options, processors_of
+from bpkit.trace.collect.tracer import GENERATE_WITH, PARTS, TraceOptions, Tracer, generation_options
 
-__all__ = ["GENERATE_WITH", "PARTS", "TraceOptions", "Tracer", "generation_options", "processors_of"]
+__all__ = ["GENERATE_WITH", "PARTS", "TraceOptions", "Tracer", "generation_options"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -10,34 +10,20 @@ from typing import Protocol
 from bpkit import __version__
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
-from bpkit.progress import Progress
+from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
-from bpkit.trace.collect.tracer import TraceOptions, Tracer
+from bpkit.trace.collect.tracer import IndexedPrompt, TraceOptions, Traces
 from bpkit.trace.fingerprint import fingerprint_models, fingerprint_texts
-from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.manifest import Manifest, ModelFacts
 from bpkit.trace.store.storage import TraceWriter, claimed
 
-Traces = Generator[PromptTrace, None, None]
-
 
 class Workers(Protocol):
-    """Something that traces prompts."""
+    """Something that traces prompts, as a `Tracer` does."""
 
-    def traces(self, prompts: Sequence[tuple[int, Prompt]]) -> Traces:
+    def traces(self, prompts: Sequence[IndexedPrompt]) -> Traces:
         """Trace each (index, prompt), in any order. Closing the generator ends the work."""
         ...
-
-
-class ThisProcess:
-    """Traces one prompt after the other, here."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        self.tracer = tracer
-
-    def traces(self, prompts: Sequence[tuple[int, Prompt]]) -> Traces:
-        for index, prompt in prompts:
-            yield self.tracer.trace(index, prompt)
 
 
 def describe(
@@ -77,16 +63,15 @@ def run_job(
     Raises:
         TraceError: the folder holds another trace, or another run works on it.
     """
+    bar = progress or NoProgress()
     with claimed(folder):
         writer = TraceWriter(folder, manifest)
         missing = writer.missing()
-        if progress is not None:
-            progress.start("tracing", len(prompts))
-            for _ in range(len(prompts) - len(missing)):
-                progress.tick()
+        bar.start("tracing", len(prompts))
+        for _ in range(len(prompts) - len(missing)):
+            bar.tick()
         with closing(workers.traces([(i, prompts[i]) for i in missing])) as traces:
             for trace in traces:
                 writer.write(trace)
-                if progress is not None:
-                    progress.tick()
+                bar.tick()
         return writer.finish()

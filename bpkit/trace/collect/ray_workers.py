@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from bpkit.trace.collect.job import Traces
-from bpkit.trace.collect.tracer import TraceOptions
-from bpkit.trace.collect.workers import IndexedPrompt, Models, Worker, WorkerError, gone, share_out
+from bpkit.trace.collect.tracer import IndexedPrompt, TraceOptions, Traces
+from bpkit.trace.collect.workers import Models, Worker, WorkerError, gone, share_out
 from bpkit.trace.records import PromptTrace
 
 LOCAL = "local"

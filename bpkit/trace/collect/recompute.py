@@ -6,7 +6,7 @@ import torch
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.prompts import Prompt
-from bpkit.trace.collect.tracer import TraceOptions, Tracer, generation_options, processors_of
+from bpkit.trace.collect.tracer import TraceOptions, Tracer, generation_options
 from bpkit.trace.fingerprint import fingerprint_models
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import with_features
@@ -56,5 +56,5 @@ class Recompute:
         ids = torch.tensor(prompt.prompt_tokens).long()[None].to(device)
         tokens = torch.tensor(prompt.output_tokens).long()[None].to(device)
         run = self.decoder.run(ids, stream_id=prompt.index, **generation_options(options))
-        tracer = Tracer(self.decoder, options)
-        return tracer.retrace(prompt.index, Prompt(prompt.id, prompt.domain, ""), ids, (tokens, processors_of(run)))
+        again = Prompt(prompt.id, prompt.domain, "")
+        return Tracer(self.decoder, options).retrace(prompt.index, again, run, tokens)

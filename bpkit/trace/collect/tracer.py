@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,7 +15,6 @@ from bpkit.decode.clock import GuardedClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.features import OF_THE_ANCHOR
 from bpkit.decode.result import Run
-from bpkit.decode.sampling import Processors
 from bpkit.decode.timing import Stopwatch
 from bpkit.decode.verify import Coupled
 from bpkit.draft.autoregressive import AutoregressiveDrafter
@@ -30,6 +29,10 @@ from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_pass
 from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.types import Feature
+
+IndexedPrompt = tuple[int, Prompt]
+"""A prompt and its place in the trace."""
+Traces = Generator[PromptTrace, None, None]
 
 GENERATE_WITH = 6
 """Block size that outputs are made with; it decides nothing but how fast."""
@@ -99,20 +102,24 @@ class Tracer:
         """Trace one prompt; `index` is its place in the trace and the stream of its noise."""
         self.watch.resume()
         ids = self.decoder._ids(prompt.text).to(self.decoder.target.device)
-        output = self._generate(ids, index)
-        self.watch.lap("generation")
-        return self.retrace(index, prompt, ids, output)
-
-    def _generate(self, ids: Tensor, index: int) -> tuple[Tensor, Processors]:
-        """The output, int64 [1, output length], and the logits processors that it was made under."""
         run = self.decoder.run(ids, stream_id=index, **generation_options(self.options))
-        return run.finish().tokens, processors_of(run)
+        tokens = run.finish().tokens
+        self.watch.lap("generation")
+        return self.retrace(index, prompt, run, tokens)
 
-    def retrace(self, index: int, prompt: Prompt, ids: Tensor, output: tuple[Tensor, Processors]) -> PromptTrace:
-        """Trace a finished output."""
-        tokens, processors = output
-        seen = target_pass(self.decoder.target, self.decoder.drafter.feature_layers, ids, tokens)
-        noise = self._noise(index, tokens.shape[1])
+    def traces(self, prompts: Sequence[IndexedPrompt]) -> Traces:
+        """Trace one (index, prompt) after the other, here; see `bpkit.trace.collect.job.Workers`."""
+        for task in prompts:
+            yield self.trace(*task)
+
+    def retrace(self, index: int, prompt: Prompt, run: Run, tokens: Tensor) -> PromptTrace:
+        """Trace the output, int64 [1, output length], that a generation has or would have."""
+        ids, processors = run.request.text.prompt, cast("Coupled", run.request.rule).processors
+        decoder, seed, noise = self.decoder, self.options.seed, None
+        seen = target_pass(decoder.target, decoder.drafter.feature_layers, ids, tokens)
+        if seed is not None:  # of every position that a draft may reach
+            count = tokens.shape[1] + max(self.options.block_sizes)
+            noise = HeldNoise(seed, index, count, decoder.spec.vocab_size, decoder.target.device)
         finished = Finished(
             ids=torch.cat([ids, tokens], dim=1),
             prompt_length=ids.shape[1],
@@ -125,7 +132,7 @@ class Tracer:
             keep_hidden=Feature.DRAFT_HIDDEN in self.options.features,
         )
         self.watch.lap("target pass")
-        drafts = trace_drafts(self.decoder.drafter, finished)
+        drafts = trace_drafts(decoder.drafter, finished)
         self.watch.lap("draft passes")
         log_p = seen.first_logits().float().log_softmax(dim=-1)
         top = log_p.topk(min(TOP, len(log_p)))
@@ -145,13 +152,6 @@ class Tracer:
         )
         self.watch.lap("the rest")
         return trace
-
-    def _noise(self, index: int, output_length: int) -> HeldNoise | None:
-        """Noise of every position that a draft may reach."""
-        if self.options.seed is None:
-            return None
-        count, decoder = output_length + max(self.options.block_sizes), self.decoder
-        return HeldNoise(self.options.seed, index, count, decoder.spec.vocab_size, decoder.target.device)
 
     def _features(self, seen: TargetPass, tokens: Tensor) -> dict[Feature, NDArray[np.float32]]:
         """Features of the target: of the first position, and of all that decided an output token."""
@@ -218,8 +218,3 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 def generation_options(options: TraceOptions) -> dict[str, Any]:
     """The options of `generate` that a trace is made under."""
     return {"max_new_tokens": options.max_new_tokens, "seed": options.seed, **options.sampling}
-
-
-def processors_of(run: Run) -> Processors:
-    """The logits processors that a generation runs under."""
-    return cast("Coupled", run.request.rule).processors

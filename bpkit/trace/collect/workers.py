@@ -21,17 +21,13 @@ from typing import Any, TypeVar
 import torch
 
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.prompts import Prompt
-from bpkit.trace.collect.job import Traces
-from bpkit.trace.collect.tracer import GENERATE_WITH, TraceOptions, Tracer
+from bpkit.trace.collect.tracer import GENERATE_WITH, IndexedPrompt, TraceOptions, Tracer, Traces
 from bpkit.trace.fingerprint import fingerprint_models
 from bpkit.trace.records import PromptTrace
 
 GO_ON = "What was traced is kept: the same command goes on from there"
 
 AnyWorker = TypeVar("AnyWorker")
-IndexedPrompt = tuple[int, Prompt]
-"""A prompt and its place in the trace."""
 
 
 class WorkerError(ChildProcessError):

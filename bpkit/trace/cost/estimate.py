@@ -58,8 +58,9 @@ class TimedSteps:
         timed = [(w, s) for w, s in timed if not commits(w.reread, w.verify_width)]
         done = [(w.draft_size, w.waiting, w.verify_width + w.reread, w.context_length, w.features) for w, _ in timed]
         spent = [(s.draft, s.verify, s.policy, s.rest) for _, s in timed]
-        *counts, features = np.array(done, np.int64).reshape(-1, 5).T
-        return cls(*counts, features > 0, *np.array(spent, np.float64).reshape(-1, 4).T)
+        draft_size, waiting, width, context_length, features = np.array(done, np.int64).reshape(-1, 5).T
+        seconds = np.array(spent, np.float64).reshape(-1, 4).T
+        return cls(draft_size, waiting, width, context_length, features > 0, *seconds)
 
     def __len__(self) -> int:
         return len(self.width)
