@@ -20,11 +20,11 @@ from bpkit.cli.main import build_app
 from bpkit.decode.verify import Coupled, Verdict
 from bpkit.registry.discovery import registry
 from bpkit.testing import PolicyCheckError, check_policy, policy_checks
-from bpkit.testing.checks import checked_policy
+from bpkit.testing.checks import checked_policy, setup
 from bpkit.testing.checks.check import report_on
 from bpkit.testing.checks.fresh_weights import FreshWeights
 from bpkit.testing.checks.report import Findings
-from bpkit.testing.checks.setup import AGREEABLE, COST, DFLASH, tiny_setup
+from bpkit.testing.checks.setup import AGREEABLE, COST, DFLASH
 
 bad: Any = importlib.import_module("bad_policies")  # beside this file, which is no package
 BAD_FILE = Path(bad.__file__)
@@ -152,8 +152,8 @@ def test_an_exported_policy_passes(tmp_path: Path) -> None:
     named = resolve_policy("ldlp")
     assert isinstance(named, TrainedPolicy)
     fresh = FreshWeights(named).policy(DFLASH)
-    spec = tiny_setup().decoder(DFLASH, "fixed").spec
-    traces = tiny_setup().traces(DFLASH, frozenset(fresh.wants))
+    spec = setup.decoder(DFLASH, "fixed").spec
+    traces = setup.traces(DFLASH, frozenset(fresh.wants))
     export_policy(fresh, traces, spec, tmp_path / "out", name="tiny", summary="Tiny.", cost=COST)
     report = check_policy(f"onnx:{tmp_path / 'out'}")
     assert report.drafters == (DFLASH,)
@@ -282,7 +282,7 @@ def test_times_are_measured_and_slow_decisions_noted(monkeypatch: pytest.MonkeyP
     assert shown >= 2
     assert "a step of the tiny pair takes" in result.said
     for step, slow in ((1e-3, True), (1e3, False)):
-        monkeypatch.setattr(tiny_setup(), "step_seconds", lambda drafter, step=step: step)
+        monkeypatch.setattr(setup, "step_seconds", lambda drafter, step=step: step)
         result = timing(Sleeps)
         assert result.state == "passed"
         assert any("a call of `select` takes longer than a whole step" in note for note in result.notes) == slow

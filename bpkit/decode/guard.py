@@ -9,7 +9,7 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,23 @@ from bpkit.types import Context, DecoderSpec, Draft, Feature, Step
 
 
 class PolicyFault(PolicyError):
-    """A policy raised, or returned something that is no decision."""
+    """A policy raised, or returned something that is no decision.
+
+    Args:
+        method: that is at fault, where the loop raises it; what it did is then the cause.
+    """
+
+    def __init__(self, message: str, method: str = "") -> None:
+        super().__init__(message)
+        self.method = method
+
+
+class OutOfRange(PolicyFault):
+    """A decision that cannot be followed. `sizes` are block sizes of which only some are too large."""
+
+    def __init__(self, message: str, sizes: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.sizes = sizes
 
 
 class PolicyFaultWarning(UserWarning):
@@ -55,7 +71,7 @@ class GuardedPolicy:
         try:
             self.state = self.policy.begin(context)
             if not isinstance(self.state, dict):
-                raise PolicyFault(f"begin returned {kind_of(self.state)}, not a dict of tensors")
+                raise PolicyFault(f"it returned {kind_of(self.state)}, not a dict of tensors")
         except Exception as error:
             self._mend("begin", error, "an empty state")
             self.state = {}
@@ -67,7 +83,7 @@ class GuardedPolicy:
         try:
             predictions = self.policy.predict(features)
             if not (isinstance(predictions, dict) and all(isinstance(p, Tensor) for p in predictions.values())):
-                raise PolicyFault(f"predict returned {kind_of(predictions)}, not a dict of tensors")
+                raise PolicyFault(f"it returned {kind_of(predictions)}, not a dict of tensors")
             return predictions
         except Exception as error:
             self._mend("predict", error, "no predictions")
@@ -76,16 +92,15 @@ class GuardedPolicy:
     def select(self, context: Context) -> list[int]:
         """Block size of the next draft of each row, 1 .. max_block_size."""
         default, most = self.spec.trained_block_size, self.spec.max_block_size
+        rows = context.batch_size
         try:
-            sizes = _whole_numbers(self.policy.select(self.state, context), context.batch_size, "select")
-            if min(sizes) < 1:
-                raise PolicyFault(f"select returned {sizes}; a block size is at least 1 (no drafting)")
+            return decision("select", self.policy.select(self.state, context), [most] * rows)
+        except OutOfRange as error:
+            self._mend("select", error, str(most) if error.sizes else f"the trained block size {default}")
+            return [min(size, most) for size in error.sizes] or [default] * rows
         except Exception as error:
             self._mend("select", error, f"the trained block size {default}")
-            return [default] * context.batch_size
-        if max(sizes) > most:
-            self._mend("select", PolicyFault(f"select returned {sizes}, above {most}"), f"{most}")
-        return [min(size, most) for size in sizes]
+            return [default] * rows
 
     def truncate(self, draft: Draft) -> list[int]:
         """Drafted tokens to verify of each row, 0 .. draft_length."""
@@ -103,9 +118,7 @@ class GuardedPolicy:
         length = draft.draft_length
         draft.draft_length = length.clone()  # the policy may write to what it is handed
         try:
-            widths = _whole_numbers(self.policy.truncate(self.state, draft), len(lengths), "truncate")
-            if any(not 0 <= width <= most for width, most in zip(widths, lengths, strict=True)):
-                raise PolicyFault(f"truncate returned {widths} of {lengths} drafted tokens")
+            widths = decision("truncate", self.policy.truncate(self.state, draft), lengths)
         except Exception as error:
             self._mend("truncate", error, "the whole draft")
             widths = lengths
@@ -115,10 +128,8 @@ class GuardedPolicy:
     def extend(self, draft: Draft) -> bool:
         """Whether an autoregressive drafter goes on."""
         try:
-            answer = self.policy.extend(self.state, draft)
-            if not isinstance(answer, Tensor) or answer.shape != draft.draft_length.shape:
-                raise PolicyFault("extend must return a bool tensor [batch]")
-            return bool(to_host([answer])[0].any())
+            rows = [1] * draft.draft_length.shape[0]
+            return any(decision("extend", self.policy.extend(self.state, draft), rows))
         except Exception as error:
             self._mend("extend", error, "drafting on")
             return True
@@ -148,7 +159,7 @@ class GuardedPolicy:
         name = type(self.policy).__name__
         message = f"policy {name}.{method}: {explained(error, self.policy)}"
         if self.strict:
-            raise PolicyFault(message) from error
+            raise PolicyFault(message, method) from error
         self.fallbacks += 1
         if method not in self._warned:
             self._warned.add(method)
@@ -177,17 +188,36 @@ def kind_of(value: object) -> str:
     return f"a{'n' if name[0].lower() in 'aeiou' else ''} {name}"
 
 
-def _whole_numbers(value: Any, batch_size: int, method: str) -> list[int]:
-    """Check a decision, tensor [batch], and return its numbers. Raises PolicyFault.
+def decision(method: str, answer: Any, most: Sequence[int]) -> list[int]:
+    """The numbers of a decision, a tensor [batch]. `most` is the largest block size, or the draft length, of each row.
+
+    Raises:
+        PolicyFault: it is no decision: no such tensor, or not of numbers. OutOfRange: it cannot be followed.
 
     One copy out of the tensor and checks in Python: tensor operations on single numbers would cost several times more.
     """
-    if not isinstance(value, Tensor) or value.shape != (batch_size,):
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else kind_of(value)
-        raise PolicyFault(f"{method} must return int64 [batch], batch {batch_size}, as context.full(8); got {got}")
-    if value.dtype == torch.bool or value.is_complex():
-        raise PolicyFault(f"{method} returned dtype {value.dtype}, not whole numbers")
-    numbers = to_host([value])[0].tolist()  # one that was decided on the device costs a read of its own
-    if not all(math.isfinite(number) and number == int(number) for number in numbers):
-        raise PolicyFault(f"{method} returned {numbers}, not whole numbers")
-    return [int(number) for number in numbers]
+    what = "a bool tensor [batch]" if method == "extend" else "int64 [batch], as context.full(8) is"
+    if not isinstance(answer, Tensor):
+        got = "None" if answer is None else f"{kind_of(answer)} ({answer!r})"
+        raise PolicyFault(f"it returned {got}, not {what}")
+    if answer.shape != (len(most),):
+        raise PolicyFault(f"it returned shape {list(answer.shape)} for a batch of {len(most)}, not {what}")
+    if method != "extend" and (answer.dtype == torch.bool or answer.is_complex()):
+        raise PolicyFault(f"it returned dtype {answer.dtype}, not {what}")
+    numbers = to_host([answer])[0].tolist()  # one that was decided on the device costs a read of its own
+    if method == "extend":
+        return [int(bool(number)) for number in numbers]
+    if not all(map(math.isfinite, numbers)):
+        raise PolicyFault(f"it returned {numbers}, which is no number of positions")
+    whole = [int(number) for number in numbers]
+    if whole != numbers:
+        raise OutOfRange(f"it returned {numbers}, which are not whole numbers")
+    if method == "truncate":
+        if any(not 0 <= length <= drafted for length, drafted in zip(whole, most, strict=True)):
+            raise OutOfRange(f"it returned {numbers} where {list(most)} tokens were drafted")
+    elif min(whole) < 1:
+        raise OutOfRange(f"it returned {numbers}: no draft is block size 1")
+    elif max(whole) > most[0]:
+        advice = "keep `decoder.max_block_size` in `bind`, and clamp to it"
+        raise OutOfRange(f"it returned {numbers}, above {most[0]}: {advice}", whole)
+    return whole

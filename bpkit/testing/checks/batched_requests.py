@@ -48,25 +48,29 @@ class BatchedRequest:
     """
 
     case: Case
-    begin: Context | None = None
+    begin: Context
     steps: list[RecordedStep] = field(default_factory=list)
     done: int = 0
     alone: State = field(default_factory=dict)
 
+    @property
+    def step(self) -> RecordedStep:
+        """The one at hand."""
+        return self.steps[self.done]
+
 
 def batched(recording: Recording) -> BatchedRequest:
-    """The steps of a recording."""
-    made = BatchedRequest(recording.case)
-    for call in recording.calls:
-        given = call.given
-        if call.method == "begin" and isinstance(given, Context):
-            made.begin = given
-        elif call.method == "select" and isinstance(given, Context):
-            made.steps.append(RecordedStep(given))
-        elif isinstance(given, Draft):
-            made.steps[-1].draft = given
-        elif isinstance(given, Step):
-            made.steps[-1].step = given
+    """The steps of a recording, which begins with `begin`."""
+    first, *calls = recording.calls
+    assert isinstance(first.given, Context)
+    made = BatchedRequest(recording.case, first.given)
+    for call in calls:
+        if isinstance(call.given, Context):
+            made.steps.append(RecordedStep(call.given))
+        elif isinstance(call.given, Draft):
+            made.steps[-1].draft = call.given
+        elif isinstance(call.given, Step):
+            made.steps[-1].step = call.given
     return made
 
 
@@ -90,27 +94,9 @@ def steps_of(steps: Sequence[Step], seconds: Seconds) -> Step:
     return dataclasses.replace(joined(steps), seconds=seconds, fallbacks=0, near_ties=())
 
 
-def part_of(seconds: Seconds, parts: int) -> Seconds:
-    """An equal part."""
-    return Seconds(*(getattr(seconds, entry.name) / parts for entry in dataclasses.fields(seconds)))
-
-
-# States
-
-
 def state_rows(state: State, places: Sequence[int]) -> State:
     """Some rows of a state, in this order, as an engine takes them."""
     return {name: value[list(places)].clone() for name, value in state.items()}
-
-
-def state_copy(state: State) -> State:
-    """With tensors of its own."""
-    return {name: value.clone() for name, value in state.items()}
-
-
-def joined_states(one: State, other: State) -> State:
-    """Rows of both; of names that only one of them has nothing is kept."""
-    return {name: torch.cat([value, other[name]]) for name, value in one.items() if name in other}
 
 
 def bad_state(state: object, rows: int) -> str | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bpkit.progress import NoProgress, Progress
 from bpkit.testing.checks.report import Findings, Report, Result, Skip
@@ -45,12 +44,12 @@ class Check:
     def run(self, policy: CheckedPolicy) -> Result:
         """What this check finds, without raising."""
         function = getattr(importlib.import_module(f"bpkit.testing.checks.{self.module}"), self.name)
-        begun, out, skipped = time.perf_counter(), Findings(), None
+        out, skipped = Findings(), None
         try:
             function(policy, out)
         except Skip as reason:
             skipped = str(reason)
-        return out.result(self.name, self.summary, time.perf_counter() - begun, skipped)
+        return out.result(self.name, self.summary, skipped)
 
 
 _CHECKS = (
@@ -107,12 +106,12 @@ def report_on(
 
 
 def _report(checks: Collection[Check], policy: PolicyToCheck, seed: int, progress: Progress) -> Report:
-    from bpkit.testing.checks.checked_policy import CheckedPolicy
     from bpkit.testing.checks.surroundings import undisturbed
 
     with undisturbed():
-        alone: Any = policy if isinstance(policy, type) and len(checks) == 1 else None
-        checked = CheckedPolicy(policy, seed) if alone is None else _of_class(alone, seed)
+        # A class is decoded with once for checks that are called one by one.
+        once, given = isinstance(policy, type) and len(checks) == 1, cast("Any", policy)
+        checked = (_checked if once else _checked.__wrapped__)(given, seed)
         results: list[Result] = []
         for check in checks:
             progress.start(check.name, len(checks))
@@ -123,8 +122,7 @@ def _report(checks: Collection[Check], policy: PolicyToCheck, seed: int, progres
 
 
 @functools.lru_cache(maxsize=8)
-def _of_class(policy: Any, seed: int) -> CheckedPolicy:
-    """Made once, for checks that are called one by one."""
+def _checked(policy: Any, seed: int) -> CheckedPolicy:
     from bpkit.testing.checks.checked_policy import CheckedPolicy
 
     return CheckedPolicy(policy, seed)

@@ -12,11 +12,11 @@ from bpkit.decode.guard import kind_of
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.resolve import PolicyLike, resolve_policy
-from bpkit.testing.checks.answers import Fault, raised
+from bpkit.testing.checks import setup
 from bpkit.testing.checks.fresh_weights import FreshWeights, NoTrainer, NoWeights
-from bpkit.testing.checks.recorder import CallRecorder, Recording
+from bpkit.testing.checks.recorder import CallRecorder, Fault, Recording, raised
 from bpkit.testing.checks.report import Skip, gist
-from bpkit.testing.checks.setup import ASSISTANT, PROMPTS, USUAL, Case, tiny_setup
+from bpkit.testing.checks.setup import ASSISTANT, PROMPTS, USUAL, Case
 
 FEWER = 3
 """Cases with the assistant, whose drafts tell little that the other two do not."""
@@ -60,7 +60,7 @@ class CheckedPolicy:
 
     def recorder(self, drafter: str, *, force: int | None = None) -> CallRecorder:
         """A new policy at work with a drafter. Raises PolicyError if it cannot serve it."""
-        return CallRecorder(tiny_setup().decoder(drafter, self.fresh(drafter)), drafter, force=force)
+        return CallRecorder(setup.decoder(drafter, self.fresh(drafter)), drafter, force=force)
 
     @cached_property
     def cases(self) -> list[Case]:
@@ -108,7 +108,7 @@ class CheckedPolicy:
     def _serves(self, drafter: str) -> bool:
         """Whether the policy can be bound to a decoder with this drafter; why not, is noted."""
         try:
-            tiny_setup().decoder(drafter, self.fresh(drafter))
+            setup.decoder(drafter, self.fresh(drafter))
         except NoTrainer:
             raise
         except PolicyError as error:

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 from statistics import mean
 
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import overrides
+from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import CheckedPolicy
 from bpkit.testing.checks.report import Findings
-from bpkit.testing.checks.setup import tiny_setup
-from bpkit.testing.simulated_device import DEVICE
+from bpkit.testing.simulated_device import DEVICE, SimulatedDevice
 
 CASES = 2
 """Usual cases that are decoded once more, one greedy and one sampled."""
 NEEDED = 2
 """Reads of a step at most: one after a draft that the policy wants to see, one after verification."""
 
+SIMULATED = SimulatedDevice()
+
+
+@functools.cache
+def _decoder(drafter: str) -> SpeculativeDecoder:
+    """Its models are copied to the device once."""
+    return SIMULATED.decoder(setup.decoder(drafter, "fixed:1"))
+
 
 def device(policy: CheckedPolicy, out: Findings) -> None:
     """Decode some usual cases on a simulated device."""
-    said, setup = [], tiny_setup()
+    said = []
     for drafter, usual in policy.clean().items():
         steps: list[int] = []
-        with setup.device:
-            decoder = setup.on_device(drafter, policy.fresh(drafter))
+        with SIMULATED:
+            decoder = _decoder(drafter).with_policy(policy.fresh(drafter))
             for recording in usual[:CASES]:
                 try:
-                    steps += setup.device.count(decoder, recording.case.prompt, **recording.case.options()).steps
+                    steps += SIMULATED.count(decoder, recording.case.prompt, **recording.case.options()).steps
                 except Exception as error:
                     out.fail(
                         f"decoded with {recording}, models on a simulated device ({DEVICE})",

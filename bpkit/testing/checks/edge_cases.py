@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bpkit.policy import PolicyError
+from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import CheckedPolicy
 from bpkit.testing.checks.recorder import CallRecorder
 from bpkit.testing.checks.report import Findings
-from bpkit.testing.checks.setup import LARGEST, NGRAM, PROMPTS, Case, tiny_setup
+from bpkit.testing.checks.setup import LARGEST, NGRAM, PROMPTS, Case
 from bpkit.testing.checks.usual import compare_with_plain
 
 REPEATING = "abcabcabcabc"
@@ -25,7 +26,7 @@ def survival(policy: CheckedPolicy, out: Findings) -> None:
         tried += 1
         fault = recording.fault
         if fault is None:
-            compare_with_plain(policy.name, recording, tiny_setup().plain(case), out)
+            compare_with_plain(policy.name, recording, setup.plain(case), out)
         elif (fault.method, fault.kind) not in known:
             known.add((fault.method, fault.kind))
             out.fail(
@@ -59,7 +60,7 @@ def _cases(policy: CheckedPolicy, out: Findings) -> Iterator[tuple[str, CallReco
 def _short(seed: int) -> Iterator[tuple[str, Case]]:
     """Cases of which one policy decodes all, one after the other."""
     sampled = Case(PROMPTS[1], 1.0, seed, 5, max_new_tokens=8)
-    tokens = tiny_setup().plain(sampled).tokens
+    tokens = setup.plain(sampled).tokens
     yield "a prompt of one token", Case("x", 1.0, seed, 6, max_new_tokens=8)
     yield "an output that ends with its first token", Case(PROMPTS[1], 1.0, seed, 5, eos=tokens[0])
     yield "an output that ends with its second token", Case(PROMPTS[1], 1.0, seed, 5, eos=tokens[1])

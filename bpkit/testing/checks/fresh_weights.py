@@ -12,7 +12,8 @@ from bpkit.installation.distribution import install_command
 from bpkit.learn.config import TrainedConfig
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import PolicyError, validated
-from bpkit.testing.checks.setup import AGREEABLE, ASSISTANT, COST, tiny_setup
+from bpkit.testing.checks import setup
+from bpkit.testing.checks.setup import AGREEABLE, ASSISTANT, COST
 from bpkit.types import OF_THE_TARGET, Feature
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class FreshWeights:
 
     def _prepared(self, drafter: str) -> PolicyModule:
         trainer = _trainer(self.kind)
-        decoder = tiny_setup().decoder(drafter, "fixed:1")
+        decoder = setup.decoder(drafter, "fixed:1")
         module = trainer(self.kind.untrained(self.config), decoder.spec, COST, trainer.Options())
         wanted = frozenset(module.features | self.wants)
         known = decoder.drafter
@@ -85,7 +86,7 @@ class FreshWeights:
         from bpkit.learn.training.examples import collect_examples
         from bpkit.progress import NoProgress
 
-        traces = tiny_setup().traces(drafter, wanted)
+        traces = setup.traces(drafter, wanted)
         with tempfile.TemporaryDirectory() as folder:
             return collect_examples(module, traces, Path(folder), part="train", key="check", progress=NoProgress())
 

@@ -7,7 +7,7 @@ the wrong request here, even if `begin` resets it.
 
 from __future__ import annotations
 
-from itertools import zip_longest
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -31,33 +31,42 @@ def overlap(policy: CheckedPolicy, out: Findings) -> None:
             "something of a single request is on `self` cannot be told apart from it"
         )
     recorder, alone = policy.recorder(drafter), usual[:TOGETHER]
-    attributes = Attributes(recorder.policy)
-    recordings = recorder.record_in_turn([each.case for each in alone], attributes.look)
-    place = _parted(alone, recordings)
-    if place is not None:
-        _rule_out_others(policy, drafter, alone)
-        _tell(policy.name, alone, recordings[place], place, attributes, out)
-    compared = sum(len(each.decisions) for each in recordings)
-    out.said = f"{compared} decisions for {len(alone)} requests that took turns, the same as for each alone"
+    seen = [_plain_values(recorder.policy)]  # after every record
+    recordings = recorder.record_in_turn(
+        [each.case for each in alone], lambda: seen.append(_plain_values(recorder.policy))
+    )
+    out.said = (
+        f"{sum(len(each.decisions) for each in recordings)} decisions for {len(alone)} requests that took turns, the "
+        "same as for each alone"
+    )
+    differ = [
+        (other.fault is None, parted.step, place, parted)
+        for place, (one, other) in enumerate(zip(alone, recordings, strict=True))
+        if (parted := first_difference(one, other)) is not None
+    ]
+    if not differ:
+        return
+    _rule_out_others(policy, drafter, alone)
+    _, step, place, parted = min(differ)  # the request that a fault ended, else the one that differs first
+    listed = "; ".join(f"({number}) {each.case}" for number, each in enumerate(alone, start=1))
+    changed = {name for before, now in pairwise(seen) for name in now if now[name] != before.get(name)}
+    attributes = ", ".join(f"self.{name}" for name in sorted(changed))
+    out.fail(
+        f"decoded {len(alone)} requests at the same time with one decoder, a record of each in turn, drafter "
+        f"{drafter}: {listed}",
+        f"{policy.name} decides for each what it decides for it alone; for request {place + 1}, {parted.where} (step "
+        f"{step}) is {parted.one}",
+        f"it was {parted.other}. Something of a request is kept on `self`, where the next one finds it, even if "
+        "`begin` resets it: put it into the dict that `begin` returns, with the batch axis first"
+        + (f". What changed on the policy meanwhile: {attributes}" if changed else ""),
+        drafter=drafter,
+    )
 
 
-class Attributes:
-    """Which plain values on a policy change: of help to whoever looks for the one that is a request's."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.changed: set[str] = set()
-        self._before = self._values()
-
-    def look(self) -> None:
-        """Note what is not as it was the last time."""
-        now = self._values()
-        self.changed |= {name for name in now if now[name] != self._before.get(name)}
-        self._before = now
-
-    def _values(self) -> dict[str, str]:
-        plain: Any = bool | int | float | str | list | tuple | dict | set | Tensor | None
-        return {name: repr(value) for name, value in vars(self.policy).items() if isinstance(value, plain)}
+def _plain_values(policy: Policy) -> dict[str, str]:
+    """Attributes that may be a request's, of help to whoever looks for the one that is."""
+    plain: Any = bool | int | float | str | list | tuple | dict | set | Tensor | None
+    return {name: repr(value) for name, value in vars(policy).items() if isinstance(value, plain)}
 
 
 def _remembers(policy: Policy) -> bool:
@@ -66,27 +75,6 @@ def _remembers(policy: Policy) -> bool:
         return bool(policy.state_dict())
     except Exception:
         return True
-
-
-def _parted(alone: list[Recording], recordings: list[Recording]) -> int | None:
-    """Which request to tell of: the one that a fault ended, else the one that differs in the earliest step."""
-    faulty = [place for place, each in enumerate(recordings) if each.fault is not None]
-    parted = [
-        (_step(one, other), place)
-        for place, (one, other) in enumerate(zip(alone, recordings, strict=True))
-        if first_difference(one, other) is not None
-    ]
-    return faulty[0] if faulty else min(parted)[1] if parted else None
-
-
-def _step(one: Recording, other: Recording) -> int:
-    """The step of the first decision that differs, from 1; every step begins with `select`."""
-    step = 0
-    for mine, yours in zip_longest(one.decisions, other.decisions):
-        step += mine is not None and mine[0] == "select"
-        if mine != yours:
-            break
-    return step
 
 
 def _rule_out_others(policy: CheckedPolicy, drafter: str, alone: list[Recording]) -> None:
@@ -98,22 +86,3 @@ def _rule_out_others(policy: CheckedPolicy, drafter: str, alone: list[Recording]
             raise Skip(
                 "its decisions hang on earlier requests or on global randomness, as `memory` or `determinism` tells"
             )
-
-
-def _tell(
-    name: str, alone: list[Recording], recording: Recording, place: int, attributes: Attributes, out: Findings
-) -> None:
-    parted = first_difference(alone[place], recording)
-    assert parted is not None
-    listed = "; ".join(f"({number}) {each.case}" for number, each in enumerate(alone, start=1))
-    seen = ", ".join(f"self.{attribute}" for attribute in sorted(attributes.changed))
-    out.fail(
-        f"decoded {len(alone)} requests at the same time with one decoder, a record of each in turn, drafter "
-        f"{recording.drafter}: {listed}",
-        f"{name} decides for each what it decides for it alone; for request {place + 1}, {parted.where} (step "
-        f"{_step(alone[place], recording)}) is {parted.one}",
-        f"it was {parted.other}. Something of a request is kept on `self`, where the next one finds it, even if "
-        "`begin` resets it: put it into the dict that `begin` returns, with the batch axis first"
-        + (f". What changed on the policy meanwhile: {seen}" if seen else ""),
-        drafter=recording.drafter,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -39,45 +39,31 @@ def check_models(
     Raises:
         PolicyError: the policy cannot serve this decoder.
     """
-    begun, out = time.perf_counter(), Findings()
-    _compare(decoder, policy, prompts, seed, progress, out)
-    return out.result(NAME, SUMMARY, time.perf_counter() - begun)
-
-
-def _compare(
-    decoder: SpeculativeDecoder,
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    seed: int,
-    progress: Callable[[], None],
-    out: Findings,
-) -> None:
     plain, checked = decoder.with_policy("fixed:1"), decoder.with_policy(policy)
     checked.strict = True
-    spec, name = checked.spec, type(policy).__name__
+    spec, name, out = checked.spec, type(policy).__name__, Findings()
     recorder = CallRecorder(checked, spec.drafter, blamed=PolicyFault)
     exact = decoder.target.dtype == torch.float32
     recordings: list[Recording] = []
     steps: list[float] = []
-    for place, prompt in enumerate(prompts):
-        for temperature in TEMPERATURES:
-            recording = recorder.record(Case(prompt.text, temperature, seed, place, MAX_NEW_TOKENS))
-            if recording.fault is not None:
-                out.fail(
-                    f"decoded with target {spec.target}, {recording}, faults of the policy being errors",
-                    f"{name}.{recording.fault.method} returns what the Policy protocol says",
-                    recording.fault.text,
-                )
-                return
-            assert recording.made is not None
-            compare_with_plain(name, recording, plainly(plain, recording.case), out, exact=exact)
-            steps += [step.seconds.total - step.seconds.policy for step in recording.made.steps]
-            recordings.append(recording)
-            progress()
+    for (place, prompt), temperature in itertools.product(enumerate(prompts), TEMPERATURES):
+        recording = recorder.record(Case(prompt.text, temperature, seed, place, MAX_NEW_TOKENS))
+        if recording.made is None:
+            assert recording.fault is not None
+            out.fail(
+                f"decoded with target {spec.target}, {recording}, faults of the policy being errors",
+                f"{name}.{recording.fault.method} returns what the Policy protocol says",
+                recording.fault.text,
+            )
+            return out.result(NAME, SUMMARY)
+        compare_with_plain(name, recording, plainly(plain, recording.case), out, exact=exact)
+        steps += [step.seconds.total - step.seconds.policy for step in recording.made.steps]
+        recordings.append(recording)
+        progress()
     if steps:
-        text, slow = beside_a_step(recordings, median(steps))
-        out.note(f"{text}; a step under this policy takes {micro(median(steps))} without its decisions")
-        for note in slow:
-            out.note(note)
+        taken, slow = beside_a_step(recordings, median(steps))
+        out.note(f"{taken}; a step under this policy takes {micro(median(steps))} without its decisions")
+        out.notes += slow
     tokens = sum(len(recording.tokens) for recording in recordings)
     out.said = f"{len(recordings)} generations, {tokens} tokens, target {spec.target}, drafter {spec.drafter}"
+    return out.result(NAME, SUMMARY)

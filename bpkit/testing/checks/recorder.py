@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.decode.guard import PolicyFault
+from bpkit.decode.guard import OutOfRange, PolicyFault, decision
 from bpkit.decode.result import Generation
 from bpkit.policy import overrides
-from bpkit.testing.checks.answers import DECIDES, Fault, Kind, raised, wrong_answer
-from bpkit.testing.checks.records import Given, NotedFeatures, copied, differences
+from bpkit.testing.checks.records import DECIDES, Given, NotedFeatures, copied, differences, most_of
 from bpkit.testing.checks.setup import Case
 from bpkit.testing.checks.surroundings import seed_everything
 from bpkit.types import Context, Draft, FeatureNotWanted
+
+
+class Fault(NamedTuple):
+    """Why a decision could not be used.
+
+    Attributes:
+        kind: `raised` an exception; `feature`: read one that is not there; `answer`: it is no decision (shape, type,
+            NaN); `size`: it is one, but out of range.
+        text: what the policy did.
+    """
+
+    method: str
+    kind: Literal["raised", "feature", "answer", "size"]
+    text: str
+
+
+def raised(error: Exception) -> str:
+    """What a policy did that raised, or answered something that it may not."""
+    return str(error) if isinstance(error, PolicyFault) else f"it raised {type(error).__name__}: {error}"
+
+
+def _fault_behind(error: Exception) -> Fault:
+    """What ended decoding with a strict decoder."""
+    cause = error.__cause__
+    if not isinstance(error, PolicyFault):  # the policy left something behind that the runtime stumbled over
+        return Fault("a method", "raised", f"decoding ended with {type(error).__name__}: {error}")
+    assert isinstance(cause, Exception)
+    if isinstance(cause, PolicyFault):
+        return Fault(error.method, "size" if isinstance(cause, OutOfRange) else "answer", raised(cause))
+    return Fault(error.method, "feature" if isinstance(cause, FeatureNotWanted) else "raised", raised(cause))
 
 
 @dataclass
@@ -68,35 +99,29 @@ class Recording:
 
 
 class Difference(NamedTuple):
-    """The first decision that differs between two recordings of one case: its place in words, and both answers."""
+    """The first decision in which recordings of one case differ: its place in words, both answers, the step."""
 
     where: str
     one: str
     other: str
+    step: int
 
 
 def first_difference(one: Recording, other: Recording, methods: Collection[str] = DECIDES) -> Difference | None:
-    """Which decision differs, if one does."""
-    if other.fault is not None:
-        return Difference(f"the answer of {other.fault.method}", "a decision", f"none ({other.fault.text})")
+    """Which decision differs, if one does. Every step, from 1, begins with `select`."""
     ours, theirs = ([made for made in each.decisions if made[0] in methods] for each in (one, other))
-    for place, (mine, yours) in enumerate(zip(ours, theirs, strict=False)):
-        if mine != yours:
-            count = sum(method == mine[0] for method, _ in ours[: place + 1])
-            got = str(yours[1]) if mine[0] == yours[0] else f"one of {yours[0]} instead"
-            return Difference(f"answer {count} of {mine[0]}", str(mine[1]), got)
+    place = next((i for i, (mine, yours) in enumerate(zip_longest(ours, theirs)) if mine != yours), len(ours))
+    asked = [method for method, _ in ours[: place + 1]]
+    step = asked.count("select")
+    if other.fault is not None:
+        return Difference(f"the answer of {other.fault.method}", "a decision", f"none ({other.fault.text})", step)
+    if place < min(len(ours), len(theirs)):
+        (method, mine), (instead, yours) = ours[place], theirs[place]
+        got = str(yours) if method == instead else f"one of {instead} instead"
+        return Difference(f"answer {asked.count(method)} of {method}", str(mine), got, step)
     if len(ours) != len(theirs):
-        return Difference("the number of decisions", str(len(ours)), str(len(theirs)))
+        return Difference("the number of decisions", str(len(ours)), str(len(theirs)), step)
     return None
-
-
-class Change(NamedTuple):
-    """Something that was handed over and is not what it was: `what` after `method`."""
-
-    method: str
-    what: str
-    before: str
-    after: str
 
 
 class CallRecorder:
@@ -108,8 +133,8 @@ class CallRecorder:
         blamed: errors in decoding that are the policy's; with tiny models any is, by what it left behind.
 
     Attributes:
-        read, missed: features by method, over all requests. changes: over all requests.
-        fault: the first, if there was one.
+        read, missed: features by method, over all requests.
+        changes: over all requests, the method after which something was not what was handed over, and what.
     """
 
     def __init__(
@@ -124,16 +149,13 @@ class CallRecorder:
         self.force, self.blamed = force, blamed
         self.read: dict[str, set[str]] = {}
         self.missed: dict[str, set[str]] = {}
-        self.changes: list[Change] = []
-        self.fault: Fault | None = None
+        self.changes: list[tuple[str, str]] = []
         self._calls: list[Call] = []
         self._handed: list[tuple[str, Given, Given]] = []
         self._inside = False
-        for method in ("begin", "select", "extend", "truncate", "observe", "end"):
+        for method in ("begin", "predict", "select", "extend", "truncate", "observe", "end"):
             if method in ("begin", "select", "end") or overrides(self.policy, method):
-                setattr(self.policy, method, self._recorded(method, getattr(self.policy, method)))
-        if overrides(self.policy, "predict"):
-            self.policy.predict = self._noting(self.policy.predict)  # type: ignore[method-assign]
+                setattr(self.policy, method, functools.partial(self._call, method, getattr(self.policy, method)))
 
     def record(self, case: Case, *, surroundings: int = 0) -> Recording:
         """Decode; a fault of the policy ends it and is noted.
@@ -146,7 +168,7 @@ class CallRecorder:
         try:
             recording.made = self.decoder.generate(case.prompt, **case.options())
         except self.blamed as error:
-            recording.fault = self._fault_behind(error)
+            recording.fault = _fault_behind(error)
         recording.calls = self._taken()
         return recording
 
@@ -167,7 +189,7 @@ class CallRecorder:
                         if next(run, None) is None:
                             turns.remove((recording, run))
                     except Exception as error:
-                        recording.fault = self._fault_behind(error)
+                        recording.fault = _fault_behind(error)
                     recording.calls += self._taken()
                     after()
                     if recording.fault is not None:
@@ -179,58 +201,29 @@ class CallRecorder:
         calls, self._calls, self._handed = self._calls, [], []
         return calls
 
-    def _fault_behind(self, error: Exception) -> Fault:
-        """What was recorded, else what the runtime says."""
-        text = str(error)
-        if not isinstance(error, PolicyFault):  # the policy left something behind that the runtime stumbled over
-            text = f"decoding ended with {type(error).__name__}: {error}"
-        return self.fault or Fault("a method", "raised", text)
+    def _call(self, method: str, original: Callable[..., Any], *arguments: Any) -> Any:
+        if self._inside:  # one method of the policy calls another
+            return original(*arguments)
+        self._inside = True
+        try:
+            if method == "predict":  # nothing is decided yet, so it is no call of its own
+                return original(self._noted(method, *arguments))
+            return self._recorded(method, original, *arguments)
+        finally:
+            self._inside = False
 
-    def _recorded(self, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            if self._inside:  # one method of the policy calls another
-                return original(*arguments)
-            self._inside = True
-            try:
-                return self._call(method, original, arguments)
-            finally:
-                self._inside = False
-
-        return call
-
-    def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """`predict`: features are noted as read; nothing is decided yet, so it is no call of its own."""
-
-        def predict(features: Any) -> Any:
-            try:
-                return original(features if isinstance(features, NotedFeatures) else self._noted("predict", features))
-            except Exception as error:
-                self._faulty(Fault("predict", "raised", raised(error)))
-                raise
-
-        return predict
-
-    def _call(self, method: str, original: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        given = None if method == "end" else arguments[-1]
+    def _recorded(self, method: str, original: Callable[..., Any], *arguments: Any) -> Any:
+        *state, given = (*arguments, None) if method == "end" else arguments
         made = Call(method, None if given is None else copied(given))
         self._calls.append(made)
-        if given is not None:
-            given = self._hand_over(method, given)
-            arguments = (*arguments[:-1], given)
+        most = most_of(given, self.decoder.spec.max_block_size) if isinstance(given, Context | Draft) else []
+        handed = () if given is None else (self._hand_over(method, given),)
         begun = time.perf_counter()
-        try:
-            answer = original(*arguments)
-        except Exception as error:
-            kind: Kind = "feature" if isinstance(error, FeatureNotWanted) else "raised"
-            self._faulty(Fault(method, kind, raised(error)))
-            raise
+        answer = original(*state, *handed)
         made.seconds = time.perf_counter() - begun
         self._compare(method)
-        wrong = wrong_answer(method, answer, given, self.decoder.spec.max_block_size)
-        if wrong is not None:
-            self._faulty(wrong)
-        elif method in DECIDES:
-            made.answer = [int(number) for number in answer.tolist()]
+        if method in DECIDES:
+            made.answer = decision(method, answer, most)
             if method == "select" and self.force is not None:
                 return torch.full_like(answer, self.force)
         return answer
@@ -255,8 +248,5 @@ class CallRecorder:
         """Note what is no longer as it was handed over, to this method or to an earlier one of the step."""
         for place, (handed_to, now, before) in enumerate(self._handed):
             for what, was, is_now in differences(before, now):
-                self.changes.append(Change(method, f"{what} (handed to `{handed_to}`)", was, is_now))
+                self.changes.append((method, f"{what} (handed to `{handed_to}`) was {was} and is {is_now}"))
                 self._handed[place] = (handed_to, now, copied(now))
-
-    def _faulty(self, fault: Fault) -> None:
-        self.fault = self.fault or fault

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +16,12 @@ Given = Context | Draft | Step
 """What methods of a policy are handed, beside the state."""
 G = TypeVar("G", bound=Given)
 Asked = TypeVar("Asked", bound=Context | Draft)
+DECIDES = ("select", "extend", "truncate")
 FILL = 1
 """What stands in the padding of a batch: a probability that tempts a policy to trust positions that are not there."""
 
 
-class NotedFeatures(MutableMapping[Feature, Tensor]):
+class NotedFeatures(UserDict[Feature, Tensor]):
     """Features that note who reads them.
 
     Args:
@@ -27,27 +29,14 @@ class NotedFeatures(MutableMapping[Feature, Tensor]):
     """
 
     def __init__(self, features: Mapping[Feature, Tensor], read: set[str], missed: set[str]) -> None:
-        self.unnoted: dict[Feature, Tensor] = dict(_unnoted(features))
+        super().__init__(_unnoted(features))
         self.read, self.missed = read, missed
 
     def __getitem__(self, name: Feature) -> Tensor:
-        (self.read if name in self.unnoted else self.missed).add(str(name))
-        return self.unnoted[name]
+        (self.read if name in self.data else self.missed).add(str(name))
+        return self.data[name]
 
-    def __setitem__(self, name: Feature, value: Tensor) -> None:
-        self.unnoted[name] = value
-
-    def __delitem__(self, name: Feature) -> None:
-        del self.unnoted[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.unnoted
-
-    def __iter__(self) -> Iterator[Feature]:
-        return iter(self.unnoted)
-
-    def __len__(self) -> int:
-        return len(self.unnoted)
+    get = Mapping.get  # which asks for the item, there or not
 
 
 def changed(given: G, change: Callable[[Tensor], Tensor]) -> G:
@@ -91,6 +80,12 @@ def asked_anew(given: Asked, seed: int) -> Asked:
     if isinstance(given, Draft):
         return dataclasses.replace(given, context=asked_anew(given.context, seed), predictions=None)
     return dataclasses.replace(given, generator=torch.Generator().manual_seed(seed), predictions=None)
+
+
+def most_of(given: Context | Draft, largest: int) -> list[int]:
+    """What may be decided about each row at most: the largest block size, or all that was drafted."""
+    lengths = [largest] * given.batch_size if isinstance(given, Context) else given.draft_length.tolist()
+    return lengths
 
 
 def generator_of(given: Context | Draft) -> torch.Generator:
@@ -139,7 +134,7 @@ def _named(given: Given, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _unnoted(features: Mapping[Any, Tensor]) -> Mapping[Any, Tensor]:
     """The features, without a note that they were read."""
-    return features.unnoted if isinstance(features, NotedFeatures) else features
+    return features.data if isinstance(features, NotedFeatures) else features
 
 
 def _padded(value: Tensor, width: int) -> Tensor:

@@ -13,11 +13,11 @@ from bpkit.installation.distribution import install_command
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy
 from bpkit.registry.resolve import resolve_policy
-from bpkit.testing.checks.answers import raised
+from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import LATER, CheckedPolicy
-from bpkit.testing.checks.recorder import CallRecorder, first_difference
+from bpkit.testing.checks.recorder import CallRecorder, first_difference, raised
 from bpkit.testing.checks.report import Findings, Skip
-from bpkit.testing.checks.setup import AGREEABLE, COST, tiny_setup
+from bpkit.testing.checks.setup import AGREEABLE, COST
 
 OTHER = 12345
 """Seed of the global generators in the second generation; in the first it is 0."""
@@ -109,7 +109,7 @@ def export(policy: CheckedPolicy, out: Findings) -> None:
         if rows is None:
             return
         loaded = resolve_policy({"name": "onnx", "path": str(folder)})
-        recorder = CallRecorder(tiny_setup().decoder(drafter, loaded), drafter)
+        recorder = CallRecorder(setup.decoder(drafter, loaded), drafter)
         for first in usual:
             parted = first_difference(first, recorder.record(first.case), {method for method, _ in first.decisions})
             if parted is not None:
@@ -127,8 +127,8 @@ def _exported(policy: CheckedPolicy, fresh: Policy, drafter: str, folder: Path, 
     """Write the files. Returns the rows that were compared; None if the export failed."""
     from bpkit.export.write import export_policy
 
-    spec = tiny_setup().decoder(drafter, "fixed:1").spec
-    traces = tiny_setup().traces(drafter, frozenset(fresh.wants | fresh.wants_optional))
+    spec = setup.decoder(drafter, "fixed:1").spec
+    traces = setup.traces(drafter, frozenset(fresh.wants | fresh.wants_optional))
     try:
         made = export_policy(
             cast("TrainedPolicy", fresh),  # any exportable one that has a name

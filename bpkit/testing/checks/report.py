@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -136,13 +136,14 @@ class Findings:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.said = ""
+        self._begun = time.perf_counter()
         self._mistakes: dict[tuple[str, str], list[tuple[Failure, str]]] = {}
 
     @property
     def failures(self) -> list[Failure]:
         """One for each mistake, as it was first met, with where else it was."""
         return [
-            replace(found[0][0], also=_elsewhere([drafter for _, drafter in found]))
+            replace(found[0][0], also=_elsewhere(*(drafter for _, drafter in found)))
             for found in self._mistakes.values()
         ]
 
@@ -159,22 +160,21 @@ class Findings:
         if text not in self.notes:
             self.notes.append(text)
 
-    def result(self, name: str, summary: str, seconds: float, skipped: str | None = None) -> Result:
-        """What was found, as a whole."""
-        failures, notes = self.failures[:SHOWN], self.notes
-        if len(self._mistakes) > SHOWN:
-            notes = [*notes, f"{len(self._mistakes) - SHOWN} more failures, which may be of the same cause"]
-        state: State = "failed" if failures else "passed"
-        said = self.said
-        if skipped is not None and not failures:
-            state, said = "skipped", skipped
-        return Result(name, summary, state, said, tuple(failures), tuple(notes), seconds)
+    def result(self, name: str, summary: str, skipped: str | None = None) -> Result:
+        """What was found since this was made, as a whole."""
+        failures, notes = self.failures, self.notes
+        if len(failures) > SHOWN:
+            notes = [*notes, f"{len(failures) - SHOWN} more failures, which may be of the same cause"]
+        state: State = "failed" if failures else "passed" if skipped is None else "skipped"
+        said = skipped if skipped is not None and not failures else self.said
+        seconds = time.perf_counter() - self._begun
+        return Result(name, summary, state, said, tuple(failures[:SHOWN]), tuple(notes), seconds)
 
 
-def _elsewhere(drafters: Sequence[str]) -> str:
+def _elsewhere(first: str, *later: str) -> str:
     """How often the same was found after the first time, and with which drafters, by that of each time."""
-    others = list(dict.fromkeys(name for name in drafters if name and name != drafters[0]))
-    more = len(drafters) - 1 - len(others)
+    others = list(dict.fromkeys(name for name in later if name not in ("", first)))
+    more = len(later) - len(others)
     parts = [f"with drafter{'s' if len(others) > 1 else ''} {', '.join(others)}"] if others else []
     if more:
         parts.append("once more" if more == 1 else f"{more} times more")

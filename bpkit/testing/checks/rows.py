@@ -13,32 +13,32 @@ times, with other states of the generator, and the means are compared: that find
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from bpkit.decode.guard import OutOfRange, decision
 from bpkit.policy import Policy, State, overrides
-from bpkit.testing.checks.answers import raised, wrong_answer
+from bpkit.testing.checks import setup
 from bpkit.testing.checks.batched_requests import (
     BatchedRequest,
     bad_state,
     batched,
     drafts_of,
-    joined_states,
-    part_of,
     side_by_side,
-    state_copy,
     state_rows,
     steps_of,
     unlike,
 )
 from bpkit.testing.checks.checked_policy import CheckedPolicy
-from bpkit.testing.checks.records import asked_anew, changed, generator_of, shown
+from bpkit.testing.checks.recorder import raised
+from bpkit.testing.checks.records import DECIDES, asked_anew, changed, generator_of, most_of, shown
 from bpkit.testing.checks.report import Findings, Skip
-from bpkit.testing.checks.setup import LARGEST, tiny_setup
+from bpkit.testing.checks.setup import LARGEST
 from bpkit.testing.checks.surroundings import seed_everything
 from bpkit.types import Context, Draft, Seconds, Step
 
@@ -46,20 +46,18 @@ SCRIPT = ((0, 1, 2), (0, 1, 2), (2, 0, 1), (2, 1), (2, 1, 3), (3, 2, 1), (3, 1),
 """Which requests are in the batch at every step: first three, then in another order, then some leave and some join."""
 SAMPLES, SIGMAS = 64, 5
 """Decisions at random are compared by their means, which may be so many standard errors apart."""
-Question = tuple[Policy, State, Context | Draft, int]
-"""Whom to ask, with which state, about what, and which row's answer counts."""
 
 
 def rows(policy: CheckedPolicy, out: Findings) -> None:
     """Lay the usual recordings of every drafter side by side."""
     compared = drawn = 0
     for drafter, recordings in policy.clean().items():
-        requests = [made for each in recordings if (made := batched(each)).steps]
+        requests = [request for each in recordings if (request := batched(each)).steps]
         if len(requests) < 3:
             continue
-        bound = tiny_setup().decoder(drafter, policy.fresh(drafter)).policy
+        bound = setup.decoder(drafter, policy.fresh(drafter)).policy
         batch = (BatchOfSharingRows if bound.joint else Batch)(bound, requests, drafter, out)
-        with torch.inference_mode():
+        with torch.inference_mode(), contextlib.suppress(Stop):
             batch.go_through(SCRIPT)
         compared, drawn = compared + batch.compared, drawn + batch.drawn
         if batch.uncopyable:
@@ -96,21 +94,18 @@ class Batch:
         self.asked: list[BatchedRequest] = []
         self.state: State = {}
         self.time, self.compared, self.drawn = 0, 0, 0
-        self.cut: list[int] | None = None
-        self.sampled: set[tuple[str, BatchedRequest]] = set()
+        self.cut: list[int] = []
+        self.sampled: set[tuple[str, setup.Case]] = set()
         self.uncopyable = ""
 
     def go_through(self, script: Sequence[Sequence[int]]) -> None:
-        """Step by step, until nothing more can be said."""
-        try:
-            for self.time, places in enumerate(script):
-                wanted = [self.requests[place] for place in places if place < len(self.requests)]
-                self._arrange([request for request in wanted if request.done < len(request.steps)])
-                if not self.present:
-                    return
-                self._step()
-        except Stop:
-            return
+        """Step by step, until no request has a step left. Raises Stop after a failure."""
+        for self.time, places in enumerate(script):
+            wanted = [self.requests[place] for place in places if place < len(self.requests)]
+            self._arrange([request for request in wanted if request.done < len(request.steps)])
+            if not self.present:
+                return
+            self._step()
 
     # The batch changes
 
@@ -124,7 +119,10 @@ class Batch:
         self.state = self._rows_of(staying)
         if joining:
             state = self._begin(joining)
-            self.state = joined_states(self.state, state) if staying else state
+            if staying:  # names that only one of the two states has are lost
+                both = self.state.keys() & state.keys()
+                state = {name: torch.cat([self.state[name], state[name]]) for name in both}
+            self.state = state
         self.present = self.asked = [*staying, *joining]
 
     def _rows_of(self, requests: list[BatchedRequest]) -> State:
@@ -133,22 +131,20 @@ class Batch:
     def _begin(self, joining: list[BatchedRequest]) -> State:
         """New requests begin: together, and each alone."""
         self.asked = joining
-        starts = [request.begin for request in joining if request.begin is not None]
         copies = [self._copy() for _ in joining]
-        state: State = self._call(self.policy, "begin", side_by_side(starts, self.time))
+        state: State = self._call(self.policy, "begin", side_by_side([each.begin for each in joining], self.time))
         self._whole("begin", state)
-        for place, (request, start, alone) in enumerate(zip(joining, starts, copies, strict=True)):
-            request.alone = self._call(alone, "begin", side_by_side([start], self.time))
+        for place, (request, alone) in enumerate(zip(joining, copies, strict=True)):
+            request.alone = self._call(alone, "begin", side_by_side([request.begin], self.time))
             self._same_state("begin", request, state_rows(state, [place]))
         return state
 
     # One step
 
     def _step(self) -> None:
-        steps = [request.steps[request.done] for request in self.present]
-        contexts, drafts = [step.context for step in steps], [step.draft for step in steps]
+        contexts = [request.step.context for request in self.present]
         self._decide("select", side_by_side(contexts, self.time), [side_by_side([c], self.time) for c in contexts])
-        together, alone = self._drafts(drafts)
+        together, alone = self._drafts([request.step.draft for request in self.present])
         if together is not None:
             if overrides(self.policy, "extend") and together.context.spec.work.may_end_early:
                 for count in (1, 3):
@@ -156,63 +152,73 @@ class Batch:
                     self._decide("extend", together.first(count), begun)
             if overrides(self.policy, "truncate"):
                 self._decide("truncate", together, alone)
-                self._cut_short([s.cut(1 + (i + self.time) % len(steps)) for i, s in enumerate(steps)])
-        seen = [step.step for step in steps if step.step is not None]
-        if len(seen) == len(steps):
+                self._cut_short()
+        seen = [request.step.step for request in self.present if request.step.step is not None]
+        if len(seen) == len(self.present):
             self._observe(seen)
         for request in self.present:
             request.done += 1
 
     def _drafts(self, drafts: Sequence[Draft | None]) -> tuple[Draft | None, list[Draft | None]]:
         """Those of the requests at this step as one, and each by itself."""
-        contexts = [request.steps[request.done].context for request in self.present]
+        contexts = [request.step.context for request in self.present]
         each = [drafts_of([c], [d], self.time) for c, d in zip(contexts, drafts, strict=True)]
         return drafts_of(contexts, drafts, self.time), each
 
-    def _cut_short(self, drafts: Sequence[Draft | None]) -> None:
+    def _cut_short(self) -> None:
         """Ask `truncate` about drafts of unlike lengths, so that there is padding even where `select` is constant.
 
         Policy and states are copies, which then are dropped: these drafts are not those that the steps tell of.
         """
-        together, alone = self._drafts(drafts)
+        count = len(self.present)
+        together, alone = self._drafts(
+            [request.step.cut(1 + (place + self.time) % count) for place, request in enumerate(self.present)]
+        )
         policy = self._copy()
         if self.uncopyable or together is None or together.tokens.shape[1] == int(together.draft_length.min()):
             return
-        kept = self.policy, self.state, [request.alone for request in self.present]
-        self.policy, self.state = policy, state_copy(self.state)
-        for request in self.present:
-            request.alone = state_copy(request.alone)
-        self.cut = together.draft_length.tolist()
-        self._decide("truncate", together, alone)
-        self.cut = None
-        self.policy, self.state, states = kept
-        for request, state in zip(self.present, states, strict=True):
-            request.alone = state
+        other = copy.copy(self)
+        other.policy, other.state, other.cut = policy, copy.deepcopy(self.state), together.draft_length.tolist()
+        other.present = [dataclasses.replace(each, alone=copy.deepcopy(each.alone)) for each in self.present]
+        other._decide("truncate", together, alone)
+        self.compared, self.drawn = other.compared, other.drawn
 
     def _decide(self, method: str, given: Context | Draft, alone: Sequence[Context | Draft | None]) -> None:
         """Ask about the batch and about each request; None where it would not be asked alone."""
-        copies, before = [self._copy() for _ in alone], (self._copy(), state_copy(self.state))
+        copies, unasked, state = [self._copy() for _ in alone], self._copy(), copy.deepcopy(self.state)
         answer, drew = self._answer(self.policy, method, self.state, given)
         self._whole(method, self.state)
         for place, (request, policy, single) in enumerate(zip(self.present, copies, alone, strict=True)):
             if single is None:
                 continue
-            before_alone = policy if self.uncopyable or not drew else copy.deepcopy(policy), state_copy(request.alone)
-            expected, _ = self._answer(policy, method, request.alone, single, request)
-            if answer[place] == expected[0]:
+            state_alone = copy.deepcopy(request.alone)
+            [expected], _ = self._answer(policy, method, request.alone, single, request)
+            if answer[place] == expected:
                 self.compared += 1
             elif not drew:
                 got = f"in the batch it answered {answer[place]} for it"
-                self._differs(method, request, f"{expected[0]}, as alone", got)
+                self._differs(method, request, f"{expected}, as alone", got)
             else:
                 self.drawn += 1
-                if (method, request) not in self.sampled:
-                    self.sampled.add((method, request))
-                    self._sample(method, request, (*before, given, place), (*before_alone, single, 0))
+                if (method, request.case) not in self.sampled:
+                    self.sampled.add((method, request.case))
+                    self._sample(method, request, unasked, (state, given, place), (state_alone, single, 0))
 
-    def _sample(self, method: str, request: BatchedRequest, together: Question, alone: Question) -> None:
-        """Decisions at random: the same question many times over, together and alone, must give the same mean."""
-        ours, theirs = self._answers(method, *together, first=0), self._answers(method, *alone, first=SAMPLES)
+    def _sample(
+        self, method: str, request: BatchedRequest, policy: Policy, *questions: tuple[State, Context | Draft, int]
+    ) -> None:
+        """Decisions at random: the same question many times over, together and alone, must give the same mean.
+
+        Args:
+            questions: with which state, about what, and which row's answer counts; in the batch, and alone.
+        """
+        draws: list[int] = []
+        for state, given, place in questions:
+            for _ in range(SAMPLES):
+                generator_of(given).manual_seed(len(draws))
+                asked = policy if self.uncopyable else copy.deepcopy(policy)
+                draws.append(self._answer(asked, method, copy.deepcopy(state), given)[0][place])
+        ours, theirs = torch.tensor(draws, dtype=torch.float64).view(2, SAMPLES)
         error = float(((ours.var() + theirs.var()) / SAMPLES).sqrt())
         if abs(float(ours.mean() - theirs.mean())) > SIGMAS * error + 1e-9:
             self._differs(
@@ -222,23 +228,13 @@ class Batch:
                 f"in the batch the mean is {float(ours.mean()):.2f}, more than {SIGMAS} standard errors away",
             )
 
-    def _answers(
-        self, method: str, policy: Policy, state: State, given: Context | Draft, place: int, *, first: int
-    ) -> Tensor:
-        """What one row gets for many states of the generator: float64 [SAMPLES]."""
-        found = []
-        for seed in range(first, first + SAMPLES):
-            generator_of(given).manual_seed(seed)
-            asked = policy if self.uncopyable else copy.deepcopy(policy)
-            found.append(self._answer(asked, method, state_copy(state), given)[0][place])
-        return torch.tensor(found, dtype=torch.float64)
-
     def _observe(self, seen: Sequence[Step]) -> None:
         """Feed a step back; the time of it is everyone's, or an equal part of it each one's."""
         copies, whole = [self._copy() for _ in self.present], self._observe_together(seen)
+        part = Seconds(*(seconds / len(seen) for seconds in dataclasses.astuple(whole)))
         for place, (request, policy) in enumerate(zip(self.present, copies, strict=True)):
-            before, mine = state_copy(request.alone), state_rows(self.state, [place])
-            self._call(policy, "observe", request.alone, steps_of([seen[place]], part_of(whole, len(seen))))
+            before, mine = copy.deepcopy(request.alone), state_rows(self.state, [place])
+            self._call(policy, "observe", request.alone, steps_of([seen[place]], part))
             if unlike(mine, request.alone) is not None:
                 self._call(self._copy(), "observe", before, steps_of([seen[place]], whole))
                 if unlike(mine, before) is None:
@@ -257,12 +253,8 @@ class Batch:
         name = unlike(mine, request.alone)
         if name is not None:
             had, got = (shown(state[name], 80) for state in (request.alone, mine))
-            self._differs(
-                method,
-                request,
-                f"state[{name!r}] = {had}, as alone",
-                f"in the batch its row of state[{name!r}] is {got}",
-            )
+            alone = f"state[{name!r}] = {had}, as alone"
+            self._differs(method, request, alone, f"in the batch its row of state[{name!r}] is {got}")
         self.compared += 1
 
     def _differs(self, method: str, request: BatchedRequest, expected: str, got: str) -> None:
@@ -282,7 +274,7 @@ class Batch:
 
     def _did(self, method: str) -> str:
         listed = ", ".join(request.case.short for request in self.asked)
-        cut = f", the drafts cut to {self.cut} tokens" if self.cut and method == "truncate" else ""
+        cut = f", the drafts cut to {self.cut} tokens" if self.cut else ""
         name, step = type(self.policy).__name__, self.time + 1
         return f"called {name}.{method} for a batch (step {step}, drafter {self.drafter}) of {listed}{cut}"
 
@@ -304,31 +296,26 @@ class Batch:
     def _answer(
         self, policy: Policy, method: str, state: State, given: Context | Draft, alone: BatchedRequest | None = None
     ) -> tuple[list[int], bool]:
-        """The answer as numbers, and whether it drew. `alone` is the request that is asked about by itself."""
+        """The answer as numbers, and whether it drew."""
         before = generator_of(given).get_state()
-        answer = self._call(policy, method, state, given, alone=alone)
-        wrong = wrong_answer(method, answer, given, LARGEST)
-        if wrong is not None:
-            self._failed(method, wrong.text, alone, beyond=method == "truncate" and wrong.kind == "size")
-        return [int(number) for number in answer.tolist()], not torch.equal(before, generator_of(given).get_state())
+        answer: list[int] = self._call(policy, method, state, given, alone=alone)
+        return answer, not torch.equal(before, generator_of(given).get_state())
 
     def _call(self, policy: Policy, method: str, *arguments: Any, alone: BatchedRequest | None = None) -> Any:
+        """What a method returns; a decision as numbers. `alone` is the request that is asked about by itself."""
         seed_everything(self.time)  # the same for everyone: other randomness is another check's
-        function: Callable[..., Any] = getattr(policy, method)
+        most = most_of(arguments[-1], LARGEST) if method in DECIDES else []
         try:
-            return function(*arguments)
+            answer = getattr(policy, method)(*arguments)
+            return decision(method, answer, most) if method in DECIDES else answer
         except Exception as error:
-            self._failed(method, raised(error), alone)
-
-    def _failed(self, method: str, text: str, alone: BatchedRequest | None, *, beyond: bool = False) -> None:
-        """Args: beyond: it answered with a length that the draft does not have."""
-        name = f"{type(self.policy).__name__}.{method}"
-        expected = f"{name} serves any number of requests at once: every tensor has a batch axis"
-        if beyond:
-            expected = f"{name} verifies 0 .. draft.draft_length of each row, whatever lengths the others have"
-            text += ": beyond draft.draft_length is padding; use torch.minimum(answer, draft.draft_length)"
-        then = "" if alone is None else f"; then called it for request {alone.case.short} alone"
-        self._fail(f"{self._did(method)}{then}", expected, text)
+            name, text = f"{type(policy).__name__}.{method}", raised(error)
+            expected = f"{name} serves any number of requests at once: every tensor has a batch axis"
+            if isinstance(error, OutOfRange) and method == "truncate":
+                expected = f"{name} verifies 0 .. draft.draft_length of each row, whatever lengths the others have"
+                text += ": beyond draft.draft_length is padding; use torch.minimum(answer, draft.draft_length)"
+            then = "" if alone is None else f"; then called it for request {alone.case.short} alone"
+            self._fail(f"{self._did(method)}{then}", expected, text)
 
 
 class BatchOfSharingRows(Batch):
@@ -342,7 +329,7 @@ class BatchOfSharingRows(Batch):
         self._whole(method, self.state)
         reverse = asked_anew(changed(given, lambda value: value[places]), self.time)
         other, _ = self._answer(policy, method, state, reverse)
-        expected = [answer[place] for place in places]
+        expected = answer[::-1]
         if other == expected:
             self.compared += len(answer)
         elif drew:

@@ -1,12 +1,14 @@
-"""What every policy is checked with: the tiny pair, its drafters, prompts, a made-up cost model, plain decoding."""
+"""What every policy is checked with: the tiny pair, its drafters, prompts, a made-up cost model, plain decoding.
+
+All is made once in a process, and nothing of it depends on a policy.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from bpkit.decode.clock import CostClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
@@ -15,8 +17,7 @@ from bpkit.draft.base import Drafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import Policy
 from bpkit.prompts import Prompt
-from bpkit.testing.models import TRAINED_BLOCK_SIZE, TinyPair, tiny_pair
-from bpkit.testing.simulated_device import SimulatedDevice
+from bpkit.testing.models import TRAINED_BLOCK_SIZE, tiny_pair
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.cost import CostTable
 from bpkit.trace.records import PromptTrace
@@ -53,9 +54,10 @@ class Case:
 
     def options(self) -> dict[str, Any]:
         """Of `SpeculativeDecoder.generate`."""
-        names = ("max_new_tokens", "temperature", "seed", "stream_id")
-        given = {name: getattr(self, name) for name in names}
-        return given if self.eos is None else {**given, "eos_token_id": self.eos}
+        names = {"eos": "eos_token_id"}
+        options = {names.get(name, name): value for name, value in asdict(self).items() if value is not None}
+        del options["prompt"]
+        return options
 
     @property
     def short(self) -> str:
@@ -73,90 +75,71 @@ class Case:
         return f"prompt {self.short}, at most {self.max_new_tokens} new {tokens}{ends}"
 
 
-@dataclass(frozen=True)
-class Plain:
+class Plain(NamedTuple):
     """What plain decoding gives: tokens, and the places where the two best were too close to call."""
 
     tokens: tuple[int, ...]
     near_ties: frozenset[int]
 
 
-class TinySetup:
-    """Shared by all policies that are checked in a process; nothing on it depends on a policy."""
+_pair = functools.cache(tiny_pair)
 
-    def __init__(self) -> None:
-        self.pair: TinyPair = tiny_pair()
-        self.drafters: Mapping[str, Drafter] = {
-            DFLASH: self.pair.block_diffusion(),
-            ASSISTANT: AutoregressiveDrafter(self.pair.assistant, self.pair.target, block_size=TRAINED_BLOCK_SIZE),
-            AGREEABLE: self.pair.agreeable(),
-            NGRAM: NgramDrafter(block_size=TRAINED_BLOCK_SIZE),
-        }
-        self.device = SimulatedDevice()
-        self._on_device: dict[str, SpeculativeDecoder] = {}
-        self._plain: dict[Case, Plain] = {}
-        self._traces: dict[tuple[str, frozenset[Feature]], list[PromptTrace]] = {}
-        self._step_seconds: dict[str, float] = {}
 
-    def decoder(self, drafter: str, policy: Policy | str) -> SpeculativeDecoder:
-        """The tiny pair under a policy, which is bound. Steps cost what `COST` says. Raises PolicyError."""
-        return SpeculativeDecoder(
-            self.pair.target,
-            self.drafters[drafter],
-            policy,
-            tokenizer=self.pair.tokenizer,
-            clock=CostClock(COST),
-            strict=True,
-            max_block_size=LARGEST,
-        )
+@functools.cache
+def drafters() -> dict[str, Drafter]:
+    """All drafters, by name."""
+    pair = _pair()
+    return {
+        DFLASH: pair.block_diffusion(),
+        ASSISTANT: AutoregressiveDrafter(pair.assistant, pair.target, block_size=TRAINED_BLOCK_SIZE),
+        AGREEABLE: pair.agreeable(),
+        NGRAM: NgramDrafter(block_size=TRAINED_BLOCK_SIZE),
+    }
 
-    def on_device(self, drafter: str, policy: Policy) -> SpeculativeDecoder:
-        """The same on the simulated device, inside a `with` block of it."""
-        if drafter not in self._on_device:
-            self._on_device[drafter] = self.device.decoder(self.decoder(drafter, "fixed:1"))
-        return self._on_device[drafter].with_policy(policy)
 
-    def plain(self, case: Case) -> Plain:
-        """Plain decoding: `fixed:1`, which drafts nothing."""
-        if case not in self._plain:
-            self._plain[case] = plainly(self.decoder(DFLASH, "fixed:1"), case)
-        return self._plain[case]
+def decoder(drafter: str, policy: Policy | str) -> SpeculativeDecoder:
+    """The tiny pair under a policy, which is bound. Steps cost what `COST` says. Raises PolicyError."""
+    pair, drafts = _pair(), drafters()[drafter]
+    return SpeculativeDecoder(
+        pair.target,
+        drafts,
+        policy,
+        tokenizer=pair.tokenizer,
+        clock=CostClock(COST),
+        strict=True,
+        max_block_size=LARGEST,
+    )
 
-    def traces(self, drafter: str, features: frozenset[Feature]) -> list[PromptTrace]:
-        """Traces of a few prompts with every block size, sampled; the agreeable drafter has those of the assistant."""
-        drafter = ASSISTANT if drafter == AGREEABLE else drafter
-        features &= frozenset(Feature)
-        key = (drafter, features)
-        if key not in self._traces:
-            options = TraceOptions(
-                tuple(range(2, LARGEST + 1)), 24, sampling={"temperature": 1.0}, seed=1, features=features
-            )
-            tracer = Tracer(self.decoder(drafter, "fixed:1"), options)
-            prompts = [Prompt(f"check-{i}", "check", text) for i, text in enumerate(PROMPTS)]
-            self._traces[key] = [tracer.trace(i, prompt) for i, prompt in enumerate(prompts)]
-        return self._traces[key]
 
-    def step_seconds(self, drafter: str) -> float:
-        """What a step takes by the wall, decisions of `fixed` included: the median of a generation."""
-        if drafter not in self._step_seconds:
-            pair, clock = self.pair, WallClock(self.pair.target.device)
-            decoder = SpeculativeDecoder(
-                pair.target, self.drafters[drafter], "fixed", tokenizer=pair.tokenizer, clock=clock
-            )
-            made = decoder.generate(PROMPTS[0], max_new_tokens=24, temperature=1.0, seed=0)
-            self._step_seconds[drafter] = median(step.seconds.total for step in made.steps)
-        return self._step_seconds[drafter]
+@functools.cache
+def plain(case: Case) -> Plain:
+    """Plain decoding: `fixed:1`, which drafts nothing."""
+    return plainly(decoder(DFLASH, "fixed:1"), case)
 
 
 def plainly(decoder: SpeculativeDecoder, case: Case) -> Plain:
     """What a decoder under `fixed:1` gives: every step is one token."""
     made = decoder.generate(case.prompt, **case.options())
     ties = [sum(made.prefill.near_ties), *(sum(step.near_ties) for step in made.steps)]
-    near = frozenset(place for place, count in enumerate(ties) if count)
-    return Plain(tuple(made.tokens[0].tolist()), near)
+    return Plain(tuple(made.tokens[0].tolist()), frozenset(place for place, count in enumerate(ties) if count))
 
 
 @functools.cache
-def tiny_setup() -> TinySetup:
-    """The one of this process."""
-    return TinySetup()
+def traces(drafter: str, features: frozenset[Feature]) -> list[PromptTrace]:
+    """Traces of a few prompts with every block size, sampled; the agreeable drafter has those of the assistant."""
+    if drafter == AGREEABLE:
+        return traces(ASSISTANT, features)
+    sizes, known = tuple(range(2, LARGEST + 1)), features & frozenset(Feature)
+    options = TraceOptions(sizes, 24, sampling={"temperature": 1.0}, seed=1, features=known)
+    tracer = Tracer(decoder(drafter, "fixed:1"), options)
+    return [tracer.trace(i, Prompt(f"check-{i}", "check", text)) for i, text in enumerate(PROMPTS)]
+
+
+@functools.cache
+def step_seconds(drafter: str) -> float:
+    """What a step takes by the wall, decisions of `fixed` included: the median of a generation."""
+    pair = _pair()
+    clock = WallClock(pair.target.device)
+    timed = SpeculativeDecoder(pair.target, drafters()[drafter], "fixed", tokenizer=pair.tokenizer, clock=clock)
+    made = timed.generate(PROMPTS[0], max_new_tokens=24, temperature=1.0, seed=0)
+    return median(step.seconds.total for step in made.steps)

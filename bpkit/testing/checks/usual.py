@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import CheckedPolicy
 from bpkit.testing.checks.recorder import Recording
 from bpkit.testing.checks.report import Findings, Skip
-from bpkit.testing.checks.setup import LARGEST, Plain, tiny_setup
+from bpkit.testing.checks.setup import LARGEST, Plain
 from bpkit.types import Feature
 
 
@@ -22,7 +23,7 @@ def lossless(policy: CheckedPolicy, out: Findings) -> None:
             )
     ended = [recording for made in policy.usual.values() for recording in made if recording.made is not None]
     for recording in ended:
-        compare_with_plain(policy.name, recording, tiny_setup().plain(recording.case), out)
+        compare_with_plain(policy.name, recording, setup.plain(recording.case), out)
     tokens = sum(len(recording.tokens) for recording in ended)
     out.said = f"{len(ended)} generations, {tokens} tokens, temperatures 0 and 1, drafters {', '.join(policy.drafters)}"
 
@@ -62,7 +63,7 @@ def sizes(policy: CheckedPolicy, out: Findings) -> None:
     """Decisions are in range without being clamped."""
     for recording, fault in policy.faults:
         if fault.kind == "size":
-            trained = tiny_setup().drafters[recording.drafter].trained_block_size
+            trained = setup.drafters()[recording.drafter].trained_block_size
             out.fail(
                 f"asked {policy.name}.{fault.method} while decoding with {recording} (trained block size {trained})",
                 _RANGES[fault.method],
@@ -127,11 +128,11 @@ def mutation(policy: CheckedPolicy, out: Findings) -> None:
     if not calls:
         raise Skip("no method of the policy was ever called; mend the other failures first")
     for drafter, recorder in policy.recorders.items():
-        for change in recorder.changes:
+        for method, change in recorder.changes:
             out.fail(
-                f"called {policy.name}.{change.method} while decoding, drafter {drafter}",
+                f"called {policy.name}.{method} while decoding, drafter {drafter}",
                 "contexts, drafts and steps stay as they were: they are the runtime's, `state` alone is the policy's",
-                f"{change.what} was {change.before} and is {change.after}: work on a copy (`.clone()`)",
+                f"{change}: work on a copy (`.clone()`)",
                 drafter=drafter,
             )
     out.said = f"{calls} calls looked at, before and after"
