@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bpkit.installation.machine import describe_machine
 from bpkit.judge.latency.timing import percentile, ratio
-from bpkit.judge.wall_clock.measure import use_threads
+from bpkit.judge.wall_clock.threads import use_threads
 from bpkit.progress import NoProgress, Progress
 from bpkit.types import Context, DecoderSpec, Feature
 

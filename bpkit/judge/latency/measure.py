@@ -35,7 +35,7 @@ from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, ask, deci
 from bpkit.judge.latency.pair import measure_pair
 from bpkit.judge.latency.questions import Question, Recorder, batches
 from bpkit.judge.latency.timing import Ask, interleave, percentile, ratio
-from bpkit.judge.wall_clock.measure import use_threads
+from bpkit.judge.wall_clock.threads import use_threads
 from bpkit.policy import Policy, PolicyError
 from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,18 +15,17 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import available_cores, describe_machine
 from bpkit.judge.described import describe_policies, describe_spec, utc
 from bpkit.judge.statistics import RESAMPLES
-from bpkit.judge.wall_clock.decoders import LOOP, TimedDecoder, timed_decoders
-from bpkit.judge.wall_clock.figures import Roles, summarise
-from bpkit.judge.wall_clock.measure import (
-    Measurement,
-    Task,
+from bpkit.judge.wall_clock.decoders import LOOP, Measurement, Task, TimedDecoder, timed_decoders
+from bpkit.judge.wall_clock.figures import summarise
+from bpkit.judge.wall_clock.threads import (
     ThreadTable,
     best_counts,
     candidate_counts,
-    measure,
+    threads_restored,
     try_thread_counts,
+    use_threads,
 )
-from bpkit.progress import Progress
+from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
 from bpkit.registry.resolve import PolicyLike
 
@@ -57,11 +57,6 @@ class BenchSettings:
         return timed_decoders(decoder, self.policies, self.against, {**self.options, **options}, self.seed)
 
 
-def everyone(compared: Mapping[str, list[TimedDecoder]]) -> list[TimedDecoder]:
-    """All of them, whatever their role."""
-    return [decoder for of_role in compared.values() for decoder in of_role]
-
-
 def run_bench(
     decoder: SpeculativeDecoder,
     prompts: Sequence[Prompt],
@@ -69,20 +64,25 @@ def run_bench(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure, and return the report as plain JSON values; `bpkit.judge.wall_clock.report` says what is in it."""
-    compared = settings.decoders(decoder)
-    tasks = make_tasks(decoder, prompts, settings.seed)
-    machine = describe_machine(decoder.target.device)
+    compared, warmed_up = settings.decoders(decoder), settings.decoders(decoder)
+    device, seed = decoder.target.device, settings.seed
+    tasks = [Task(prompt, decoder._ids(prompt.text).to(device), stream_id=i) for i, prompt in enumerate(prompts)]
+    random.Random(seed).shuffle(tasks)  # a policy that learns must not meet one domain after the other
+    machine = describe_machine(device)
     threads, tried = choose_threads(decoder, tasks, settings, progress)
     # A run of each that is not counted: first calls allocate and compile.
-    measure(everyone(settings.decoders(decoder)), tasks[:1], repeats=1, seed=0, threads=threads)
+    measure([*chain(*warmed_up.values())], tasks[:1], repeats=1, seed=0, threads=threads)
     started = time.time()
     measured = measure(
-        everyone(compared), tasks, repeats=settings.repeats, seed=settings.seed, threads=threads, progress=progress
+        [*chain(*compared.values())], tasks, repeats=settings.repeats, seed=seed, threads=threads, progress=progress
     )
     places = {prompt.id: place for place, prompt in enumerate(prompts)}  # groups in the order that was given
-    names = {role: tuple(one.name for one in of_role) for role, of_role in compared.items()}
-    roles = Roles(**names, comparable=settings.options["temperature"] == 0)
-    in_order = sorted(measured, key=lambda one: places[one.prompt])
+    groups = summarise(
+        sorted(measured, key=lambda one: places[one.prompt]),
+        **{role: [one.name for one in of_role] for role, of_role in compared.items()},
+        comparable=settings.options["temperature"] == 0,
+        seed=seed,
+    )
     return {
         "schema_version": SCHEMA_VERSION,
         "machine": {**machine, "threads": threads, "threads_tried": tried},
@@ -95,24 +95,56 @@ def run_bench(
             "options": dict(settings.options),
             "repeats": settings.repeats,
             "threads": settings.threads,
-            "seed": settings.seed,
+            "seed": seed,
             "resamples": RESAMPLES,
             "prompts": [task.prompt.id for task in tasks],
             "started": utc(started),
             "seconds": time.time() - started,
         },
-        **summarise(in_order, roles, settings.seed),
-        "measurements": [describe_measurement(one) for one in measured],
+        **groups,
+        "measurements": [
+            {
+                "contestant": one.decoder,
+                "prompt": one.prompt,
+                "repeat": one.repeat,
+                "tokens": len(one.outcome.tokens),
+                "steps": one.outcome.steps,
+                "seconds": round(one.outcome.seconds, 6),
+            }
+            for one in measured
+        ],
     }
 
 
-def make_tasks(decoder: SpeculativeDecoder, prompts: Sequence[Prompt], seed: int) -> list[Task]:
-    """Tokenize, and shuffle: a policy that learns must not meet one domain after the other."""
-    assert decoder.tokenizer is not None
-    device = decoder.target.device
-    tasks = [Task(prompt, decoder._ids(prompt.text).to(device), stream_id=i) for i, prompt in enumerate(prompts)]
-    random.Random(seed).shuffle(tasks)
-    return tasks
+def measure(
+    decoders: Sequence[TimedDecoder],
+    tasks: Sequence[Task],
+    *,
+    repeats: int,
+    seed: int,
+    threads: Mapping[str, int],
+    progress: Progress | None = None,
+) -> list[Measurement]:
+    """Every decoder on every prompt, one after the other, in an order shuffled for each prompt.
+
+    Each repeat goes through all prompts, so that drift of the machine meets all of them.
+
+    Args:
+        seed: of the order of decoders.
+        threads: by decoder; those that are missing run with the current number.
+    """
+    ticker = progress or NoProgress()
+    ticker.start("measuring", repeats * len(tasks) * len(decoders))
+    rng, rows = random.Random(seed), []
+    with threads_restored() as usual:
+        for repeat in range(repeats):
+            for task in tasks:
+                for decoder in rng.sample(decoders, len(decoders)):
+                    use_threads(threads.get(decoder.name, usual))
+                    outcome = decoder.run(task.ids, task.stream_id)
+                    rows.append(Measurement(decoder.name, task.prompt.id, task.prompt.domain, repeat, outcome))
+                    ticker.tick()
+    return rows
 
 
 def choose_threads(
@@ -123,7 +155,7 @@ def choose_threads(
     """
     shorter = min(settings.options["max_new_tokens"], CALIBRATION_TOKENS)
     compared = settings.decoders(decoder, max_new_tokens=shorter)
-    names = [d.name for d in everyone(compared)]
+    names = [one.name for one in chain(*compared.values())]
     if settings.threads != "auto" or decoder.target.device.type != "cpu":
         count = settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()
         return dict.fromkeys(names, count), {}
@@ -139,15 +171,3 @@ def choose_threads(
     best = best_counts(table)
     stand_in = best[next(iter(settings.policies), LOOP)]
     return {name: best.get(name, stand_in) for name in names}, table
-
-
-def describe_measurement(one: Measurement) -> dict[str, Any]:
-    """As plain JSON values, with the number of tokens instead of the tokens."""
-    return {
-        "contestant": one.decoder,
-        "prompt": one.prompt,
-        "repeat": one.repeat,
-        "tokens": len(one.outcome.tokens),
-        "steps": one.outcome.steps,
-        "seconds": round(one.outcome.seconds, 6),
-    }

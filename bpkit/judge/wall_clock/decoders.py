@@ -21,6 +21,7 @@ from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.prompts import Prompt
 from bpkit.registry.resolve import PolicyLike
 from bpkit.types import DraftWork, Feature
 
@@ -53,6 +54,26 @@ class Outcome:
     near_ties: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one decoder did with one prompt, by its id, in one repeat."""
+
+    decoder: str
+    prompt: str
+    domain: str
+    repeat: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt ready to run: token ids int64 [1, length], and the number that tells its noise from others'."""
+
+    prompt: Prompt
+    ids: Tensor
+    stream_id: int
+
+
 class TimedDecoder(Protocol):
     """Something that decodes."""
 
@@ -70,7 +91,7 @@ def wall_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class TimedPolicy:
+class PolicyDecoder:
     """A SpeculativeDecoder under one policy.
 
     Args:
@@ -102,74 +123,54 @@ class TimedPolicy:
         )
 
 
-class TimedGenerate:
+@dataclass
+class GenerateDecoder:
     """transformers' own `generate`, plain or with keyword arguments that choose an assistant."""
 
-    def __init__(
-        self,
-        name: str,
-        target: PreTrainedModel,
-        options: dict[str, Any],
-        seed: int,
-        *,
-        drafter: nn.Module | None = None,
-        **assistant: Any,
-    ) -> None:
-        self.name, self.target, self.seed, self.drafter, self.assistant = name, target, seed, drafter, assistant
-        sampled = options["temperature"] > 0
-        temperature = {"temperature": float(options["temperature"])} if sampled else {}
-        self.options = {k: v for k, v in options.items() if k != "temperature"} | {"do_sample": sampled, **temperature}
+    name: str
+    target: PreTrainedModel
+    options: Mapping[str, Any]
+    seed: int
+    drafter: nn.Module | None = None
+    assistant: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, ids: Tensor, stream_id: int) -> Outcome:
-        device = self.target.device
-        mask = torch.ones_like(ids)
-        if self.options["do_sample"]:
+        device, options = self.target.device, {**self.options, **self.assistant}
+        temperature, mask = float(options.pop("temperature")), torch.ones_like(ids)
+        options["do_sample"] = temperature > 0
+        if temperature > 0:
+            options["temperature"] = temperature
             torch.manual_seed(self.seed + stream_id)
-        with watched(self.target) as target, watched(self.drafter) as drafter:
+        with seconds_of_calls(self.target) as target, seconds_of_calls(self.drafter) as drafter:
             started = wall_clock(device)
-            output = self.target.generate(input_ids=ids, attention_mask=mask, **self.options, **self.assistant)
+            output = self.target.generate(input_ids=ids, attention_mask=mask, **options)
             seconds = wall_clock(device) - started
         on_cpu = device.type == "cpu"  # a GPU works on after the call returned: the time of a call says nothing
         return Outcome(
             tokens=tuple(output[0, ids.shape[1] :].tolist()),
             seconds=seconds,
-            steps=target.calls - 1,
-            target_seconds=target.seconds if on_cpu else None,
-            drafter_seconds=drafter.seconds if on_cpu else None,
+            steps=len(target) - 1,
+            target_seconds=sum(target) if on_cpu else None,
+            drafter_seconds=sum(drafter) if on_cpu else None,
             policy_seconds=0.0 if on_cpu else None,
         )
 
 
-@dataclass
-class Calls:
-    """Forward calls of a module and the wall-clock seconds that they took."""
-
-    calls: int = 0
-    seconds: float = 0.0
-    _started: float = field(default=0.0, repr=False)
-
-
 @contextmanager
-def watched(module: nn.Module | None) -> Iterator[Calls]:
-    """Count and time the forward calls of `module`, none if it is None."""
-    calls = Calls()
+def seconds_of_calls(module: nn.Module | None) -> Iterator[list[float]]:
+    """Wall-clock seconds of each forward call of `module`, none if it is None."""
+    started: list[float] = []
+    spent: list[float] = []
     if module is None:
-        yield calls
+        yield spent
         return
-
-    def before(*_: Any) -> None:
-        calls._started = time.perf_counter()
-
-    def after(*_: Any) -> None:
-        calls.calls += 1
-        calls.seconds += time.perf_counter() - calls._started
-
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    before = module.register_forward_pre_hook(lambda *_: started.append(time.perf_counter()))
+    after = module.register_forward_hook(lambda *_: spent.append(time.perf_counter() - started.pop()))
     try:
-        yield calls
+        yield spent
     finally:
-        for handle in handles:
-            handle.remove()
+        before.remove()
+        after.remove()
 
 
 class NoDrafter:
@@ -208,13 +209,13 @@ def timed_decoders(
     """
     target, tokenizer, rule = decoder.target, decoder.tokenizer, decoder.rule
     loop = SpeculativeDecoder(target, NoDrafter(), "fixed:1", tokenizer=tokenizer, rule=rule)
-    plain: list[TimedDecoder] = [TimedPolicy(LOOP, loop, options, seed)]
+    plain: list[TimedDecoder] = [PolicyDecoder(LOOP, loop, options, seed)]
     if options["temperature"] == 0:
-        plain.append(TimedGenerate(TRANSFORMERS, target, options, seed))
+        plain.append(GenerateDecoder(TRANSFORMERS, target, options, seed))
     check_peers(against)
     return {
         "plain": plain,
-        "policies": [TimedPolicy(name, decoder.with_policy(p), options, seed) for name, p in policies.items()],
+        "policies": [PolicyDecoder(name, decoder.with_policy(p), options, seed) for name, p in policies.items()],
         "against": [PEERS[peer](decoder, options, seed) for peer in against],
     }
 
@@ -233,8 +234,8 @@ def _transformers_dflash(decoder: SpeculativeDecoder, options: dict[str, Any], s
             f"{decoder.drafter.kind}: name a DFlash drafter with --drafter, or leave --against out"
         )
     model = decoder.drafter.model
-    more = {"drafter": model, "assistant_model": model, "speculation_type": "dflash"}
-    return TimedGenerate(TRANSFORMERS_DFLASH, decoder.target, options, seed, **more)
+    assistant = {"assistant_model": model, "speculation_type": "dflash"}
+    return GenerateDecoder(TRANSFORMERS_DFLASH, decoder.target, options, seed, model, assistant)
 
 
 PEERS: dict[str, Callable[[SpeculativeDecoder, dict[str, Any], int], TimedDecoder]] = {

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from bpkit.judge.statistics import Bootstrap, Totals, interval, totals_of
-from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Outcome
-from bpkit.judge.wall_clock.measure import Measurement
+from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Measurement, Outcome
 from bpkit.registry.resolve import parse_spec
 
 LOOP_TAIL, LOOP_PERIOD = 64, 32
@@ -29,37 +27,34 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 """prompt id -> the outcomes of its repeats."""
 
 
-@dataclass(frozen=True)
-class Roles:
-    """Which decoder is what.
+def summarise(
+    measurements: Sequence[Measurement],
+    *,
+    plain: Sequence[str],
+    policies: Sequence[str],
+    against: Sequence[str] = (),
+    comparable: bool = True,
+    seed: int,
+) -> dict[str, Any]:
+    """All groups of the report: `overall`, `domains`, and both again `without_loops`.
 
-    Attributes:
+    Args:
         plain: ways of plain decoding; the faster is `plain`.
         policies, against: names as typed.
         comparable: whether the texts of peers and plain decoding must be equal; not when sampling.
+        seed: of the bootstrap.
     """
+    figures = _Figures(measurements, plain, seed)
 
-    plain: tuple[str, ...]
-    policies: tuple[str, ...]
-    against: tuple[str, ...] = ()
-    comparable: bool = True
-
-    @property
-    def reference(self) -> str:
-        """Whose texts are right: those of transformers, which share no code with ours, where they take part."""
-        return TRANSFORMERS if TRANSFORMERS in self.plain else self.plain[0]
-
-
-def summarise(measurements: Sequence[Measurement], roles: Roles, seed: int) -> dict[str, Any]:
-    """All groups of the report: `overall`, `domains`, and both again `without_loops`."""
-    figures = _Figures(measurements, roles, seed)
+    def figures_of(prompts: Sequence[str]) -> dict[str, Any] | None:
+        return figures.group(prompts, policies, against, comparable) if prompts else None
 
     def groups(prompts: Sequence[str]) -> dict[str, Any]:
         members: dict[str, list[str]] = {domain: [] for domain in figures.domains.values()}
         for prompt in prompts:
             members[figures.domains[prompt]].append(prompt)
-        by_domain = {domain: figures.group(inside) for domain, inside in members.items()}
-        return {"overall": figures.group(prompts), "domains": by_domain}
+        by_domain = {domain: figures_of(inside) for domain, inside in members.items()}
+        return {"overall": figures_of(prompts), "domains": by_domain}
 
     everything = list(figures.domains)
     return {**groups(everything), "without_loops": groups([p for p in everything if p not in figures.loops])}
@@ -71,39 +66,40 @@ class _Figures:
     Attributes:
         domains: of the prompts, by id. loops: ids of prompts whose plain output ends in a loop.
         source: the faster way of plain decoding, over all prompts.
+        reference: whose texts are right: those of transformers, which share no code with ours, where they take part.
     """
 
-    def __init__(self, measurements: Sequence[Measurement], roles: Roles, seed: int) -> None:
-        self.roles, self.seed = roles, seed
+    def __init__(self, measurements: Sequence[Measurement], plain: Sequence[str], seed: int) -> None:
+        self.plain, self.seed = plain, seed
         self.domains: dict[str, str] = {}
         self.outcomes: dict[str, dict[str, list[Outcome]]] = {}
         for one in measurements:
             self.outcomes.setdefault(one.decoder, {}).setdefault(one.prompt, []).append(one.outcome)
             self.domains[one.prompt] = one.domain
-        self.loops = {p for p, found in self.outcomes[roles.reference].items() if ends_in_loop(found[0].tokens)}
-        self.source = max(roles.plain, key=lambda name: totals(self.outcomes[name]).rate)
+        self.reference = TRANSFORMERS if TRANSFORMERS in plain else plain[0]
+        self.loops = {p for p, found in self.outcomes[self.reference].items() if ends_in_loop(found[0].tokens)}
+        self.source = max(plain, key=lambda name: totals(self.outcomes[name]).rate)
 
-    def group(self, prompts: Sequence[str]) -> dict[str, Any] | None:
-        """The figures of some prompts, or None if there are none."""
-        if not prompts:
-            return None
-        roles, bootstrap = self.roles, Bootstrap(len(prompts), self.seed)
-        plain, policies, against = (
-            {name: self._entry(name, prompts, bootstrap) for name in names}
-            for names in (roles.plain, roles.policies, roles.against)
+    def group(
+        self, prompts: Sequence[str], policies: Sequence[str], against: Sequence[str], comparable: bool
+    ) -> dict[str, Any]:
+        """The figures of some prompts."""
+        bootstrap = Bootstrap(len(prompts), self.seed)
+        plain, ours, peers = (
+            {name: self._entry(name, prompts, bootstrap) for name in names} for names in (self.plain, policies, against)
         )
-        if not roles.comparable:
-            for entry in against.values():
+        if not comparable:
+            for entry in peers.values():
                 entry.update(identical_text=None, different_prompts=[])
         short = {name: {"source": name, **{key: entry[key] for key in OF_PLAIN}} for name, entry in plain.items()}
-        fixed = [name for name in policies if parse_spec(name)["name"] == "fixed"]
+        fixed = [name for name in ours if parse_spec(name)["name"] == "fixed"]
         return {
             "prompts": len(prompts),
             "loops": sum(p in self.loops for p in prompts),
             "plain": {**short.pop(self.source), "others": list(short.values())},
-            "policies": policies,
-            "against": against,
-            "best_fixed": max(fixed, key=lambda name: policies[name]["tokens_per_second"], default=None),
+            "policies": ours,
+            "against": peers,
+            "best_fixed": max(fixed, key=lambda name: ours[name]["tokens_per_second"], default=None),
         }
 
     def _of(self, decoder: str, prompts: Sequence[str]) -> Outcomes:
@@ -115,7 +111,7 @@ class _Figures:
         mine = totals(outcomes)
         rates = mine.rates(bootstrap)
         every = [outcome for repeats in outcomes.values() for outcome in repeats]
-        different = differences(outcomes, self._of(self.roles.reference, prompts), self._of(LOOP, prompts))
+        different = differences(outcomes, self._of(self.reference, prompts), self._of(LOOP, prompts))
         of_steps = totals(outcomes, prefill=False).of(mine.steps > 0)
         return {
             "tokens_per_second": mine.rate,

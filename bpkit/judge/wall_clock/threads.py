@@ -1,77 +1,23 @@
-"""Interleaved runs: every decoder on every prompt, one after the other, in an order shuffled for each prompt.
+"""Threads of torch, and how many are best for a decoder, found by a short interleaved run.
 
-And the number of threads of each, found by a short interleaved run before: plain decoding, a policy and a peer may each
-be fastest at another count, and judging all at one count would favour some.
+Plain decoding, a policy and a peer may each be fastest at another count, and judging all at one would favour some.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from bpkit.judge.wall_clock.decoders import Outcome, TimedDecoder
+from bpkit.judge.wall_clock.decoders import Outcome, Task, TimedDecoder
 from bpkit.progress import NoProgress, Progress
-from bpkit.prompts import Prompt
 
 HOPELESS = 1 / 3
 """A thread count with less than this part of the best rate is not tried again."""
 
 ThreadTable = dict[str, dict[int, float]]
 """decoder -> thread count -> tokens per second."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """What one decoder did with one prompt in one repeat."""
-
-    decoder: str
-    prompt: str
-    domain: str
-    repeat: int
-    outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A prompt ready to run: token ids int64 [1, length], and the number that tells its noise from others'."""
-
-    prompt: Prompt
-    ids: Tensor
-    stream_id: int
-
-
-def measure(
-    decoders: Sequence[TimedDecoder],
-    tasks: Sequence[Task],
-    *,
-    repeats: int,
-    seed: int,
-    threads: Mapping[str, int],
-    progress: Progress | None = None,
-) -> list[Measurement]:
-    """Run everything. Each repeat goes through all prompts, so that drift of the machine meets all of them.
-
-    Args:
-        seed: of the order of decoders.
-        threads: by decoder; those that are missing run with the current number.
-    """
-    ticker = progress or NoProgress()
-    ticker.start("measuring", repeats * len(tasks) * len(decoders))
-    rng, rows = random.Random(seed), []
-    with threads_restored() as usual:
-        for repeat in range(repeats):
-            for task in tasks:
-                for decoder in rng.sample(decoders, len(decoders)):
-                    use_threads(threads.get(decoder.name, usual))
-                    outcome = decoder.run(task.ids, task.stream_id)
-                    rows.append(Measurement(decoder.name, task.prompt.id, task.prompt.domain, repeat, outcome))
-                    ticker.tick()
-    return rows
 
 
 def use_threads(count: int) -> None:
