@@ -62,90 +62,62 @@ def _parameters(function: Callable[..., Any], *, leave: Collection[str] = ()) ->
 # Options that the config knows, in sets for `settings`.
 
 POLICY_HELP = "As `bpkit policies` lists them: a name, `name:value`, `name:key=value,...`, or `./file.py:ClassName`."
-_MODELS, _SAMPLING, _RUNTIME = "Models and policy", "Sampling", "Runtime"
+_MODELS = "Models and policy"
 of_prompts = partial(typer.Option, rich_help_panel="Prompts")
 
 
-def _option(kind: Any, said: str, metavar: str, panel: str | None, *names: str, completes: Any = None) -> Any:
+def _option(panel: str | None, kind: Any, said: str, metavar: str, *names: str, completes: Any = None) -> Any:
     """An option that may be left out, where the config, or else a default, counts."""
     option = typer.Option(*names, help=said, metavar=metavar, rich_help_panel=panel, autocompletion=completes)
     return Annotated[kind | None, option]
 
 
-POLICY = {"policy": _option(str, POLICY_HELP, "SPEC", _MODELS, "--policy", "-p", completes=completion.policies)}
+_model, _sampling, _runtime = (partial(_option, panel) for panel in (_MODELS, "Sampling", "Runtime"))
+POLICY = {"policy": _model(str, POLICY_HELP, "SPEC", "--policy", "-p", completes=completion.policies)}
 MODELS = {
-    "target": _option(
-        str, "Folder or Hub name of the target; by default the one that ships with bpkit.", "MODEL", _MODELS
-    ),
-    "drafter": _option(
+    "target": _model(str, "Folder or Hub name of the target; by default the one that ships with bpkit.", "MODEL"),
+    "drafter": _model(
         str,
         "Folder or Hub name of a drafter for that target, or a name from `bpkit drafters`, such as `ngram`.",
         "DRAFTER",
-        _MODELS,
         completes=completion.drafters,
     ),
-    "config": _option(Path, "YAML file with any of these settings; flags win over it.", "FILE", None, "--config", "-c"),
+    "config": _option(None, Path, "YAML file with any of these settings; flags win over it.", "FILE", "--config", "-c"),
 }
 SAMPLING = {
-    "max_new_tokens": _option(int, "Output tokens at most.", "N", _SAMPLING),
-    "temperature": _option(float, "0 is greedy decoding.", "T", _SAMPLING),
-    "top_p": _option(float, "Keep the likeliest tokens up to this probability.", "P", _SAMPLING),
-    "top_k": _option(int, "Keep the K likeliest tokens; 0 keeps all.", "K", _SAMPLING),
-    "repetition_penalty": _option(float, "Above 1, tokens already used become less likely.", "R", _SAMPLING),
+    "max_new_tokens": _sampling(int, "Output tokens at most.", "N"),
+    "temperature": _sampling(float, "0 is greedy decoding.", "T"),
+    "top_p": _sampling(float, "Keep the likeliest tokens up to this probability.", "P"),
+    "top_k": _sampling(int, "Keep the K likeliest tokens; 0 keeps all.", "K"),
+    "repetition_penalty": _sampling(float, "Above 1, tokens already used become less likely.", "R"),
 }
-RULE = {
-    "rule": _option(
-        str,
-        "`coupled`: the text depends on prompt and seed alone. `rejection`: classic speculative sampling.",
-        "RULE",
-        _RUNTIME,
-        completes=completion.rules,
-    )
-}
-PLACE = {
-    "device": _option(str, "Such as `cpu` or `cuda`; by default a GPU if there is one.", "DEVICE", _RUNTIME),
-    "dtype": _option(
-        str,
-        "`float32`, `bfloat16`, `float16` or `auto`; by default float32 on a CPU, the checkpoint's own on a GPU.",
-        "DTYPE",
-        _RUNTIME,
-        completes=completion.dtypes,
-    ),
-}
-COST = {
-    "cost": _option(
-        str,
-        "What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset "
-        "(`bpkit calibrate --list-presets`).",
-        "FILE|PRESET",
-        _RUNTIME,
-        completes=completion.presets,
-    )
-}
-OBSERVE = {
-    "observe": _option(
-        list[str],
-        "Tell this observer of every step, as `bpkit observers` lists them: `jsonl:path=steps.jsonl`; repeat.",
-        "SPEC",
-        _RUNTIME,
-        completes=completion.observers,
-    )
-}
-
-
+_RULE = "`coupled`: the text depends on prompt and seed alone. `rejection`: classic speculative sampling."
+_DTYPE = "`float32`, `bfloat16`, `float16` or `auto`; by default float32 on a CPU, the checkpoint's own on a GPU."
 _THREADS = "Threads of torch on a CPU; `auto` is torch's own choice, and in `bench` and `demo` the fastest for each."
+_COST = (
+    "What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset "
+    "(`bpkit calibrate --list-presets`)."
+)
+_OBSERVE = "Tell this observer of every step, as `bpkit observers` lists them: `jsonl:path=steps.jsonl`; repeat."
+RULE = {"rule": _runtime(str, _RULE, "RULE", completes=completion.rules)}
+COST = {"cost": _runtime(str, _COST, "FILE|PRESET", completes=completion.presets)}
+PLACE = {
+    "device": _runtime(str, "Such as `cpu` or `cuda`; by default a GPU if there is one.", "DEVICE"),
+    "dtype": _runtime(str, _DTYPE, "DTYPE", completes=completion.dtypes),
+}
 
 
 def threads(said: str = _THREADS) -> dict[str, Any]:
     """The option of threads, with its help."""
-    return {"threads": _option(str, said, "N", _RUNTIME)}
+    return {"threads": _runtime(str, said, "N")}
 
 
 def seed(said: str) -> dict[str, Any]:
     """The option of a seed, with its help."""
-    return {"seed": _option(int, said, "N", None)}
+    return {"seed": _option(None, int, said, "N")}
 
 
+OBSERVE = {"observe": _runtime(list[str], _OBSERVE, "SPEC", completes=completion.observers)}
 RUNTIME = RULE | PLACE | threads() | COST | OBSERVE
 
 
