@@ -4,55 +4,34 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bpkit.cli import options
 from bpkit.cli.errors import require, when_interrupted
 from bpkit.cli.outputs import command_line
-from bpkit.cli.terminal import console, progress_bar, say
+from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
+from bpkit.prompts import Prompt, choose_prompts, of_domains, read_dataset
 from bpkit.sizes import parse_sizes
 from bpkit.types import Feature
 
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
-    from bpkit.prompts import Prompt
     from bpkit.trace.collect import TraceOptions
     from bpkit.trace.collect.job import Workers
     from bpkit.trace.store.manifest import Manifest
 
 DEFAULT_NEW_TOKENS = 128
-TO_BE_ADDED = frozenset(
-    {
-        Feature.PREFILL_LOGITS,
-        Feature.LAST_HIDDEN,
-        Feature.TARGET_FEATURES,
-        Feature.ANCHOR_EMBEDDING,
-        Feature.ANCHOR_LOG_PROBABILITY,
-        Feature.ANCHOR_ENTROPY,
-        Feature.DRAFT_HIDDEN,
-    }
-)
+_ALWAYS = {Feature.PREFILL_HIDDEN, Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY}
+TO_BE_ADDED = frozenset(Feature) - _ALWAYS
 """Features that a trace holds only if it is asked to."""
 _what = partial(typer.Option, rich_help_panel="What to trace")
 _work = partial(typer.Option, rich_help_panel="Work")
 
 
-@options.takes(
-    config=options.settings(
-        options.MODELS
-        | options.SAMPLING
-        | options.seed("Of the sampling noise; by default 0. Greedy outputs have none.")
-        | options.PLACE
-        | options.threads()
-    )
-)
-def trace(
-    out: Annotated[
-        Path, typer.Option(help="Folder of the trace. Run again, it goes on where it stopped.", metavar="FOLDER")
-    ],
+def texts_of(
     prompts: Annotated[
         Path | None,
         options.of_prompts(
@@ -70,6 +49,31 @@ def trace(
     ] = "prompt",
     domain: options.Domains = None,
     limit: Annotated[int | None, options.of_prompts(help="Prompts of each domain; all by default.", min=1)] = None,
+) -> list[Prompt]:
+    """The group of prompts: of a file or a dataset, or else all that ship."""
+    if prompts is not None and dataset is not None:
+        raise ValueError("--prompts and --dataset exclude each other: give one of them")
+    if dataset is None:
+        return choose_prompts(prompts, domain or [], limit, column=column, shipped_limit=None)
+    return of_domains(read_dataset(dataset, split, column), domain or [], limit, source=f"dataset {dataset}")
+
+
+@options.takes(
+    texts=texts_of,
+    config=options.settings(
+        options.MODELS
+        | options.SAMPLING
+        | options.seed("Of the sampling noise; by default 0. Greedy outputs have none.")
+        | options.PLACE
+        | options.threads()
+    ),
+)
+def trace(
+    out: Annotated[
+        Path, typer.Option(help="Folder of the trace. Run again, it goes on where it stopped.", metavar="FOLDER")
+    ],
+    *,
+    texts: list[Prompt],
     block_sizes: Annotated[
         str | None,
         _what(
@@ -95,7 +99,6 @@ def trace(
             metavar="ADDRESS",
         ),
     ] = None,
-    *,
     config: Config,
 ) -> None:
     """Record what would be drafted at every position, for replay.
@@ -112,7 +115,6 @@ def trace(
     Next: `bpkit calibrate --out cost.json`, and `bpkit evaluate TRACE --cost cost.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
-    chosen = chosen_prompts(prompts, dataset, split, column, domain or [], limit)
     wanted = known_features(features or [])
     sizes = parse_sizes(block_sizes, smallest=2) if block_sizes else None
     from bpkit.cli.models import load_decoder
@@ -123,25 +125,12 @@ def trace(
     if sizes is None:
         sizes = tuple(range(2, decoder.spec.trained_block_size + 1))
     settings = trace_options(config, sizes, wanted)
-    manifest = describe(decoder, chosen, settings, command=command_line())
+    manifest = describe(decoder, texts, settings, command=command_line())
     workers = chosen_workers(decoder, config, settings, num_workers, ray)
     kept = f"What was traced is in {out}; the same command goes on from there."
     with when_interrupted(kept), progress_bar() as bar:
-        done = run_job(out, manifest, chosen, workers, bar)
+        done = run_job(out, manifest, texts, workers, bar)
     report(out, done)
-
-
-def chosen_prompts(
-    file: Path | None, dataset: str | None, split: str, column: str, domains: list[str], limit: int | None
-) -> list[Prompt]:
-    """The prompts that the flags name."""
-    from bpkit.prompts import choose_prompts, of_domains, read_dataset
-
-    if file is not None and dataset is not None:
-        raise ValueError("--prompts and --dataset exclude each other: give one of them")
-    if dataset is None:
-        return choose_prompts(file, domains, limit, column=column, shipped_limit=None)
-    return of_domains(read_dataset(dataset, split, column), domains, limit, source=f"dataset {dataset}")
 
 
 def known_features(names: list[str]) -> frozenset[Feature]:
@@ -160,9 +149,7 @@ def trace_options(config: Config, sizes: tuple[int, ...], features: frozenset[Fe
 
     wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0)
     new_tokens = wanted.pop("max_new_tokens")
-    seed = None
-    if wanted["temperature"] > 0:
-        seed = config.sampling.seed or 0
+    seed = config.sampling.seed or 0 if wanted["temperature"] > 0 else None
     return TraceOptions(sizes, new_tokens, wanted, seed, features)
 
 
@@ -191,15 +178,12 @@ def chosen_workers(
 def report(out: Path, manifest: Manifest) -> None:
     """Say what is there now."""
     size = sum(path.stat().st_size for path in out.glob("*.parquet"))
-    count, tokens = len(manifest.prompt_ids), manifest.output_tokens or 0
-    facts: dict[str, Any] = {
-        "prompts": f"{count:,}",
-        "output tokens": f"{tokens:,}",
+    facts = {
+        "prompts": f"{len(manifest.prompt_ids):,}",
+        "output tokens": f"{manifest.output_tokens or 0:,}",
         "block sizes": "+".join(map(str, manifest.block_sizes)),
         "near ties": f"{manifest.near_ties:,} output positions where rounding may decide",
         "size": f"{size / 1e6:.1f} MB",
     }
-    say(f"{out} is complete.")
-    for name, value in facts.items():
-        console(stderr=True).print(f"  {name:14} {value}", highlight=False)
+    say("\n".join([f"{out} is complete.", *(f"  {name:14} {value}" for name, value in facts.items())]))
     say(f"Next: bpkit evaluate {out} --cost COST (make COST with `bpkit calibrate --out COST`)")
