@@ -31,7 +31,7 @@ from bpkit.export.load import load_exported
 from bpkit.export.policy import Onnx
 from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison
-from bpkit.export.write import as_array, export_policy
+from bpkit.export.write import export_policy
 from bpkit.learn import TrainedPolicy
 from bpkit.policy import PolicyError
 from bpkit.prompts import Prompt
@@ -351,7 +351,7 @@ def test_the_shipped_files_are_those_that_the_shipped_weights_give(shipped: Ship
         assert ports == [(t.name, t.dtype, t.shape, t.meaning) for t in (*network.inputs, *network.outputs)]
         old = open_session((folder / f"{stem}.onnx").read_bytes())
         new = open_session(to_onnx(core, opset=network.opset))
-        golden = {name: as_array(rows, core_dtype(core, name)) for name, rows in network.golden.inputs.items()}
+        golden = {name: np.array(rows, core_dtype(core, name)) for name, rows in network.golden.inputs.items()}
         drawn = {p.name: example(p, {"batch": 50, "width": 5}, i).numpy() for i, p in enumerate(core.inputs)}
         for given in (golden, drawn):
             ours, theirs = new.run(given), old.run(given)

@@ -16,9 +16,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bpkit.export import golden, read
-from bpkit.export.check import check_decoder, check_graph
+from bpkit.export import golden, load
+from bpkit.export.check import check_graph
 from bpkit.export.load import load_exported
+from bpkit.export.policy import check_decoder
 from bpkit.export.schema import ExportedPolicy
 from bpkit.policy import PolicyError
 from bpkit.types import DecoderSpec
@@ -276,7 +277,7 @@ def test_a_path_that_is_a_file(tmp_path: Path) -> None:
 
 def test_names_with_folders_are_refused_without_the_schema_too(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="not in its folder"):
-        read.read_file(tmp_path, "../secret", 10)
+        load.read_file(tmp_path, "../secret", 10)
 
 
 # ONNX files as bytes

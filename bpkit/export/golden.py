@@ -69,9 +69,14 @@ def _key(data: bytes, network: Network) -> str:
 
 def rows_of(file: str, network: Network) -> tuple[Rows, Rows]:
     """Inputs and outputs of the golden rows as arrays. Raises PolicyError if they do not fit their description."""
-    axes: dict[str, int] = {}
-    inputs = {t.name: _array(file, t, network.golden.inputs[t.name], axes) for t in network.inputs}
-    outputs = {t.name: _array(file, t, network.golden.outputs[t.name], axes) for t in network.outputs}
+    given, axes = network.golden, dict[str, int]()
+    for kind, tensors, rows in (("input", network.inputs, given.inputs), ("output", network.outputs, given.outputs)):
+        if {tensor.name for tensor in tensors} != set(rows):
+            raise PolicyError(
+                f"{file}: policy.json has golden rows for other {kind}s than it describes: export the policy again"
+            )
+    inputs = {t.name: _array(file, t, given.inputs[t.name], axes) for t in network.inputs}
+    outputs = {t.name: _array(file, t, given.outputs[t.name], axes) for t in network.outputs}
     if not axes.get("batch"):
         raise PolicyError(f"{file} has no golden rows in policy.json: export the policy again")
     return inputs, outputs

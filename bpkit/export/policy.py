@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bpkit.export.load import Loaded
+    from bpkit.export.schema import ExportedPolicy
 
 NEXT = "next_"
 SHIPPED = tuple(Path(bpkit.__file__).parents[above] / "exported" for above in (0, 1))
@@ -92,7 +93,6 @@ class Onnx(Policy):
         self.wants = frozenset(Feature(name) for name in loaded.description.features)  # type: ignore[misc]
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
-        from bpkit.export.check import check_decoder
         from bpkit.export.inputs import Inputs
 
         description = self.loaded.description
@@ -153,3 +153,32 @@ class Onnx(Policy):
             curves = Curves([], []) if default is None else Curves(default.steps, default.verify)
             return lambda context_length: curves
         return CostCurves(cost, [size for size in description.block_sizes if size > 1])
+
+
+def check_decoder(description: ExportedPolicy, spec: DecoderSpec, allow_other_models: bool = False) -> None:
+    """Refuse a decoder that the policy was not trained for.
+
+    Args:
+        allow_other_models: take a target or drafter of another name, as long as their sizes agree.
+
+    Raises:
+        PolicyError: with one sentence that says what differs.
+    """
+    who = f"the exported policy {description.name!r}"
+    different = description.decoder.differences(spec)
+    if different:
+        raise PolicyError(
+            f"{who} was made for another decoder ({'; '.join(different)}): export one that was trained for this one"
+        )
+    largest = max(description.block_sizes, default=1)
+    if spec.max_block_size < largest:
+        raise PolicyError(
+            f"{who} chooses block sizes up to {largest}, and this decoder stops at {spec.max_block_size}: raise its "
+            f"max_block_size to {largest}"
+        )
+    names = description.decoder.other_names(spec)
+    if names and not allow_other_models:
+        raise PolicyError(
+            f"{who} was made for models of other names ({'; '.join(names)}): if they are the same models, say so with "
+            "allow_other_models=true"
+        )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from bpkit.export.core import DType, Method
+from bpkit.export.core import DECIDES, FEATURES, KNOWN, DType, Method
 from bpkit.registry.policy_folder import TrainedFor
 
+LARGEST_BLOCK = 1 << 12
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 FileName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*\.onnx$", max_length=64)]
 
@@ -96,25 +96,39 @@ class ExportedPolicy(_Model):
     provenance: dict[str, JsonValue] = {}
 
     @model_validator(mode="after")
-    def _one_owner(self) -> ExportedPolicy:
-        methods = [network.method for network in self.networks.values()]
+    def _contradicts_nothing(self) -> Self:
+        """What a runtime needs to ask its networks: outputs that decide, inputs that are known."""
+        sizes, methods = self.block_sizes, [network.method for network in self.networks.values()]
+        if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] > LARGEST_BLOCK:
+            raise ValueError(f"block_sizes do not ascend from 1 or more to at most {LARGEST_BLOCK}")
         if len(set(methods)) < len(methods):
             raise ValueError("two files are for the same method")
         if not {"begin", "select"} & set(methods) and self.drafts is None:
             raise ValueError("nothing says how much to draft: no file for begin or select, and no `drafts`")
+        unknown = sorted(set(self.features) - FEATURES)
+        if unknown:
+            raise ValueError(f"this version does not know the feature {unknown[0]!r}")
+        for file, network in self.networks.items():
+            _check_decision(file, network)
+            for name in (tensor.name for tensor in network.inputs):
+                if name not in KNOWN | set(self.state):
+                    raise ValueError(f"{file} takes {name!r}, which is neither known nor state")
+                if name in FEATURES and name not in self.features:
+                    raise ValueError(f"{file} takes {name!r}, which is not among its features")
         return self
 
-    @property
-    def by_method(self) -> dict[str, tuple[str, Network]]:
-        """File name and description of each method's network."""
-        return {network.method: (name, network) for name, network in self.networks.items()}
 
-
-def finite(values: Any) -> bool:
-    """Whether all numbers in nested lists are finite."""
-    if isinstance(values, list):
-        return all(finite(value) for value in values)
-    return not isinstance(values, float) or math.isfinite(values)
+def _check_decision(file: str, network: Network) -> None:
+    names = [tensor.name for tensor in (*network.inputs, *network.outputs)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{file} has {twice[0]!r} twice")
+    outputs = {tensor.name: tensor for tensor in network.outputs}
+    decides = DECIDES[network.method]
+    for name, dtype in ((decides, "bool" if network.method == "extend" else "int64"), (network.margin, "float32")):
+        output = outputs.get(name)
+        if output is None or output.dtype != dtype or output.shape != ["batch"]:
+            raise ValueError(f"{file} ({network.method}) has no output {name!r}, {dtype} [batch]")
 
 
 def json_schema() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from bpkit.export.core import DECIDES, FEATURES, Core
 from bpkit.export.inputs import Given, Inputs
-from bpkit.export.rows import at_begin, at_select, at_truncate
+from bpkit.export.schema import Agreement
 from bpkit.policy import Policy, PolicyError, State
 from bpkit.trace.records import PromptTrace
-from bpkit.types import Context, DecoderSpec, Draft, Feature
+from bpkit.types import OF_THE_DRAFT, Context, DecoderSpec, Draft, Feature
 
 Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 """Runs an ONNX file: outputs by name from inputs by name."""
@@ -25,6 +26,7 @@ BATCHES = (1, 2, 7, 64)
 """Batch sizes that rows are run at in turn, none of them that of the example the graph was traced with."""
 SHOWN = 3
 AT_ONCE = 256
+PREFILL = (Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS)
 
 
 @dataclass
@@ -46,12 +48,26 @@ class Comparison:
     golden: Given | None = None
     variety: int = 0
 
+    @property
+    def agreement(self) -> Agreement:
+        """What `policy.json` says of it."""
+        return Agreement(
+            rows=self.rows,
+            agree=self.agree,
+            within_tolerance=self.within_tolerance,
+            largest_difference=self.largest_difference,
+            batch_sizes=sorted(self.batch_sizes),
+        )
+
     def add(self, core: Core, given: Given, decided: Tensor, run: Run) -> None:
         """Rows of one batch, cut into batches of the sizes of `BATCHES`."""
         with torch.inference_mode():
             values = core.module(*(given[port.name] for port in core.inputs))
         wanted = dict(zip((port.name for port in core.outputs), values, strict=True))
-        for rows in _batches(len(decided)):
+        turns, left = cycle(BATCHES), torch.arange(len(decided))
+        while len(left):
+            size = next(turns)
+            rows, left = left[:size], left[size:]
             self.batch_sizes.add(len(rows))
             part = {port.name: _rows_of(given[port.name], port.shape, rows) for port in core.inputs}
             got = run({name: value.numpy() for name, value in part.items()})
@@ -88,9 +104,9 @@ def compare(
     policy: Policy,
     cores: dict[str, Core],
     runs: Mapping[str, Run],
+    inputs: Mapping[str, Inputs],
     prompts: Sequence[PromptTrace],
     spec: DecoderSpec,
-    make_inputs: Callable[[Core], Inputs],
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Comparison]:
     """Compare every file of a policy with the policy on every row of some prompts.
@@ -99,8 +115,9 @@ def compare(
         PolicyError: a row is decided otherwise although it was not close.
     """
     found = {name: Comparison() for name in cores}
-    inputs = {name: make_inputs(core) for name, core in cores.items()}
-    for group in _groups(prompts, cores):
+    # Prompts that make one batch: many where each is one row, else one, whose positions are rows.
+    size = AT_ONCE if any(core.method == "begin" for core in cores.values()) else 1
+    for group in (prompts[start : start + size] for start in range(0, len(prompts), size)):
         for name, source, state, decided in _questions(policy, cores, group, spec):
             if len(decided):
                 found[name].add(cores[name], inputs[name](source, state), decided, runs[name])
@@ -116,13 +133,6 @@ def compare(
                 f"{'; '.join(result.wrong[:SHOWN])}; nothing was exported"
             )
     return found
-
-
-def _groups(prompts: Sequence[PromptTrace], cores: dict[str, Core]) -> Iterator[Sequence[PromptTrace]]:
-    """Prompts that make one batch: many where each is one row, else one, whose positions are rows."""
-    size = AT_ONCE if any(core.method == "begin" for core in cores.values()) else 1
-    for start in range(0, len(prompts), size):
-        yield [prompts[place] for place in range(start, min(start + size, len(prompts)))]
 
 
 def _questions(
@@ -155,13 +165,47 @@ def _questions(
                     yield names["extend"], begun, state, policy.extend(state, begun)
 
 
-def _batches(rows: int) -> Iterator[Tensor]:
-    start, turn = 0, 0
-    while start < rows:
-        size = min(BATCHES[turn % len(BATCHES)], rows - start)
-        yield torch.arange(start, start + size)
-        start, turn = start + size, turn + 1
-
-
 def _rows_of(value: Tensor, shape: tuple[str | int, ...], rows: Tensor) -> Tensor:
     return value[rows] if shape and shape[0] == "batch" else value
+
+
+def at_begin(prompts: Sequence[PromptTrace], spec: DecoderSpec, wants: frozenset[Feature]) -> Context:
+    """The contexts of `begin`, a row for each prompt."""
+    features = {
+        name: torch.tensor(np.stack([p.features[name] if name in PREFILL else p.features[name][0] for p in prompts]))
+        for name in wants - OF_THE_DRAFT
+    }
+    lengths = torch.tensor([prompt.prompt_length for prompt in prompts])
+    limits = torch.tensor([prompt.max_new_tokens for prompt in prompts])
+    return Context(spec, torch.zeros_like(lengths), limits, lengths, torch.Generator(), features)
+
+
+def at_select(prompt: PromptTrace, spec: DecoderSpec, wants: frozenset[Feature]) -> Context:
+    """The contexts of `select`, a row for each position at which a draft may begin."""
+    rows = prompt.drafts.rows
+    features = {name: torch.tensor(prompt.features[name][:rows]) for name in wants - OF_THE_DRAFT - {*PREFILL}}
+    position = torch.arange(1, rows + 1)
+    return Context(
+        spec,
+        position,
+        prompt.max_new_tokens - position,
+        prompt.prompt_length + position,
+        torch.Generator(),
+        features,
+    )
+
+
+def at_truncate(prompt: PromptTrace, context: Context, block_size: int, wants: frozenset[Feature]) -> Draft:
+    """The drafts of one block size, a row for each position."""
+    drafts, width = prompt.drafts, block_size - 1
+    column = drafts.column(block_size)
+    features = {
+        name: torch.tensor(np.nan_to_num(drafts.features[name][:, column, :width]))
+        for name in wants & OF_THE_DRAFT
+        if name in drafts.features
+    }
+    tokens = torch.tensor(drafts.tokens[:, column, :width]).long().clamp(min=0)
+    if Feature.DRAFT_TOKENS in wants:
+        features[Feature.DRAFT_TOKENS] = tokens
+    length = torch.tensor(drafts.draft_length[:, column]).long()
+    return Draft(context, context.full(block_size), length, tokens, features=features)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from bpkit.policy import PolicyError
-
 MOST_FIELDS = 200_000
 MOST_PACKED = 1 << 20
 """Bytes of packed integers, each of which may become eight."""
@@ -29,22 +27,15 @@ class _Field(NamedTuple):
     message: Any
 
 
-def scan(file: str, data: bytes) -> None:
-    """Walk over every field of the file. Raises PolicyError."""
+class Refused(Exception):
+    """What is wrong with a file, and how to mend it."""
+
+
+def scan(data: bytes) -> None:
+    """Walk over every field of the file. Raises Refused."""
     import onnx
 
-    try:
-        _walk(data, onnx.ModelProto.DESCRIPTOR)
-    except _Refused as error:
-        raise PolicyError(f"{file} {error}") from None
-
-
-class _Refused(Exception):
-    """What is wrong, and how to mend it."""
-
-
-def _walk(data: bytes, model: Any) -> None:
-    places, fields, packed = [(0, len(data), model)], 0, 0
+    places, fields, packed = [(0, len(data), onnx.ModelProto.DESCRIPTOR)], 0, 0
     while places:
         at, end, kind = places.pop()
         known = _fields_of(kind)
@@ -53,9 +44,9 @@ def _walk(data: bytes, model: Any) -> None:
             field = known.get(key >> 3)
             fields += 1
             if field is None or key & 7 not in ({field.wire, _LENGTH} if field.repeated else {field.wire}):
-                raise _Refused(f"is no valid ONNX file (field {key >> 3} of {kind.name} is unknown): export it again")
+                raise Refused(f"is no valid ONNX file (field {key >> 3} of {kind.name} is unknown): export it again")
             if fields > MOST_FIELDS:
-                raise _Refused(f"has more than {MOST_FIELDS:,} fields: a policy is a small network; export one")
+                raise Refused(f"has more than {MOST_FIELDS:,} fields: a policy is a small network; export one")
             start, at, value = _skip(data, at, end, key & 7)
             _refuse_external(kind.name, field.name, value)
             if field.message is not None:
@@ -65,19 +56,19 @@ def _walk(data: bytes, model: Any) -> None:
             elif field.wire == _VARINT and key & 7 == _LENGTH:
                 packed += at - start
                 if packed > MOST_PACKED:
-                    raise _Refused(f"has over {MOST_PACKED:,} bytes of packed integers: store them as raw_data")
+                    raise Refused(f"has over {MOST_PACKED:,} bytes of packed integers: store them as raw_data")
 
 
 def _check_text(text: bytes) -> None:
     try:
         text.decode()
     except UnicodeDecodeError:
-        raise _Refused("is no valid ONNX file (a name is not UTF-8): download it or export it again") from None
+        raise Refused("is no valid ONNX file (a name is not UTF-8): download it or export it again") from None
 
 
 def _refuse_external(kind: str, field: str, value: int) -> None:
     if kind == "TensorProto" and (field == "external_data" or (field == "data_location" and value)):
-        raise _Refused(
+        raise Refused(
             "keeps weights in another file (external data), which is never read: export it as one file, with "
             "`external_data=False`"
         )
@@ -95,7 +86,7 @@ def _skip(data: bytes, at: int, end: int, wire: int) -> tuple[int, int, int]:
     else:
         at += 8 if wire == _FIXED64 else 4
     if at > end:
-        raise _Refused("is no valid ONNX file (a field ends behind the end): download it or export it again")
+        raise Refused("is no valid ONNX file (a field ends behind the end): download it or export it again")
     return start, at, value
 
 
@@ -108,7 +99,7 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise _Refused("is no valid ONNX file (it is not protobuf): download it or export it again")
+    raise Refused("is no valid ONNX file (it is not protobuf): download it or export it again")
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 from bpkit.export import schema
 from bpkit.export.convert import OPSETS, to_onnx
-from bpkit.export.core import FEATURES, KNOWN, Core, Export, Exportable, Port
+from bpkit.export.core import FEATURES, KNOWN, Core, Export, Exportable
 from bpkit.export.curves import TYPICAL_CONTEXT, Curves
-from bpkit.export.inputs import Given, Inputs
+from bpkit.export.inputs import Inputs
+from bpkit.export.load import DESCRIPTION
 from bpkit.export.readme import readme
 from bpkit.export.session import open_session
 from bpkit.export.validate import Comparison, compare
@@ -24,8 +26,6 @@ from bpkit.registry.policy_folder import TrainedFor
 from bpkit.registry.resolve import name_of
 from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DecoderSpec
-
-DESCRIPTION = "policy.json"
 
 
 def export_policy(
@@ -54,12 +54,11 @@ def export_policy(
         PolicyError: the policy is not exportable, or onnxruntime does not decide as it does.
     """
     what = prepared(policy, spec, cost)
-    cores, curves = what.cores, what.curves or _no_curves
+    cores, curves = what.cores, what.curves or (lambda context_length: Curves([], []))
     data = {f"{stem}.onnx": to_onnx(core, opset=opset) for stem, core in cores.items()}
     runs = {stem: open_session(data[f"{stem}.onnx"]).run for stem in cores}
-    found = compare(
-        policy, cores, runs, prompts, spec, lambda core: Inputs((p.name for p in core.inputs), curves), progress
-    )
+    inputs = {stem: Inputs((port.name for port in core.inputs), curves) for stem, core in cores.items()}
+    found = compare(policy, cores, runs, inputs, prompts, spec, progress)
     described = description(
         what,
         data,
@@ -71,7 +70,7 @@ def export_policy(
         summary=summary,
         fingerprints=dict(fingerprints or {}),
         options=policy.config.model_dump(mode="json", exclude={"weights"}),
-        validation={f"{stem}.onnx": agreement(comparison) for stem, comparison in found.items()},
+        validation={f"{stem}.onnx": comparison.agreement for stem, comparison in found.items()},
         evaluation=dict(evaluation or {}),
         provenance=dict(provenance or {}),
     )
@@ -92,10 +91,6 @@ def prepared(policy: Policy, spec: DecoderSpec, cost: CostModel | None) -> Expor
         )
     policy.bind(spec, cost)
     return policy.export()
-
-
-def _no_curves(context_length: int) -> Curves:
-    return Curves([], [])
 
 
 def description(
@@ -119,7 +114,18 @@ def description(
         default_block_size=spec.trained_block_size,
         decoder=TrainedFor.of(spec),
         networks={
-            f"{stem}.onnx": describe(core, data[f"{stem}.onnx"], opset, rows[stem]) for stem, core in what.cores.items()
+            f"{stem}.onnx": schema.Network(
+                method=core.method,
+                sha256=hashlib.sha256(data[f"{stem}.onnx"]).hexdigest(),
+                bytes=len(data[f"{stem}.onnx"]),
+                opset=opset,
+                inputs=[schema.Tensor.model_validate(asdict(port)) for port in core.inputs],
+                outputs=[schema.Tensor.model_validate(asdict(port)) for port in core.outputs],
+                margin=core.margin,
+                tolerance=core.tolerance,
+                golden=rows[stem],
+            )
+            for stem, core in what.cores.items()
         },
         features=sorted({port.name for port in ports if port.name in FEATURES}),
         state=sorted({port.name for port in ports} - KNOWN),
@@ -128,33 +134,13 @@ def description(
     )
 
 
-def describe(core: Core, data: bytes, opset: int, rows: schema.Golden) -> schema.Network:
-    """What `policy.json` says of a file."""
-    return schema.Network(
-        method=core.method,
-        sha256=hashlib.sha256(data).hexdigest(),
-        bytes=len(data),
-        opset=opset,
-        inputs=[_tensor(port) for port in core.inputs],
-        outputs=[_tensor(port) for port in core.outputs],
-        margin=core.margin,
-        tolerance=core.tolerance,
-        golden=rows,
-    )
-
-
-def _tensor(port: Port) -> schema.Tensor:
-    return schema.Tensor(name=port.name, dtype=port.dtype, shape=list(port.shape), meaning=port.meaning)
-
-
 def golden(core: Core, comparison: Comparison, run: Callable[[Any], dict[str, NDArray[Any]]]) -> schema.Golden:
     """A few clear rows with what they give. Raises PolicyError if no row was clear."""
     if comparison.golden is None:
         raise PolicyError(f"every {core.method} decision of the trace is a near tie: there is no row to try files by")
     # Through their decimal form, so that whoever reads the file computes from the very same numbers.
-    given: Given = comparison.golden
-    inputs = {name: plain(value.numpy()) for name, value in given.items()}
-    outputs = run({port.name: as_array(inputs[port.name], port.dtype) for port in core.inputs})
+    inputs = {name: plain(value.numpy()) for name, value in comparison.golden.items()}
+    outputs = run({port.name: np.array(inputs[port.name], port.dtype) for port in core.inputs})
     return schema.Golden(inputs=inputs, outputs={name: plain(value) for name, value in outputs.items()})
 
 
@@ -163,19 +149,3 @@ def plain(value: NDArray[Any]) -> list[Any]:
     if value.dtype == np.float32:
         return cast("list[Any]", np.vectorize(lambda x: float(str(x)), otypes=[object])(value).tolist())
     return cast("list[Any]", value.tolist())
-
-
-def as_array(values: list[Any], dtype: str) -> NDArray[Any]:
-    """The array that nested lists stand for."""
-    return np.array(values, dtype=dtype)
-
-
-def agreement(comparison: Comparison) -> schema.Agreement:
-    """What `policy.json` says of the validation."""
-    return schema.Agreement(
-        rows=comparison.rows,
-        agree=comparison.agree,
-        within_tolerance=comparison.within_tolerance,
-        largest_difference=comparison.largest_difference,
-        batch_sizes=sorted(comparison.batch_sizes),
-    )
