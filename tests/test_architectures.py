@@ -264,6 +264,7 @@ def test_every_registered_drafter_is_in_the_table() -> None:
     assert set(models("llama").drafters([])) == set(registry().drafters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 @pytest.mark.parametrize("architecture", TABLE)
 def test_options_do_to_the_text_what_they_do_in_plain_decoding(architecture: str, case: Case) -> None:
