@@ -33,20 +33,16 @@ def policy_for(policy: PolicyLike, decoder: object) -> Policy:
     """
     made = resolve_policy(policy)
     if any(other is not decoder and getattr(other, "policy", None) is made for other in _decoders):
-        made = _copied(made)
+        try:
+            made = copy.deepcopy(made)
+        except Exception as error:
+            name = type(made).__name__
+            raise PolicyError(
+                f"this {name} serves another decoder and cannot be copied for a second one ({type(error).__name__}: "
+                f"{error}); make another {name}, or write the policy by its name"
+            ) from error
     _decoders.add(decoder)
     return made
-
-
-def _copied(policy: Policy) -> Policy:
-    try:
-        return copy.deepcopy(policy)
-    except Exception as error:
-        name = type(policy).__name__
-        raise PolicyError(
-            f"this {name} serves another decoder and cannot be copied for a second one ({type(error).__name__}: "
-            f"{error}); make another {name}, or write the policy by its name"
-        ) from error
 
 
 class KeptDecoders:

@@ -1,8 +1,7 @@
 """Which accepted tokens a target with recurrent states reads again, in counts alone.
 
-Recurrent states cannot drop tokens. Where a pass had tokens rejected, its session goes back to the states before the
-pass; the accepted tokens are then *pending* and go before the tokens of the next pass. Live decoding and replay count
-them with the same object, so that a trace gives the passes of a live request exactly.
+Where a pass had tokens rejected, its session goes back to the states before the pass; the accepted tokens are then
+*pending* and go before the tokens of the next pass. Live decoding and replay count them with the same object.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 LONGEST_PENDING = 16
 """Pending tokens beyond which they get a committing pass of their own.
 
-With `a` accepted tokens a step and a pass that costs as much as `r` positions beside its own, reading pending tokens
-again and again for k steps costs a * k^2 / 2 positions and committing them r once; the sum for each step is least where
-a * k = sqrt(2 * a * r) are pending. That is 9 to 31 for the usual a of 2 to 6 and r of 20 to 80, and flat around it.
+With `a` accepted tokens a step and a pass that costs `r` positions beside its own, reading again for k steps costs
+a * k^2 / 2 positions and committing r once: least for each step at a * k = sqrt(2 * a * r), which is 9 to 31 for the
+usual a of 2 to 6 and r of 20 to 80, and flat around it.
 """
 
 

@@ -1,15 +1,9 @@
 """Logits processors under speculation: they are called for positions that are then taken back.
 
-What a processor returns may depend on the tokens and scores that it is handed. Where it also depends on earlier calls,
-the runtime must be able to take calls back. A processor says so itself:
-
-- `stateless = True`: calls do not depend on earlier ones;
-- `snapshot()` and `restore(state)`: the runtime calls it position by position, and before it goes back to a position it
-  restores the state that the processor had there. A state may be restored more than once, so later calls must not
-  change it.
-
-One that says neither is served if all that Python sees of it is plain and no call changes it. Otherwise it is refused.
-The function of `prefix_allowed_tokens_fn` is treated alike.
+A processor says itself that its calls do not depend on earlier ones (`stateless = True`), or can be taken back to the
+state that it had at a position, more than once (`snapshot()` and `restore(state)`). One that says neither is served if
+all that Python sees of it is plain and no call changes it, and otherwise refused. The function of
+`prefix_allowed_tokens_fn` is treated alike; docs/generate.md tells users.
 """
 
 from __future__ import annotations

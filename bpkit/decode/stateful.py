@@ -123,15 +123,14 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 class StatefulTarget(CachedTarget):
     """Takes the states back to before a pass where tokens of it were rejected.
 
-    The accepted tokens of that pass are then pending and go before the tokens of the next one; see
-    `bpkit.decode.reread`. A pass over one token, which always stands, needs no copy of the states.
+    Which tokens are then read again, `bpkit.decode.reread` says. A pass over one token needs no copy of the states.
     """
 
     def __init__(
         self, model: PreTrainedModel, text: RunningText, *, feature_layers: tuple[int, ...], keep_hidden: bool
     ) -> None:
         super().__init__(model, text, feature_layers=feature_layers, keep_hidden=keep_hidden)
-        self.argument = cache_argument(model) or CACHE_ARGUMENTS[0]
+        self.cache_argument = cache_argument(model) or CACHE_ARGUMENTS[0]
         self.rereading = Rereading()
         self.pending: Tensor | None = None
         self.last_pass: Tensor | None = None
@@ -200,13 +199,6 @@ class StatefulTarget(CachedTarget):
         )
 
     def _pass(self, tokens: Tensor, logits_to_keep: int, hidden_states: list[int], **inputs: Any) -> Any:
-        output = self._call(
-            input_ids=tokens,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-            output_hidden_states=hidden_states or False,
-            **{self.argument: self.held},
-            **inputs,
-        )
-        self.held = output[self.argument] if self.held is None else self.held
+        output = super()._pass(tokens, logits_to_keep, hidden_states, **inputs)
+        self.held = output[self.cache_argument] if self.held is None else self.held
         return output

@@ -98,6 +98,8 @@ class CachedTarget:
     """What passes run through, such as the compiled model, where that is not the model itself."""
     inputs: ModelInputs | None = None
     """What passes after prefill take beside tokens; None if nothing."""
+    cache_argument = "past_key_values"
+    """The argument that carries the model's cache."""
 
     def __init__(
         self, model: PreTrainedModel, text: RunningText, *, feature_layers: tuple[int, ...], keep_hidden: bool
@@ -168,24 +170,21 @@ class CachedTarget:
         return self.feature_indices + ([] if self.last_index is None else [self.last_index])
 
     def _pass(self, tokens: Tensor, logits_to_keep: int, hidden_states: list[int], **inputs: Any) -> Any:
-        return self._call(
+        """Run the model over tokens."""
+        count = tokens.shape[1]
+        if self.inputs is not None and self.length > 0:
+            inputs.update(self.inputs.at(self.length, count))
+        if self.counts_positions and "position_ids" not in inputs:
+            inputs["position_ids"] = torch.arange(self.length, self.length + count, device=tokens.device)[None]
+        self.length += count
+        return (self.model if self.wrapper is None else self.wrapper)(
             input_ids=tokens,
-            past_key_values=self.held,
             use_cache=True,
             logits_to_keep=logits_to_keep,
             output_hidden_states=hidden_states or False,
+            **{self.cache_argument: self.held},
             **inputs,
         )
-
-    def _call(self, *, input_ids: Tensor, **options: Any) -> Any:
-        """Run the model."""
-        if self.inputs is not None and self.length > 0:
-            options.update(self.inputs.at(self.length, input_ids.shape[1]))
-        if self.counts_positions and "position_ids" not in options:
-            places = torch.arange(self.length, self.length + input_ids.shape[1], device=input_ids.device)
-            options["position_ids"] = places[None]
-        self.length += input_ids.shape[1]
-        return (self.model if self.wrapper is None else self.wrapper)(input_ids=input_ids, **options)
 
 
 def counts_positions(model: PreTrainedModel) -> bool:

@@ -99,9 +99,6 @@ class RememberingPolicy(Policy, Generic[M]):
         file = Path(path).expanduser()
         try:
             self.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
-        except PolicyError as error:
-            raise PolicyError(f"{file}: {error}; delete the file or name another") from None
         except (OSError, ValueError) as error:
-            raise PolicyError(
-                f"{file}: this cannot be read as JSON ({error}); delete the file or name another"
-            ) from None
+            why = error if isinstance(error, PolicyError) else f"this cannot be read as JSON ({error})"
+            raise PolicyError(f"{file}: {why}; delete the file or name another") from None

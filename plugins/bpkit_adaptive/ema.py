@@ -51,10 +51,9 @@ class Ema(RememberingPolicy[EmaMemory]):
         descend from d_i to d_(i-1) while average <= d_(i-1) - 1/2 + down     (to length 0: average <= 1/2 + down)
         else climb from d_i to d_(i+1) while average > d_i - 1/2 + up
 
-    A length is kept as long as nearly all of a block of the next smaller one is accepted, and left upwards when nearly
-    all of its own is. From the no-draft arm it tries the smallest draft at the next decision: without a draft
-    nothing is learned. Rule and constants are SGLang's (`--speculative-adaptive`, `AdaptiveStepSlot`); what differs,
-    docs/policies/adaptive.md says. Every row has an average of its own, which steps that verified nothing leave alone.
+    From the no-draft arm it tries the smallest draft at the next decision: without a draft nothing is learned. Rule and
+    constants are SGLang's (`--speculative-adaptive`, `AdaptiveStepSlot`); what differs, docs/policies/adaptive.md says.
+    Every row has an average of its own, which steps that verified nothing leave alone.
     """
 
     Config = EmaConfig

@@ -58,13 +58,11 @@ class Goodput(RememberingPolicy[GoodputMemory]):
         cost(b) = draft(b) + verify(b) + rest    of the cost model, at the row's context length
 
     a_k is the chance that position k stands if all before it do. tested_k counts the steps whose first k - 1 tokens
-    were accepted and whose k-th was verified; all counts fade by `discount` a step. An untested position is
-    taken to be as good as the one before it, so that longer drafts are tried when short ones are accepted whole; and as
-    the counts fade the rates return to `prior`, so that no draft is not for ever.
+    were accepted and whose k-th was verified; all counts fade by `discount` a step. Costs are for one position waiting;
+    without a cost model a step costs 1 + slope (b - 1) plain steps. Every row counts for itself.
 
     The objective is TurboSpec's goodput (2406.14066), the rates by position are those of proposals for vLLM;
-    docs/policies/adaptive.md compares. Costs are for one position waiting; without a cost model a step costs
-    1 + slope (b - 1) plain steps. The rates are pooled over block sizes. Every row counts for itself.
+    docs/policies/adaptive.md compares.
     """
 
     Config = GoodputConfig

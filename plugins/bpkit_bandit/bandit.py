@@ -123,9 +123,8 @@ class Learner(RememberingPolicy[BanditMemory]):
 class Thompson(Learner):
     """Draws tokens per second of every arm from what is known of it, and picks the arm with the highest draw.
 
-    A draw is normal around the arm's rate with its standard error, both from `Arm`. EESD (2406.03853) samples the
-    draft length the same way, but from acceptance alone; here the reward is time. Arms with fewer than `min_pulls`
-    steps come first, at random.
+    A draw is normal around the arm's rate with its standard error. Arms with fewer than `min_pulls` steps come first,
+    at random.
 
     One draw serves all rows of a batch. Only the time of the whole step is known: were sizes mixed, large blocks
     would be charged less than they cost, small ones more, and the bandit would settle on blocks that are too large.
@@ -140,9 +139,8 @@ class UCB(Learner):
 
     n is the steps counted for all arms. UCB1 (Auer et al. 2002) is for rewards in [0, 1]; tokens per second have
     no such scale, so the arm's own spread gives it, as in UCB-V and UCB1-tuned. All rows of a batch get the same block
-    size: they share what is known. Arms with fewer than `min_pulls` steps come first, smallest first.
-
-    BanditSpec (2505.15141) brought UCB to speculative decoding; how its program differs, docs/policies/bandits.md says.
+    size. Arms with fewer than `min_pulls` steps come first, smallest first. BanditSpec (2505.15141) brought UCB to
+    speculative decoding; how its program differs, docs/policies/bandits.md says.
     """
 
     Config = UCBConfig

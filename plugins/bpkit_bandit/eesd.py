@@ -54,12 +54,9 @@ class Eesd(RememberingPolicy[EesdMemory]):
     After a step with n verified and m accepted tokens, alpha <- alpha + m and beta <- beta + n - m. This is the
     Beta-Bernoulli variant (Beta-TS) of the Thompson sampling control of EESD (Liu et al. 2024, 2406.03853).
 
-    - The draws look at no token, so the whole length is drawn before the draft, by `select`: the same distribution, and
-      it also serves block-diffusion drafters.
-    - Tokens after the first rejected one were never tested, yet count as rejected in n - m. `counts=tested` takes
-      the first one only, as the likelihood of a run of Bernoulli trials says.
-
-    Every row has counts and draws of its own.
+    The draws look at no token, so `select` draws the whole length before the draft. Tokens after the first rejected one
+    were never tested, yet count as rejected in n - m; `counts=tested` takes the first one only, as the likelihood of a
+    run of Bernoulli trials says. Every row has counts and draws of its own.
     """
 
     Config = EesdConfig

@@ -56,15 +56,11 @@ class Exp3(RememberingPolicy[Exp3Memory]):
         L_b <- L_b + loss / p_b                           only for the b that was drawn
 
     EXP3 with the learning rate that needs no horizon (Bubeck & Cesa-Bianchi 2012), after EXP3Spec of BanditSpec
-    (2505.15141), which assumes nothing of how acceptance comes about. With `reward=tokens` the loss is 1 - T / B, for T
-    tokens of a step and B the largest size, as the paper counts; it cannot see that a large block takes longer.
+    (2505.15141). A step of T tokens and S seconds, with B the largest size and R the tokens per second of all steps so
+    far, has loss = 1/2 - (T - R S) / B, kept within [0, 1]: the size with the least loss is the one with the most
+    tokens per second, as a ratio of sums. With `reward=tokens` it is 1 - T / B, as in the paper.
 
-    With `reward=time`, the default, loss = 1/2 - (T - R S) / B, kept within [0, 1], where S is the step's seconds and R
-    the tokens per second of all steps so far. The size with the least loss is then the one with the most tokens per
-    second, as a ratio of sums and not as a mean of ratios.
-
-    B is far above what two sizes usually differ by, hence `learning_rate`. One draw serves all rows of a batch, because
-    only the time of the whole step is known.
+    B is far above what two sizes usually differ by, hence `learning_rate`. One draw serves all rows of a batch.
     """
 
     Config = Exp3Config

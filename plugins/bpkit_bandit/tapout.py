@@ -71,13 +71,8 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
         blend = mix * m / M + (1 - mix) * m / n           (0 if nothing was verified)
 
     and `ucb1` picks the rule with the largest mean + exploration * sqrt(2 ln t / t_rule) (Auer et al. 2002).
-    `thompson` draws from a normal distribution around the mean with its standard error.
-
-    With `reward=time`, the rate of a rule is its tokens over its seconds, and its spread, as in `ucb`, scales
-    the bonus, because tokens per second are not in [0, 1]. Only then is `fixed@1` an arm, which drafts nothing and
-    would earn no blend.
-
-    One pick serves all rows of a batch: they share what is known, and the time of a step. What differs from the paper,
+    `thompson` draws from a normal distribution around the mean with its standard error. With `reward=time` a rule is
+    judged by its tokens per second, as in `ucb`. One pick serves all rows of a batch. What differs from the paper,
     docs/policies/bandits.md says.
     """
 

@@ -53,10 +53,9 @@ class AdaEdl(RememberingPolicy[AdaEdlMemory], StopRule):
         lambda <- beta_2 lambda + (1 - beta_2) (lambda + epsilon   if r <= alpha,
                                                 lambda - epsilon   otherwise)
 
-    so that too few accepted tokens make the drafter stop sooner. Lambda stays within [0, 1]; a step that verified
-    nothing has no m / n, and changes nothing. The update is that of Draft & Verify (2309.08168), with its constants and
-    r = 0 to begin with; docs/policies/thresholds.md says how its program differs. Lambda moves by at most
-    (1 - beta_2) epsilon = 0.001 a step, which says little within one short request: `across_requests` lets it live on.
+    Lambda stays within [0, 1]; a step that verified nothing has no m / n, and changes nothing. The update is that of
+    Draft & Verify (2309.08168), with its constants and r = 0 to begin with; docs/policies/thresholds.md says how its
+    program differs.
     """
 
     Config = AdaEdlConfig

@@ -28,11 +28,8 @@ class Schedule(Policy):
 
     This is `num_assistant_tokens_schedule="heuristic_transient"`: every request begins at `start` again.
 
-    - *Whole* means all that was verified: a draft that the runtime cut short near the end, or an n-gram drafter
-      that proposed less than was asked, is not held against the schedule.
-    - A step that verified nothing says nothing, and changes nothing.
-    - `num_accepted` leaves out the last token of a step, so the last step of a generation may seem one short of
-      whole. No step follows that could be affected.
+    *Whole* means all that was verified: a draft that was cut short near the end, or an n-gram drafter that proposed
+    less than was asked, is not held against the schedule. A step that verified nothing changes nothing.
     """
 
     Config = ScheduleConfig

@@ -34,9 +34,7 @@ class Threshold(StopRule):
     """Keeps position k while the product of the drafter's probabilities of tokens 1 .. k is >= `threshold`.
 
     A token counts only if all before it stand, hence the product: with calibrated probabilities it is the chance
-    that position k is accepted. transformers' `assistant_confidence_threshold` (also 0.4) compares each single
-    probability instead, and still verifies the token below it. SpecDec++ (2405.19715) thresholds a product as well,
-    of probabilities that a trained head predicts.
+    that position k is accepted.
     """
 
     Config = ThresholdConfig
@@ -76,8 +74,7 @@ class Confidence(StopRule):
     """Drafts up to and including the first token k whose probability q(x_k) is below `threshold`.
 
     This is `assistant_confidence_threshold` of transformers (0.4), "dynamic speculation lookahead" (Mamou et al. 2024,
-    2405.04304, train a classifier for the same decision): each token is judged alone, and the token that stops the
-    draft is verified. `threshold` judges the draft as a whole instead. What differs from transformers,
+    2405.04304, train a classifier for the same decision): each token is judged alone. What differs from transformers,
     docs/policies/thresholds.md says. With `schedule`, the policy of that name chooses how much to draft.
     """
 
@@ -125,10 +122,9 @@ class SvipConfig(PolicyConfig):
 class Svip(StopRule):
     """Keeps positions up to the first whose sqrt(entropy) exceeds `h`.
 
-    The paper bounds the acceptance rate from below by a term in the root of the entropy. The authors' program tests
-    sqrt(0.15 * entropy) > 0.3, which is `h` = 0.775 here, and still verifies the token at which it stops; here that
-    token is left out. Entropy belongs to the distribution and not to the drafted token, so this policy may also run
-    under the rejection rule.
+    The paper bounds the acceptance rate from below by a term in the root of the entropy; how its program differs,
+    docs/policies/thresholds.md says. Entropy belongs to the distribution and not to the drafted token, so this policy
+    may also run under the rejection rule.
     """
 
     Config = SvipConfig
