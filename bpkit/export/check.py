@@ -108,6 +108,8 @@ def _check_weights(tensors: Iterable[Any]) -> None:
 
 def _checked_bytes(tensor: Any) -> int:
     """Bytes that the tensor takes, if it has as many values as its shape says."""
+    from onnx import helper
+
     name = tensor.name[:80]
     dtype = _dtype(tensor.data_type)
     if dtype is None:
@@ -115,20 +117,17 @@ def _checked_bytes(tensor: Any) -> int:
     if any(size < 0 for size in tensor.dims) or len(tensor.dims) > 8:
         raise Refused(f"has the tensor {name!r} of an impossible shape: {_AGAIN}")
     count: int = math.prod(tensor.dims)
-    stored = len(tensor.raw_data) // ITEM_BYTES[dtype] if tensor.HasField("raw_data") else _values(tensor, dtype)
+    if tensor.HasField("raw_data"):
+        stored = len(tensor.raw_data) // ITEM_BYTES[dtype]
+    else:
+        stored = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type)))
     if stored != count or len(tensor.raw_data) % ITEM_BYTES[dtype]:
         raise Refused(f"has the tensor {name!r} whose shape says {count:,} values, and {stored:,} are stored: {_AGAIN}")
     return count * ITEM_BYTES[dtype]
 
 
-def _values(tensor: Any, dtype: str) -> int:
-    field = {"float32": "float_data", "float64": "double_data", "int64": "int64_data"}.get(dtype, "int32_data")
-    values: list[Any] = getattr(tensor, field)
-    return len(values)
-
-
 def _dtype(number: int) -> str | None:
-    """The name of an ONNX type, if policies may use it."""
+    """The name of an ONNX type, if policies may use it. Not by numpy: older onnx has float32 for 8 bits too."""
     import onnx
 
     try:

@@ -13,7 +13,7 @@ of the policy, only inputs by name:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -138,6 +138,11 @@ class Core:
     outputs: tuple[Port, ...]
     margin: str = "margin"
     tolerance: float = 1e-4
+
+
+def features_of(cores: Iterable[Core]) -> frozenset[Feature]:
+    """What the networks read."""
+    return frozenset(Feature(port.name) for core in cores for port in core.inputs if port.name in FEATURES)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ class Loaded:
         sessions: by the method that each stands for.
     """
 
-    folder: Path
     description: ExportedPolicy
     sessions: dict[Method, Session]
 
@@ -64,7 +63,7 @@ def load_exported(path: str | Path, provider: str = "cpu") -> Loaded:
         for file, (_, network) in files.items():
             inputs, outputs = rows_of(file, network)
             compare(file, network, outputs, sessions[network.method].run(inputs))
-    return Loaded(folder, description, sessions)
+    return Loaded(description, sessions)
 
 
 def read_description(folder: Path) -> ExportedPolicy:

@@ -1,16 +1,17 @@
 """The process that opens and runs a file first, in bounded memory. Imports numpy and onnxruntime, and nothing of bpkit.
 
-`bpkit.export.golden` starts it. Standard input: a line of JSON, then the bytes of each file and of its inputs. Standard
-output: for each file a line of JSON, then the bytes of the outputs of its first case.
+`bpkit.export.golden` starts it. Standard input: its pickles, of where packages are, and of the files with their inputs.
+Standard output, which is not to be trusted: for each file a line of JSON, then the bytes of its first case's outputs.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import sys
-from typing import Any, BinaryIO
+from typing import Any
 
 MEMORY = 1 << 30
 """Bytes that one process may use for the tensors of exported policies, weights aside."""
@@ -66,17 +67,13 @@ def main() -> None:
     """Run every case of every file."""
     source, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whoever prints to standard output does not garble the results
-    task = json.loads(source.readline())
-    sys.path[:0] = task["paths"]
-    import numpy as np
+    sys.path[:0] = pickle.load(source)
     import onnxruntime
 
     bound_arena(onnxruntime)
-    files = task["files"]
-    bound_process(MEMORY + PER_BYTE * max(file["bytes"] for file in files) + task["input_bytes"], task["seconds"])
-    for file in files:
-        data = source.read(file["bytes"])
-        cases = [{name: _read(np, source, dtype, shape) for name, dtype, shape in case} for case in file["cases"]]
+    seconds, files = pickle.load(source)
+    bound_process(MEMORY + PER_BYTE * max(len(data) for data, _ in files), seconds)
+    for data, cases in files:
         try:
             answer = _run(onnxruntime, data, cases)
         except Exception as error:
@@ -89,11 +86,6 @@ def plain(error: Exception) -> str:
     """What an error of onnxruntime says, without codes, and places in its own sources."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+:\d+ [^()]*\([^()]*\) ?", "", " ".join(str(error).split()))
     return text[:300] or type(error).__name__
-
-
-def _read(np: Any, source: BinaryIO, dtype: str, shape: list[int]) -> Any:
-    count = int(np.prod(shape, dtype=np.int64))
-    return np.frombuffer(source.read(count * np.dtype(dtype).itemsize), dtype=dtype).reshape(shape)
 
 
 def _run(onnxruntime: Any, data: bytes, cases: list[dict[str, Any]]) -> tuple[dict[str, Any], bytes]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bpkit.export.core import DECIDES, FEATURES, Core
+from bpkit.export.core import DECIDES, Core, features_of
 from bpkit.export.inputs import Given, Inputs
 from bpkit.export.schema import Agreement
 from bpkit.policy import Policy, PolicyError, State
@@ -141,8 +141,7 @@ def _questions(
     """Each core with what it is asked about a group of prompts, and what the policy's own method answers."""
     names = {core.method: name for name, core in cores.items()}
     # A policy that sees no use in asking reads nothing, but its file does.
-    read = {Feature(port.name) for core in cores.values() for port in core.inputs if port.name in FEATURES}
-    wants, state = policy.wants | read, State()
+    wants, state = policy.wants | features_of(cores.values()), State()
     if "begin" in names:
         context = at_begin(prompts, spec, wants)
         state = policy.begin(context)

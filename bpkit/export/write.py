@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bpkit.export import schema
 from bpkit.export.convert import OPSETS, to_onnx
-from bpkit.export.core import FEATURES, KNOWN, Core, Export, Exportable
+from bpkit.export.core import KNOWN, Core, Export, Exportable, features_of
 from bpkit.export.curves import TYPICAL_CONTEXT, Curves
 from bpkit.export.inputs import Inputs
 from bpkit.export.load import DESCRIPTION
@@ -106,7 +106,6 @@ def description(
     Args:
         data: the ONNX files by name. rows: golden ones, by file stem. others: fields that neither of these tells.
     """
-    ports = [port for core in what.cores.values() for port in core.inputs]
     typical = what.curves(TYPICAL_CONTEXT) if what.curves is not None else None
     return schema.ExportedPolicy(
         block_sizes=what.block_sizes,
@@ -127,8 +126,8 @@ def description(
             )
             for stem, core in what.cores.items()
         },
-        features=sorted({port.name for port in ports if port.name in FEATURES}),
-        state=sorted({port.name for port in ports} - KNOWN),
+        features=sorted(features_of(what.cores.values())),
+        state=sorted({port.name for core in what.cores.values() for port in core.inputs} - KNOWN),
         curves=None if typical is None else schema.Default(steps=typical.steps, verify=typical.verify),
         **others,
     )

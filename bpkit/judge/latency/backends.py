@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.export.convert import OPSETS, to_onnx
-from bpkit.export.core import FEATURES, Core, Export, Exportable, Method
+from bpkit.export.core import Core, Export, Exportable, Method, features_of
 from bpkit.export.load import Loaded
 from bpkit.export.policy import Onnx, OnnxConfig
 from bpkit.export.schema import Golden
@@ -38,7 +38,7 @@ def exported_here(export: Export, spec: DecoderSpec, provider: str) -> Onnx:
     sessions = {core.method: open_session(data[f"{stem}.onnx"], provider) for stem, core in export.cores.items()}
     nothing = dict.fromkeys(export.cores, Golden(inputs={}, outputs={}))
     here: Any = {"name": "exported_here", "policy": "exported_here", "summary": "", "options": {}, "validation": {}}
-    loaded = Loaded(Path(), description(export, data, spec, OPSETS[0], nothing, **here), sessions)
+    loaded = Loaded(description(export, data, spec, OPSETS[0], nothing, **here), sessions)
     return Onnx.of(loaded, validated(OnnxConfig, {"provider": provider}, owner="onnx"))
 
 
@@ -72,11 +72,6 @@ class Backends:
     def asks(self) -> bool:
         """Whether torch computes the networks at all: a policy may decide once for all that asking does not pay."""
         return features_of(self.cores.values()) <= self.policies[TORCH].wants
-
-
-def features_of(cores: Iterable[Core]) -> frozenset[Feature]:
-    """What the networks read."""
-    return frozenset(Feature(port.name) for core in cores for port in core.inputs if port.name in FEATURES)
 
 
 def backends_of(

@@ -58,11 +58,11 @@ class Recorder(Policy):
         self.policy.bind(decoder, cost)
 
     def begin(self, context: Context) -> State:
-        self.begun.append(Question(_kept(context)))
+        self.begun.append(Question(replace(context, features=_cloned(context.features))))
         return self._timed("begin", context, lambda: self.policy.begin(context))
 
     def select(self, state: State, context: Context) -> Tensor:
-        self.steps.append(Question(self.begun[-1].begin, _kept(context)))
+        self.steps.append(Question(self.begun[-1].begin, replace(context, features=_cloned(context.features))))
         return self._timed("select", context, lambda: self.policy.select(state, context))
 
     def extend(self, state: State, draft: Draft) -> Tensor:
@@ -86,7 +86,12 @@ class Recorder(Policy):
             return self.begun
         if method == "select":
             return [Question(row.begin, row.context) for row in self.steps]
-        return _of_one_width(self.steps)
+        # Those with the commonest draft length: drafts of other widths make no batch.
+        by_width: defaultdict[int, list[Question]] = defaultdict(list)
+        for question in self.steps:
+            if question.draft is not None:
+                by_width[question.draft.tokens.shape[1]].append(question)
+        return max(by_width.values(), key=len, default=[])
 
     def _timed(self, method: Method, context: Context, ask: Callable[[], Answer]) -> Answer:
         device = context.position.device
@@ -137,18 +142,5 @@ def _stacked(features: Sequence[Mapping[Feature, Tensor]]) -> dict[Feature, Tens
     return {name: torch.cat([each[name] for each in features]) for name in features[0]}
 
 
-def _kept(context: Context) -> Context:
-    return replace(context, features=_cloned(context.features))
-
-
 def _cloned(features: Mapping[Feature, Tensor]) -> dict[Feature, Tensor]:
     return {name: value.clone() for name, value in features.items()}
-
-
-def _of_one_width(asked: list[Question]) -> list[Question]:
-    """Those with the commonest draft length: drafts of other widths make no batch."""
-    by_width: defaultdict[int, list[Question]] = defaultdict(list)
-    for question in asked:
-        if question.draft is not None:
-            by_width[question.draft.tokens.shape[1]].append(question)
-    return max(by_width.values(), key=len, default=[])
