@@ -146,7 +146,7 @@ class AutoregressiveSession:
         if count == 0:
             return self.drafter.nothing()
         read = self.unread
-        parts: list[Proposal] = []
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(count):
             output = self.drafter.model(
                 input_ids=self.drafter.own(read),
@@ -155,20 +155,15 @@ class AutoregressiveSession:
                 logits_to_keep=1,
                 output_hidden_states=[self.drafter.last_index],
             )
-            if not parts and self.drafter.stateful:
+            if not steps and self.drafter.stateful:
                 self.snapshot = self.snapshot or Snapshot(self.cache)
                 self.snapshot.keep()
                 self.snapshot.take()
             # Some architectures have no `logits_to_keep`.
             read, scores = draw(self.drafter.score(output.logits[:, -1:]))
-            parts.append(Proposal(read, scores, output.hidden_states[self.drafter.last_index][:, -1:]))
-            if go_on is not None and len(parts) < count and not go_on(parts[-1]):
+            steps.append((read, scores, output.hidden_states[self.drafter.last_index][:, -1:]))
+            if go_on is not None and len(steps) < count and not go_on(Proposal(*steps[-1])):
                 break
-        self.drafted = len(parts)
-        return _joined(parts, waited)
-
-
-def _joined(parts: list[Proposal], read: int) -> Proposal:
-    tokens = torch.cat([p.tokens for p in parts], dim=1)
-    scores = torch.cat([p.scores for p in parts if p.scores is not None], dim=1)
-    return Proposal(tokens, scores, torch.cat([p.hidden for p in parts if p.hidden is not None], dim=1), read)
+        self.drafted = len(steps)
+        tokens, scores, hidden = (torch.cat(values, dim=1) for values in zip(*steps, strict=True))
+        return Proposal(tokens, scores, hidden, waited)

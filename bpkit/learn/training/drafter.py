@@ -24,6 +24,10 @@ BLOCK_SIZES = (4, 8, 16, 16, 16, 32)
 """Drawn at random, relative to a trained block size of 16: mostly the trained one."""
 NOISE_POSITIONS = 512
 """Block positions in one sequence: 32 blocks of 16, or 128 of 4."""
+_AS_THE_TARGET = (
+    "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim rms_norm_eps "
+    "rope_parameters max_position_embeddings"
+).split()
 
 
 def position_weights(block_size: int, device: torch.device) -> Tensor:
@@ -65,7 +69,10 @@ class BlockDraftLoss(nn.Module):
         config, target = self.scorer.drafter.config, self._frozen[0].to(ids.device)
         block_size = BLOCK_SIZES[int(torch.randint(len(BLOCK_SIZES), ()))] * config.block_size // 16
         blocks = NOISE_POSITIONS // block_size
-        anchors = _random_anchors(prompt_length, length, blocks)
+        # Each leaves at least one token of the response to predict.
+        span = (length - 1 - prompt_length).clamp(min=1)[:, None]
+        drawn = (torch.rand(len(length), blocks, device=length.device) * span).long()
+        anchors = prompt_length[:, None] + drawn
         places = (anchors[..., None] + torch.arange(block_size, device=ids.device)).flatten(1)
         inside = places < length[:, None]
         tokens = ids.gather(1, places.clamp(max=ids.shape[1] - 1))
@@ -89,33 +96,6 @@ class BlockDraftLoss(nn.Module):
         return mean
 
 
-def _random_anchors(prompt_length: Tensor, length: Tensor, blocks: int) -> Tensor:
-    """Anchors in the response that leave at least one token to predict: int64 [batch, blocks]."""
-    span = (length - 1 - prompt_length).clamp(min=1)[:, None]
-    drawn = (torch.rand(len(length), blocks, device=length.device) * span).long()
-    return prompt_length[:, None] + drawn
-
-
-def drafter_config(
-    target: PreTrainedModel, mask_token_id: int, *, layers: int, block_size: int, target_layer_ids: list[int]
-) -> DFlashConfig:
-    """A drafter of the target's width with `layers` layers."""
-    base = target.config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return DFlashConfig(
-        **{name: getattr(base, name) for name in names},
-        rms_norm_eps=base.rms_norm_eps,
-        rope_parameters=base.rope_parameters,
-        max_position_embeddings=base.max_position_embeddings,
-        num_hidden_layers=layers,
-        tie_word_embeddings=False,
-        block_size=block_size,
-        mask_token_id=mask_token_id,
-        target_layer_ids=target_layer_ids,
-        architectures=["DFlashModel"],
-    )
-
-
 def train_drafter(
     target_path: str,
     out: Path,
@@ -136,13 +116,22 @@ def train_drafter(
     tokenizer, target = load_target(target_path, run)
     if tokenizer.mask_token_id is None:
         raise ValueError(f"the tokenizer of {target_path} has no mask token: add one with add_special_tokens first")
-    depth = target.config.num_hidden_layers
+    base = target.config
+    depth = base.num_hidden_layers
     shape: dict[str, Any] = {
         "block_size": block_size,
         "target_layer_ids": target_layer_ids or [1, depth // 2, depth - 2],
     }
     answers = target_answers(target, tokenizer, prompts, out, run)
-    drafter = DFlashModel(drafter_config(target, tokenizer.mask_token_id, layers=run.layers, **shape))
+    config = DFlashConfig(
+        **{name: getattr(base, name) for name in _AS_THE_TARGET},
+        num_hidden_layers=run.layers,
+        tie_word_embeddings=False,
+        mask_token_id=tokenizer.mask_token_id,
+        architectures=["DFlashModel"],
+        **shape,
+    )
+    drafter = DFlashModel(config)
     drafter.norm.load_state_dict(target.model.norm.state_dict())
     loss = BlockDraftLoss(drafter, target)
     train_model(

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,9 @@ def fit(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's remarks on hardware and its advice; warnings of others are left alone."""
-    levels = {(logger := logging.getLogger(f"lightning.{part}")): logger.level for part in ("pytorch", "fabric")}
-    try:
-        for logger in levels:
+    with ExitStack() as restore, warnings.catch_warnings():
+        for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
+            restore.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
+        warnings.filterwarnings("ignore", module="lightning")
+        yield

@@ -141,7 +141,7 @@ def _fit(module: PolicyModule, data: ExampleData, best: BestByReplay, out: Path,
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         return fit(
             module,
@@ -160,7 +160,7 @@ def _fit(module: PolicyModule, data: ExampleData, best: BestByReplay, out: Path,
             enable_progress_bar=False,
         )
     finally:  # Lightning sets it for the whole process
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 def _logger(how: PolicyRun, out: Path) -> Logger:

@@ -105,9 +105,9 @@ def check_alike(traces: Sequence[Trace]) -> None:
     first = traces[0]
     for other in traces[1:]:
         different = [
-            f"{name.replace('_', ' ')} {getattr(first.manifest, name)}, not {getattr(other.manifest, name)}"
+            f"{name.replace('_', ' ')} {ours}, not {theirs}"
             for name in _MUST_AGREE
-            if getattr(first.manifest, name) != getattr(other.manifest, name)
+            if (ours := getattr(first.manifest, name)) != (theirs := getattr(other.manifest, name))
         ]
         for role in ("target", "drafter"):
             ours, theirs = getattr(first.manifest, role), getattr(other.manifest, role)
