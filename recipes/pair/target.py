@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bpkit.learn.training.model import ModelRun, autocast, train_model
-from bpkit.learn.training.provenance import fingerprint
 from recipes.pair.corpus import pack, training_documents
 from recipes.pair.tokenizer import train_tokenizer
 
@@ -88,7 +87,7 @@ def train_target(
         (windows,),
         out,
         run,
-        fingerprints={name: fingerprint(domain) for name, domain in texts.items()},
+        texts=texts,
         layers=layers,
         hidden_size=hidden_size,
         vocab_size=vocab_size,

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from bpkit.learn.training.answers import DrafterRun, load_target, target_answers
 from bpkit.learn.training.model import autocast, train_model
-from bpkit.learn.training.provenance import fingerprint
 
 
 class DistillationLoss(nn.Module):
@@ -76,4 +75,4 @@ def train_assistant(target_path: str, out: Path, *, prompts: list[str], run: Dra
     drafter = first_layers(target, run.layers)
     answers = target_answers(target, tokenizer, prompts, out, run)
     loss = DistillationLoss(drafter, target)
-    train_model("train_assistant", drafter, loss, answers, out, run, fingerprints={"prompts": fingerprint(prompts)})
+    train_model("train_assistant", drafter, loss, answers, out, run, texts={"prompts": prompts})

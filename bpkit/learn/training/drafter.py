@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel, block_attention_mask
 from bpkit.learn.training.answers import DrafterRun, load_target, target_answers
 from bpkit.learn.training.model import autocast, train_model
-from bpkit.learn.training.provenance import fingerprint
 
 BLOCK_SIZES = (4, 8, 16, 16, 16, 32)
 """Drawn at random, relative to a trained block size of 16: mostly the trained one."""
@@ -134,6 +133,4 @@ def train_drafter(
     drafter = DFlashModel(config)
     drafter.norm.load_state_dict(target.model.norm.state_dict())
     loss = BlockDraftLoss(drafter, target)
-    train_model(
-        "train_drafter", drafter, loss, answers, out, run, fingerprints={"prompts": fingerprint(prompts)}, **shape
-    )
+    train_model("train_drafter", drafter, loss, answers, out, run, texts={"prompts": prompts}, **shape)

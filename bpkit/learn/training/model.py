@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
 from bpkit.learn.training.fit import FitOptions, fit
-from bpkit.learn.training.provenance import write_provenance
+from bpkit.learn.training.provenance import fingerprint, write_provenance
 
 HELD_OUT = 64
 """Examples that are validated on: the first ones."""
@@ -135,14 +135,13 @@ def train_model(
     out: Path,
     run: ModelRun,
     *,
-    fingerprints: Mapping[str, str],
+    texts: Mapping[str, Iterable[str]],
     **arguments: Any,
 ) -> None:
     """Train `model` by `loss`, and write it to the folder `out` in bfloat16, with what made it.
 
     Args:
-        recipe: name of the function that was called, for the record. arguments: what it was called with beside `run`.
-            fingerprints: of its texts.
+        recipe, arguments, texts: function that was called, with what beside `run`, and on what, for the record.
         columns: the loss's arguments, examples first in each.
     """
     if run.compile:
@@ -167,7 +166,8 @@ def train_model(
         )
     if is_first:
         model.to(torch.bfloat16).save_pretrained(out)
-        write_provenance(out, recipe, {**asdict(run), **arguments}, fingerprints)
+        data_of = {name: fingerprint(of_kind) for name, of_kind in texts.items()}
+        write_provenance(out, recipe, {**asdict(run), **arguments}, data_of)
 
 
 def _shows_bars() -> bool:

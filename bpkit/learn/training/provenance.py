@@ -20,12 +20,11 @@ def fingerprint(texts: Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest()
 
 
-PROVENANCE = "provenance.json"
 _PACKAGES = ("torch", "transformers", "lightning")
 
 
 def write_provenance(
-    out: Path, recipe: str, arguments: Mapping[str, Any], data: Mapping[str, str], *, name: str = PROVENANCE
+    out: Path, recipe: str, arguments: Mapping[str, Any], data: Mapping[str, str], *, name: str = "provenance.json"
 ) -> None:
     """Write `out/provenance.json`, or `name` there, at once.
 
