@@ -488,7 +488,7 @@ def test_faults_of_examples_and_prompts_are_explained(tmp_path: Path, monkeypatc
 def test_processes_share_an_order_that_follows_from_the_epoch() -> None:
     def rows(rank: int, epoch: int, *, seed: int = 1) -> list[int]:
         examples = {"row": torch.arange(7)}
-        data = ExampleData(examples, examples, batch_size=2, seed=seed)
+        data = ExampleData(examples, examples, TrainingOptions(batch_size=2, seed=seed))
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
         loader: Any = data.train_dataloader()
         loader.sampler.set_epoch(epoch)
@@ -499,7 +499,7 @@ def test_processes_share_an_order_that_follows_from_the_epoch() -> None:
     assert rows(0, 0) == rows(0, 0) != rows(0, 1)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1_000_003 + 1)).tolist()
     assert rows(0, 1) == [*order, order[0]][::2], "orders are those of earlier versions"
-    alone = ExampleData({"row": torch.arange(3)}, {"row": torch.arange(3)}, batch_size=2, seed=1)
+    alone = ExampleData({"row": torch.arange(3)}, {"row": torch.arange(3)}, TrainingOptions(batch_size=2, seed=1))
     assert [batch["row"].tolist() for batch in alone.val_dataloader()] == [[0, 1], [2]]
 
 

@@ -70,9 +70,9 @@ class ExampleData(L.LightningDataModule):
     processes takes every n-th, all of them the same number.
     """
 
-    def __init__(self, train: Examples, validation: Examples, *, batch_size: int, seed: int) -> None:
+    def __init__(self, train: Examples, validation: Examples, options: TrainingOptions) -> None:
         super().__init__()
-        self.train, self.validation, self.batch_size, self.seed = train, validation, batch_size, seed
+        self.train, self.validation, self.options = train, validation, options
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(self.train, shuffle=True)
@@ -84,12 +84,12 @@ class ExampleData(L.LightningDataModule):
         places: Any = range(rows(data))
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         # Each epoch it draws by its seed plus the epoch: seeds that follow each other must not share orders.
-        order: Any = DistributedSampler(places, processes, rank, shuffle=shuffle, seed=self.seed * 1_000_003)
+        order: Any = DistributedSampler(places, processes, rank, shuffle=shuffle, seed=self.options.seed * 1_000_003)
 
         def batch(chosen: list[int]) -> Examples:
             return {name: tensor[torch.tensor(chosen)] for name, tensor in data.items()}
 
-        return DataLoader(places, self.batch_size, sampler=order, collate_fn=batch)
+        return DataLoader(places, self.options.batch_size, sampler=order, collate_fn=batch)
 
 
 def examples_key(module: PolicyModule, data: str) -> str:

@@ -97,23 +97,20 @@ def train_policy(
         return out
     with torch.random.fork_rng(devices=[]):
         key = examples_key(module, fingerprint_values(facts["prompts"]))
-        data = ExampleData(
-            *(
-                collect_examples(module, of_part, out / "examples", part=part, key=key, progress=progress)
-                for part, of_part in prompts.items()
-            ),
-            batch_size=module.options.batch_size,
-            seed=module.options.seed,
+        train, held = (
+            collect_examples(module, of_part, out / "examples", part=part, key=key, progress=progress)
+            for part, of_part in prompts.items()
         )
+        data = ExampleData(train, held, module.options)
         torch.manual_seed(module.options.seed)
-        module.prepare(data.train)
+        module.prepare(train)
         check_prepared(module)
         module.replay = replay = Validation.of(module, prompts["validation"])
         best = BestByReplay(out / "checkpoints", module.options, progress)
         if not _fit(module, data, best, out, how):
             return out  # another process writes the result
         best.restore(module)
-        module.calibrate(data.validation)
+        module.calibrate(held)
         module.choose(replay)
     policy = module.finished()
     progress.start("final validation", len(prompts["validation"]))
