@@ -12,7 +12,6 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from bpkit.cli import calibrate as command
 from bpkit.cli.main import build_app
 from bpkit.decode.clock import price
 from bpkit.decode.decoder import SpeculativeDecoder
@@ -339,7 +338,7 @@ def test_an_interrupted_calibration_keeps_the_old_file(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "measure", interrupt)
+    monkeypatch.setattr("bpkit.trace.cost.calibrate.calibrate", interrupt)
     out = tmp_path / "cost.json"
     done = run(*on_tiny, "--out", str(out))
     assert done.exit_code == 130

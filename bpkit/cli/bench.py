@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bpkit.cli import options, outputs
 from bpkit.cli.bench_policy import bench_policy
 from bpkit.cli.outputs import Outputs
-from bpkit.cli.terminal import Bar, say
+from bpkit.cli.terminal import say
 from bpkit.config import Config
 from bpkit.policy import PolicyError
 from bpkit.prompts import Prompt
@@ -71,11 +71,24 @@ def bench(
     if context.invoked_subcommand is not None:
         return refuse_options_before(context)
     named = named_policies(policy or [], config)
-    with files.pending() as bar:
-        report = compare(config, named, texts, against=tuple(against or ()), repeats=repeats, bar=bar)
+    from bpkit.cli.models import load_decoder
+    from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
+    from bpkit.judge.wall_clock.decoders import check_peers
     from bpkit.judge.wall_clock.plot import plot_report
     from bpkit.judge.wall_clock.report import print_report
 
+    check_peers(tuple(against or ()))
+    first, watchers = next(iter(named.values())), config.observers or ()
+    with files.pending() as bar, closing(load_decoder(config, first, observers=watchers)) as decoder:
+        settings = BenchSettings(
+            policies=those_that_fit(decoder, named) if tuple(named) == DEFAULT_POLICIES else named,
+            options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
+            against=tuple(against or ()),
+            repeats=repeats,
+            threads=config.runtime.threads,
+            seed=config.sampling.seed or 0,
+        )
+        report = run_bench(decoder, texts, settings, bar)
     files.deliver(report, print_report, plot_report)
 
 
@@ -91,36 +104,6 @@ def refuse_options_before(context: typer.Context) -> None:
 def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
     """The policies by name: those of the flags, else the config's one, else the default ones."""
     return options.named_policies(given, config) or dict(zip(DEFAULT_POLICIES, DEFAULT_POLICIES, strict=True))
-
-
-def compare(
-    config: Config,
-    policies: dict[str, PolicyLike],
-    prompts: list[Prompt],
-    *,
-    against: tuple[str, ...],
-    repeats: int,
-    bar: Bar,
-) -> dict[str, Any]:
-    """Load the models, measure, and return the report."""
-    from bpkit.cli.models import load_decoder
-    from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
-    from bpkit.judge.wall_clock.decoders import check_peers
-
-    check_peers(against)
-    decoder = load_decoder(config, next(iter(policies.values())), observers=config.observers or ())
-    if tuple(policies) == DEFAULT_POLICIES:
-        policies = those_that_fit(decoder, policies)
-    settings = BenchSettings(
-        policies=policies,
-        options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
-        against=against,
-        repeats=repeats,
-        threads=config.runtime.threads,
-        seed=config.sampling.seed or 0,
-    )
-    with closing(decoder):
-        return run_bench(decoder, prompts, settings, bar)
 
 
 def those_that_fit(decoder: SpeculativeDecoder, policies: dict[str, PolicyLike]) -> dict[str, PolicyLike]:

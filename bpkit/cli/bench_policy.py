@@ -5,22 +5,24 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bpkit.cli import completion, options, outputs
 from bpkit.cli.errors import require
 from bpkit.cli.outputs import Outputs, portable
-from bpkit.cli.terminal import Bar, say
+from bpkit.cli.terminal import say
 from bpkit.config import Config
 from bpkit.policy import PolicyError
 from bpkit.prompts import Prompt
+from bpkit.registry.discovery import registry
+from bpkit.registry.policy_folder import shipped_folders
+from bpkit.registry.resolve import resolve_policy
 
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.judge.latency.backends import Backends
-    from bpkit.judge.latency.measure import LatencySettings
 
 DEFAULT_BATCHES, DEFAULT_LIMIT, DEFAULT_CALLS, DEFAULT_NEW_TOKENS = "1+8+64", 8, 1000, 64
 _timing = partial(typer.Option, rich_help_panel="Timing")
@@ -81,7 +83,9 @@ def bench_policy(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="export", purpose="A comparison with onnxruntime")
     sizes = batch_sizes(batch)
-    from bpkit.judge.latency.measure import LatencySettings
+    from bpkit.cli.models import load_decoder
+    from bpkit.judge.latency.measure import LatencySettings, bench_latency
+    from bpkit.judge.latency.report import plot_latency, print_latency_report
 
     settings = LatencySettings(
         batch_sizes=sizes,
@@ -92,11 +96,13 @@ def bench_policy(
         block_size=block_size,
         provider=provider,
     )
+    for spec in policies or []:
+        resolve_policy(spec)  # a mistyped policy is told before any weights are read
     with files.pending() as bar:
-        report = measure(config, policies or [], texts, settings, weights, bar)
-    from bpkit.judge.latency.report import plot_latency, print_latency_report
-
-    files.deliver(report, print_latency_report, plot_latency)
+        decoder = load_decoder(config, "fixed")
+        timed = chosen(policies or [], decoder, provider, weights)
+        report = bench_latency(decoder, timed, texts, settings, bar)
+    files.deliver({"command": portable(sys.argv[1:]), **report}, print_latency_report, plot_latency)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -109,25 +115,6 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"--batch {text!r}: write batch sizes with + between them, such as {DEFAULT_BATCHES}")
     return tuple(sorted({int(part) for part in parts}))
-
-
-def measure(
-    config: Config,
-    specs: list[str],
-    prompts: list[Prompt],
-    settings: LatencySettings,
-    weights: Path | None,
-    bar: Bar,
-) -> dict[str, Any]:
-    """Load the models, measure, and return the report."""
-    from bpkit.cli.models import load_decoder
-    from bpkit.judge.latency.measure import bench_latency
-
-    options.named_policies(specs, config)
-    decoder = load_decoder(config, "fixed")
-    policies = chosen(specs, decoder, settings.provider, weights)
-    report = bench_latency(decoder, policies, prompts, settings, bar)
-    return {"command": portable(sys.argv[1:]), **report}
 
 
 def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights: Path | None) -> list[Backends]:
@@ -149,7 +136,4 @@ def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights
 
 def those_that_ship() -> list[str]:
     """Names of policies whose trained weights come with bpkit."""
-    from bpkit.registry.policy_folder import SHIPPED, is_policy_folder, read_policy_file
-
-    folders = sorted(folder for folder in SHIPPED.glob("*") if is_policy_folder(folder))
-    return list(dict.fromkeys(read_policy_file(folder).policy for folder in folders))
+    return [name for name in sorted(registry().policies) if shipped_folders(name)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bpkit.cli import completion, options
 from bpkit.cli.outputs import Outputs, command_line
-from bpkit.cli.terminal import Bar, console
+from bpkit.cli.terminal import console
 from bpkit.config import Config
 from bpkit.prompts import Prompt
 
@@ -92,28 +92,25 @@ def calibrate(
     from bpkit.trace.cost.plot import plot_cost
 
     files = Outputs(out if show is None else None, plot=plot)
-    wanted = {"max_block_size": max_block_size, "spread": spread / 100, "max_minutes": max_minutes, "rounds": rounds}
     if show is not None:
         cost = read_cost(show)
     else:
+        from bpkit.cli.models import load_decoder
+        from bpkit.trace.cost.calibrate import CalibrationSettings
+        from bpkit.trace.cost.calibrate import calibrate as measure
+
+        settings = CalibrationSettings(
+            max_block_size=max_block_size,
+            spread=spread / 100,
+            max_minutes=max_minutes,
+            rounds=rounds,
+            options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
+            seed=config.sampling.seed or 0,
+            command=command_line(),
+        )
         with files.pending() as bar:
-            cost = measure(config, texts, wanted, bar)
+            cost = measure(load_decoder(config, "fixed"), texts, settings, bar.show)
     files.deliver(cost, print_cost, plot_cost, write=lambda path, cost: write_cost(cost, path))
-
-
-def measure(config: Config, prompts: list[Prompt], wanted: dict[str, Any], bar: Bar) -> CostTable:
-    """Load the models and measure."""
-    from bpkit.cli.models import load_decoder
-    from bpkit.trace.cost.calibrate import CalibrationSettings, calibrate
-
-    decoder = load_decoder(config, "fixed")
-    settings = CalibrationSettings(
-        **wanted,
-        options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
-        seed=config.sampling.seed or 0,
-        command=command_line(),
-    )
-    return calibrate(decoder, prompts, settings, bar.show)
 
 
 def print_presets() -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from bpkit.cli import completion, options
 from bpkit.cli.errors import FAILED, when_interrupted
@@ -132,7 +131,14 @@ def _with_models(config: Config, policy: PolicyLike, seed: int, bar: Bar) -> Res
 def _print(report: Report) -> None:
     out = console()
     out.print(f"[bold]{escape(report.policy)}[/]", soft_wrap=True)
-    out.print(table(report))
+    table = text_table("check", "", "what")
+    for result in report.results:
+        what = result.said
+        if result.state == "failed":
+            count = len(result.failures)
+            what = f"{result.summary}: {count} failure{'s' if count > 1 else ''}, see below"
+        table.add_row(result.name, f"[{_STYLES[result.state]}]{result.state}[/]", escape(what))
+    out.print(table)
     for drafter, why in report.left_out:
         out.print(f"[dim]not with drafter {escape(drafter)}: {escape(why)}[/]", soft_wrap=True)
     for result in report.results:
@@ -141,15 +147,3 @@ def _print(report: Report) -> None:
     for result in report.failed:
         out.print()
         out.print(f"[bold red]failed[/] {escape(str(result))}", soft_wrap=True)
-
-
-def table(report: Report) -> Table:
-    """A row for each check."""
-    made = text_table("check", "", "what")
-    for result in report.results:
-        what = result.said
-        if result.state == "failed":
-            count = len(result.failures)
-            what = f"{result.summary}: {count} failure{'s' if count > 1 else ''}, see below"
-        made.add_row(result.name, f"[{_STYLES[result.state]}]{result.state}[/]", escape(what))
-    return made

@@ -48,15 +48,17 @@ def doctor(
         typer.echo(json.dumps(plain(findings), indent=2))
     else:
         out = console()
-        out.print(table(findings))
+        out.print(_table(findings))
         for finding in findings:
             if finding.advice:
-                out.print(f"[{_STYLES[finding.state]}]{finding.state}[/] {escape(_sentence(finding))}", soft_wrap=True)
+                mends = "To mend it" if finding.state in ("warning", "broken") else "If you want it otherwise"
+                said = f"{finding.section}, {finding.name}: {finding.value}. {mends}: {finding.advice}"
+                out.print(f"[{_STYLES[finding.state]}]{finding.state}[/] {escape(said)}", soft_wrap=True)
     if broken(findings):
         raise typer.Exit(FAILED)
 
 
-def table(findings: list[Finding]) -> Table:
+def _table(findings: list[Finding]) -> Table:
     """A row for each finding."""
     made = text_table("", "what", "state", "found")
     before = ""
@@ -66,8 +68,3 @@ def table(findings: list[Finding]) -> Table:
         made.add_row(section, escape(finding.name), state, escape(finding.value))
         before = finding.section
     return made
-
-
-def _sentence(finding: Finding) -> str:
-    mends = "To mend it" if finding.state in ("warning", "broken") else "If you want it otherwise"
-    return f"{finding.section}, {finding.name}: {finding.value}. {mends}: {finding.advice}"

@@ -101,7 +101,7 @@ def export(
     from bpkit.trace.store.storage import open_trace
 
     quiet_libraries()
-    specs = options.named_policies(policies or [], config)
+    specs = options.named_policies(list(dict.fromkeys(policies or [])), config)
     if not specs:
         raise ValueError("name a policy to export, such as runs/forecast, or one in a file for --config")
     chosen = {shown: exportable(spec) for shown, spec in specs.items()}

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 POLICY, WEIGHTS = "policy.json", "weights.safetensors"
 SHIPPED = Path(__file__).parents[1] / "assets" / "policies"
-_MUST_AGREE = ("drafter_kind", "trained_block_size", "hidden_size", "vocab_size")
-_MAY_DIFFER = ("target", "drafter")
-"""Names: one pair of models may lie in different places."""
 
 
 class TrainedFor(BaseModel):
@@ -45,17 +42,15 @@ class TrainedFor(BaseModel):
 
     def differences(self, spec: DecoderSpec) -> list[str]:
         """What makes a policy useless for this decoder, as `name: trained for this, here that`."""
-        return self._differences(spec, _MUST_AGREE)
+        return self._differences(spec, ("drafter_kind", "trained_block_size", "hidden_size", "vocab_size"))
 
     def other_names(self, spec: DecoderSpec) -> list[str]:
-        """Names that differ, which need not mean that the models do."""
-        return self._differences(spec, _MAY_DIFFER)
+        """Names that differ, which need not mean that the models do: one pair may lie in different places."""
+        return self._differences(spec, ("target", "drafter"))
 
     def _differences(self, spec: DecoderSpec, names: tuple[str, ...]) -> list[str]:
-        pairs = [(name, getattr(self, name), getattr(spec, name)) for name in names]
-        return [
-            f"{name.replace('_', ' ')} {ours} there, {theirs} here" for name, ours, theirs in pairs if ours != theirs
-        ]
+        pairs = [(name.replace("_", " "), getattr(self, name), getattr(spec, name)) for name in names]
+        return [f"{name} {ours} there, {theirs} here" for name, ours, theirs in pairs if ours != theirs]
 
 
 class PolicyFile(BaseModel):

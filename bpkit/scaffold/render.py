@@ -31,12 +31,6 @@ SUMMARIES = {
 }
 """What the made policy does, for `bpkit policies`, unless its author says it."""
 
-EXTRAS = {Kind.STATELESS: "traces", Kind.FEEDBACK: "traces", Kind.TRAINED: "export,train"}
-"""Extras of bpkit that the author of such a policy needs."""
-
-EXTRAS_FOR = {Kind.STATELESS: "", Kind.FEEDBACK: "", Kind.TRAINED: ", training and exporting"}
-"""What for, after "reading traces"."""
-
 
 def render(names: Names, kind: Kind, *, summary: str | None = None, author: str | None = None) -> dict[str, str]:
     """The files of a new package: path -> text, sorted.
@@ -59,8 +53,9 @@ def render(names: Names, kind: Kind, *, summary: str | None = None, author: str 
         "authors": f'[{{ name = "{_one_line(author, "--author", MAX_SUMMARY)}" }}]' if author else "[]",
         "bpkit_distribution": DISTRIBUTION,
         "bpkit_version": __version__,
-        "extras": EXTRAS[kind],
-        "extras_for": EXTRAS_FOR[kind],
+        # Extras of bpkit that the author of such a policy needs; and what for, after "reading traces".
+        "extras": "export,train" if kind is Kind.TRAINED else "traces",
+        "extras_for": ", training and exporting" if kind is Kind.TRAINED else "",
     }
     files = {}
     for template in _templates(kind):

@@ -11,5 +11,5 @@ def bpkit_register_observers(register: Register) -> None:
         "prometheus",
         "bpkit_prometheus.observer:Prometheus",
         summary="Metrics of Prometheus: to be scraped from a port, or in a file for the node exporter.",
-        config="bpkit_prometheus.config:PrometheusConfig",
+        config="bpkit_prometheus.observer:PrometheusConfig",
     )

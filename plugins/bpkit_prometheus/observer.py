@@ -1,4 +1,4 @@
-"""Counts steps, and lets Prometheus read the counts."""
+"""Counts steps, and lets Prometheus read the counts. Importing this imports no prometheus_client."""
 
 from __future__ import annotations
 
@@ -6,15 +6,32 @@ import dataclasses
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, field_validator
 
 from bpkit.decode.observers import Ending, ObservedRequest, Observer, ObserverConfig, ObserverError
 from bpkit.installation.distribution import install_command
 from bpkit.types import Prefill, Record, Step
-from bpkit_prometheus.config import PrometheusConfig
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
+
+
+class PrometheusConfig(ObserverConfig):
+    """Where the metrics can be read: at a port, in a file, or both."""
+
+    port: int | None = Field(default=None, ge=0, le=65535, description="serve them at this port; 0 takes a free one")
+    address: str = Field(default="127.0.0.1", description="where to listen; 0.0.0.0 lets other machines read them")
+    textfile: Path | None = Field(default=None, description="write them here after each generation: FILE.prom")
+
+    @field_validator("textfile")
+    @classmethod
+    def _is_collected(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix != ".prom":
+            raise ValueError(f"{str(path)!r} does not end in .prom, and the node exporter reads no other files")
+        return path
 
 
 class Prometheus(Observer):
