@@ -326,7 +326,7 @@ def test_a_table_says_the_same_on_terminals_and_pages(tmp_path: Path) -> None:
     assert page.count('<tr class="dim">') == 1
     for width in (12, 80):  # columns stand closer and names fold; figures stay whole
         console = Console(file=(tmp_path / "out").open("w", encoding="utf-8"), width=width)
-        console.print(table.terminal())
+        console.print(table)
         console.file.close()
         printed = (tmp_path / "out").read_text(encoding="utf-8")
         assert all(len(line.rstrip()) <= width for line in printed.splitlines())

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from bpkit.judge.evaluation import policies as tuning
-from bpkit.judge.evaluation.candidate import Candidate
+from bpkit.judge.evaluation.candidate import Candidate, PolicyReplay
 from bpkit.judge.evaluation.policies import Tuned, rounds, tune_options
-from bpkit.judge.evaluation.replays import PolicyReplay
 from bpkit.judge.statistics import trimmed_mean
 from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress

@@ -149,7 +149,7 @@ def print_cost(cost: CostTable, shown: Console) -> None:
             row[3], row[5] = _figure(cost, cost.step(size)), f"{cost.break_even(size):.2f}"
         row.append("/".join(_percent(known.get((phase, size))) for phase in ("draft", "verify")))
         rows.append(Row(row[: len(head)]))
-    shown.print(Table(f"{cost.name} ({unit}{where})", head, [rows]).terminal())
+    shown.print(Table(f"{cost.name} ({unit}{where})", head, [rows]))
     for sentence in sentences(cost):
         shown.print(escape(sentence), soft_wrap=True)
 

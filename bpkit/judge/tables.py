@@ -1,9 +1,9 @@
-"""Tables of figures: described once, printed on a terminal of any width or written as HTML."""
+"""Tables of figures: described once, printed by rich on a terminal of any width or written as HTML."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,8 @@ class Table:
     sections: Sequence[Sequence[Row]]
     last_is_text: bool = False
 
-    def terminal(self) -> Fitted:
-        """To be printed by rich."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """On narrow terminals columns stand closer, cells fold between words, and no figure is cut off."""
         table = rich.table.Table(title=escape(self.title), title_justify="left", box=box.SIMPLE_HEAD)
         last = len(self.head) - 1 if self.last_is_text else 0
         for place, title in enumerate(self.head):
@@ -48,7 +48,12 @@ class Table:
             for row in rows:
                 table.add_row(*map(escape, row.cells), style=row.style)
             table.add_section()
-        return Fitted(table)
+        if Measurement.get(console, options.update(max_width=10_000), table).maximum <= options.max_width:
+            yield table
+        else:
+            fold_between_words(table, console, options)
+            yield table
+            yield ""  # for the edge that it has lost
 
     def html(self) -> str:
         """A table that scrolls sideways where it is too wide; without the title."""
@@ -75,22 +80,10 @@ def bracketed(interval: Sequence[float], form: str) -> str:
     return f"({low:{form}}..{high:{form}})"
 
 
-class Fitted:
-    """A rich table that fits itself to the console it is printed on. Where there is room it is as it was.
-
-    On narrow terminals columns stand closer, cells fold between words, and no figure is cut off.
-    """
-
-    def __init__(self, table: rich.table.Table) -> None:
-        self.table = table
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if Measurement.get(console, options.update(max_width=10_000), self.table).maximum > options.max_width:
-            fold_between_words(self.table, console, options)
-            yield self.table
-            yield ""  # for the edge that it has lost
-        else:
-            yield self.table
+def print_sentences(sentences: Iterable[str], console: Console) -> None:
+    """A line for each, however long: the terminal folds it."""
+    for sentence in sentences:
+        console.print(escape(sentence), soft_wrap=True)
 
 
 def fold_between_words(table: rich.table.Table, console: Console, options: ConsoleOptions) -> None:
@@ -100,20 +93,15 @@ def fold_between_words(table: rich.table.Table, console: Console, options: Conso
     """
     table.padding = (0, 0)
     table.pad_edge = table.show_edge = False
-    measured = [_measured(column, console, options) for column in table.columns]
-    widths = [words.minimum for words in measured]
+    wide = options.update(max_width=10_000)
+    measured = [[Measurement.get(console, wide, c) for c in (one.header, *one.cells)] for one in table.columns]
+    widths = [max(words.minimum for words in cells) for cells in measured]
+    lines = [max(words.maximum for words in cells) for cells in measured]
     spare = options.max_width - sum(widths) - (len(widths) - 1)  # a blank between columns
     widths[0] = max(widths[0] + min(spare, 0), 1)
-    for place, words in enumerate(measured):
-        more = min(max(spare, 0), words.maximum - widths[place])
+    for place, line in enumerate(lines):
+        more = min(max(spare, 0), line - widths[place])
         widths[place] += more
         spare -= more
     for column, width in zip(table.columns, widths, strict=True):
         column.width, column.overflow = width, "fold"
-
-
-def _measured(column: rich.table.Column, console: Console, options: ConsoleOptions) -> Measurement:
-    """The longest word and the longest line of a column, its header included."""
-    wide = options.update(max_width=10_000)
-    found = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
-    return Measurement(max(one.minimum for one in found), max(one.maximum for one in found))

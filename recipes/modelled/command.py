@@ -97,4 +97,4 @@ def print_model_report(report: dict[str, Any], out: Console) -> None:
             )
         )
     head = ("policy", "measured\ntokens/s", "modelled\ntokens/s", "modelled / measured", "same steps")
-    out.print(Table(f"{prompts} prompts, time of steps", head, [rows]).terminal())
+    out.print(Table(f"{prompts} prompts, time of steps", head, [rows]))

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from bpkit.judge.tables import Fitted
+from bpkit.judge.tables import Row, Table, bracketed, print_sentences
 from bpkit.sizes import format_sizes
 from recipes.sweep.read import Sweep
 
@@ -23,12 +20,10 @@ _UNITS = {"acceptance_length": "acceptance length", "tokens_per_second": "tokens
 
 def print_sweep(report: Mapping[str, Any], console: Console) -> None:
     """Print the means by size, the figures of each group, and what they say."""
-    console.print(Fitted(_by_size(report)))
-    shown = groups(report)
-    console.print(Fitted(_figures(shown, report["figure"])))
+    console.print(_by_size(report))
+    console.print(_figures(groups(report), report["figure"]))
     title, group = main_group(report)
-    for sentence in sentences(title, group, report["figure"]):
-        console.print(escape(sentence), soft_wrap=True)
+    print_sentences(sentences(title, group, report["figure"]), console)
 
 
 def groups(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -46,23 +41,16 @@ def main_group(report: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _by_size(report: Mapping[str, Any]) -> Table:
-    figure = _UNITS[report["figure"]]
-    table = Table(title=f"{figure}, mean over {report['prompts']} prompts", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("block size", justify="right", style="bold")
-    table.add_column(figure, justify="right")
-    table.add_column("95% interval", justify="right")
-    best = str(report["all"]["best_fixed"]["block_size"])
-    for size, entry in report["by_size"].items():
-        style = "green" if size == best else None
-        table.add_row(size, f"{entry['value']:.2f}", _range(entry["interval"], "{:.2f}"), style=style)
-    return table
+    figure, best = _UNITS[report["figure"]], str(report["all"]["best_fixed"]["block_size"])
+    rows = [
+        Row((size, f"{e['value']:.2f}", bracketed(e["interval"], ".2f")), "green" if size == best else None)
+        for size, e in report["by_size"].items()
+    ]
+    return Table(f"{figure}, mean over {report['prompts']} prompts", ("block size", figure, "95% interval"), [rows])
 
 
 def _figures(shown: Mapping[str, Mapping[str, Any]], figure: str) -> Table:
-    table = Table(title="choosing a size", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("", style="bold")
-    for title, group in shown.items():
-        table.add_column(escape(f"{title}\n{group['prompts']} prompts"), justify="right")
+    head = ("", *(f"{title}\n{group['prompts']} prompts" for title, group in shown.items()))
     rows = {
         f"best fixed size, in sample ({_UNITS[figure]})": [
             f"{g['best_fixed']['value']:.2f} at {g['best_fixed']['block_size']}" for g in shown.values()
@@ -76,9 +64,7 @@ def _figures(shown: Mapping[str, Mapping[str, Any]], figure: str) -> Table:
             "-" if g["neighbours"] is None else f"{g['neighbours']['p_value']:.4f}" for g in shown.values()
         ],
     }
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    return table
+    return Table("choosing a size", head, [[Row((name, *cells)) for name, cells in rows.items()]])
 
 
 def _with_gain(entry: Mapping[str, Any]) -> str:
@@ -86,16 +72,11 @@ def _with_gain(entry: Mapping[str, Any]) -> str:
 
 
 def _gain(entry: Mapping[str, Any]) -> str:
-    return f"{100 * entry['gain']:+.2f}% {_range([100 * x for x in entry['gain_interval']], '{:+.2f}')}"
+    return f"{100 * entry['gain']:+.2f}% {bracketed([100 * x for x in entry['gain_interval']], '+.2f')}"
 
 
 def _neighbours(entry: Mapping[str, Any] | None) -> str:
     return "-" if entry is None else _gain(entry)
-
-
-def _range(pair: list[float], form: str) -> str:
-    # Without blanks, so that narrow terminals do not fold in its middle.
-    return f"({form.format(pair[0])}..{form.format(pair[1])})"
 
 
 def sentences(title: str, group: Mapping[str, Any], figure: str) -> list[str]:
@@ -111,7 +92,7 @@ def sentences(title: str, group: Mapping[str, Any], figure: str) -> list[str]:
         f"The oracle, {oracle['value']:.2f}, is a bound and no policy: it takes for each prompt the size that measured "
         f"best on that prompt, luck included. It is {100 * oracle['gain']:+.2f}% over the best fixed size.",
         f"Where no prompt prefers any size, the same arithmetic gives {100 * chance['gain']:+.2f}% "
-        f"{_range([100 * x for x in chance['gain_interval']], '{:+.2f}')}: {_against_luck(chance['p_value'])}.",
+        f"{bracketed([100 * x for x in chance['gain_interval']], '+.2f')}: {_against_luck(chance['p_value'])}.",
         _about_neighbours(group["neighbours"]),
     ]
     ratio = chance["spread_ratio"]

@@ -4,49 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from bpkit.judge.tables import Fitted
+from bpkit.judge.tables import Row, Table, bracketed, print_sentences
 from bpkit.sizes import format_sizes
 
 
 def print_trace_report(report: dict[str, Any], console: Console) -> None:
     """Print speed, parts, and the sentences that say what was measured."""
-    console.print(Fitted(speed_table(report)))
-    console.print(Fitted(parts_table(report)))
-    for sentence in sentences(report):
-        console.print(escape(sentence), soft_wrap=True)
+    console.print(speed_table(report))
+    console.print(parts_table(report))
+    print_sentences(sentences(report), console)
 
 
 def speed_table(report: dict[str, Any]) -> Table:
     """Prompts per minute, and how much faster the trace is than each brute force."""
     count = len(report["settings"]["block_sizes"])
-    table = Table(title=f"tracing {report['prompts']} prompts", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("way", style="bold")
-    table.add_column("prompts/min", justify="right")
-    table.add_column("trace is faster\n(ratio of sums)", justify="right")
-    table.add_column("trace is faster\n(median prompt)", justify="right")
-    table.add_row("trace", f"{report['trace']['prompts_per_minute']:.2f}", "", "")
+    rows = [Row(("trace", f"{report['trace']['prompts_per_minute']:.2f}", "", ""))]
     for name, title in (("generations", f"{count} generations"), ("positions", "from every position (scaled)")):
         entry = report[name]
-        ratios = [f"{entry[key]:.1f}x {_interval(entry[f'{key}_interval'])}" for key in ("ratio", "median_ratio")]
-        table.add_row(title, f"{entry['prompts_per_minute']:.2f}", *ratios)
-    return table
+        ratios = [f"{entry[k]:.1f}x {bracketed(entry[f'{k}_interval'], '.1f')}" for k in ("ratio", "median_ratio")]
+        rows.append(Row((title, f"{entry['prompts_per_minute']:.2f}", *ratios)))
+    head = ("way", "prompts/min", "trace is faster\n(ratio of sums)", "trace is faster\n(median prompt)")
+    return Table(f"tracing {report['prompts']} prompts", head, [rows])
 
 
 def parts_table(report: dict[str, Any]) -> Table:
     """Where the time of a traced prompt goes."""
-    table = Table(title="a traced prompt", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("part", style="bold")
-    table.add_column("seconds", justify="right")
-    table.add_column("%", justify="right")
-    each = report["trace"]["seconds"] / report["prompts"]
-    for part, share in report["trace"]["parts"].items():
-        table.add_row(part, f"{share * each:.3f}", f"{100 * share:.0f}")
-    return table
+    each, parts = report["trace"]["seconds"] / report["prompts"], report["trace"]["parts"]
+    rows = [Row((part, f"{share * each:.3f}", f"{100 * share:.0f}")) for part, share in parts.items()]
+    return Table("a traced prompt", ("part", "seconds", "%"), [rows])
 
 
 def sentences(report: dict[str, Any]) -> list[str]:
@@ -70,7 +57,3 @@ def sentences(report: dict[str, Any]) -> list[str]:
         f"{temperature:g}, {settings['dtype']}; machine: {machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
         f"torch {machine['torch']}, threads: {settings['threads']}{busy}.",
     ]
-
-
-def _interval(pair: list[float]) -> str:
-    return f"({pair[0]:.1f}..{pair[1]:.1f})"

@@ -35,6 +35,17 @@ class SeenPrompts(BaseModel):
     validation: list[str]
     fingerprints: dict[str, list[str]] = {}
 
+    @property
+    def by_tokens(self) -> bool:
+        """How prompts can be compared; by id if False."""
+        return {"train", "validation"} <= self.fingerprints.keys()
+
+    def among(self, prompts: Sequence[PromptTrace], part: str) -> list[str]:
+        """Ids of those prompts that are in a part, `train` or `validation`."""
+        known = set(self.fingerprints[part] if self.by_tokens else getattr(self, part))
+        keys = labels(prompts, "fingerprint" if self.by_tokens else "id")
+        return [prompt.id for prompt, key in zip(prompts, keys, strict=True) if key in known]
+
 
 @dataclass(frozen=True)
 class Leak:
@@ -51,9 +62,6 @@ class Leak:
     trained_on: Mapping[str, list[str]]
     chosen_on: list[str]
     by_tokens: bool
-
-    def __bool__(self) -> bool:
-        return bool(self.chosen_on or any(self.trained_on.values()))
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -97,12 +105,34 @@ def find_leaks(
         folder = _folder(policy, spec, cost)
         if folder is None:
             continue
-        seen = _seen(folder)
-        if seen is None:
+        try:
+            seen = SeenPrompts.model_validate_json((folder / PROMPTS).read_bytes())
+        except FileNotFoundError:
             silent.append(name)
-        elif leak := _leak(folder, seen, evaluated):
-            leaks[name] = leak
+            continue
+        except (OSError, ValidationError):
+            raise PolicyError(
+                f"{folder / PROMPTS} cannot be read as a list of prompts: copy or train the folder again, or delete "
+                "that file if it does not matter which prompts the policy has seen"
+            ) from None
+        trained_on = {part: seen.among(evaluated[part], "train") for part in ("test", "validation")}
+        chosen_on = seen.among(evaluated["test"], "validation")
+        if chosen_on or any(trained_on.values()):
+            leaks[name] = Leak(folder, trained_on, chosen_on, seen.by_tokens)
     return leaks, silent
+
+
+def _folder(policy: PolicyLike, spec: DecoderSpec, cost: CostModel) -> Path | None:
+    """Of a trained policy. A policy that cannot be made or bound is no leak: that is told where it is used."""
+    try:
+        made = Candidate(policy).make()
+    except PolicyError:
+        return None
+    if not isinstance(made, TrainedPolicy):
+        return None
+    with contextlib.suppress(Exception):
+        made.bind(spec, cost)
+    return made.folder
 
 
 def refusal(name: str, leak: Leak) -> str:
@@ -122,43 +152,3 @@ def leak_notes(leaks: Mapping[str, Leak], silent: Sequence[str]) -> list[str]:
         "test prompts is unknown."
         for name in silent
     ]
-
-
-def _folder(policy: PolicyLike, spec: DecoderSpec, cost: CostModel) -> Path | None:
-    """Of a trained policy. A policy that cannot be made or bound is no leak: that is told where it is used."""
-    try:
-        made = Candidate(policy).make()
-    except PolicyError:
-        return None
-    if not isinstance(made, TrainedPolicy):
-        return None
-    with contextlib.suppress(Exception):
-        made.bind(spec, cost)
-    return made.folder
-
-
-def _seen(folder: Path) -> SeenPrompts | None:
-    path = folder / PROMPTS
-    try:
-        return SeenPrompts.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError):
-        raise PolicyError(
-            f"{path} cannot be read as a list of prompts: copy or train the folder again, or delete that file if it "
-            "does not matter which prompts the policy has seen"
-        ) from None
-
-
-def _leak(folder: Path, seen: SeenPrompts, evaluated: Mapping[str, Sequence[PromptTrace]]) -> Leak:
-    by_tokens = {"train", "validation"} <= seen.fingerprints.keys()
-
-    def both(part: str, of: str) -> list[str]:
-        """Ids of the prompts of a part of the evaluation that the policy has seen as `of`."""
-        known = set(seen.fingerprints[of] if by_tokens else getattr(seen, of))
-        prompts = evaluated[part]
-        keys = labels(prompts, "fingerprint" if by_tokens else "id")
-        return [prompt.id for prompt, key in zip(prompts, keys, strict=True) if key in known]
-
-    trained_on = {part: both(part, "train") for part in ("test", "validation")}
-    return Leak(folder, trained_on, both("test", "validation"), by_tokens)

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bpkit.judge.evaluation.candidate import Candidate
-from bpkit.judge.evaluation.replays import DecisionTime, PolicyReplay
+from bpkit.judge.evaluation.candidate import Candidate, DecisionTime, PolicyReplay
 from bpkit.judge.evaluation.setup import Setup
 from bpkit.judge.statistics import Ints, Totals
 from bpkit.policy import PolicyError

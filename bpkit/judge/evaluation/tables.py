@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from bpkit.judge.evaluation.figures import DECIDING, FEATURES, REASON
-from bpkit.judge.tables import Row, Table, bracketed
+from bpkit.judge.tables import Row, Table, bracketed, print_sentences
 from bpkit.trace.oracle.regret import KINDS
 
 BOUNDS = (
@@ -35,15 +34,11 @@ def print_evaluation(report: dict[str, Any], console: Console) -> None:
         if len(result["domains"]) > 1:
             shown.append(domain_table(name, result["domains"]))
         for table in shown:
-            console.print(table.terminal())
-        for sentence in sentences(result):
-            console.print(escape(sentence), soft_wrap=True)
+            console.print(table)
+        print_sentences(sentences(result), console)
         console.print()
-    for policy, reason in report["left_out"].items():
-        console.print(escape(f"Left out: {policy}: {reason}"), soft_wrap=True)
-    for note in report["notes"]:
-        console.print(escape(f"Note: {note}"), soft_wrap=True)
-    console.print(escape(about(report)), soft_wrap=True)
+    left_out = [f"Left out: {policy}: {reason}" for policy, reason in report["left_out"].items()]
+    print_sentences([*left_out, *(f"Note: {note}" for note in report["notes"]), about(report)], console)
 
 
 def overall_table(name: str, result: Mapping[str, Any]) -> Table:

@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH
-from bpkit.judge.tables import Row, Table, bracketed
+from bpkit.judge.tables import Row, Table, bracketed, print_sentences
 
 COLOURS = {TORCH: "#ee6677", ONNXRUNTIME: "#4477aa"}
 
 
 def print_latency_report(report: dict[str, Any], console: Console) -> None:
     """Print latencies, the comparison of the backends, and the sentences that say what was measured."""
-    console.print(latency_table(report).terminal())
+    console.print(latency_table(report))
     comparison = comparison_table(report)
     if comparison.sections[0]:
-        console.print(comparison.terminal())
-    for sentence in sentences(report):
-        console.print(escape(sentence), soft_wrap=True)
+        console.print(comparison)
+    print_sentences(sentences(report), console)
 
 
 def methods(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

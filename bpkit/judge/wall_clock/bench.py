@@ -15,7 +15,18 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import available_cores, describe_machine
 from bpkit.judge.described import describe_policies, describe_spec, utc
 from bpkit.judge.statistics import RESAMPLES
-from bpkit.judge.wall_clock.decoders import LOOP, Measurement, Task, TimedDecoder, timed_decoders
+from bpkit.judge.wall_clock.decoders import (
+    LOOP,
+    PEERS,
+    TRANSFORMERS,
+    GenerateDecoder,
+    Measurement,
+    NoDrafter,
+    PolicyDecoder,
+    Task,
+    TimedDecoder,
+    check_peers,
+)
 from bpkit.judge.wall_clock.figures import summarise
 from bpkit.judge.wall_clock.threads import (
     ThreadTable,
@@ -52,9 +63,30 @@ class BenchSettings:
     threads: int | str = "auto"
     seed: int = 0
 
-    def decoders(self, decoder: SpeculativeDecoder, **options: Any) -> dict[str, list[TimedDecoder]]:
-        """Fresh ones by role; `options` replace those of the settings. Raises ValueError."""
-        return timed_decoders(decoder, self.policies, self.against, {**self.options, **options}, self.seed)
+    def decoders(self, decoder: SpeculativeDecoder, **more: Any) -> dict[str, list[TimedDecoder]]:
+        """`plain`, `policies` and `against`, fresh ones, so that no policy learns from warm-up runs.
+
+        All share the models of `decoder`. Plain decoding is by the loop and, if greedy, by transformers: sampling there
+        has other noise and other texts.
+
+        Args:
+            more: options that replace those of the settings.
+
+        Raises:
+            ValueError: a policy or peer cannot run with these models.
+        """
+        options, seed, target = {**self.options, **more}, self.seed, decoder.target
+        loop = SpeculativeDecoder(target, NoDrafter(), "fixed:1", tokenizer=decoder.tokenizer, rule=decoder.rule)
+        plain: list[TimedDecoder] = [PolicyDecoder(LOOP, loop, options, seed)]
+        if options["temperature"] == 0:
+            plain.append(GenerateDecoder(TRANSFORMERS, target, options, seed))
+        check_peers(self.against)
+        under = {name: decoder.with_policy(policy) for name, policy in self.policies.items()}
+        return {
+            "plain": plain,
+            "policies": [PolicyDecoder(name, one, options, seed) for name, one in under.items()],
+            "against": [PEERS[peer](decoder, options, seed) for peer in self.against],
+        }
 
 
 def run_bench(

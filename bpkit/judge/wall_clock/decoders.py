@@ -22,7 +22,6 @@ from bpkit.decode.text import RunningText
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.prompts import Prompt
-from bpkit.registry.resolve import PolicyLike
 from bpkit.types import DraftWork, Feature
 
 LOOP, TRANSFORMERS = "bpkit loop", "transformers generate"
@@ -189,35 +188,6 @@ class NoDrafter:
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         raise NotImplementedError("block size 1 never asks for a draft")
-
-
-def timed_decoders(
-    decoder: SpeculativeDecoder,
-    policies: Mapping[str, PolicyLike],
-    against: Sequence[str],
-    options: dict[str, Any],
-    seed: int,
-) -> dict[str, list[TimedDecoder]]:
-    """`plain`, `policies` and `against`, fresh ones each time, so that no policy learns from warm-up runs.
-
-    All share the models of `decoder`.
-
-    Plain decoding is by the loop and, if greedy, by transformers: sampling there has other noise and other texts.
-
-    Raises:
-        ValueError: a policy or peer cannot run with these models.
-    """
-    target, tokenizer, rule = decoder.target, decoder.tokenizer, decoder.rule
-    loop = SpeculativeDecoder(target, NoDrafter(), "fixed:1", tokenizer=tokenizer, rule=rule)
-    plain: list[TimedDecoder] = [PolicyDecoder(LOOP, loop, options, seed)]
-    if options["temperature"] == 0:
-        plain.append(GenerateDecoder(TRANSFORMERS, target, options, seed))
-    check_peers(against)
-    return {
-        "plain": plain,
-        "policies": [PolicyDecoder(name, decoder.with_policy(p), options, seed) for name, p in policies.items()],
-        "against": [PEERS[peer](decoder, options, seed) for peer in against],
-    }
 
 
 def check_peers(peers: Sequence[str]) -> None:

@@ -27,9 +27,8 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
-from bpkit.judge.tables import Row, Table, bracketed
+from bpkit.judge.tables import Row, Table, bracketed, print_sentences
 
 PHASES = ("target", "drafter", "policy", "other")
 """Where time goes: target passes, drafting, the policy's decisions, everything else."""
@@ -58,12 +57,11 @@ def groups(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Print all groups, those without loops where they differ, and the sentences about them."""
     for title, group in groups(report).items():
-        console.print(group_table(title, group).terminal())
+        console.print(group_table(title, group))
     rest = report["without_loops"]["overall"]
     if rest is not None and report["overall"]["loops"]:
-        console.print(group_table("overall, without the prompts whose plain output loops", rest).terminal())
-    for sentence in what_was_measured(report):
-        console.print(escape(sentence), soft_wrap=True)
+        console.print(group_table("overall, without the prompts whose plain output loops", rest))
+    print_sentences(what_was_measured(report), console)
 
 
 def group_table(title: str, group: dict[str, Any]) -> Table:
