@@ -7,15 +7,13 @@ counted. Numbers are the host's own, so that a decoder does on it what it does o
 from __future__ import annotations
 
 import copy
-import traceback
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
@@ -42,13 +40,11 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         reads: points so far at which the host waited for the device.
-        places: how many of them, by the line of code that is to blame.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reads = 0
-        self.places: Counter[str] = Counter()
 
     def __enter__(self) -> SimulatedDevice:
         # `torch.tensor(..., device=...)` then makes its tensor on the host and hands us the copy.
@@ -100,15 +96,12 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def count(self, decoder: SpeculativeDecoder, prompt: str | Tensor, **options: Any) -> DeviceReads:
         """Generate with a decoder whose models are here, and count its reads."""
-        self.places.clear()
         tokens: list[int] = []
-        counts: list[int] = []
-        before = self.reads
+        totals: list[int] = []
         for record in decoder.run(prompt, **options):
-            counts.append(self.reads - before)
-            before = self.reads
+            totals.append(self.reads)
             tokens += record.tokens[0].tolist()
-        return DeviceReads(tuple(tokens), tuple(counts[1:]), Counter(self.places))
+        return DeviceReads(tuple(tokens), tuple(after - before for before, after in pairwise(totals)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._run(func, args, kwargs or {})
@@ -116,51 +109,33 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
         args, kwargs = _by_name(func, "device", args, kwargs)
-        tensors = _tensors((*args, *kwargs.values()))
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         here = any(isinstance(value, DeviceTensor) for value in tensors)
         wanted = kwargs.get("device")
         if here and name not in _MAY_CROSS:
-            self._refuse_two_devices(name, tensors)
+            _refuse_two_devices(name, tensors)
         if name == "aten::_fused_sdp_choice":
             return 0  # the plain products, which every device has
         stays = here if wanted is None else torch.device(wanted).type in (DEVICE.type, "meta")
         if name == "aten::copy_":
             stays = isinstance(args[0], DeviceTensor)
-        if here and (name in _WAITS or not stays or self._by_mask(name, args)):
-            self._count(name)
+        if here and (name in _WAITS or not stays or _by_mask(name, args)):
+            self.reads += 1
         if wanted is not None:
             kwargs["device"] = torch.device("cpu")
-        result = func(*map(_on_host, args), **{key: _on_host(value) for key, value in kwargs.items()})
+        result = func(*_on_host(args), **_on_host(kwargs))
         if not stays:
             return result
         if func._schema.is_mutable and tensors and name.endswith("_"):
             return args[0] if func._schema.returns else None
-        return _mapped(result, Tensor, self.tensor)
+        return tree_map_only(Tensor, self.tensor, result)
 
-    @staticmethod
-    def _refuse_two_devices(name: str, tensors: list[Tensor]) -> None:
-        for value in tensors:
-            if not isinstance(value, DeviceTensor) and value.ndim > 0:
-                raise RuntimeError(
-                    f"Expected all tensors to be on the same device, but {name} got one on {DEVICE} and one of shape "
-                    f"{list(value.shape)} on {value.device}"
-                )
 
-    @staticmethod
-    def _by_mask(name: str, args: Any) -> bool:
-        """Whether places are chosen by a mask, so that their number must be read."""
-        return name in ("aten::index", "aten::index_put_") and any(
-            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
-        )
+class DeviceReads(NamedTuple):
+    """How often the host waited for the device in one generation: the tokens of the output, reads of each step."""
 
-    def _count(self, name: str) -> None:
-        self.reads += 1
-        for frame, line in traceback.walk_stack(None):
-            file = frame.f_code.co_filename
-            if file != __file__ and "torch/" not in file.replace("\\", "/"):
-                self.places[f"{file}:{line} {name}"] += 1
-                return
-        self.places[name] += 1
+    tokens: tuple[int, ...]
+    steps: tuple[int, ...]
 
 
 class DeviceTensor(Tensor):
@@ -201,7 +176,7 @@ class DeviceTensor(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        simulated = next(v.simulated for v in _tensors((*args, *kwargs.values())) if isinstance(v, DeviceTensor))
+        simulated = next(v.simulated for v in tree_leaves((args, kwargs)) if isinstance(v, DeviceTensor))
         return simulated._run(func, args, kwargs)
 
     def tolist(self) -> Any:
@@ -224,36 +199,22 @@ def _nothing() -> None:
     """There is no device to initialise."""
 
 
-def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors among arguments, those in lists of them as well."""
-    found = [value for value in values if isinstance(value, Tensor)]
-    for value in values:
-        if isinstance(value, list | tuple):
-            found += [each for each in value if isinstance(each, Tensor)]
-    return found
+def _refuse_two_devices(name: str, tensors: list[Tensor]) -> None:
+    for value in tensors:
+        if not isinstance(value, DeviceTensor) and value.ndim > 0:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but {name} got one on {DEVICE} and one of shape "
+                f"{list(value.shape)} on {value.device}"
+            )
 
 
-def _mapped(value: Any, kind: type[Tensor], change: Callable[[Any], Tensor]) -> Any:
-    """A value, or a list of them, with all tensors of a kind changed."""
-    if isinstance(value, kind):
-        return change(value)
-    return type(value)(_mapped(each, kind, change) for each in value) if isinstance(value, list | tuple) else value
+def _by_mask(name: str, args: Any) -> bool:
+    """Whether places are chosen by a mask, so that their number must be read."""
+    return name in ("aten::index", "aten::index_put_") and any(
+        isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
+    )
 
 
 def _on_host(value: Any) -> Any:
-    return _mapped(value, DeviceTensor, lambda here: here.on_host)
-
-
-@dataclass(frozen=True)
-class DeviceReads:
-    """How often the host waited for the device in one generation.
-
-    Attributes:
-        tokens: of the output.
-        steps: reads of each step.
-        places: all of them by line of code.
-    """
-
-    tokens: tuple[int, ...]
-    steps: tuple[int, ...]
-    places: Counter[str]
+    """Arguments with the numbers that they have."""
+    return tree_map_only(DeviceTensor, lambda here: here.on_host, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,13 +70,11 @@ def _row(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     steps: list[int] = []
-    places: Counter[str] = Counter()
     equal = True
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         reads = device.count(decoder, prompt.text, stream_id=i, **options)
         equal &= list(reads.tokens) == text
         steps += reads.steps
-        places += reads.places
     asks = decoder.spec.work.may_end_early and overrides(decoder.policy, "extend")
     return {
         "drafter": decoder.spec.drafter,
