@@ -18,7 +18,7 @@ from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
     from bpkit.registry.resolve import PolicyLike
-    from bpkit.testing.checks.report import Report, Result
+    from bpkit.testing.checks.report import Report
 
 _STYLES = {"passed": "green", "skipped": "dim", "failed": "bold red"}
 _what = partial(typer.Option, rich_help_panel="What is checked")
@@ -85,19 +85,23 @@ def check(
 def _list(as_json: bool) -> None:
     from bpkit.testing.checks.check import policy_checks
 
-    checks = policy_checks()
     if as_json:
-        typer.echo(json.dumps([{"name": check.name, "summary": check.summary} for check in checks], indent=2))
+        checks = [{"name": check.name, "summary": check.summary} for check in policy_checks()]
+        typer.echo(json.dumps(checks, indent=2))
         return
     made = text_table("check", "what holds for a policy that passes")
-    for check in checks:
+    for check in policy_checks():
         made.add_row(check.name, escape(check.summary))
     console().print(made)
 
 
 def _report(config: Config, policy: PolicyLike, skip: tuple[str, ...], *, real: bool, bar: Bar) -> Report:
     """What the checks found on the tiny pair, and on real models if those were asked for."""
+    from bpkit.cli.models import load_decoder
+    from bpkit.prompts import choose_prompts
+    from bpkit.registry.resolve import resolve_policy
     from bpkit.testing.checks.check import report_on
+    from bpkit.testing.checks.real_models import TEMPERATURES, check_models
     from bpkit.testing.checks.report import Report, Result
 
     seed = config.sampling.seed or 0
@@ -108,24 +112,12 @@ def _report(config: Config, policy: PolicyLike, skip: tuple[str, ...], *, real: 
             raise
         unfit = Result("tiny pair", "all other checks, on models made in memory", "skipped", str(error))
         report = Report(str(policy), seed, (unfit,))
-    if real:
-        report = replace(report, results=(*report.results, _with_models(config, policy, seed, bar)))
-    return report
-
-
-def _with_models(config: Config, policy: PolicyLike, seed: int, bar: Bar) -> Result:
-    from bpkit.cli.models import load_decoder
-    from bpkit.prompts import choose_prompts
-    from bpkit.registry.resolve import resolve_policy
-    from bpkit.testing.checks.real_models import TEMPERATURES, check_models
-    from bpkit.testing.checks.surroundings import undisturbed
-
-    checked = resolve_policy(policy)
-    decoder = load_decoder(config, "fixed:1")
-    prompts = choose_prompts(None, (), 1)
+    if not real:
+        return report
+    checked, decoder, prompts = resolve_policy(policy), load_decoder(config, "fixed:1"), choose_prompts(None, (), 1)
     bar.start("models", len(prompts) * len(TEMPERATURES))
-    with undisturbed():
-        return check_models(decoder, checked, prompts, seed=seed, progress=bar.tick)
+    result = check_models(decoder, checked, prompts, seed=seed, progress=bar.tick)
+    return replace(report, results=(*report.results, result))
 
 
 def _print(report: Report) -> None:

@@ -66,11 +66,10 @@ class TinyPair:
 
     def save(self, folder: Path) -> None:
         """Write `target`, `drafter` and `assistant` into a folder, each as `from_pretrained` takes it."""
-        self.target.save_pretrained(folder / "target")
-        self.tokenizer.save_pretrained(folder / "target")
         self.drafter_model.save_pretrained(folder / "drafter")
-        self.assistant.save_pretrained(folder / "assistant")
-        self.tokenizer.save_pretrained(folder / "assistant")
+        for name, model in {"target": self.target, "assistant": self.assistant}.items():
+            model.save_pretrained(folder / name)
+            self.tokenizer.save_pretrained(folder / name)
 
 
 def tiny_pair(folder: Path | None = None, *, seed: int = 0) -> TinyPair:
@@ -87,10 +86,9 @@ def tiny_pair(folder: Path | None = None, *, seed: int = 0) -> TinyPair:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         target = _causal(tokenizer, layers=4)
-        drafter_model = _dflash(tokenizer, target)
+        drafter_model = _dflash(tokenizer)
     assistant = _causal(tokenizer, layers=3)
-    kept = assistant.state_dict().keys()
-    assistant.load_state_dict({name: value for name, value in target.state_dict().items() if name in kept})
+    assistant.load_state_dict(target.state_dict(), strict=False)  # it has no last layer
     pair = TinyPair(target, drafter_model, tokenizer, assistant)
     if folder is not None:
         pair.save(folder)
@@ -114,16 +112,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+
+
 def _causal(tokenizer: PreTrainedTokenizerFast, *, layers: int) -> Qwen3ForCausalLM:
     config = Qwen3Config(
+        **_SHAPE,
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
         initializer_range=0.1,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -136,13 +139,11 @@ def _causal(tokenizer: PreTrainedTokenizerFast, *, layers: int) -> Qwen3ForCausa
     return model
 
 
-def _dflash(tokenizer: PreTrainedTokenizerFast, target: Qwen3ForCausalLM) -> DFlashModel:
-    values = target.config.to_dict()
-    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+def _dflash(tokenizer: PreTrainedTokenizerFast) -> DFlashModel:
     config = DFlashConfig(
-        **{name: values[name] for name in shape},
+        **_SHAPE,
+        vocab_size=len(tokenizer),
         num_hidden_layers=1,
-        max_position_embeddings=512,
         block_size=TRAINED_BLOCK_SIZE,
         mask_token_id=tokenizer.mask_token_id,
         target_layer_ids=[0, 2],

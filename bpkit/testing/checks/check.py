@@ -37,9 +37,8 @@ class Check:
         Raises:
             PolicyCheckError: the policy fails it. PolicyError: there is no such policy, or no drafter serves it.
         """
-        report = _report((self,), policy, seed, NoProgress())
-        report.raise_for_failures()
-        return report.results[0]
+        others = [check.name for check in _CHECKS if check.name != self.name]
+        return check_policy(policy, seed=seed, skip=others).results[0]
 
     def run(self, policy: CheckedPolicy) -> Result:
         """What this check finds, without raising."""
@@ -99,15 +98,12 @@ def report_on(
     policy: PolicyToCheck, *, seed: int = 0, skip: Collection[str] = (), progress: Progress | None = None
 ) -> Report:
     """The same without raising for what the checks find."""
+    from bpkit.testing.checks.surroundings import undisturbed
+
     names = [check.name for check in _CHECKS]
     for name in sorted(set(skip) - set(names)):
         raise ValueError(f"there is no check {name!r} to skip; the checks are: {', '.join(names)}")
-    return _report([check for check in _CHECKS if check.name not in skip], policy, seed, progress or NoProgress())
-
-
-def _report(checks: Collection[Check], policy: PolicyToCheck, seed: int, progress: Progress) -> Report:
-    from bpkit.testing.checks.surroundings import undisturbed
-
+    checks, progress = [check for check in _CHECKS if check.name not in skip], progress or NoProgress()
     with undisturbed():
         # A class is decoded with once for checks that are called one by one.
         once, given = isinstance(policy, type) and len(checks) == 1, cast("Any", policy)

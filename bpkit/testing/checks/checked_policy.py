@@ -123,15 +123,15 @@ class CheckedPolicy:
         groups: dict[str, list[str]] = {}
         for drafter, why in self.left_out.items():
             groups.setdefault(gist(why), []).append(drafter)
-        first = {drafters[0]: ", ".join(drafters) for drafters in groups.values()}
+        reasons = [(", ".join(drafters), self.left_out[drafters[0]]) for drafters in groups.values()]
         if all(isinstance(why, NoWeights) for why in self._refused.values()):
-            causes = "; ".join(self.left_out[drafter] for drafter in first)
+            causes = "; ".join(why for _, why in reasons)
             return PolicyError(
                 f"policy {self.name} cannot be checked, because no weights for the tiny pair can be made: {causes}"
             )
-        reasons = "; ".join(f"{drafters}: {self.left_out[drafter]}" for drafter, drafters in first.items())
+        served = "; ".join(f"{drafters}: {why}" for drafters, why in reasons)
         return PolicyError(
-            f"policy {self.name} cannot be checked on the tiny pair, no drafter serves it: {reasons}. With the "
+            f"policy {self.name} cannot be checked on the tiny pair, no drafter serves it: {served}. With the "
             "models that it is for: `bpkit check POLICY --shipped`, or --target and --drafter"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -54,6 +54,9 @@ class FreshWeights:
         return self._modules[kind].finished()
 
     def _prepared(self, drafter: str) -> PolicyModule:
+        from bpkit.learn.training.examples import collect_examples
+        from bpkit.progress import NoProgress
+
         trainer = _trainer(self.kind)
         decoder = setup.decoder(drafter, "fixed:1")
         module = trainer(self.kind.untrained(self.config), decoder.spec, COST, trainer.Options())
@@ -66,44 +69,35 @@ class FreshWeights:
                 f"policy {self.kind.__name__} is trained with {', '.join(sorted(missing))}, which drafter {drafter} "
                 "does not provide"
             )
+        traces = setup.traces(drafter, wanted)
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
                 torch.manual_seed(0)
-                data = self._examples(module, drafter, wanted)
+                data = collect_examples(module, traces, Path(folder), part="train", key="check", progress=NoProgress())
                 module.prepare(data)
                 module.calibrate(data)
-        except PolicyError as error:
-            raise NoWeights(str(error)) from error
         except Exception as error:
-            raise NoWeights(
-                f"examples, prepare or calibrate of {trainer.__name__} raised {type(error).__name__}: {error}"
-            ) from error
+            what = f"examples, prepare or calibrate of {trainer.__name__} raised {type(error).__name__}: "
+            raise NoWeights(f"{'' if isinstance(error, PolicyError) else what}{error}") from error
         if not len(module.networks):
             raise NoWeights(f"{trainer.__name__}.prepare left self.networks empty: set it from policy.build(facts)")
         return module
-
-    def _examples(self, module: PolicyModule, drafter: str, wanted: frozenset[Feature]) -> dict[str, Any]:
-        from bpkit.learn.training.examples import collect_examples
-        from bpkit.progress import NoProgress
-
-        traces = setup.traces(drafter, wanted)
-        with tempfile.TemporaryDirectory() as folder:
-            return collect_examples(module, traces, Path(folder), part="train", key="check", progress=NoProgress())
 
 
 def _trainer(kind: type[TrainedPolicy]) -> type[PolicyModule]:
     """The policy's PolicyModule. Raises NoTrainer if it names none, or if lightning is missing."""
     from bpkit.learn.training.trainable import load_trainer
 
+    has = f"policy {kind.__name__} has trained weights"
     if not getattr(kind, "trainer", ""):
         raise NoTrainer(
-            f"policy {kind.__name__} has trained weights and does not say what trains it, so that no weights for the "
-            "tiny pair can be made: add a class attribute `trainer`"
+            f"{has} and does not say what trains it, so that no weights for the tiny pair can be made: add a class "
+            "attribute `trainer`"
         )
     try:
         return load_trainer(kind)
     except ModuleNotFoundError as error:
         raise NoTrainer(
-            f"policy {kind.__name__} has trained weights; to check it, fresh ones are made by its trainer, which needs "
-            f"{error.name}: {install_command('train')}"
+            f"{has}; to check it, fresh ones are made by its trainer, which needs {error.name}: "
+            f"{install_command('train')}"
         ) from error

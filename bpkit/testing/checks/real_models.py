@@ -15,6 +15,7 @@ from bpkit.prompts import Prompt
 from bpkit.testing.checks.recorder import CallRecorder, Recording
 from bpkit.testing.checks.report import Findings, Result
 from bpkit.testing.checks.setup import Case, plainly
+from bpkit.testing.checks.surroundings import undisturbed
 from bpkit.testing.checks.timing import beside_a_step, micro
 from bpkit.testing.checks.usual import compare_with_plain
 
@@ -23,6 +24,7 @@ MAX_NEW_TOKENS = 32
 TEMPERATURES = (0.0, 1.0)
 
 
+@undisturbed()
 def check_models(
     decoder: SpeculativeDecoder,
     policy: Policy,

@@ -58,7 +58,7 @@ def rows(policy: CheckedPolicy, out: Findings) -> None:
         bound = setup.decoder(drafter, policy.fresh(drafter)).policy
         batch = (BatchOfSharingRows if bound.joint else Batch)(bound, requests, drafter, out)
         with torch.inference_mode(), contextlib.suppress(Stop):
-            batch.go_through(SCRIPT)
+            batch.go_through()
         compared, drawn = compared + batch.compared, drawn + batch.drawn
         if batch.uncopyable:
             out.note(
@@ -98,9 +98,9 @@ class Batch:
         self.sampled: set[tuple[str, setup.Case]] = set()
         self.uncopyable = ""
 
-    def go_through(self, script: Sequence[Sequence[int]]) -> None:
+    def go_through(self) -> None:
         """Step by step, until no request has a step left. Raises Stop after a failure."""
-        for self.time, places in enumerate(script):
+        for self.time, places in enumerate(SCRIPT):
             wanted = [self.requests[place] for place in places if place < len(self.requests)]
             self._arrange([request for request in wanted if request.done < len(request.steps)])
             if not self.present:
