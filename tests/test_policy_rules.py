@@ -15,8 +15,7 @@ import pytest
 import torch
 from bpkit_bandit.eesd import Eesd
 from bpkit_bandit.exp3 import Exp3
-from bpkit_bandit.rules import FIXED, THRESHOLDS, parse_rule
-from bpkit_bandit.tapout import TapOut
+from bpkit_bandit.tapout import RULES, TapOut, parse_rule
 from bpkit_threshold.adaedl import AdaEdl
 from bpkit_threshold.thresholds import Confidence
 
@@ -337,7 +336,7 @@ def test_impossible_rules_are_refused(text: str) -> None:
 def test_rules_are_read_from_the_command_line_and_named_with_their_value() -> None:
     policy = resolve_policy("tapout:rules=fixed@4+svip+svip@0.6+adaedl@0.5")
     assert policy.config.rules == ("fixed@4", "svip@0.6", "adaedl@0.5")  # type: ignore[attr-defined]
-    assert all(parse_rule(str(parse_rule(kind))) == parse_rule(kind) for kind in (FIXED, *THRESHOLDS))
+    assert all(parse_rule(str(parse_rule(kind))) == parse_rule(kind) for kind in RULES)
 
 
 def test_tapout_blend_is_the_published_reward() -> None:

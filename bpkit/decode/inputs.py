@@ -58,7 +58,7 @@ def model_inputs(model: PreTrainedModel, ids: Tensor, model_kwargs: Mapping[str,
     """
     length = ids.shape[1]
     given = {name: value for name, value in model_kwargs.items() if not _is_empty(value)}
-    if _counts_from_zero(given.get(POSITIONS), length):
+    if POSITIONS in given and given[POSITIONS].tolist() == [[*range(length)]]:
         del given[POSITIONS]  # as the model counts by itself
     if given.keys() <= _OF_THE_SESSION:
         return ModelInputs({}, {}, length)
@@ -69,18 +69,14 @@ def model_inputs(model: PreTrainedModel, ids: Tensor, model_kwargs: Mapping[str,
             "read with the prompt; leave it out, or decode this prompt without custom_generate"
         )
     others = first.keys() - {POSITIONS, *OF_TEXT, *AS_BEFORE}
-    if others and _attends_across(model):
+    config = model.config.get_text_config().to_dict()
+    # Layers attend to an image: their part of the cache is no list of tokens.
+    if others and any(value for name, value in config.items() if "cross_attention" in name):
         raise ValueError(
             f"{', '.join(sorted(others))}: {type(model).__name__} keeps what it makes of them in its cache, where it "
             "cannot be told from rejected tokens; decode this prompt without custom_generate"
         )
     return ModelInputs(first, {name: value[..., -1:] for name, value in later.items()}, length)
-
-
-def _attends_across(model: PreTrainedModel) -> bool:
-    """Whether layers attend to an image, so that their part of the cache is no list of tokens."""
-    config = model.config.get_text_config().to_dict()
-    return any(value for name, value in config.items() if "cross_attention" in name)
 
 
 def _prepared(model: PreTrainedModel, ids: Tensor, given: Mapping[str, Any], *, first: bool) -> dict[str, Any]:
@@ -95,9 +91,3 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, Mapping):  # outputs of encoders, by kind of input
         return all(_is_empty(item) for item in value.values())
     return value is None
-
-
-def _counts_from_zero(positions: Tensor | None, length: int) -> bool:
-    if positions is None or positions.shape != (1, length):
-        return False
-    return bool((positions[0] == torch.arange(length, device=positions.device)).all())

@@ -67,14 +67,12 @@ class Ema(RememberingPolicy[EmaMemory]):
         self.start = start if start in self.ladder else self.ladder[len(self.ladder) // 2]
 
     def begin(self, context: Context) -> State:
-        import torch  # here, so that options can be listed without it
-
         known = self.memory
         # SGLang's neutral beginning: one less than the draft length.
         average = self.start - 2 if known.average is None else known.average
         return {
             "block_size": context.full(known.block_size if known.block_size in self.ladder else self.start),
-            "average": context.full(0).to(torch.float64) + average,
+            "average": context.full(0).double() + average,
             "steps": context.full(known.steps),
         }
 

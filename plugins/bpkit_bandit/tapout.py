@@ -2,18 +2,92 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State, StopRule
+from bpkit.policy.stop_rules import high_entropy_bound, low_entropy, sure
 from bpkit.sizes import BlockSize
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 from bpkit_bandit.arm import Arm, configured, likeliest, row_seconds, upper_bound
-from bpkit_bandit.rules import FIXED, Rule, parse_rule
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def small_rise(draft: Draft, most: float) -> Tensor:
+    """The root of the entropy exceeds that of the position before by at most `most`: bool [batch, width]."""
+    root = draft[Feature.DRAFT_ENTROPY].clamp(min=0).sqrt()  # rounding may have left it just below 0
+    trusted = root.isfinite()
+    trusted[:, 1:] &= root.diff(dim=1) <= most
+    return trusted
+
+
+def whole(draft: Draft, value: float | None) -> Tensor:
+    """Every position: bool [batch, width]."""
+    return draft.draft_length.new_ones(draft.tokens.shape) > 0  # on the host, where the counts are
+
+
+RULES: dict[str, tuple[float | None, float, Callable[[Draft, Any], Tensor]]] = {
+    "fixed": (None, math.inf, whole),
+    "confidence": (0.8, 1.0, sure),
+    "svip": (0.6, math.inf, low_entropy),
+    "svip_difference": (0.2, math.inf, small_rise),
+    "adaedl": (0.7, 1.0, partial(high_entropy_bound, gamma=0.2)),
+}
+"""Kinds of rules: the threshold where none is given, the largest, and which positions are trusted."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One stop rule; none of them learns.
+
+    - `fixed@B`: a block of B positions, all of it; `fixed@1` is no draft.
+    - `confidence@h`: up to the first token whose probability is below h.
+    - `svip@h`: up to the first position whose sqrt(entropy) exceeds h (SVIP, 2411.18462).
+    - `svip_difference@h`: up to the first position whose sqrt(entropy) exceeds that of the one before by more than h.
+    - `adaedl@h`: up to the first position with 1 - sqrt(0.2 entropy) below h (AdaEDL, 2410.18351).
+    """
+
+    kind: str
+    value: float | None
+
+    def block_size(self, usual: int) -> int:
+        """Positions to draft."""
+        return int(self.value) if self.kind == "fixed" and self.value is not None else usual
+
+    def trusted(self, draft: Draft) -> Tensor:
+        """Which positions are trusted, bool [batch, width]."""
+        return RULES[self.kind][2](draft, self.value)
+
+    def __str__(self) -> str:
+        return self.kind if self.value is None else f"{self.kind}@{self.value:g}"
+
+
+def parse_rule(text: str) -> Rule:
+    """A rule from text such as `svip@0.6`. Raises ValueError that lists the rules.
+
+    >>> str(parse_rule("svip"))
+    'svip@0.6'
+    """
+    kind, _, value = text.strip().partition("@")
+    if kind not in RULES:
+        raise ValueError(f"there is no rule {kind!r}; the rules are: {', '.join(RULES)}")
+    default, most, _ = RULES[kind]
+    try:
+        number = float(value) if value else default
+    except ValueError:
+        raise ValueError(f"rule {text!r}: {value!r} is not a number") from None
+    if number is not None and kind == "fixed" and (number < 1 or number != int(number)):
+        raise ValueError(f"rule {text!r}: a block size is a whole number from 1")
+    if number is not None and most == 1 and not 0 <= number <= 1:
+        raise ValueError(f"rule {text!r}: the threshold is between 0 and 1")
+    return Rule(kind, number)
 
 
 class TapOutConfig(PolicyConfig):
@@ -92,17 +166,17 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
         self.rules = [parse_rule(text) for text in self.config.rules]
-        sizes = [rule.block_size(self.block_size) for rule in self.rules]
+        self.sizes = [rule.block_size(self.block_size) for rule in self.rules]
         # A blend is earned with drafts only: an arm without one could not win, and would still be tried.
         least = 2 if self.config.reward == "blend" else 1
-        fits = [place for place, size in enumerate(sizes) if least <= size <= decoder.max_block_size]
+        fits = [place for place, size in enumerate(self.sizes) if least <= size <= decoder.max_block_size]
         self.usable = fits or list(range(len(self.rules)))
-        self.longest = max(1, max(sizes[place] for place in self.usable) - 1)
+        self.longest = max(1, max(self.sizes[place] for place in self.usable) - 1)
 
     def select(self, state: State, context: Context) -> Tensor:
         place = self._pick(context)
         state["rule"] = context.full(place)
-        return context.full(self.rules[place].block_size(self.block_size))
+        return context.full(self.sizes[place])
 
     def _pick(self, context: Context) -> int:
         arms, least, exploration = dict(enumerate(self.arms)), self.config.min_pulls, self.config.exploration
@@ -116,8 +190,7 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
     def trusted(self, state: State, draft: Draft) -> Tensor:
         places = set(state["rule"].tolist())
         # Rows of different steps may have been put together; then nothing is cut.
-        rule = self.rules[places.pop()] if len(places) == 1 else Rule(FIXED, None)
-        return rule.trusted(draft)
+        return self.rules[places.pop()].trusted(draft) if len(places) == 1 else whole(draft, None)
 
     def observe(self, state: State, step: Step) -> None:
         arms, timed, seconds = self.arms, self.config.reward == "time", row_seconds(step)
