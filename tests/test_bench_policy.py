@@ -17,8 +17,7 @@ from bpkit.cli.bench_policy import batch_sizes, those_that_ship
 from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, backends_of, decide
-from bpkit.judge.latency.measure import agreement
-from bpkit.judge.latency.pair import measure_pair
+from bpkit.judge.latency.measure import agreement, measure_pair
 from bpkit.judge.latency.questions import Recorder, batches
 from bpkit.judge.latency.report import sentences
 from bpkit.judge.latency.timing import BLOCK, interleave, percentile, ratio

@@ -16,8 +16,7 @@ pytest.importorskip("onnxscript")
 
 from bpkit_forecast.policy import VECTORS, Forecast, ForecastConfig
 from bpkit_mlp.blockpilot import BlockPilot
-from bpkit_mlp.ldlp import Ldlp
-from bpkit_mlp.ldlp_threshold import LdlpThreshold
+from bpkit_mlp.ldlp import Ldlp, LdlpThreshold
 from bpkit_threshold.specdecpp import SpecDecPP
 
 from bpkit.assets import DOMAINS, prompts

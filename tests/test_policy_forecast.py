@@ -58,7 +58,7 @@ def expected(stands: torch.Tensor) -> Any:
 @pytest.mark.parametrize("cost", [COST, None])
 @pytest.mark.parametrize("rate", [0.5, 1.0, 1.6])
 def test_the_size_is_the_one_that_gains_most_at_the_going_speed(cost: CostTable | None, rate: float) -> None:
-    gains = Gains(FACTS, SIZES, cost, rate=rate, margin=0.0, decision=0.0)
+    gains = Gains(FACTS, SIZES, cost, LearnedConfig(rate=rate, margin=0.0, decision=0.0))
     stands, lengths = chances(1, 40), torch.randint(10, 600, (40,), generator=torch.Generator().manual_seed(0))
     chosen = gains.best_sizes(expected(stands), lengths.tolist()).tolist()
     for row in range(40):
@@ -77,7 +77,7 @@ def test_the_size_is_the_one_that_gains_most_at_the_going_speed(cost: CostTable 
 
 
 def test_rho_is_the_speed_of_the_best_fixed_size() -> None:
-    gains = Gains(FACTS, SIZES, None, rate=0.8, margin=0.0, decision=0.0)
+    gains = Gains(FACTS, SIZES, None, LearnedConfig(rate=0.8, margin=0.0, decision=0.0))
     speeds = [tokens / seconds for tokens, seconds in zip(FACTS["yields"], FACTS["curves"]["steps"][1:], strict=True)]
     assert gains.rho == pytest.approx(0.8 * max(speeds))
     assert SIZES[gains.floor] == SIZES[speeds.index(max(speeds))] == 4
@@ -85,20 +85,20 @@ def test_rho_is_the_speed_of_the_best_fixed_size() -> None:
 
 def test_a_margin_keeps_the_best_fixed_size_unless_another_promises_more() -> None:
     stands, lengths = chances(2, 60), torch.full((60,), 100)
-    free = Gains(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
-    bound = Gains(FACTS, SIZES, COST, rate=1.0, margin=100.0, decision=0.0)
+    free = Gains(FACTS, SIZES, COST, LearnedConfig(rate=1.0, margin=0.0, decision=0.0))
+    bound = Gains(FACTS, SIZES, COST, LearnedConfig(rate=1.0, margin=100.0, decision=0.0))
     kept, chosen = (set(g.best_sizes(expected(stands), lengths.tolist()).tolist()) for g in (bound, free))
     assert kept <= {1, SIZES[bound.floor]}
     assert chosen - {1, SIZES[free.floor]}
 
 
 def test_nothing_is_drafted_where_nothing_would_stand() -> None:
-    gains = Gains(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
+    gains = Gains(FACTS, SIZES, COST, LearnedConfig(rate=1.0, margin=0.0, decision=0.0))
     assert gains.best_sizes(np.zeros((2, len(SIZES))), [50, 400]).tolist() == [1, 1]
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    gains = Gains(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
+    gains = Gains(FACTS, SIZES, COST, LearnedConfig(rate=1.0, margin=0.0, decision=0.0))
     tokens, lengths = expected(chances(3, 8)), [20, 90, 150, 300, 400, 500, 600, 64]
     alone = [int(gains.best_sizes(tokens[i : i + 1], lengths[i : i + 1])[0]) for i in range(8)]
     assert gains.best_sizes(tokens, lengths).tolist() == alone
@@ -106,7 +106,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_what_is_exported_chooses_as_what_is_live() -> None:
     config = LearnedConfig(rate=0.9, margin=0.1, decision=0.0)
-    gains = Gains(FACTS, SIZES, COST, rate=0.9, margin=0.1, decision=0.0)
+    gains = Gains(FACTS, SIZES, COST, config)
     tokens, lengths = chances(4, 60), torch.arange(10, 610, 10).tolist()
     exported = BestSize(nn.Identity(), FACTS, gains.columns, config)
     steps = torch.tensor([gains.curves(n).steps for n in lengths])
@@ -162,7 +162,7 @@ def test_tokens_are_the_chances_of_those_that_a_size_drafts() -> None:
 
 
 def test_choosing_pays_where_forecasts_differ_and_costs_do_too() -> None:
-    gains = Gains(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.0)
+    gains = Gains(FACTS, SIZES, COST, LearnedConfig(rate=1.0, margin=0.0, decision=0.0))
     by_hand = []
     for row in FACTS["outlook"]:
         seconds = [COST.seconds("verify", size, 256) + COST.seconds("draft", size, 256) for size in SIZES]
@@ -170,12 +170,12 @@ def test_choosing_pays_where_forecasts_differ_and_costs_do_too() -> None:
         values = [tokens - gains.rho * (s - plain) for tokens, s in zip(row, seconds, strict=True)]
         by_hand.append(max(0.0, *values) - values[gains.floor])
     worth = sum(by_hand) / 3 / gains.rho  # seconds a step
-    assert Gains(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=0.99 * worth).asks
-    assert not Gains(FACTS, SIZES, COST, rate=1.0, margin=0.0, decision=1.01 * worth).asks
+    assert Gains(FACTS, SIZES, COST, LearnedConfig(rate=1.0, margin=0.0, decision=0.99 * worth)).asks
+    assert not Gains(FACTS, SIZES, COST, LearnedConfig(rate=1.0, margin=0.0, decision=1.01 * worth)).asks
 
 
 def test_nobody_is_asked_where_every_step_costs_the_same() -> None:
-    gains = Gains(FACTS, SIZES, flat(COST), rate=1.0, margin=0.0, decision=1e-6)
+    gains = Gains(FACTS, SIZES, flat(COST), LearnedConfig(rate=1.0, margin=0.0, decision=1e-6))
     assert not gains.asks
     assert SIZES[gains.floor] == 6
     policy = Forecast.trained(ForecastConfig(), FACTS, Forecast.untrained(ForecastConfig()).build(FACTS), SPEC)

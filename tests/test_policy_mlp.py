@@ -24,8 +24,7 @@ from bpkit_mlp.blockpilot_training import (
     relative,
 )
 from bpkit_mlp.fold import folded_layer
-from bpkit_mlp.ldlp import Ldlp, LdlpConfig
-from bpkit_mlp.ldlp_threshold import LdlpThreshold, LdlpThresholdConfig
+from bpkit_mlp.ldlp import Ldlp, LdlpConfig, LdlpThreshold, LdlpThresholdConfig
 from bpkit_mlp.ldlp_training import LdlpModule, LdlpOptions, asymmetric_l1, labelled_rows
 from bpkit_mlp.networks import ResidualMLP, Standard, normalisation
 from torch import Tensor, nn
@@ -124,7 +123,7 @@ def prompt_of(accepted: list[list[int]], sizes: tuple[int, ...], **changes: Any)
 
 
 def test_hook_modules_and_options_load_without_torch() -> None:
-    modules = "bpkit_mlp, bpkit_mlp.blockpilot, bpkit_mlp.ldlp, bpkit_mlp.ldlp_threshold"
+    modules = "bpkit_mlp, bpkit_mlp.blockpilot, bpkit_mlp.ldlp"
     subprocess.run([sys.executable, "-c", f"import {modules}, sys; assert 'torch' not in sys.modules"], check=True)
 
 

@@ -57,39 +57,27 @@ class Port:
     meaning: str
 
 
-_GIVEN: dict[str, tuple[tuple[str, ...], DType, str]] = {
-    Feature.LAST_HIDDEN: (("batch", "size"), "float32", "final-norm hidden state that predicted the anchor"),
-    Feature.TARGET_FEATURES: (("batch", "size"), "float32", "the layers that the drafter reads"),
-    Feature.ANCHOR_EMBEDDING: (("batch", "size"), "float32", "the target's embedding of the anchor"),
-    Feature.ANCHOR_LOG_PROBABILITY: (("batch",), "float32", "log-probability of the anchor by the raw logits, in nats"),
-    Feature.ANCHOR_ENTROPY: (("batch",), "float32", "entropy of that distribution, in nats"),
-    Feature.PREFILL_LOGITS: (("batch", "size"), "float32", "raw target logits after the last prompt token"),
-    Feature.PREFILL_HIDDEN: (("batch", "size"), "float32", "final-norm hidden state of the last prompt token"),
-    Feature.DRAFT_PROBABILITY: (("batch", "width"), "float32", "the drafter's probability of each drafted token"),
-    Feature.DRAFT_ENTROPY: (("batch", "width"), "float32", "entropy of its distribution at each, in nats"),
-    Feature.DRAFT_HIDDEN: (
-        ("batch", "width", "size"),
-        "float32",
-        "the drafter's last hidden state that predicted each drafted token",
-    ),
-    "block_size": (("batch",), "int64", "of the draft"),
-    "draft_length": (("batch",), "int64", "drafted tokens"),
+_GIVEN: dict[str, tuple[str, str]] = {
+    Feature.LAST_HIDDEN: ("batch size", "final-norm hidden state that predicted the anchor"),
+    Feature.TARGET_FEATURES: ("batch size", "the layers that the drafter reads"),
+    Feature.ANCHOR_EMBEDDING: ("batch size", "the target's embedding of the anchor"),
+    Feature.ANCHOR_LOG_PROBABILITY: ("batch", "log-probability of the anchor by the raw logits, in nats"),
+    Feature.ANCHOR_ENTROPY: ("batch", "entropy of that distribution, in nats"),
+    Feature.PREFILL_LOGITS: ("batch size", "raw target logits after the last prompt token"),
+    Feature.PREFILL_HIDDEN: ("batch size", "final-norm hidden state of the last prompt token"),
+    Feature.DRAFT_PROBABILITY: ("batch width", "the drafter's probability of each drafted token"),
+    Feature.DRAFT_ENTROPY: ("batch width", "entropy of its distribution at each, in nats"),
+    Feature.DRAFT_HIDDEN: ("batch width size", "the drafter's last hidden state that predicted each drafted token"),
+    "block_size": ("batch", "of the draft"),
+    "draft_length": ("batch", "drafted tokens"),
     "step_seconds": (
-        ("batch", "size"),
-        "float32",
+        "batch size",
         "seconds of a step without a draft, then of each block size, at this row's context length",
     ),
-    "verify_seconds": (
-        ("batch", "size"),
-        "float32",
-        "seconds of a target pass over 1, 2, ... positions, at this row's context length",
-    ),
-    "typical_step_seconds": (
-        ("size",),
-        "float32",
-        "the same at a typical context length; it sets what a second is worth",
-    ),
+    "verify_seconds": ("batch size", "seconds of a target pass over 1, 2, ... positions, at this row's context length"),
+    "typical_step_seconds": ("size", "the same at a typical context length; it sets what a second is worth"),
 }
+"""Axes and meaning of inputs; `size` is a number."""
 
 
 def given(name: str, size: int = 1) -> Port:
@@ -99,8 +87,9 @@ def given(name: str, size: int = 1) -> Port:
         size: length of its last axis, where that is not the batch or the width of the draft. Of costs: how many block
             sizes there are, 1 included, or the largest.
     """
-    axes, dtype, meaning = _GIVEN[name]
-    return Port(str(name), tuple(size if axis == "size" else axis for axis in axes), dtype, meaning)
+    axes, meaning = _GIVEN[name]
+    shape = tuple(size if axis == "size" else axis for axis in axes.split())
+    return Port(str(name), shape, "int64" if name in COUNTS else "float32", meaning)
 
 
 def decision(method: Method) -> Port:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.export.curves import TYPICAL_CONTEXT, CostCurves, Curves
+from bpkit.learn.config import LearnedConfig
 from bpkit.types import CostModel
 
 NEVER = -1e9
@@ -68,7 +69,7 @@ class Gains:
             device of training, taken where `cost` is None; `outlook`, some forecasts of training: tokens expected to
             stand, by size.
         usable: block sizes that the decoder can draft.
-        rate, margin, decision: as in `bpkit.learn.LearnedConfig`.
+        config: what a second is worth, and when choosing is.
 
     Attributes:
         columns: places of the usable sizes among those of training.
@@ -82,24 +83,21 @@ class Gains:
         facts: dict[str, Any],
         usable: Sequence[int],
         cost: CostModel | None,
-        *,
-        rate: float,
-        margin: float,
-        decision: float,
+        config: LearnedConfig,
     ) -> None:
         trained = facts["block_sizes"]
-        self.sizes, self.margin = list(usable), margin
+        self.sizes, self.margin = list(usable), config.margin
         self.columns = [trained.index(size) for size in usable]
         self.curves = CostCurves(cost, usable) if cost is not None else _of_training(facts, self.columns)
         typical = np.array(self.curves(TYPICAL_CONTEXT).steps)
         yields = np.array([1.0, *(facts["yields"][column] for column in self.columns)])
-        self.rho, self._fixed = going_rate(yields, typical, rate)
+        self.rho, self._fixed = going_rate(yields, typical, config.rate)
         self.floor = int(self._fixed[0]) - 1
         worth = math.inf  # while training runs
         if facts["outlook"]:
             outlook = np.array(facts["outlook"])[:, self.columns]
             worth = gain_of_choosing(np, over_plain(np, outlook, typical[None], self.rho), self._fixed)
-        self.asks = bool(worth > self.rho * decision)
+        self.asks = bool(worth > self.rho * config.decision)
         self._choices = np.array([1, *usable])
 
     def best_sizes(self, tokens: NDArray[Any], context_lengths: Sequence[int]) -> NDArray[np.int64]:

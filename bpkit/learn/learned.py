@@ -118,9 +118,9 @@ class LearnedPolicy(TrainedPolicy):
         from bpkit.learn.gains import Gains
         from bpkit.learn.quick import quick
 
-        self.decoder, config = decoder, self.config
+        self.decoder = decoder
         self.forecaster = quick(self.networks[self.deciding], sum(self.widths().values()))
-        self.gains = Gains(self.facts, usable, cost, rate=config.rate, margin=config.margin, decision=config.decision)
+        self.gains = Gains(self.facts, usable, cost, self.config)
         # Without asking nothing is read, and nothing need be computed.
         others = self.wants - set(self.reads)
         self.wants = others | set(self.reads) if self.gains.asks else others  # type: ignore[misc]

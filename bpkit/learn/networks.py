@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bpkit.export.graph import best, survival
+from bpkit.learn.config import LearnedConfig
 from bpkit.learn.gains import NEVER, candidates, gain_of_choosing, going_rate, over_plain
 from bpkit.policy import PolicyError
 
@@ -112,11 +113,12 @@ class BestSize(nn.Module):
 
     Args:
         forecaster: float32 [batch, inputs] -> tokens expected to stand, [batch, sizes of training].
-        facts: as in `Gains`. columns: as there.
-        config: a `bpkit.learn.LearnedConfig`.
+        facts, columns, config: as in `Gains`.
     """
 
-    def __init__(self, forecaster: nn.Module, facts: dict[str, Any], columns: Sequence[int], config: Any) -> None:
+    def __init__(
+        self, forecaster: nn.Module, facts: dict[str, Any], columns: Sequence[int], config: LearnedConfig
+    ) -> None:
         super().__init__()
         self.forecaster, self.margin, self.decision = forecaster, config.margin, config.decision
         self.worth = WorthOfASecond(facts, columns, config.rate)

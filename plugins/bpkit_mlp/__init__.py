@@ -21,7 +21,7 @@ def bpkit_register_policies(register: Register) -> None:
     )
     register(
         "ldlp_threshold",
-        "bpkit_mlp.ldlp_threshold:LdlpThreshold",
+        "bpkit_mlp.ldlp:LdlpThreshold",
         summary="AdaEAGLE's forecast together with a threshold on the drafter's probabilities.",
-        config="bpkit_mlp.ldlp_threshold:LdlpThresholdConfig",
+        config="bpkit_mlp.ldlp:LdlpThresholdConfig",
     )

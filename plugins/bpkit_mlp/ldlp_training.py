@@ -12,8 +12,7 @@ from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOpt
 from bpkit.policy import PolicyError
 from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
-from bpkit_mlp.ldlp import Ldlp
-from bpkit_mlp.ldlp_threshold import LdlpThresholdConfig
+from bpkit_mlp.ldlp import Ldlp, LdlpThresholdConfig
 from bpkit_mlp.networks import ResidualMLP, Standard
 
 
