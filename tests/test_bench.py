@@ -18,7 +18,7 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.statistics import RESAMPLES, resample
 from bpkit.judge.wall_clock.bench import BenchSettings, measure, run_bench
 from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Measurement, Outcome, Task
-from bpkit.judge.wall_clock.figures import differences, ends_in_loop, summarise
+from bpkit.judge.wall_clock.figures import BenchFigures, differences, ends_in_loop
 from bpkit.judge.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
 from bpkit.prompts import Prompt, choose_prompts, read_prompts
 
@@ -68,7 +68,7 @@ def rows_by_hand() -> list[Measurement]:
 
 
 def test_figures_of_rows_made_by_hand() -> None:
-    report = summarise(rows_by_hand(), **ROLES, seed=0)
+    report = BenchFigures(rows_by_hand(), **ROLES, seed=0).as_json()
     overall = report["overall"]
     assert (overall["prompts"], overall["loops"]) == (3, 1)
     assert overall["plain"]["source"] == LOOP
@@ -85,22 +85,25 @@ def test_figures_of_rows_made_by_hand() -> None:
 
 
 def test_the_best_fixed_size_is_told_for_each_group() -> None:
-    report = summarise(rows_by_hand(), **ROLES, seed=0)
+    report = BenchFigures(rows_by_hand(), **ROLES, seed=0).as_json()
     assert report["overall"]["best_fixed"] == "fixed:4"
     assert report["domains"]["b"]["best_fixed"] == "fixed:4"
     assert report["without_loops"]["domains"]["a"]["best_fixed"] == "fixed:2"
 
 
 def test_prompts_whose_plain_output_loops_are_left_out_below() -> None:
-    rest = summarise(rows_by_hand(), **ROLES, seed=0)["without_loops"]
+    rest = BenchFigures(rows_by_hand(), **ROLES, seed=0).as_json()["without_loops"]
     assert (rest["overall"]["prompts"], rest["overall"]["loops"]) == (2, 0)
     assert rest["overall"]["policies"]["fixed:4"]["speedup"] == pytest.approx(3 / 2.5)
     only_loops = [row for row in rows_by_hand() if row.prompt == "a2"]
-    assert summarise(only_loops, **ROLES, seed=0)["without_loops"] == {"overall": None, "domains": {"a": None}}
+    assert BenchFigures(only_loops, **ROLES, seed=0).as_json()["without_loops"] == {
+        "overall": None,
+        "domains": {"a": None},
+    }
 
 
 def test_another_text_is_told_by_prompt_place_and_near_tie() -> None:
-    entry = summarise(rows_by_hand(), **ROLES, seed=0)["overall"]["policies"]["other"]
+    entry = BenchFigures(rows_by_hand(), **ROLES, seed=0).as_json()["overall"]["policies"]["other"]
     assert entry["identical_text"] is False
     assert entry["different_prompts"] == [{"id": "b1", "first_difference": 7, "near_tie": True}]
     assert entry["fallbacks"] == 3
@@ -110,15 +113,15 @@ def test_another_text_is_told_by_prompt_place_and_near_tie() -> None:
 
 
 def test_intervals_are_paired_over_prompts() -> None:
-    overall = summarise(rows_by_hand(), **ROLES, seed=0)["overall"]
+    overall = BenchFigures(rows_by_hand(), **ROLES, seed=0).as_json()["overall"]
     # Twice as slow on every prompt: the ratio is the same in every resample, although the rates are not.
     assert overall["plain"]["others"][0]["tokens_per_second_interval"][0] < 80 / 14
-    always = summarise(
+    always = BenchFigures(
         [row for row in rows_by_hand() if row.decoder in (LOOP, TRANSFORMERS, "other")],
         plain=(LOOP, TRANSFORMERS),
         policies=("other",),
         seed=0,
-    )
+    ).as_json()
     assert always["overall"]["policies"]["other"]["speedup_interval"] == pytest.approx([1.0, 1.0])
     low, high = overall["policies"]["fixed:4"]["speedup_interval"]
     assert low == pytest.approx(0.5)  # three times the first prompt
@@ -130,7 +133,7 @@ def test_intervals_are_paired_over_prompts() -> None:
 def test_repeats_are_summed_and_each_is_compared() -> None:
     rows = [Measurement(LOOP, "p", "d", r, outcome([1, 2], 1.0, 1)) for r in range(2)]
     rows += [Measurement("x", "p", "d", r, outcome([1, 2 + r], 0.5, 1)) for r in range(2)]
-    entry = summarise(rows, plain=(LOOP,), policies=("x",), seed=0)["overall"]["policies"]["x"]
+    entry = BenchFigures(rows, plain=(LOOP,), policies=("x",), seed=0).as_json()["overall"]["policies"]["x"]
     assert (entry["tokens"], entry["speedup"]) == (4, pytest.approx(2.0))
     assert [d["id"] for d in entry["different_prompts"]] == ["p"]
 
@@ -138,7 +141,7 @@ def test_repeats_are_summed_and_each_is_compared() -> None:
 def test_peers_are_not_compared_when_sampling_and_shares_may_be_unknown() -> None:
     rows = [Measurement(LOOP, "p", "d", 0, outcome([1, 2], 1.0, 1))]
     rows += [Measurement("peer", "p", "d", 0, outcome([1, 3], 1.0, 0, target=None))]
-    found = summarise(rows, plain=(LOOP,), policies=(), against=("peer",), comparable=False, seed=0)
+    found = BenchFigures(rows, plain=(LOOP,), policies=(), against=("peer",), comparable=False, seed=0).as_json()
     group = found["overall"]
     assert group["against"]["peer"]["identical_text"] is None
     assert group["against"]["peer"]["share"] is None

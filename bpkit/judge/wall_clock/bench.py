@@ -27,7 +27,7 @@ from bpkit.judge.wall_clock.decoders import (
     TimedDecoder,
     check_peers,
 )
-from bpkit.judge.wall_clock.figures import summarise
+from bpkit.judge.wall_clock.figures import BenchFigures
 from bpkit.judge.wall_clock.threads import (
     ThreadTable,
     best_counts,
@@ -109,7 +109,7 @@ def run_bench(
         [*chain(*compared.values())], tasks, repeats=settings.repeats, seed=seed, threads=threads, progress=progress
     )
     places = {prompt.id: place for place, prompt in enumerate(prompts)}  # groups in the order that was given
-    groups = summarise(
+    figures = BenchFigures(
         sorted(measured, key=lambda one: places[one.prompt]),
         **{role: [one.name for one in of_role] for role, of_role in compared.items()},
         comparable=settings.options["temperature"] == 0,
@@ -133,7 +133,7 @@ def run_bench(
             "started": utc(started),
             "seconds": time.time() - started,
         },
-        **groups,
+        **figures.as_json(),
         "measurements": [
             {
                 "contestant": one.decoder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bpkit.judge.statistics import Bootstrap, Totals, interval, totals_of
@@ -27,41 +28,14 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 """prompt id -> the outcomes of its repeats."""
 
 
-def summarise(
-    measurements: Sequence[Measurement],
-    *,
-    plain: Sequence[str],
-    policies: Sequence[str],
-    against: Sequence[str] = (),
-    comparable: bool = True,
-    seed: int,
-) -> dict[str, Any]:
-    """All groups of the report: `overall`, `domains`, and both again `without_loops`.
+class BenchFigures:
+    """What was measured, by decoder and prompt.
 
     Args:
         plain: ways of plain decoding; the faster is `plain`.
         policies, against: names as typed.
         comparable: whether the texts of peers and plain decoding must be equal; not when sampling.
         seed: of the bootstrap.
-    """
-    figures = _Figures(measurements, plain, seed)
-
-    def figures_of(prompts: Sequence[str]) -> dict[str, Any] | None:
-        return figures.group(prompts, policies, against, comparable) if prompts else None
-
-    def groups(prompts: Sequence[str]) -> dict[str, Any]:
-        members: dict[str, list[str]] = {domain: [] for domain in figures.domains.values()}
-        for prompt in prompts:
-            members[figures.domains[prompt]].append(prompt)
-        by_domain = {domain: figures_of(inside) for domain, inside in members.items()}
-        return {"overall": figures_of(prompts), "domains": by_domain}
-
-    everything = list(figures.domains)
-    return {**groups(everything), "without_loops": groups([p for p in everything if p not in figures.loops])}
-
-
-class _Figures:
-    """What was measured, by decoder and prompt.
 
     Attributes:
         domains: of the prompts, by id. loops: ids of prompts whose plain output ends in a loop.
@@ -69,8 +43,17 @@ class _Figures:
         reference: whose texts are right: those of transformers, which share no code with ours, where they take part.
     """
 
-    def __init__(self, measurements: Sequence[Measurement], plain: Sequence[str], seed: int) -> None:
-        self.plain, self.seed = plain, seed
+    def __init__(
+        self,
+        measurements: Sequence[Measurement],
+        *,
+        plain: Sequence[str],
+        policies: Sequence[str],
+        against: Sequence[str] = (),
+        comparable: bool = True,
+        seed: int,
+    ) -> None:
+        self.names, self.comparable, self.seed = (plain, policies, against), comparable, seed
         self.domains: dict[str, str] = {}
         self.outcomes: dict[str, dict[str, list[Outcome]]] = {}
         for one in measurements:
@@ -80,26 +63,38 @@ class _Figures:
         self.loops = {p for p, found in self.outcomes[self.reference].items() if ends_in_loop(found[0].tokens)}
         self.source = max(plain, key=lambda name: totals(self.outcomes[name]).rate)
 
-    def group(
-        self, prompts: Sequence[str], policies: Sequence[str], against: Sequence[str], comparable: bool
-    ) -> dict[str, Any]:
-        """The figures of some prompts."""
+    def as_json(self) -> dict[str, Any]:
+        """All groups of the report: `overall`, `domains`, and both again `without_loops`."""
+        rest = [prompt for prompt in self.domains if prompt not in self.loops]
+        return {**self._groups(list(self.domains)), "without_loops": self._groups(rest)}
+
+    def _groups(self, prompts: Sequence[str]) -> dict[str, Any]:
+        by_domain = {
+            domain: self._group([prompt for prompt in prompts if self.domains[prompt] == domain])
+            for domain in dict.fromkeys(self.domains.values())
+        }
+        return {"overall": self._group(prompts), "domains": by_domain}
+
+    def _group(self, prompts: Sequence[str]) -> dict[str, Any] | None:
+        """The figures of some prompts, or None if there are none."""
+        if not prompts:
+            return None
         bootstrap = Bootstrap(len(prompts), self.seed)
-        plain, ours, peers = (
-            {name: self._entry(name, prompts, bootstrap) for name in names} for names in (self.plain, policies, against)
+        plain, policies, against = (
+            {name: self._entry(name, prompts, bootstrap) for name in names} for names in self.names
         )
-        if not comparable:
-            for entry in peers.values():
+        if not self.comparable:
+            for entry in against.values():
                 entry.update(identical_text=None, different_prompts=[])
         short = {name: {"source": name, **{key: entry[key] for key in OF_PLAIN}} for name, entry in plain.items()}
-        fixed = [name for name in ours if parse_spec(name)["name"] == "fixed"]
+        fixed = [name for name in policies if parse_spec(name)["name"] == "fixed"]
         return {
             "prompts": len(prompts),
             "loops": sum(p in self.loops for p in prompts),
             "plain": {**short.pop(self.source), "others": list(short.values())},
-            "policies": ours,
-            "against": peers,
-            "best_fixed": max(fixed, key=lambda name: ours[name]["tokens_per_second"], default=None),
+            "policies": policies,
+            "against": against,
+            "best_fixed": max(fixed, key=lambda name: policies[name]["tokens_per_second"], default=None),
         }
 
     def _of(self, decoder: str, prompts: Sequence[str]) -> Outcomes:
@@ -112,7 +107,8 @@ class _Figures:
         rates = mine.rates(bootstrap)
         every = [outcome for repeats in outcomes.values() for outcome in repeats]
         different = differences(outcomes, self._of(self.reference, prompts), self._of(LOOP, prompts))
-        of_steps = totals(outcomes, prefill=False).of(mine.steps > 0)
+        # The first token of each output is no step's.
+        of_steps = replace(mine, tokens=mine.tokens - [len(found) for found in outcomes.values()]).of(mine.steps > 0)
         return {
             "tokens_per_second": mine.rate,
             "tokens_per_second_interval": interval(rates),
@@ -131,13 +127,14 @@ class _Figures:
         }
 
 
-def totals(outcomes: Outcomes, *, prefill: bool = True) -> Totals:
-    """Sums over the repeats of each prompt; without `prefill` its token, which is no step's, is left out."""
-    sums = [
-        (sum(len(o.tokens) - (not prefill) for o in found), sum(o.steps for o in found), sum(o.seconds for o in found))
-        for found in outcomes.values()
-    ]
-    return totals_of(sums)
+def totals(outcomes: Outcomes) -> Totals:
+    """Sums over the repeats of each prompt."""
+    return totals_of(
+        [
+            (sum(len(o.tokens) for o in found), sum(o.steps for o in found), sum(o.seconds for o in found))
+            for found in outcomes.values()
+        ]
+    )
 
 
 def shares(outcomes: Sequence[Outcome]) -> dict[str, float] | None:
