@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def json_text(value: Any) -> str:
     """What `write_json` writes. Raises ValueError for NaN and infinity."""
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     return json.dumps(plain, indent=1, allow_nan=False) + "\n"
+
+
+def utc(seconds: float | None = None) -> str:
+    """A time in seconds since 1970, now if it is left out, as it is written into files."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def faults(error: ValidationError, *, most: int = 5) -> str:

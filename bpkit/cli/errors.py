@@ -108,20 +108,16 @@ def explain(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         ended = "Terminated." if isinstance(error, Terminated) else "Interrupted."
         return " ".join([ended, *getattr(error, "__notes__", ())])
-    text = " ".join(_said(error).split())
+    said = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:  # of the system itself
+        said = f"{error.filename}: {_OF_FILES.get(type(error), error.strerror)}"
+    text = " ".join(said.split())
     if isinstance(error, _EXPECTED):
         return f"Error: {text or type(error).__name__}"
     return (
         f"Error: {type(error).__name__}: {text} (`bpkit {DEBUG} ...` shows where this comes from; if it looks like a "
         "fault of bpkit, `bpkit doctor --report` prints what a bug report needs)"
     )
-
-
-def _said(error: BaseException) -> str:
-    """The message, and for errors of the system itself the file first."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {_OF_FILES.get(type(error), error.strerror)}"
-    return str(error)
 
 
 def require(module: str, *, extra: str, purpose: str) -> None:

@@ -14,7 +14,7 @@ from bpkit.cli import completion, options, outputs
 from bpkit.cli.errors import require
 from bpkit.cli.outputs import Outputs, command_line
 from bpkit.config import Config
-from bpkit.files import write_at_once
+from bpkit.files import utc, write_at_once
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
@@ -175,7 +175,6 @@ def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str
     import torch
 
     from bpkit.installation.machine import describe_machine
-    from bpkit.judge.described import utc
 
     return {
         "command": command_line(),

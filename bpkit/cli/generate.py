@@ -75,17 +75,14 @@ def generate(
 
     kept = "The text until then is all that was written."
     with when_interrupted(kept), closing(load_decoder(config, observers=config.observers or ())) as decoder:
-        result, seconds = stream(decoder, in_chat(decoder, text) if chat else text, **wanted(config, stop))
+        wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS) | {"seed": config.sampling.seed}
+        if stop:
+            wanted["stop_strings"] = stop
+        result, seconds = stream(decoder, in_chat(decoder, text) if chat else text, **wanted)
     if stats:
         say("")
         for line in describe(result, seconds):
             say(line)
-
-
-def wanted(config: Config, stop: list[str] | None) -> dict[str, Any]:
-    """Options of the generation."""
-    options = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS)
-    return {**options, "seed": config.sampling.seed, **({"stop_strings": stop} if stop else {})}
 
 
 def in_chat(decoder: SpeculativeDecoder, text: str) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.main import get_group
+from typer.models import DefaultPlaceholder
 
 from bpkit import __version__
 from bpkit.cli import (
@@ -27,12 +29,11 @@ from bpkit.cli import (
     train,
 )
 from bpkit.cli.errors import DEBUG, EXIT_CODES, ExplainingGroup, end_when_terminated, exit_code, explain
-from bpkit.cli.plugin_commands import add_plugin_commands
 from bpkit.cli.terminal import be_plain_where_asked, say
 from bpkit.installation.doctor import installed
 from bpkit.names import did_you_mean
 from bpkit.policy import PolicyError
-from bpkit.registry.discovery import Registry, choose_plugins, registry
+from bpkit.registry.discovery import Registry, call, choose_plugins, registry
 from bpkit.registry.plugin_choice import PLUGINS, choice_of, plugin_flags
 
 _HELP = """Speculative decoding with block-size policies as plug-ins.
@@ -125,8 +126,44 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
             app.add_typer(command, name=name, rich_help_panel=panel)
         else:
             app.command(name, rich_help_panel=panel)(command)
-    add_plugin_commands(app, registry(), own=_COMMANDS)
+    add_plugin_commands(app, registry())
     return app
+
+
+def add_plugin_commands(app: typer.Typer, known: Registry) -> None:
+    """Let each plug-in make its commands, in the order of hook calls, and add them to those of bpkit.
+
+    One that fails is noted, adds nothing and takes nobody along.
+    """
+    whose = dict.fromkeys(_COMMANDS, "of bpkit itself")
+    for implementation in known.calls("bpkit_register_commands"):
+        plugin, made = implementation.plugin_name, typer.Typer()
+        try:
+            call(implementation, app=made)
+            names = _checked_names(made, whose)
+        except (Exception, SystemExit) as error:
+            known.fail(plugin, f"its commands: {type(error).__name__}: {error}")
+            continue
+        added: list[Any] = [*made.registered_commands, *made.registered_groups]
+        for one in added:
+            if isinstance(one.rich_help_panel, DefaultPlaceholder) or one.rich_help_panel is None:
+                one.rich_help_panel = f"Plug-in {plugin}"
+        app.registered_commands += made.registered_commands
+        app.registered_groups += made.registered_groups
+        whose.update(dict.fromkeys(names, f"of plug-in {plugin!r}"))
+
+
+def _checked_names(made: typer.Typer, whose: dict[str, str]) -> list[str]:
+    """The names of what a plug-in made. Raises ValueError if they will not do."""
+    if made.registered_callback is not None:
+        raise ValueError("it replaced the options before the command")
+    names = list(get_group(made).commands)
+    if len(names) < len(made.registered_commands) + len(made.registered_groups):
+        raise ValueError("it has two commands of one name")
+    for name in names:
+        if name in whose:
+            raise ValueError(f"command {name!r} is there already, {whose[name]}")
+    return names
 
 
 def pass_on(flags: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,13 @@ def figures_and_plot(json: Json = None, plot: Plot = None) -> Outputs:
 def figures_and_page(json: Json = None, report: Page = None) -> Outputs:
     """`--json` and `--report`."""
     return Outputs(json, page=report)
+
+
+def say_written(out: Path, following: str) -> None:
+    """Say what came of it, once, and what to do with it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning starts further processes by the same command
+        say(f"wrote {out}")
+        say(f"Next: {following}")
 
 
 def command_line() -> str:

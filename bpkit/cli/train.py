@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bpkit.cli import options, train_options, train_policy
+from bpkit.cli import options, outputs, train_policy
 from bpkit.cli.command import Group, dressed
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.installation.distribution import install_command
@@ -77,12 +77,12 @@ NO_PROMPTS = (
 
 
 @app.command("drafter")
-@options.takes(run=train_options.model_run)
+@options.takes(run=options.model_run)
 def drafter(
     target: Annotated[
         str, typer.Option(help="Folder or Hub name of the target; its tokenizer needs a mask token.", metavar="MODEL")
     ],
-    out: train_options.Out,
+    out: options.Out,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -140,4 +140,4 @@ def drafter(
     with when_interrupted(checkpoint_in(out)):
         how = DrafterRun(layers=layers, sequences=sequences, new_tokens=new_tokens, batch_size=batch_size, **run)
         train(target, out, prompts=texts, run=how)
-    train_options.say_written(out, f"bpkit bench --target {target} --drafter {out}")
+    outputs.say_written(out, f"bpkit bench --target {target} --drafter {out}")

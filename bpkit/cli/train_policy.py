@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from bpkit.cli import options, train_options
+from bpkit.cli import options
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
 from bpkit.cli.outputs import portable
@@ -33,7 +33,7 @@ Logger = Literal["csv", "tensorboard"]
 def train_policy(
     context: typer.Context,
     traces: Annotated[list[Path], typer.Argument(help="Folders that `bpkit trace` made.", metavar="TRACE")],
-    out: train_options.Out,
+    out: options.Out,
     cost: Annotated[
         str,
         typer.Option(
@@ -69,13 +69,13 @@ def train_policy(
         ),
     ] = None,
     epochs: Annotated[int | None, _training(help="Passes over the examples at most.", min=1)] = None,
-    devices: train_options.Devices = 1,
-    strategy: train_options.Strategy = "auto",
-    accelerator: train_options.Accelerator = "auto",
+    devices: options.Devices = 1,
+    strategy: options.Strategy = "auto",
+    accelerator: options.Accelerator = "auto",
     logger: Annotated[
-        str, train_options.of_run(help="Of the figures of each epoch, under `logs`: `csv` or `tensorboard`.")
+        str, options.of_run(help="Of the figures of each epoch, under `logs`: `csv` or `tensorboard`.")
     ] = "csv",
-    resume: train_options.Resume = True,
+    resume: options.Resume = True,
     recompute: options.Recompute = False,
     *,
     config: Config,

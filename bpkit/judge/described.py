@@ -1,8 +1,7 @@
-"""What reports say of the decoder, of policies as they were given, and of the time."""
+"""What reports say of the decoder, and of policies as they were given."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +21,3 @@ def describe_policies(policies: Mapping[str, PolicyLike]) -> dict[str, Any]:
         for name, policy in policies.items()
         if isinstance(policy, (str, Mapping))
     }
-
-
-def utc(seconds: float) -> str:
-    """A time in seconds since 1970, as it is written into files."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

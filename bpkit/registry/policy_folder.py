@@ -6,14 +6,13 @@ Nothing is unpickled, and nothing that the folder names is imported or run.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from bpkit.files import faults, json_text, write_at_once
+from bpkit.files import faults, json_text, utc, write_at_once
 from bpkit.policy import PolicyError
 from bpkit.types import DecoderSpec
 
@@ -171,7 +170,6 @@ def write_policy_folder(
     }
     # Copies: safetensors refuses tensors that share memory.
     data = safetensors.torch.save({key: value.detach().cpu().contiguous().clone() for key, value in named.items()})
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     digest = hashlib.sha256(data).hexdigest()
     try:
         file = PolicyFile(
@@ -180,7 +178,7 @@ def write_policy_folder(
             facts=facts,
             trained_for=trained_for,
             weights_sha256=digest,
-            created=created,
+            created=utc(),
         )
         text = json_text(file)
     except ValueError as error:

@@ -17,8 +17,8 @@ import torch
 
 from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.files import utc
 from bpkit.installation.machine import describe_machine
-from bpkit.judge.described import utc
 from bpkit.judge.statistics import LEVEL, RESAMPLES, interval, resampled_sums
 from bpkit.progress import NoProgress, Progress
 from bpkit.registry.resolve import PolicyLike

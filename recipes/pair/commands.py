@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bpkit.cli import options, train_options
+from bpkit.cli import options, outputs
 from bpkit.cli.errors import checkpoint_in, nothing_written, require, when_interrupted
 from bpkit.cli.terminal import say
 
@@ -23,9 +23,9 @@ _Maths = Annotated[
 ]
 
 
-@options.takes(run=train_options.model_run)
+@options.takes(run=options.model_run)
 def train_target(
-    out: train_options.Out,
+    out: options.Out,
     maths: _Maths = None,
     layers: Annotated[int, typer.Option(help="Transformer layers.", min=1)] = 12,
     hidden_size: Annotated[int, typer.Option(help="Width; a multiple of 64.", min=64)] = 256,
@@ -70,7 +70,7 @@ def train_target(
             length=length,
             start_from=start_from,
         )
-    train_options.say_written(out, f"bpkit train drafter --target {out} --out FOLDER --prompts FILE")
+    outputs.say_written(out, f"bpkit train drafter --target {out} --out FOLDER --prompts FILE")
 
 
 def drafter_prompts(

@@ -29,6 +29,7 @@ import torch
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.export.core import Core, Method
+from bpkit.files import utc
 from bpkit.installation.doctor import onnxruntime_distributions
 from bpkit.installation.machine import describe_machine
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, ask, decide, prepared
@@ -97,7 +98,7 @@ def bench_latency(
             "warm_up": settings.warm_up,
             "provider": settings.provider,
             "threads": {"decisions": THREADS, "models": settings.threads},
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "started": utc(started),
             "seconds": time.time() - started,
         },
         "pair": pair,

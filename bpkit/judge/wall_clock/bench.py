@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.files import utc
 from bpkit.installation.machine import available_cores, describe_machine
-from bpkit.judge.described import describe_policies, describe_spec, utc
+from bpkit.judge.described import describe_policies, describe_spec
 from bpkit.judge.statistics import RESAMPLES
 from bpkit.judge.wall_clock.decoders import (
     LOOP,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bpkit.decode.clock import Clock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.files import utc
 from bpkit.installation.machine import describe_machine
 from bpkit.policy import Policy, State
 from bpkit.prompts import Prompt
@@ -159,7 +160,7 @@ def calibrate(
         rule=spec.verify_rule,
         options=dict(settings.options),
         command=settings.command,
-        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        started=utc(started),
         seconds=round(time.time() - started, 3),
         steps=len(steps),
         prompts=len(prompts),
