@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bpkit.files import write_at_once
 from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions, rows
-from bpkit.learn.training.run_folder import describe_cost
+from bpkit.learn.training.run_folder import cost_label
 from bpkit.policy import PolicyError
 from bpkit.progress import Progress
 from bpkit.trace.fingerprint import fingerprint_values
@@ -103,7 +103,7 @@ def examples_key(module: PolicyModule, data: str) -> str:
         "policy": module.policy.config.model_dump(mode="json"),
         "features": sorted(module.features | module.policy.wants),
         "options": module.options.model_dump(mode="json", exclude=usual),
-        "cost": describe_cost(module.cost),
+        "cost": cost_label(module.cost),
         "spec": repr(module.spec),
         "code": hashlib.sha256(code).hexdigest(),
     }

@@ -21,7 +21,7 @@ from bpkit.learn.training.fit import FitOptions, fit
 from bpkit.learn.training.policy_module import PolicyModule
 from bpkit.learn.training.prompts import PROMPTS, joined, prompt_record
 from bpkit.learn.training.provenance import write_provenance
-from bpkit.learn.training.run_folder import begun, describe, describe_cost
+from bpkit.learn.training.run_folder import claim, cost_label, run_facts
 from bpkit.learn.training.trainable import make_module
 from bpkit.learn.training.validation import RATE, BestByReplay, Validation
 from bpkit.policy import PolicyError
@@ -92,8 +92,8 @@ def train_policy(
         check_features(module, of_part[0])
     record = prompt_record(prompts)
     _refuse_overlap(record)
-    facts = describe(module, how.fingerprints or {part: _fingerprint(of_part) for part, of_part in prompts.items()})
-    if begun(out, facts, resume=how.resume):
+    facts = run_facts(module, how.fingerprints or {part: _fingerprint(of_part) for part, of_part in prompts.items()})
+    if claim(out, facts, resume=how.resume):
         return out
     with torch.random.fork_rng(devices=[]):
         key = examples_key(module, fingerprint_values(facts["prompts"]))
@@ -220,7 +220,7 @@ def _evaluation(
     return {
         "schema_version": 1,
         "policy": policy.name,
-        "cost_model": describe_cost(replay.cost),
+        "cost_model": cost_label(replay.cost),
         "note": NOTE,
         "validation": judged,
         "replayed_each_epoch": {

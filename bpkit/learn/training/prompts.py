@@ -17,7 +17,7 @@ PROMPTS = "prompts.json"
 _MUST_AGREE = ("drafter_kind", "trained_block_size", "hidden_size", "vocab_size", "block_sizes")
 
 
-class Chain(Sequence[PromptTrace]):
+class Prompts(Sequence[PromptTrace]):
     """Prompts of other sequences, read when they are asked for.
 
     Args:
@@ -42,7 +42,7 @@ class Chain(Sequence[PromptTrace]):
         return [known[id(source)][place] for source, place in self._places]
 
 
-class Part(Chain):
+class Part(Prompts):
     """Some prompts of one trace.
 
     Args:
@@ -77,7 +77,7 @@ class Part(Chain):
 
 def labels(prompts: Sequence[PromptTrace], name: str) -> list[str]:
     """`id`, `domain` or `fingerprint` (of the tokens) of all prompts; they are read only if they are in no trace."""
-    if isinstance(prompts, Chain):
+    if isinstance(prompts, Prompts):
         return prompts.labels(name)
     if isinstance(prompts, Trace):
         known = {"id": "ids", "domain": "domains", "fingerprint": "prompt_fingerprints"}
@@ -96,7 +96,7 @@ def prompt_record(parts: Mapping[str, Sequence[PromptTrace]]) -> dict[str, Any]:
 def joined(traces: Sequence[Any]) -> Sequence[PromptTrace]:
     """One sequence of prompts from prompts or from traces."""
     if len(traces) and not isinstance(traces[0], PromptTrace):
-        return Chain([(trace, place) for trace in traces for place in range(len(trace))])
+        return Prompts([(trace, place) for trace in traces for place in range(len(trace))])
     return traces
 
 

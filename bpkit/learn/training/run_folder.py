@@ -19,7 +19,7 @@ from bpkit.types import CostModel
 RUN = "run.json"
 
 
-def describe(module: PolicyModule, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+def run_facts(module: PolicyModule, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """What makes a run this run. A class in a file is being worked on: with another text it is another policy."""
     file = file_of(type(module.policy))
     code = {"policy file": hashlib.sha256(file.read_bytes()).hexdigest()[:16]} if file is not None else {}
@@ -28,13 +28,13 @@ def describe(module: PolicyModule, fingerprints: Mapping[str, str]) -> dict[str,
         "policy": module.policy.name,
         "policy options": module.policy.config.model_dump(mode="json", exclude={"weights"}),
         "training options": module.options.model_dump(mode="json"),
-        "cost model": describe_cost(module.cost),
+        "cost model": cost_label(module.cost),
         "decoder": TrainedFor.of(module.spec).model_dump(),
         "prompts": dict(fingerprints),
     }
 
 
-def describe_cost(cost: CostModel) -> str:
+def cost_label(cost: CostModel) -> str:
     """Name of a cost model, and a fingerprint of its figures where it has any."""
     name = str(getattr(cost, "name", type(cost).__name__))
     if not hasattr(cost, "model_dump_json"):
@@ -42,7 +42,7 @@ def describe_cost(cost: CostModel) -> str:
     return f"{name} {hashlib.sha256(cost.model_dump_json(exclude={'spread'}).encode()).hexdigest()[:16]}"
 
 
-def begun(out: Path, facts: dict[str, Any], *, resume: bool) -> bool:
+def claim(out: Path, facts: dict[str, Any], *, resume: bool) -> bool:
     """Claim the folder for a run. True if that run is finished.
 
     Raises:
