@@ -16,7 +16,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HCACa
 from bpkit import Context, Policy, SpeculativeDecoder
 from bpkit.decode.clock import CostClock
 from bpkit.decode.reread import LONGEST_PENDING, Rereading, commits
-from bpkit.decode.serving import is_stateful, session_class
+from bpkit.decode.serving import session_class
 from bpkit.decode.stateful import Snapshot, StatefulTarget, crop_of
 from bpkit.decode.text import RunningText
 from bpkit.prompts import Prompt
@@ -277,7 +277,7 @@ def test_ties_in_sparse_attention_are_found_before_they_change_a_text() -> None:
     """With two indexer heads most keys score exactly 0, and which of them are picked depends on the pass."""
     with pytest.raises(ValueError, match="cannot be decoded speculatively"):
         SpeculativeDecoder(tiny_causal_lm("deepseek_v32", index_n_heads=2), "ngram")
-    assert not is_stateful(tiny_causal_lm("deepseek_v32"))
+    assert not issubclass(session_class(tiny_causal_lm("deepseek_v32")), StatefulTarget)
 
 
 def test_a_target_is_tried_once_and_an_ordinary_one_never(monkeypatch: pytest.MonkeyPatch) -> None:

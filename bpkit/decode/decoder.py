@@ -39,7 +39,8 @@ from bpkit.decode.refuse import (
 from bpkit.decode.request import Request
 from bpkit.decode.result import Generation, Run
 from bpkit.decode.sampling import Processors
-from bpkit.decode.serving import is_stateful, session_class
+from bpkit.decode.serving import session_class
+from bpkit.decode.stateful import StatefulTarget
 from bpkit.decode.stopping import Stopping
 from bpkit.decode.streaming import TextPieces
 from bpkit.decode.text import RunningText
@@ -118,7 +119,7 @@ class SpeculativeDecoder:
             vocab_size=config.vocab_size,
             verify_rule=rule,
             device=str(input_device(self.model)),
-            stateful=is_stateful(self.model),
+            stateful=issubclass(session_class(self.model), StatefulTarget),
             work=self._drafter_work(),
         )
         self.policy, self.policy_name = self._bound(policy), written(policy)

@@ -68,7 +68,7 @@ class KeptDecoders:
             same = (d.drafter for (_, other), (d, _) in self._kept.items() if other == key[1])
             self._kept[key] = make(next(same, None) if drafter is not None else None), (policy, drafter)
         self._kept.move_to_end(key)
-        while len(self._kept) > MOST:
+        if len(self._kept) > MOST:
             self._kept.popitem(last=False)
         found: Decoder = self._kept[key][0]
         return found

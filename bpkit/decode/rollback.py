@@ -103,9 +103,8 @@ class Rollback:
                 f"logits processor {type(processor).__name__} keeps state from token to token, and cannot go back "
                 "where drafted tokens are rejected; leave it out"
             )
-        constrained = type(processor) is PREFIX_CONSTRAINED
-        subject = processor._prefix_allowed_tokens_fn if constrained else processor
         self.foreign = True
+        subject = processor._prefix_allowed_tokens_fn if type(processor) is PREFIX_CONSTRAINED else processor
         for declares in (subject, getattr(subject, "__self__", subject)):  # a method, or its object
             if getattr(declares, "stateless", None) is True:
                 return

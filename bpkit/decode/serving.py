@@ -37,11 +37,6 @@ _ORDINARY = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 _known: WeakKeyDictionary[PreTrainedModel, type[CachedTarget] | str] = WeakKeyDictionary()
 
 
-def is_stateful(model: PreTrainedModel) -> bool:
-    """Whether a target has states that cannot drop tokens. Raises ValueError for a target that cannot be served."""
-    return issubclass(session_class(model), StatefulTarget)
-
-
 def session_class(model: PreTrainedModel) -> type[CachedTarget]:
     """The kind of session that serves a target exactly, found once for each model object.
 
