@@ -26,12 +26,13 @@ from bpkit_mlp.blockpilot_training import (
 from bpkit_mlp.fold import folded_layer
 from bpkit_mlp.ldlp import Ldlp, LdlpConfig, LdlpThreshold, LdlpThresholdConfig
 from bpkit_mlp.ldlp_training import LdlpModule, LdlpOptions, asymmetric_l1, labelled_rows
-from bpkit_mlp.networks import ResidualMLP, Standard, normalisation
+from bpkit_mlp.networks import ResidualMLP, normalisation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bpkit.assets import prompts
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.learn.networks import Standard
 from bpkit.learn.trained import TrainedConfig
 from bpkit.learn.training.policies import train_policy
 from bpkit.learn.training.policy_module import PolicyModule

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from bpkit.types import CostModel
 
@@ -37,20 +36,12 @@ class CostCurves:
         self._known: dict[int, Curves] = {}
 
     def __call__(self, context_length: int) -> Curves:
-        """At a context length, rounded up to a multiple of `CONTEXT_STEP`."""
+        """At a context length, rounded up to a multiple of `CONTEXT_STEP`; the same object for the same multiple."""
         at = -(-context_length // CONTEXT_STEP) * CONTEXT_STEP
         if at not in self._known:
-            self._known[at] = self._at(at)
+            seconds = self.cost.seconds
+            verify = [seconds("verify", width, at) for width in range(1, max(self.block_sizes) + 1)]
+            rest = seconds("rest", 1, at)
+            drafted = [seconds("draft", size, at) + verify[size - 1] + rest for size in self.block_sizes]
+            self._known[at] = Curves([verify[0] + rest, *drafted], verify)
         return self._known[at]
-
-    @cached_property
-    def typical(self) -> Curves:
-        """At `TYPICAL_CONTEXT`."""
-        return self(TYPICAL_CONTEXT)
-
-    def _at(self, context_length: int) -> Curves:
-        seconds = self.cost.seconds
-        verify = [seconds("verify", width, context_length) for width in range(1, max(self.block_sizes) + 1)]
-        rest = seconds("rest", 1, context_length)
-        drafted = [seconds("draft", size, context_length) + verify[size - 1] + rest for size in self.block_sizes]
-        return Curves([verify[0] + rest, *drafted], verify)

@@ -67,8 +67,12 @@ class Session:
             binding.bind_input(name, kind, int(index or 0), element, tuple(value.shape), value.data_ptr())
         for name in self.outputs:
             binding.bind_output(name, kind, int(index or 0))
+        options = _runtime().RunOptions()
+        options.log_severity_level = 3
+        if self._stream is not None:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         with self._in_order():
-            self._session.run_with_iobinding(binding, _run_options(wait=self._stream is None))
+            self._session.run_with_iobinding(binding, options)
         values = zip(self.outputs, binding.get_outputs(), strict=True)
         return {name: _tensor(value, self.device) for name, value in values}
 
@@ -190,14 +194,6 @@ def _numpy_types() -> dict[Any, Any]:
     import torch
 
     return {torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
-
-
-def _run_options(*, wait: bool) -> Any:
-    options = _runtime().RunOptions()
-    options.log_severity_level = 3
-    if not wait:
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return options
 
 
 def _tensor(value: Any, device: str) -> Tensor:

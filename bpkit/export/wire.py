@@ -13,6 +13,7 @@ MOST_FIELDS = 200_000
 MOST_PACKED = 1 << 20
 """Bytes of packed integers, each of which may become eight."""
 
+_ANEW = "download it or export it again"
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _STRING = 9
 _WIRES = {1: _FIXED64, 2: _FIXED32, 9: _LENGTH, 11: _LENGTH, 12: _LENGTH}
@@ -48,30 +49,24 @@ def scan(data: bytes) -> None:
             if fields > MOST_FIELDS:
                 raise Refused(f"has more than {MOST_FIELDS:,} fields: a policy is a small network; export one")
             start, at, value = _skip(data, at, end, key & 7)
-            _refuse_external(kind.name, field.name, value)
+            if kind.name == "TensorProto" and (
+                field.name == "external_data" or (field.name == "data_location" and value)
+            ):
+                raise Refused(
+                    "keeps weights in another file (external data), which is never read: export it as one file, with "
+                    "`external_data=False`"
+                )
             if field.message is not None:
                 places.append((start, at, field.message))
             elif field.text:
-                _check_text(data[start:at])
+                try:
+                    data[start:at].decode()
+                except UnicodeDecodeError:
+                    raise Refused(f"is no valid ONNX file (a name is not UTF-8): {_ANEW}") from None
             elif field.wire == _VARINT and key & 7 == _LENGTH:
                 packed += at - start
                 if packed > MOST_PACKED:
                     raise Refused(f"has over {MOST_PACKED:,} bytes of packed integers: store them as raw_data")
-
-
-def _check_text(text: bytes) -> None:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        raise Refused("is no valid ONNX file (a name is not UTF-8): download it or export it again") from None
-
-
-def _refuse_external(kind: str, field: str, value: int) -> None:
-    if kind == "TensorProto" and (field == "external_data" or (field == "data_location" and value)):
-        raise Refused(
-            "keeps weights in another file (external data), which is never read: export it as one file, with "
-            "`external_data=False`"
-        )
 
 
 def _skip(data: bytes, at: int, end: int, wire: int) -> tuple[int, int, int]:
@@ -86,7 +81,7 @@ def _skip(data: bytes, at: int, end: int, wire: int) -> tuple[int, int, int]:
     else:
         at += 8 if wire == _FIXED64 else 4
     if at > end:
-        raise Refused("is no valid ONNX file (a field ends behind the end): download it or export it again")
+        raise Refused(f"is no valid ONNX file (a field ends behind the end): {_ANEW}")
     return start, at, value
 
 
@@ -99,7 +94,7 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise Refused("is no valid ONNX file (it is not protobuf): download it or export it again")
+    raise Refused(f"is no valid ONNX file (it is not protobuf): {_ANEW}")
 
 
 @cache

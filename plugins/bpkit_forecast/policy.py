@@ -90,25 +90,20 @@ class Forecast(LearnedPolicy):
 
     def export(self) -> Export:
         """`select`, and `truncate` if the option is set."""
-        cores = {"select": self.select_core()}
+        cores, sizes = {"select": self.select_core()}, self.gains.sizes
         if self.config.truncate:
-            cores["truncate"] = self.truncate_core()
-        return Export(cores, [1, *self.gains.sizes], self.gains.curves)
-
-    def truncate_core(self) -> Core:
-        """What `truncate` decides."""
-        sizes = self.gains.sizes
-        return Core(
-            "truncate",
-            self.truncation,
-            inputs=(
-                *map(given, (Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, "block_size", "draft_length")),
-                given("verify_seconds", max(sizes)),
-                given("typical_step_seconds", 1 + len(sizes)),
-            ),
-            outputs=(
-                decision("truncate"),
-                Port("gains", ("batch", "kept"), "float32", "tokens gained by verifying 0, 1, ... of the draft"),
-                margin("how far the choice is ahead of the next, in tokens"),
-            ),
-        )
+            cores["truncate"] = Core(
+                "truncate",
+                self.truncation,
+                inputs=(
+                    *map(given, (Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, "block_size", "draft_length")),
+                    given("verify_seconds", max(sizes)),
+                    given("typical_step_seconds", 1 + len(sizes)),
+                ),
+                outputs=(
+                    decision("truncate"),
+                    Port("gains", ("batch", "kept"), "float32", "tokens gained by verifying 0, 1, ... of the draft"),
+                    margin("how far the choice is ahead of the next, in tokens"),
+                ),
+            )
+        return Export(cores, [1, *sizes], self.gains.curves)

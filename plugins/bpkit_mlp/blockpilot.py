@@ -81,7 +81,8 @@ class BlockPilot(TrainedPolicy):
         self.decoder = decoder
         self.sizes = [min(int(size), decoder.max_block_size) for size in self.facts["sizes"]]
         self.choice = Choice(nn.Sequential(*self.networks.values()), self.sizes)
-        self.quick = quick(self.choice.network, int(self.facts["inputs"]))
+        # Of each block size: float32 [batch, inputs] -> [batch, sizes].
+        self.scores = quick(self.choice.network, int(self.facts["inputs"]))
 
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         if self.feature not in features:
@@ -90,10 +91,6 @@ class BlockPilot(TrainedPolicy):
 
     def begin(self, context: Context) -> State:
         return {"block_size": self.choice.size_at(self.predicted(context)["scores"].argmax(dim=-1))}
-
-    def scores(self, inputs: Tensor) -> Tensor:
-        """Of each block size: float32 [batch, inputs] -> [batch, sizes]."""
-        return self.quick(inputs)
 
     def select(self, state: State, context: Context) -> Tensor:
         block_size: Tensor = state["block_size"]

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn, tensor
 from torch.nn import functional as F
 
+from bpkit.learn.networks import Standard
 from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions
 from bpkit.policy import PolicyError
 from bpkit.sizes import format_sizes, parse_sizes
@@ -18,7 +19,6 @@ from bpkit.trace.oracle.paths import fixed_path
 from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DraftWork
 from bpkit_mlp.blockpilot import BlockPilot
-from bpkit_mlp.networks import Standard
 
 Label = Literal["acceptance_length", "tokens_per_second"]
 Target = Literal["argmax", "soft", "curve"]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bpkit.learn.networks import Standard
 from bpkit.policy import PolicyError
-from bpkit_mlp.networks import ResidualMLP, Standard
+from bpkit_mlp.networks import ResidualMLP
 
 COLUMNS_AT_ONCE = 8192
 """Tokens of the vocabulary whose weights are held in float64 at the same time."""

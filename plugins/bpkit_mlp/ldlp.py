@@ -48,7 +48,8 @@ class Ldlp(TrainedPolicy):
 
     def build(self, facts: dict[str, Any]) -> dict[str, nn.Module]:
         """The networks for `facts`: `hidden_size` of the target, `sizes` (block sizes that were traced, ascending)."""
-        from bpkit_mlp.networks import ResidualMLP, Standard
+        from bpkit.learn.networks import Standard
+        from bpkit_mlp.networks import ResidualMLP
 
         hidden = int(facts["hidden_size"])
         mlp = ResidualMLP(2 * hidden, self.config.width or hidden, 1, depth=DEPTH)

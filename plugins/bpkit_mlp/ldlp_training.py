@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from bpkit.learn.networks import Standard
 from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.policy import PolicyError
 from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 from bpkit_mlp.ldlp import Ldlp, LdlpThresholdConfig
-from bpkit_mlp.networks import ResidualMLP, Standard
+from bpkit_mlp.networks import ResidualMLP
 
 
 class LdlpOptions(TrainingOptions):

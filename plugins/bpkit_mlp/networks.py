@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,6 @@ from torch.nn import functional as F
 
 from bpkit.export.graph import best, clearance, count, running_product
 from bpkit.learn.networks import Standard
-
-__all__ = ["Choice", "Length", "Normalisation", "ResidualMLP", "Standard", "Trust", "normalisation"]
-
-Normalisation = Literal["none", "standard", "layer", "softmax"]
 
 
 class ResidualMLP(nn.Module):
@@ -47,7 +43,7 @@ class ResidualMLP(nn.Module):
         return scores
 
 
-def normalisation(kind: Normalisation, size: int) -> nn.Module:
+def normalisation(kind: str, size: int) -> nn.Module:
     """What stands before the perceptron; `none` and `standard` are affine, so that they fold into a linear head."""
     if kind == "standard":
         return Standard(size)

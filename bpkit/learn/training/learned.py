@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bpkit.export.curves import CostCurves
+from bpkit.export.curves import TYPICAL_CONTEXT, CostCurves
 from bpkit.learn.learned import LearnedPolicy
 from bpkit.learn.networks import Forecaster, joined
 from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
@@ -85,7 +85,7 @@ class LearnedModule(PolicyModule):
             "block_sizes": sizes,
             "yields": mean_yields(data["accepted"], data["visited"]),
             "outlook": [],
-            "curves": dataclasses.asdict(CostCurves(self.cost, sizes).typical),
+            "curves": dataclasses.asdict(CostCurves(self.cost, sizes)(TYPICAL_CONTEXT)),
         }
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
