@@ -172,12 +172,8 @@ def _logger(how: PolicyRun, out: Path) -> Logger:
 
 def _fingerprint(prompts: Sequence[PromptTrace]) -> str:
     """Of what examples and replays depend on."""
-    return fingerprint_values(
-        [
-            [p.id, *(values.tolist() for values in (p.prompt_tokens, p.output_tokens, p.drafts.num_accepted))]
-            for p in prompts
-        ]
-    )
+    columns = ((p.id, p.prompt_tokens, p.output_tokens, p.drafts.num_accepted) for p in prompts)
+    return fingerprint_values([[name, *(values.tolist() for values in arrays)] for name, *arrays in columns])
 
 
 def check_features(module: PolicyModule, prompt: PromptTrace) -> None:

@@ -95,9 +95,9 @@ def prompt_record(parts: Mapping[str, Sequence[PromptTrace]]) -> dict[str, Any]:
 
 def joined(traces: Sequence[Any]) -> Sequence[PromptTrace]:
     """One sequence of prompts from prompts or from traces."""
-    if len(traces) and not isinstance(traces[0], PromptTrace):
-        return Prompts([(trace, place) for trace in traces for place in range(len(trace))])
-    return traces
+    if not len(traces) or isinstance(traces[0], PromptTrace):
+        return traces
+    return Prompts([(trace, place) for trace in traces for place in range(len(trace))])
 
 
 def check_alike(traces: Sequence[Trace]) -> None:
