@@ -119,7 +119,9 @@ def test_what_is_read_is_what_was_traced(
     pair: TinyPair, kind: str, sampling: dict[str, float], short: set[int], tmp_path: Path
 ) -> None:
     decoder = decoder_of(pair, DRAFTERS[kind](pair))
-    features = tables.OF_PROMPTS | ({Feature.DRAFT_HIDDEN} if kind != "n-gram" else set())
+    features = frozenset(map(Feature, tables.MORE_OF_PROMPTS.names)) | (
+        {Feature.DRAFT_HIDDEN} if kind != "n-gram" else set()
+    )
     options = TraceOptions(SIZES, 10, sampling, 3 if sampling["temperature"] else None, features)
     tracer = EndsAtOnce(decoder, options)
     tracer.short = frozenset(short)
@@ -897,8 +899,8 @@ def test_options_of_bench_before_its_command_are_refused() -> None:
 def test_every_column_and_field_is_documented() -> None:
     text = (Path(__file__).parent.parent / "docs" / "traces.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
-    schema = {**{f.name: f for f in tables.PROMPTS}, **{f.name: f for f in tables.DRAFTS}}
-    schema |= {f.name: f for f in tables.OPTIONAL.values()} | {tables.MATCH.name: tables.MATCH}
+    fields = (*tables.PROMPTS, *tables.MORE_OF_PROMPTS, *tables.DRAFTS, *tables.MORE_OF_DRAFTS)
+    schema = {field.name: field for field in fields}
     assert documented == schema.keys() | Manifest.model_fields.keys()
     for name, field in schema.items():
         kind = re.sub(r"list<\w+: (\w+)>", r"list of \1", str(field.type)).replace("float", "float32")

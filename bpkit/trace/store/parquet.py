@@ -8,14 +8,14 @@ are in the schema's metadata and in the documentation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bpkit.trace.records import DraftTable, Floats, Ints, PromptTrace
+from bpkit.trace.records import DraftTable, Ints, PromptTrace
 from bpkit.types import Feature
 
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
@@ -47,24 +47,23 @@ DRAFTS = _schema(
     ("num_accepted", pa.int32(), "of them, those that stand, without the step's last token"),
     ("tokens", _INTS, "proposed token ids [draft_length]"),
 )
-_ADDED = _schema(
-    ("prefill_logits", _FLOATS, "raw logits after the prompt [vocab]"),
-    ("last_hidden", _FLOATS, "final-norm hidden state that predicted each output token [output length * hidden]"),
-    ("target_features", _FLOATS, "the drafter's layers of the target there [output length * layers * hidden]"),
+MORE_OF_PROMPTS = _schema(
     ("anchor_embedding", _FLOATS, "the target's embedding of each output token [output length * hidden]"),
-    ("anchor_log_probability", _FLOATS, "of each output token by raw logits, nats [output length]"),
     ("anchor_entropy", _FLOATS, "of that distribution, nats [output length]"),
-    ("draft_probability", _FLOATS, "drafter's probability of each proposed token [draft_length]"),
+    ("anchor_log_probability", _FLOATS, "of each output token by raw logits, nats [output length]"),
+    ("last_hidden", _FLOATS, "final-norm hidden state that predicted each output token [output length * hidden]"),
+    ("prefill_logits", _FLOATS, "raw logits after the prompt [vocab]"),
+    ("target_features", _FLOATS, "the drafter's layers of the target there [output length * layers * hidden]"),
+)
+MORE_OF_DRAFTS = _schema(
     ("draft_entropy", _FLOATS, "entropy of its distribution at each place, nats [draft_length]"),
     ("draft_hidden", _FLOATS, "its last hidden states [draft_length * drafter hidden]"),
+    ("draft_probability", _FLOATS, "drafter's probability of each proposed token [draft_length]"),
     ("match_probability", _FLOATS, "chance that proposed and target token agree, noise unknown [draft_length]"),
 )
-MATCH = _ADDED.field("match_probability")
-OPTIONAL = {Feature(column.name): column for column in _ADDED if column.name != MATCH.name}
-_MATRICES = frozenset({Feature.LAST_HIDDEN, Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING})
-_VECTORS = frozenset({Feature.PREFILL_LOGITS, Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY})
-OF_PROMPTS = _MATRICES | _VECTORS
-"""Optional features that stand in the table of prompts; the others stand with the drafts."""
+"""Columns that are there if they were asked for, or where the drafter has them."""
+MATCH = "match_probability"
+_BY_OUTPUT_TOKEN = (Feature.LAST_HIDDEN, Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING)
 
 
 def to_tables(trace: PromptTrace) -> tuple[pa.Table, pa.Table]:
@@ -74,34 +73,31 @@ def to_tables(trace: PromptTrace) -> tuple[pa.Table, pa.Table]:
 
 def _prompt_table(trace: PromptTrace) -> pa.Table:
     values = {name: getattr(trace, name, None) for name in PROMPTS.names}
-    values["prefill_hidden"] = trace.features[Feature.PREFILL_HIDDEN]
-    schema = PROMPTS
-    for name in sorted(OF_PROMPTS & set(trace.features)):
-        schema = schema.append(OPTIONAL[name])
-        values[str(name)] = trace.features[name].ravel()
-    return pa.table({name: [value] for name, value in values.items()}, schema=schema)
+    values |= {name: value.ravel() for name, value in trace.features.items()}
+    return _table({name: [value] for name, value in values.items()}, PROMPTS, MORE_OF_PROMPTS)
 
 
 def _draft_table(trace: PromptTrace) -> pa.Table:
     drafts = trace.drafts
     rows, sizes = drafts.draft_length.shape
     length = drafts.draft_length.ravel()
-    columns: dict[str, Any] = {
+    more = {str(name): values for name, values in drafts.features.items()}
+    if drafts.match_probability is not None:
+        more[MATCH] = drafts.match_probability
+    columns = {
         "index": np.full(rows * sizes, trace.index, np.int32),
         "position": np.repeat(np.arange(1, rows + 1, dtype=np.int32), sizes),
         "block_size": np.tile(drafts.block_sizes, rows),
         "draft_length": length,
         "num_accepted": drafts.num_accepted.ravel(),
         "tokens": _lists(drafts.tokens, length),
+        **{name: _lists(values, length) for name, values in more.items()},
     }
-    schema = DRAFTS
-    added = [(OPTIONAL[name], drafts.features[name]) for name in sorted(drafts.features)]
-    if drafts.match_probability is not None:
-        added.append((MATCH, drafts.match_probability))
-    for column, values in added:
-        schema = schema.append(column)
-        columns[column.name] = _lists(values, length)
-    return pa.table(columns, schema=schema)
+    return _table(columns, DRAFTS, MORE_OF_DRAFTS)
+
+
+def _table(columns: Mapping[str, Any], always: Any, more: Any) -> pa.Table:
+    return pa.table(columns, schema=pa.schema([*always, *(field for field in more if field.name in columns)]))
 
 
 def _lists(padded: NDArray[Any], length: Ints) -> Any:
@@ -119,12 +115,12 @@ def from_tables(prompt: pa.Table, drafts: pa.Table, block_sizes: Sequence[int]) 
     """The prompt that `to_tables` wrote."""
     values = {name: _value(prompt.column(name).chunk(0)[0]) for name in prompt.column_names}
     output_length = len(values["output_tokens"])
-    features = {name: values[name] for name in (Feature.PREFILL_HIDDEN, *OF_PROMPTS) if name in values}
-    for name in _MATRICES & features.keys():
+    names = (Feature.PREFILL_HIDDEN, *map(Feature, MORE_OF_PROMPTS.names))
+    features = {name: values.pop(name) for name in names if name in values}
+    for name in features.keys() & _BY_OUTPUT_TOKEN:
         features[name] = features[name].reshape(output_length, -1)
     drafted = _draft_arrays(drafts, output_length - 1, np.array(block_sizes, np.int32))
-    given = {name: values[name] for name in PROMPTS.names if name not in features}
-    return PromptTrace(drafts=drafted, features=features, **given)
+    return PromptTrace(drafts=drafted, features=features, **values)
 
 
 def _value(scalar: Any) -> Any:
@@ -146,14 +142,13 @@ def _draft_arrays(table: pa.Table, rows: int, sizes: Ints) -> DraftTable:
         values[np.arange(width) < length.reshape(-1, 1)] = flat.reshape(total, *tail)
         return values.reshape(*shape, width, *tail)
 
-    features: dict[Feature, Floats] = {
-        name: padded(name, np.nan, np.float32) for name in OPTIONAL if name not in OF_PROMPTS and name in columns
-    }
+    more = {name: padded(name, np.nan, np.float32) for name in MORE_OF_DRAFTS.names if name in columns}
+    match = more.pop(MATCH, None)
     return DraftTable(
         block_sizes=sizes,
         draft_length=length,
         num_accepted=columns["num_accepted"].to_numpy().reshape(shape).astype(np.int32),
         tokens=padded("tokens", -1, np.int32),
-        features=features,
-        match_probability=padded(MATCH.name, np.nan, np.float32) if MATCH.name in columns else None,
+        features={Feature(name): values for name, values in more.items()},
+        match_probability=match,
     )
