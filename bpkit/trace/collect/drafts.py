@@ -82,14 +82,10 @@ class Drafts:
         return (self.tokens >= 0).sum(dim=-1)
 
     def draw(self, where: TablePart, score: Callable[[Tensor], Tensor], values: Tensor, hidden: Tensor | None) -> None:
-        """Draw tokens as the live decoder would, the same in all columns of `where`.
+        """Draw tokens as the live decoder would, the same in all columns of `where`; `hidden` as in `put`.
 
-        Where a processor looks at the tokens before, those of earlier places are there, and `where` has one place.
-
-        Args:
-            score: makes logits [count, vocab] of some of `values`.
-            values: what the logits are made of, [rows * places, ...], row after row.
-            hidden: as in `put`.
+        `score` makes logits [count, vocab] of some of `values` [rows * places, ...], row after row. Where a processor
+        looks at the tokens before, those of earlier places are there, and `where` has one place.
         """
         index, noise = self._index(where), self.finished.noise
 
@@ -104,7 +100,7 @@ class Drafts:
 
         Args:
             drawn: processed scores float32 [count, vocab] and tokens int64 [count] of a slice of rows * places, row
-                after row; as many are asked for as may be held at the same time.
+                after row.
             hidden: the drafter's hidden states [rows * places, drafter hidden], or None.
         """
         index = self._index(where)

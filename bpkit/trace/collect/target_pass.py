@@ -45,10 +45,11 @@ class TargetPass:
     def probabilities(self, processors: Processors) -> Positions:
         """The processed distribution at each output position."""
 
-        def make(piece: slice) -> Tensor:
-            return self.scores(self.logits(piece), piece, processors).softmax(dim=-1)
-
-        return Positions(self.tokens.shape[1], self.vocab_size, make)
+        return Positions(
+            self.tokens.shape[1],
+            self.vocab_size,
+            lambda piece: self.scores(self.logits(piece), piece, processors).softmax(dim=-1),
+        )
 
     def first_logits(self) -> Tensor:
         """Of the first output token, [vocab]."""

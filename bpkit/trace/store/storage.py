@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,31 +73,24 @@ class TraceWriter:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.parts = folder, folder / "parts"
-        self.manifest = self._opened(manifest)
-
-    def _opened(self, manifest: Manifest) -> Manifest:
-        if not (self.folder / MANIFEST).exists():
+        self.folder, self.parts, self.manifest = folder, folder / "parts", manifest
+        if (folder / MANIFEST).exists():
+            self.manifest = read_manifest(folder)
+            if different := self.manifest.differences(manifest):
+                raise TraceError(
+                    f"{folder} holds a trace of something else ({'; '.join(different)}); name a new folder, or give "
+                    "the arguments of the trace that is there"
+                )
+        else:
             # Whoever was killed before the manifest was there left at most a hidden file.
-            found = list(self.folder.iterdir()) if self.folder.exists() else []
+            found = list(folder.iterdir()) if folder.exists() else []
             if any(path.suffix != UNFINISHED and path.name != LOCK for path in found):
-                raise TraceError(f"{self.folder} is not empty and holds no trace; name a new folder")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / MANIFEST, manifest)
-            self.parts.mkdir()
-            return manifest
-        there = read_manifest(self.folder)
-        different = there.differences(manifest)
-        if different:
-            raise TraceError(
-                f"{self.folder} holds a trace of something else ({'; '.join(different)}); name a new folder, or give "
-                "the arguments of the trace that is there"
-            )
-        if there.complete:
+                raise TraceError(f"{folder} is not empty and holds no trace; name a new folder")
+            write_json(folder / MANIFEST, manifest)
+        if self.manifest.complete:
             self._clear()
         else:
             self.parts.mkdir(exist_ok=True)
-        return there
 
     def missing(self) -> list[int]:
         """Indices of prompts that are not written yet."""
@@ -125,13 +118,8 @@ class TraceWriter:
         for name, partial in partials.items():
             os.replace(partial, self.folder / f"{name}.parquet")
         rows = pq.read_table(self.folder / "prompts.parquet", columns=["near_ties", "output_tokens"])
-        self.manifest = self.manifest.model_copy(
-            update={
-                "complete": True,
-                "near_ties": _items(rows.column("near_ties")),
-                "output_tokens": _items(rows.column("output_tokens")),
-            }
-        )
+        counts = {name: sum(len(chunk.flatten()) for chunk in rows.column(name).chunks) for name in rows.column_names}
+        self.manifest = self.manifest.model_copy(update={"complete": True, **counts})
         write_json(self.folder / MANIFEST, self.manifest)
         self._clear()
         return self.manifest
@@ -156,11 +144,6 @@ def _join(parts: Sequence[Path], out: Path) -> None:
             with _readable(str(part), "delete it and run the same command again"):
                 table = pq.read_table(part)
             writer.write_table(table, row_group_size=max(1, len(table)))
-
-
-def _items(column: Any) -> int:
-    """Number of items in a list column."""
-    return sum(len(chunk.flatten()) for chunk in column.chunks)
 
 
 class Trace(Sequence[PromptTrace]):
