@@ -44,7 +44,6 @@ class TargetPass:
 
     def probabilities(self, processors: Processors) -> Positions:
         """The processed distribution at each output position."""
-
         return Positions(
             self.tokens.shape[1],
             self.vocab_size,
