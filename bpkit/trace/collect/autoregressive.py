@@ -36,10 +36,7 @@ def trace_rollouts(drafter: AutoregressiveDrafter, finished: Finished) -> Drafts
     A model whose prefix cannot be shared (a sliding window, linear attention, positions that it derives from the
     cache) is drafted with step by step instead.
     """
-    drafts = Drafts(finished)
-    if finished.rows == 0:
-        return drafts
-    rollouts = Rollouts(drafter, finished)
+    drafts, rollouts = Drafts(finished), Rollouts(drafter, finished)
     if not rollouts.begin():
         return trace_step_by_step(drafter, finished)
     for rows in pieces(finished.rows, min(ROLLOUTS_AT_ONCE, fitting(4 * finished.vocab_size, share=8))):

@@ -21,10 +21,7 @@ NOISE_POSITIONS = 256
 
 def trace_blocks(drafter: BlockDiffusionDrafter, finished: Finished) -> Drafts:
     """Draft from every position with every block size; equal to the live drafter's blocks up to rounding."""
-    drafts = Drafts(finished)
-    if finished.rows == 0:
-        return drafts
-    cache = DynamicCache()
+    drafts, cache = Drafts(finished), DynamicCache()
     _read_context(drafter, finished, cache)
     for column, block_size in enumerate(finished.block_sizes):
         length = block_size - 1

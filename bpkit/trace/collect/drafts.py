@@ -189,17 +189,14 @@ def match_probability(p: Tensor, q: Tensor) -> Tensor:
     tensor([1.])
     """
     p, q = p.double(), q.double()
-    order = _falling((p / q.clamp(min=1e-30)).float())
+    ratio = (p / q.clamp(min=1e-30)).float()
+    if ratio.device.type == "cpu":  # numpy sorts several times faster than torch
+        order = torch.from_numpy(np.argsort(-ratio.numpy(), axis=-1))
+    else:
+        order = ratio.argsort(dim=-1, descending=True)
     p, q = p.gather(-1, order), q.gather(-1, order)
     above = p.cumsum(dim=-1)  # sum of p over tokens with r_y >= r_x, the token itself included
     below = q.flip(-1).cumsum(dim=-1).flip(-1) - q
     # 1 / (above / p + below / q), written so that a token that one side never draws counts nothing.
     both = p * q / (above * q + below * p).clamp(min=1e-300)
     return both.sum(dim=-1).clamp(max=1.0).float()
-
-
-def _falling(values: Tensor) -> Tensor:
-    """Indices that sort each row in falling order. On a CPU numpy sorts several times faster than torch."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.argsort(-values.numpy(), axis=-1))
-    return values.argsort(dim=-1, descending=True)

@@ -40,25 +40,19 @@ class OnRay:
         if not prompts:
             return
         with _connected(self.address, self.count) as ray:
-            actors = [self._actor(ray) for _ in prompts[: self.count]]
+            actors = [_Actor(ray, self._started(ray)) for _ in prompts[: self.count]]
             try:
-                if not ray.wait([actor.run.remote(None) for actor in actors], timeout=START_SECONDS)[0]:
+                if not ray.wait([actor.give(None) for actor in actors], timeout=START_SECONDS)[0]:
                     raise WorkerError(
                         f"no worker could start within {START_SECONDS // 60} minutes; the cluster has "
                         f"{ray.cluster_resources()}"
                     )
-                yield from share_out(
-                    actors,
-                    prompts,
-                    give=lambda actor, task: actor.run.remote(task),
-                    take=lambda _, given, task: _take(ray, given, task),
-                    wait=lambda references: ray.wait(references)[0],
-                )
+                yield from share_out(actors, prompts, lambda references: ray.wait(references)[0])
             finally:
                 for actor in actors:
-                    ray.kill(actor)
+                    ray.kill(actor.actor)
 
-    def _actor(self, ray: Any) -> Any:
+    def _started(self, ray: Any) -> Any:
         wanted: dict[str, float] = {"num_cpus": 1}
         if (self.models.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
             gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -68,15 +62,25 @@ class OnRay:
         return ray.remote(Worker).options(**wanted).remote(models, self.options)
 
 
-def _take(ray: Any, given: Any, task: IndexedPrompt | None) -> PromptTrace:
-    try:
-        found: PromptTrace = ray.get(given)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise (cause if type(cause) is WorkerError else WorkerError(str(cause))) from None
-    except ray.exceptions.RayError as error:
-        raise gone("a Ray worker", task, str(error).strip().splitlines()[0]) from None
-    return found
+@dataclass(frozen=True)
+class _Actor:
+    """A worker on the cluster."""
+
+    ray: Any
+    actor: Any
+
+    def give(self, task: IndexedPrompt | None) -> Any:
+        return self.actor.run.remote(task)
+
+    def take(self, given: Any, task: IndexedPrompt | None) -> PromptTrace:
+        try:
+            found: PromptTrace = self.ray.get(given)
+        except self.ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise (cause if type(cause) is WorkerError else WorkerError(str(cause))) from None
+        except self.ray.exceptions.RayError as error:
+            raise gone("a Ray worker", task, str(error).strip().splitlines()[0]) from None
+        return found
 
 
 @contextmanager

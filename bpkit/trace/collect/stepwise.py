@@ -47,8 +47,6 @@ def _append(text: RunningText, finished: Finished, count: int) -> None:
 
 def _look_up(drafter: NgramDrafter, finished: Finished, drafts: Drafts) -> None:
     """n-grams: a draft leaves the session as it was and begins with all smaller ones, so that one session serves."""
-    if finished.rows == 0:
-        return
     session, text = _session_at(drafter, finished, 0)
     for row in range(finished.rows):
         if row > 0:

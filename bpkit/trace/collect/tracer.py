@@ -194,6 +194,8 @@ def trace_drafts(drafter: Drafter, finished: Finished) -> Drafts:
 
     A subclass may draft in its own way, so that only the very classes are taken at their word.
     """
+    if finished.rows == 0:
+        return Drafts(finished)
     if type(drafter) is BlockDiffusionDrafter and not _windowed(drafter):
         return trace_blocks(drafter, finished)
     if type(drafter) is AutoregressiveDrafter:

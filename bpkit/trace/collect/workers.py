@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 
@@ -26,8 +26,6 @@ from bpkit.trace.fingerprint import fingerprint_models
 from bpkit.trace.records import PromptTrace
 
 GO_ON = "What was traced is kept: the same command goes on from there"
-
-AnyWorker = TypeVar("AnyWorker")
 
 
 class WorkerError(ChildProcessError):
@@ -40,29 +38,34 @@ def gone(worker: str, task: IndexedPrompt | None, said: str) -> WorkerError:
     return WorkerError(f"{worker} is gone {at} ({said}). {GO_ON}")
 
 
-def share_out(
-    workers: Iterable[AnyWorker],
-    tasks: Sequence[IndexedPrompt],
-    give: Callable[[AnyWorker, IndexedPrompt | None], Any],
-    take: Callable[[AnyWorker, Any, IndexedPrompt | None], PromptTrace],
-    wait: Callable[[list[Any]], Iterable[Any]],
-) -> Traces:
-    """Hand out the tasks one by one. A worker that does not get to loading its models has none, and holds nobody up.
+class Remote(Protocol):
+    """A worker somewhere else."""
 
-    Args:
-        give: hands a worker a task, or none, to load its models; returns what to wait for.
-        take: what became of it. Raises WorkerError.
-        wait: until some of what was returned are ready, which it returns.
+    def give(self, task: IndexedPrompt | None) -> Any:
+        """Hand it a task, or none, to load its models; returns what to wait for."""
+        ...
+
+    def take(self, given: Any, task: IndexedPrompt | None) -> PromptTrace:
+        """What became of it. Raises WorkerError."""
+        ...
+
+
+def share_out(
+    workers: Iterable[Remote], tasks: Sequence[IndexedPrompt], wait: Callable[[list[Any]], Iterable[Any]]
+) -> Traces:
+    """Hand out the tasks one by one; `wait` returns some of what is ready, once it is.
+
+    A worker that does not get to loading its models has no task, and holds nobody up.
     """
     left, missing = iter(tasks), len(tasks)
-    busy: dict[Any, tuple[AnyWorker, IndexedPrompt | None]] = {give(worker, None): (worker, None) for worker in workers}
+    busy: dict[Any, tuple[Remote, IndexedPrompt | None]] = {worker.give(None): (worker, None) for worker in workers}
     while missing:
         for given in wait(list(busy)):
             worker, task = busy.pop(given)
-            trace = take(worker, given, task)
+            trace = worker.take(given, task)
             following = next(left, None)
             if following is not None:
-                busy[give(worker, following)] = worker, following
+                busy[worker.give(following)] = worker, following
             if task is not None:
                 missing -= 1
                 yield trace
@@ -149,7 +152,7 @@ class Processes:
         try:
             with _uninterrupted():
                 processes += [_Process(self.models, self.options) for _ in prompts[: self.count]]
-            yield from share_out(processes, prompts, _Process.give, _Process.take, wait)
+            yield from share_out(processes, prompts, wait)
         finally:
             for process in processes:
                 process.end()

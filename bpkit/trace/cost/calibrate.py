@@ -1,8 +1,4 @@
-"""Measures what steps cost on this device: inside the live loop, with block sizes and verify widths interleaved.
-
-Costs measured in isolation mislead: in the loop, target and drafter push each other out of the caches. So ordinary
-requests run under a policy that draws sizes at random, and every step is timed by the decoder's own clock.
-"""
+"""Measures what steps cost on this device: inside the live loop, with block sizes and verify widths interleaved."""
 
 from __future__ import annotations
 

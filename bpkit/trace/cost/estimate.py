@@ -1,8 +1,4 @@
-"""From timed steps to the figures of a cost table, each with its spread.
-
-Means are trimmed by 10% at either end: what matters is the total over many steps, which a median would misjudge, and
-what a busy machine adds now and then is no part of a step's cost.
-"""
+"""From timed steps to the figures of a cost table, each with its spread."""
 
 from __future__ import annotations
 

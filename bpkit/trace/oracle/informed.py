@@ -1,16 +1,13 @@
 """What the drafter's confidences could win at most: choices that know those of drafts of all sizes before drafting.
 
-No policy can know them: a draft's confidences are there when it is made and paid for. This separates what confidences
-cannot say from what policies fail to use. From training prompts a logistic regression learns the chance that a drafted
-token stands if those before it do. With S_b(k), the chance that the first k tokens of the draft at size b stand, each
-step takes the size and the width of the largest
+From training prompts a logistic regression learns the chance that a drafted token stands if those before it do. With
+S_b(k), the chance that the first k tokens of the draft at size b stand, each step takes the size and the width of the
+largest
 
     1 + sum over k <= v of S_b(k)  -  price * (draft(b) + verify(v + 1) + rest),
 
 or no draft, 1 - price * plain step, where that is more: tokens less what their time is worth at `price` tokens per
 second. What a draft must catch up with is left out, since it only waits longer otherwise.
-
-It is an estimate of a bound: another regression might be better calibrated, and one step is looked ahead, not all.
 """
 
 from __future__ import annotations

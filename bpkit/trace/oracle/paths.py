@@ -1,16 +1,10 @@
 """Oracles: the least time that any choice of block sizes could have taken over a finished output, exactly.
 
-An output is one fixed sequence of tokens, so each prompt's number of tokens is given and the objective of a set of
-prompts, sum of tokens / sum of seconds, is largest when every prompt takes its least seconds: minimising prompt by
-prompt is exact for the set, whatever the set is. (A best fixed size is one choice for all, so it is chosen by the sum.)
-
-All of them choose among the traced block sizes and 1. They know which drafted tokens match before they choose; at
-temperature 0 that is knowable in principle, at temperatures above it includes the luck of the noise, and
-`oracle_distributions` says what is left without it.
-
-A policy that ends autoregressive drafts early (`extend`) in effect drafts at a smaller block size: the oracles bound it
-if that size was traced too. No oracle is charged for deciding, or for features. Ties go to no draft, then to the
-smaller block size, then to the smaller number of verified tokens.
+The number of tokens of each prompt is given, so the least seconds of each are exactly the most tokens per second of any
+set. (A best fixed size is one choice for all, so it is chosen by the sum.) All choose among the traced block sizes and
+1, know which drafted tokens match before they choose, and are charged neither for deciding nor for features. Ties go to
+no draft, then to the smaller block size, then to the smaller number of verified tokens. A policy that ends drafts early
+(`extend`) in effect drafts at a smaller block size: the oracles bound it if that size was traced too.
 """
 
 from __future__ import annotations
@@ -135,18 +129,8 @@ def oracle_distributions(
     `match_probability`, at this and every later position; how much was accepted is then drawn, the plan sees it and
     chooses again. Each noise value decides one step at most, so that draws are independent from step to step.
 
-    What it bounds: the mean, over many prompts or seeds, of any policy that decides before it sees anything that the
-    noise did to the draft: one whose `select` and `truncate` read contexts, the target's hidden states and the
-    entropies of a block-diffusion drafter. One prompt may well be decided in less than its bound: compare means.
-
-    Hindsight that it still has: the distributions of target and drafter at every later position along the text that
-    was realised, and the length of the output. No policy knows either, so that the bound is not attainable.
-
-    Two limits. It does not bound a policy that reads the drafted tokens or their probabilities (or, of an
-    autoregressive drafter, what was computed from earlier drafted tokens): under the coupled rule they show part of the
-    noise, and so more than the chance of a match. And it takes the text as given but the chance of a match over all
-    tokens that could have come, as if matches did not go with texts: where a match makes easier continuations likelier,
-    the mean over realised texts is an estimate of the bound, not the bound itself.
+    It bounds means over many prompts or seeds, of policies that see nothing of what the noise did to the draft. What
+    else it knows, and where it is an estimate, is in the documentation of the evaluation.
 
     Args:
         work: of the drafter.

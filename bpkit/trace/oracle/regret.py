@@ -13,9 +13,7 @@ not:
     Q(b, v) - V  =  (Q(b, v) - min over v' of Q(b, v'))  +  (min over v' of Q(b, v') - V)
                      verified too much or too little          drafted too small or too large
 
-Too much, too little, too small and too large are said against what the oracle would have done in the same state; it
-takes the smaller of equals. A draft that was too large only because too much of it was verified counts as verified too
-much: with the right width it might have cost nothing.
+Too much, too little, too small and too large are said against what the oracle would have done in the same state.
 """
 
 from __future__ import annotations

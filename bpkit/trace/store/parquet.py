@@ -1,8 +1,7 @@
 """The parquet tables of a trace, and the way from a PromptTrace to rows and back.
 
 `prompts.parquet` has a row for each prompt, `drafts.parquet` a row for each prompt, position and block size. Each
-prompt is a row group of its own in both, so that one can be read without the others. Units and meaning of every column
-are in the schema's metadata and in the documentation.
+prompt is a row group of its own in both, so that one can be read without the others.
 """
 
 from __future__ import annotations
