@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from bpkit.cli.main import build_app
 from bpkit.judge.evaluation import evaluate
-from bpkit.judge.evaluation.hindsight import describe_choices, steps_beside
+from bpkit.judge.evaluation.bounds import describe_choices, steps_beside
 from bpkit.judge.evaluation.page import html_report
 from bpkit.judge.evaluation.tables import print_evaluation
 from bpkit.judge.statistics import Bootstrap, shares_of_gap

@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
 from bpkit.judge.statistics import LEVEL, RESAMPLES, interval, resample
-from bpkit.judge.wall_clock.decoders import wall_clock
 from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
 from bpkit.trace.collect import PARTS, TraceOptions, Tracer, generation_options
@@ -156,9 +156,10 @@ class TraceBench:
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Seconds that it takes."""
-        started = wall_clock(self.decoder.target.device)
+        now = WallClock(self.decoder.target.device, wait=True).now
+        started = now()
         work()
-        return wall_clock(self.decoder.target.device) - started
+        return now() - started
 
 
 def bench_tracing(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bpkit.judge.evaluation.hindsight import HEADLINE, Regret, Results
+from bpkit.judge.evaluation.bounds import HEADLINE, Regret, Results
 from bpkit.judge.evaluation.policies import PolicyResult
 from bpkit.judge.statistics import TOUCHES_ZERO, Bootstrap, Floats, Ints, Totals, interval, shares_of_gap
 from bpkit.trace.oracle.regret import KINDS

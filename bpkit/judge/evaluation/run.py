@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from bpkit.judge.described import describe_policies, describe_spec
+from bpkit.judge.evaluation.bounds import compare, confidence_bounds
 from bpkit.judge.evaluation.candidate import Candidate
-from bpkit.judge.evaluation.confidences import confidence_bounds
 from bpkit.judge.evaluation.figures import GroupFigures
-from bpkit.judge.evaluation.hindsight import compare
 from bpkit.judge.evaluation.leak import find_leaks, leak_notes, refusal
 from bpkit.judge.evaluation.learnable import learnable
 from bpkit.judge.evaluation.policies import PolicyResult, judge_policy

@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from bpkit.decode.clock import WallClock
 from bpkit.export.core import Method
-from bpkit.judge.wall_clock.decoders import wall_clock
 from bpkit.policy import Policy, PolicyConfig, State
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 
@@ -94,10 +94,10 @@ class Recorder(Policy):
         return max(by_width.values(), key=len, default=[])
 
     def _timed(self, method: Method, context: Context, ask: Callable[[], Answer]) -> Answer:
-        device = context.position.device
-        started = wall_clock(device)
+        now = WallClock(context.position.device, wait=True).now
+        started = now()
         answer = ask()
-        self.seconds[method].append(wall_clock(device) - started)
+        self.seconds[method].append(now() - started)
         return answer
 
 

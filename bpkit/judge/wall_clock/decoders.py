@@ -83,13 +83,6 @@ class TimedDecoder(Protocol):
         ...
 
 
-def wall_clock(device: torch.device) -> float:
-    """Seconds from any origin, after the work that was queued on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 class PolicyDecoder:
     """A SpeculativeDecoder under one policy.
 
@@ -103,10 +96,10 @@ class PolicyDecoder:
         self.options = {**options, "seed": seed}
 
     def run(self, ids: Tensor, stream_id: int) -> Outcome:
-        device = self.decoder.target.device
-        started = wall_clock(device)
+        now = WallClock(self.decoder.target.device, wait=True).now
+        started = now()
         result = self.decoder.run(ids, stream_id=stream_id, **self.options).finish()
-        seconds = wall_clock(device) - started - result.observer_seconds
+        seconds = now() - started - result.observer_seconds
         parts, clock = result.seconds, self.decoder.clock
         known = clock.tells_parts if isinstance(clock, WallClock) else True
         return Outcome(
@@ -134,17 +127,19 @@ class GenerateDecoder:
     assistant: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, ids: Tensor, stream_id: int) -> Outcome:
-        device, options = self.target.device, {**self.options, **self.assistant}
+        now, options = WallClock(self.target.device, wait=True).now, {**self.options, **self.assistant}
         temperature, mask = float(options.pop("temperature")), torch.ones_like(ids)
         options["do_sample"] = temperature > 0
         if temperature > 0:
             options["temperature"] = temperature
             torch.manual_seed(self.seed + stream_id)
         with seconds_of_calls(self.target) as target, seconds_of_calls(self.drafter) as drafter:
-            started = wall_clock(device)
+            started = now()
             output = self.target.generate(input_ids=ids, attention_mask=mask, **options)
-            seconds = wall_clock(device) - started
-        on_cpu = device.type == "cpu"  # a GPU works on after the call returned: the time of a call says nothing
+            seconds = now() - started
+        on_cpu = (
+            self.target.device.type == "cpu"
+        )  # a GPU works on after the call returned: the time of a call says nothing
         return Outcome(
             tokens=tuple(output[0, ids.shape[1] :].tolist()),
             seconds=seconds,
