@@ -16,8 +16,7 @@ import torch
 from bpkit_bandit.eesd import Eesd
 from bpkit_bandit.exp3 import Exp3
 from bpkit_bandit.tapout import RULES, TapOut, parse_rule
-from bpkit_threshold.adaedl import AdaEdl
-from bpkit_threshold.thresholds import Confidence
+from bpkit_threshold.thresholds import AdaEdl, Confidence
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import Policy, PolicyError, State
@@ -43,7 +42,7 @@ def draft(
 
 def test_options_load_without_torch() -> None:
     code = (
-        "import bpkit_threshold.thresholds, bpkit_threshold.adaedl, bpkit_bandit.exp3, bpkit_bandit.eesd, sys;"
+        "import bpkit_threshold.thresholds, bpkit_bandit.exp3, bpkit_bandit.eesd, sys;"
         "import bpkit_bandit.tapout; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

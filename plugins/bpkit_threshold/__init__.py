@@ -33,9 +33,9 @@ def bpkit_register_policies(register: Register) -> None:
     )
     register(
         "adaedl",
-        "bpkit_threshold.adaedl:AdaEdl",
+        "bpkit_threshold.thresholds:AdaEdl",
         summary="Verifies a draft while an entropy bound on acceptance stays above a threshold that adapts.",
-        config="bpkit_threshold.adaedl:AdaEdlConfig",
+        config="bpkit_threshold.thresholds:AdaEdlConfig",
     )
     register(
         "specdecpp",
