@@ -74,8 +74,7 @@ def bench(
     from bpkit.cli.models import load_decoder
     from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
     from bpkit.judge.wall_clock.decoders import check_peers
-    from bpkit.judge.wall_clock.plot import plot_report
-    from bpkit.judge.wall_clock.report import print_report
+    from bpkit.judge.wall_clock.report import plot_report, print_report
 
     check_peers(tuple(against or ()))
     first, watchers = next(iter(named.values())), config.observers or ()

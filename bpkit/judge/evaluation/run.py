@@ -31,8 +31,6 @@ from bpkit.trace.replay import Fill, offered
 from bpkit.trace.store.manifest import TraceError
 from bpkit.types import DecoderSpec, Feature
 
-ORDERS, PERMUTATIONS = 8, 200
-
 
 def evaluate(
     prompts: Sequence[PromptTrace],
@@ -42,9 +40,9 @@ def evaluate(
     *,
     seed: int = 0,
     fractions: Sequence[float] = FRACTIONS,
-    orders: int = ORDERS,
+    orders: int = 8,
     tune: bool = True,
-    permutations: int = PERMUTATIONS,
+    permutations: int = 200,
     second_test: bool = False,
     leave_out: bool = False,
     allow_leaks: bool = False,

@@ -70,7 +70,7 @@ def split_prompts(
     parts: tuple[list[int], ...] = ([], [], [])
     for domain in dict.fromkeys(domains):
         members = [i for i, other in enumerate(domains) if other == domain]
-        members.sort(key=lambda i: _place(seed, ids[i]))
+        members.sort(key=lambda i: hashlib.sha256(f"{seed}\0{ids[i]}".encode()).digest())  # the same on every machine
         start = 0
         for part, count in zip(parts, _counts(len(members), shares), strict=True):
             part.extend(members[start : start + count])
@@ -88,11 +88,6 @@ def checked_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
         )
     train, validation, test = fractions
     return train, validation, test
-
-
-def _place(seed: int, prompt_id: str) -> bytes:
-    """Where a prompt stands among those of its domain; the same on every machine and in every process."""
-    return hashlib.sha256(f"{seed}\0{prompt_id}".encode()).digest()
 
 
 def _counts(count: int, fractions: tuple[float, float, float]) -> list[int]:
