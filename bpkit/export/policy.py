@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -64,33 +64,28 @@ class Onnx(Policy):
 
     The files are checked before they are run, and rows that came with them are tried once in a process; see
     `bpkit.export.load`. A score that is not finite is a fault of the policy: the runtime drafts at the trained size.
+
+    Args:
+        loaded: sessions that were opened already, with or without a folder.
     """
 
     Config: ClassVar[type[PolicyConfig]] = OnnxConfig
     wants = frozenset()
     config: OnnxConfig
 
-    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
+    def __init__(self, config: PolicyConfig | None = None, *, loaded: Loaded | None = None, **options: Any) -> None:
         super().__init__(config, **options)
+        self.loaded = loaded or self._load()
+        self.wants = frozenset(Feature(name) for name in self.loaded.description.features)  # type: ignore[misc]
+
+    def _load(self) -> Loaded:
         if self.config.path is None:
             raise PolicyError("policy 'onnx' needs the folder of an exported policy, as in onnx:exported/forecast")
         try:
             from bpkit.export.load import load_exported
         except ModuleNotFoundError as error:
             raise PolicyError(f"policy 'onnx' needs {error.name}: {install_command('onnx')}") from None
-        self._take(load_exported(folder_of(self.config.path), provider=self.config.provider))
-
-    @classmethod
-    def of(cls, loaded: Loaded, config: OnnxConfig) -> Self:
-        """The policy over sessions that were opened already, with or without a folder."""
-        policy = cls.__new__(cls)
-        Policy.__init__(policy, config)
-        policy._take(loaded)
-        return policy
-
-    def _take(self, loaded: Loaded) -> None:
-        self.loaded = loaded
-        self.wants = frozenset(Feature(name) for name in loaded.description.features)  # type: ignore[misc]
+        return load_exported(folder_of(self.config.path), provider=self.config.provider)
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         from bpkit.export.inputs import Inputs

@@ -73,8 +73,13 @@ class Session:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         with self._in_order():
             self._session.run_with_iobinding(binding, options)
+        import torch
+
         values = zip(self.outputs, binding.get_outputs(), strict=True)
-        return {name: _tensor(value, self.device) for name, value in values}
+        # Tensors over the memory of the outputs, which lives as long as they do.
+        if self.device == "cpu":
+            return {name: torch.from_numpy(value.numpy()) for name, value in values}
+        return {name: torch.as_tensor(_OnDevice(value), device=self.device) for name, value in values}
 
     def _placed(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Contiguous tensors on the device of the session."""
@@ -194,15 +199,6 @@ def _numpy_types() -> dict[Any, Any]:
     import torch
 
     return {torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
-
-
-def _tensor(value: Any, device: str) -> Tensor:
-    """A tensor over the memory of an output, which lives as long as the tensor."""
-    import torch
-
-    if device == "cpu":
-        return torch.from_numpy(value.numpy())
-    return torch.as_tensor(_OnDevice(value), device=device)
 
 
 class _OnDevice:

@@ -172,28 +172,19 @@ Use it as `--policy FOLDER`, or as `TrainedPolicy.from_pretrained("name/of/this/
         """
         name = str(pretrained_model_name_or_path)
         folder = Path(name).expanduser()
-        if folder.is_dir() or name.startswith((".", "/", "~")):
-            return cls._from_folder(folder, options)
-        download = {argument: options.pop(argument) for argument in _DOWNLOAD if argument in options}
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=_FILES, **download))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise PolicyError(
-                f"there is no folder {name!r}, and the Hub gave no policy of that name: {error}"
-            ) from error
-        return cls._from_folder(folder, options)
-
-    @classmethod
-    def _from_folder(cls, folder: Path, options: dict[str, Any]) -> Self:
+        if not (folder.is_dir() or name.startswith((".", "/", "~"))):
+            download = {argument: options.pop(argument) for argument in _DOWNLOAD if argument in options}
+            try:
+                folder = Path(snapshot_download(name, allow_patterns=_FILES, **download))
+            except (HfHubHTTPError, OSError, ValueError) as error:
+                raise PolicyError(
+                    f"there is no folder {name!r}, and the Hub gave no policy of that name: {error}"
+                ) from error
         stored = read_policy_file(folder).policy
-        if cls is TrainedPolicy:
-            made = cast("type[Self]", class_of_folder(folder))
-        elif cls.name != stored:
+        made = cast("type[Self]", class_of_folder(folder)) if cls is TrainedPolicy else cls
+        if cls is not TrainedPolicy and cls.name != stored:
             raise PolicyError(f"{folder} holds a policy {stored!r}, not {cls.name!r}")
-        else:
-            made = cls
-        given = {**options, "weights": str(folder)}
-        return made(validated(made.Config, given, owner=stored))
+        return made(validated(made.Config, {**options, "weights": str(folder)}, owner=stored))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What `save_pretrained` and `push_to_hub` write: `policy.json` and `weights.safetensors`."""

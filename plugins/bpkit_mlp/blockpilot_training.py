@@ -53,7 +53,8 @@ class BlockPilotModule(PolicyModule):
 
     def examples(self, prompt: PromptTrace) -> dict[str, Tensor]:
         """`inputs` float32 [1, inputs] and `curve` float32 [1, sizes]; no rows if the prompt has no steps."""
-        sizes = self._sizes(prompt)
+        traced = prompt.drafts.block_sizes.tolist()
+        sizes = candidate_sizes(self.policy.config.candidates, self.spec.trained_block_size, traced)
         inputs = tensor(prompt.features[self.policy.feature]).float()[None]
         rows = min(prompt.decided_by_steps, 1)
         work, label = self.spec.work, self.options.label
@@ -81,10 +82,6 @@ class BlockPilotModule(PolicyModule):
         options = self.options
         spread = self.facts["spread"]
         return choice_loss(scores, batch["curve"], options.target, temperature=options.temperature, spread=spread)
-
-    def _sizes(self, prompt: PromptTrace) -> tuple[int, ...]:
-        traced = prompt.drafts.block_sizes.tolist()
-        return candidate_sizes(self.policy.config.candidates, self.spec.trained_block_size, traced)
 
 
 def candidate_sizes(given: str | None, trained: int, traced: Sequence[int]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.export.convert import OPSETS, to_onnx
-from bpkit.export.core import Core, Export, Exportable, Method, features_of
+from bpkit.export.core import DECIDES, Core, Export, Exportable, Method, features_of
 from bpkit.export.load import Loaded
 from bpkit.export.policy import Onnx, OnnxConfig
 from bpkit.export.schema import Golden
@@ -25,7 +25,6 @@ from bpkit.types import DecoderSpec, Feature
 
 TORCH, ONNXRUNTIME = "torch", "onnxruntime"
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
-METHODS: tuple[Method, ...] = ("begin", "select", "extend", "truncate")
 
 
 def exported_here(export: Export, spec: DecoderSpec, provider: str) -> Onnx:
@@ -39,7 +38,7 @@ def exported_here(export: Export, spec: DecoderSpec, provider: str) -> Onnx:
     nothing = dict.fromkeys(export.cores, Golden(inputs={}, outputs={}))
     here: Any = {"name": "exported_here", "policy": "exported_here", "summary": "", "options": {}, "validation": {}}
     loaded = Loaded(description(export, data, spec, OPSETS[0], nothing, **here), sessions)
-    return Onnx.of(loaded, validated(OnnxConfig, {"provider": provider}, owner="onnx"))
+    return Onnx(validated(OnnxConfig, {"provider": provider}, owner="onnx"), loaded=loaded)
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Backends:
     def methods(self) -> tuple[Method, ...]:
         """What is timed: what the networks decide, or what the policy defines."""
         own = self.policies[TORCH]
-        return tuple(m for m in METHODS if (m in self.cores if self.cores else overrides(own, m)))
+        return tuple(m for m in DECIDES if (m in self.cores if self.cores else overrides(own, m)))
 
     @property
     def wants(self) -> frozenset[Feature]:

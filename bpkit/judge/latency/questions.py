@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bpkit.decode.clock import WallClock
-from bpkit.export.core import Method
+from bpkit.export.core import DECIDES, Method
 from bpkit.policy import Policy, PolicyConfig, State
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 
@@ -52,7 +52,7 @@ class Recorder(Policy):
         self.wants_optional = policy.wants_optional  # type: ignore[misc]
         self.begun: list[Question] = []
         self.steps: list[Question] = []
-        self.seconds: dict[Method, list[float]] = {"begin": [], "select": [], "extend": [], "truncate": []}
+        self.seconds: dict[Method, list[float]] = {method: [] for method in DECIDES}
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         self.policy.bind(decoder, cost)
