@@ -1,9 +1,7 @@
 """A policy on the test prompts, its options tuned on validation prompts: once, or in several orders.
 
-What may be tuned, and to what, is declared by the policy's Config (`PolicyConfig.grid`); what the user typed stays. All
-combinations are tried. If they are few, each is replayed on all validation prompts. If they are many, by successive
-halving: all on a few prompts, the best third of them on three times as many, and so on. The policy as it stands is
-among them, so that tuning can be worse on validation prompts only by what its rounds overlooked.
+`docs/evaluation.md` says what is tuned, and how. The policy as it stands is among the combinations, so that tuning can
+be worse on validation prompts only by what its rounds overlooked.
 """
 
 from __future__ import annotations

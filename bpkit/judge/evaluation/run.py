@@ -1,8 +1,4 @@
-"""Policies judged on prompts that nothing was chosen on; `docs/evaluation.md` says what comes out.
-
-Options are tuned, and the best fixed size is chosen, on validation prompts; figures are of test prompts only; training
-prompts are left to policies that are trained, to the bound that is calibrated, and to the test of what is learnable.
-"""
+"""Policies judged on prompts that nothing was chosen on; `docs/evaluation.md` says how, and what comes out."""
 
 from __future__ import annotations
 
@@ -115,8 +111,7 @@ def evaluate(
             "learnable": _learnable(setup, cost, permutations) if permutations else None,
         }
     leaks = {name: leak for name, leak in leaks.items() if name in judged}
-    said = leak_notes(leaks, [name for name in silent if name in judged])
-    summary = setup.summary
+    said, summary = leak_notes(leaks, [name for name in silent if name in judged]), setup.summary
     parts = {part: [summary.domains[i] for i in getattr(setup.split, part)] for part in PARTS}
     return {
         "schema_version": SCHEMA_VERSION,
