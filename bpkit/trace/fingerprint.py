@@ -36,10 +36,7 @@ def fingerprint_models(decoder: SpeculativeDecoder) -> tuple[str, str | None]:
 
 def fingerprint_texts(texts: Iterable[str]) -> str:
     """SHA-256 over texts in order, as 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()[:16]
 
 
 def fingerprint_values(values: Any) -> str:

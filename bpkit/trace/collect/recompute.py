@@ -9,7 +9,7 @@ from bpkit.prompts import Prompt
 from bpkit.trace.collect.tracer import TraceOptions, Tracer, generation_options
 from bpkit.trace.fingerprint import fingerprint_models
 from bpkit.trace.records import PromptTrace
-from bpkit.trace.replay import with_features
+from bpkit.trace.replay import offered, with_features
 from bpkit.trace.store.manifest import Manifest, TraceError
 from bpkit.types import Feature
 
@@ -36,23 +36,21 @@ class Recompute:
         check_models(decoder, manifest)
         self.decoder, self.manifest = decoder, manifest
         self.offers = decoder._offered()
-        self._last: tuple[int, frozenset[Feature], PromptTrace] | None = None
+        self._last: PromptTrace | None = None
 
     @torch.inference_mode()
     def __call__(self, prompt: PromptTrace, features: frozenset[Feature]) -> PromptTrace:
         """The prompt with `features` added."""
-        if self._last is None or self._last[0] != prompt.index or not features <= self._last[1]:
-            wanted = features | (self._last[1] if self._last is not None else frozenset())
-            self._last = (prompt.index, wanted, self._traced_again(prompt, wanted))
-        again = self._last[2]
+        again = self._last
+        if again is None or again.index != prompt.index or not features <= offered(again):
+            wanted = features | (offered(again) if again is not None else frozenset())
+            again = self._last = self._traced_again(prompt, wanted)
         added = {**again.features, **again.drafts.features}
         return with_features(prompt, {name: added[name] for name in features})
 
     def _traced_again(self, prompt: PromptTrace, features: frozenset[Feature]) -> PromptTrace:
         manifest, device = self.manifest, self.decoder.target.device
-        options = TraceOptions(
-            manifest.block_sizes, prompt.max_new_tokens, manifest.sampling, manifest.seed, frozenset(features)
-        )
+        options = TraceOptions(manifest.block_sizes, prompt.max_new_tokens, manifest.sampling, manifest.seed, features)
         ids = torch.tensor(prompt.prompt_tokens).long()[None].to(device)
         tokens = torch.tensor(prompt.output_tokens).long()[None].to(device)
         run = self.decoder.run(ids, stream_id=prompt.index, **generation_options(options))

@@ -196,17 +196,14 @@ def trace_drafts(drafter: Drafter, finished: Finished) -> Drafts:
     """
     if finished.rows == 0:
         return Drafts(finished)
-    if type(drafter) is BlockDiffusionDrafter and not _windowed(drafter):
-        return trace_blocks(drafter, finished)
+    if type(drafter) is BlockDiffusionDrafter:
+        # Where attention depends on places in the cache, blocks side by side do not keep it.
+        windows = [layer.self_attn.sliding_window for layer in drafter.model.layers]
+        windowed = drafter.model.config.is_causal or windows != [None] * len(windows)
+        return trace_step_by_step(drafter, finished) if windowed else trace_blocks(drafter, finished)
     if type(drafter) is AutoregressiveDrafter:
         return trace_rollouts(drafter, finished)
     return trace_step_by_step(drafter, finished)
-
-
-def _windowed(drafter: BlockDiffusionDrafter) -> bool:
-    """Whether attention depends on places in the cache, which blocks side by side do not keep."""
-    layers = drafter.model.layers
-    return bool(drafter.model.config.is_causal) or any(layer.self_attn.sliding_window is not None for layer in layers)
 
 
 def _ints(values: Tensor) -> NDArray[np.int32]:

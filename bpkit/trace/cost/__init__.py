@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bpkit.trace.cost.files import read_cost, write_cost
-from bpkit.trace.cost.measured import Cell, Measured
 from bpkit.trace.cost.presets import flat, linear
 from bpkit.trace.cost.table import CostError, CostTable
 
-__all__ = ["Cell", "CostError", "CostTable", "Measured", "flat", "linear", "read_cost", "write_cost"]
+__all__ = ["CostError", "CostTable", "flat", "linear", "read_cost", "write_cost"]

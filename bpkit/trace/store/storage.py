@@ -189,9 +189,8 @@ class Trace(Sequence[PromptTrace]):
     @overload
     def __getitem__(self, place: slice) -> list[PromptTrace]: ...
     def __getitem__(self, place: int | slice) -> PromptTrace | list[PromptTrace]:
-        if isinstance(place, slice):
-            return [self._read(i) for i in range(*place.indices(len(self)))]
-        return self._read(range(len(self))[place])
+        found = range(len(self))[place]
+        return self._read(found) if isinstance(found, int) else [self._read(i) for i in found]
 
     def _read(self, index: int) -> PromptTrace:
         prompts, drafts = self._files
