@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
@@ -210,18 +210,16 @@ def _named_modules(choice: Choice, installed: Sequence[Plugin]) -> Iterator[Plug
     known = {name for plugin in installed for name in plugin.names}
     for name in choice.named:
         if name not in known:
-            yield Plugin(name, name, _importer(name, here=name in choice.from_flags))
+            yield Plugin(name, name, partial(_import, name, here=name in choice.from_flags))
 
 
-def _importer(module: str, *, here: bool) -> Callable[[], object]:
-    def load() -> object:
-        if names_file(module):
-            return module_of_file(module)
-        if here and os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # last, so that it hides nothing that is installed
-        return importlib.import_module(module)
-
-    return load
+def _import(module: str, *, here: bool) -> object:
+    """A module by its name or its file; `here`: it may lie in the current folder."""
+    if names_file(module):
+        return module_of_file(module)
+    if here and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that it hides nothing that is installed
+    return importlib.import_module(module)
 
 
 def _disabled(plugin: Plugin, choice: Choice) -> str | None:

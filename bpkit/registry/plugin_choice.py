@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 OPTION = "--plugin"
@@ -29,29 +29,25 @@ class Choice:
     autoload: bool = True
 
 
-def choice_of(flags: Iterable[str] = (), environment: Mapping[str, str] | None = None) -> Choice:
+def choice_of(flags: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Choice:
     """The choice that flags and environment make. The last word on a name counts, and flags come last.
 
     >>> choice_of(["no:bandit", "my_module"], {}).disabled
     {'bandit': '--plugin no:bandit'}
     """
     stated = os.environ if environment is None else environment
-    said = [(spec.strip(), f"{PLUGINS}={spec.strip()}", False) for spec in stated.get(PLUGINS, "").split(",")]
-    said += [(spec, f"{OPTION} {spec}", True) for spec in flags]
+    said = [(spec.strip(), f"{PLUGINS}={spec.strip()}") for spec in stated.get(PLUGINS, "").split(",")]
+    said += [(spec, f"{OPTION} {spec}") for spec in flags]
     disabled: dict[str, str] = {}
     named: dict[str, str] = {}
-    typed: set[str] = set()
-    for spec, how, flag in said:
+    for spec, how in said:
         name = spec.removeprefix(_NO)
-        if not name:
-            continue
-        for kind in (disabled, named):
-            kind.pop(name, None)
-        (named if name == spec else disabled)[name] = how
-        if flag:
-            typed.add(name)
+        if name:
+            for kind in (disabled, named):
+                kind.pop(name, None)
+            (named if name == spec else disabled)[name] = how
     autoload = stated.get(NO_AUTOLOAD, "") in ("", "0")
-    return Choice(disabled, named, frozenset(typed & set(named)), autoload)
+    return Choice(disabled, named, frozenset(named).intersection(flags), autoload)
 
 
 def plugin_flags(arguments: Iterable[str]) -> list[str]:

@@ -58,17 +58,12 @@ def render(names: Names, kind: Kind, *, summary: str | None = None, author: str 
         "extras_for": ", training and exporting" if kind is Kind.TRAINED else "",
     }
     files = {}
-    for template in _templates(kind):
+    for template in (file for folder in ("common", kind) for file in (TEMPLATES / folder).rglob(f"*{SUFFIX}")):
         path = _path(template, names)
         text = template.read_text(encoding="utf-8")
         files[path] = text if path == "LICENSE" else Template(text).substitute(values)
     _refuse_shadowed(files, names)
     return dict(sorted(files.items()))
-
-
-def _templates(kind: Kind) -> list[Path]:
-    """Those of every package, and those of the kind."""
-    return [file for folder in ("common", kind) for file in (TEMPLATES / folder).rglob(f"*{SUFFIX}")]
 
 
 def _path(template: Path, names: Names) -> str:
