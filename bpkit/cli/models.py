@@ -37,7 +37,8 @@ def load_decoder(
     chosen = policy or config.policy or DEFAULT_POLICY
     check_policy_name(chosen)  # takes no time, while torch takes seconds
     for name in (config.target, config.drafter):
-        _check_folder(name)
+        if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).is_dir():  # no Hub name either
+            raise FileNotFoundError(f"there is no folder {name!r}; name the folder of a model, or a model on the Hub")
     quiet_libraries()
     import torch
 
@@ -83,12 +84,6 @@ def check_device(name: str | None) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here: {said}; leave it out for what there is") from None
-
-
-def _check_folder(name: Any) -> None:
-    """Refuse a path that is not there before it is taken for a Hub name."""
-    if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"there is no folder {name!r}; name the folder of a model, or a model on the Hub")
 
 
 def quiet_libraries() -> None:

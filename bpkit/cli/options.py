@@ -7,11 +7,10 @@
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -33,10 +32,10 @@ def takes(**groups: Group) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         of_group = {name: _parameters(group) for name, group in groups.items()}
-        own = _parameters(command, leave=groups)
         shown: dict[str, inspect.Parameter] = {}
-        for name in inspect.signature(command).parameters:
-            shown.update(of_group[name] if name in groups else {name: own[name]})
+        for name, parameter in _parameters(command).items():
+            shown.update(of_group.get(name, {name: parameter}))
+        own = [name for name in inspect.signature(command).parameters if name not in groups]
 
         @wraps(command)
         def run(**given: Any) -> None:
@@ -51,12 +50,10 @@ def takes(**groups: Group) -> Callable[[Command], Command]:
     return decorate
 
 
-def _parameters(function: Callable[..., Any], *, leave: Collection[str] = ()) -> dict[str, inspect.Parameter]:
-    """The parameters of a function with their types looked up, those to `leave` left out."""
-    found = {n: p for n, p in inspect.signature(function).parameters.items() if n not in leave}
-    written = SimpleNamespace(__annotations__={name: parameter.annotation for name, parameter in found.items()})
-    hints = get_type_hints(written, getattr(function, "__globals__", {}), include_extras=True)
-    return {n: p.replace(annotation=hints[n], kind=inspect.Parameter.KEYWORD_ONLY) for n, p in found.items()}
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function with their types looked up."""
+    found = inspect.signature(function, eval_str=True).parameters
+    return {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in found.items()}
 
 
 # Options that the config knows, in sets for `settings`.
