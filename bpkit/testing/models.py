@@ -7,6 +7,7 @@ of right tokens you choose.
 
 from __future__ import annotations
 
+import dataclasses
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +16,15 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bpkit.decode.noise import uniform
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
-from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
 from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
-from bpkit.types import AUTOREGRESSIVE, Feature, work_of
 
 END, MASK, UNKNOWN = "<|end|>", "<|mask|>", "<|unknown|>"
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n\t"
@@ -152,8 +152,8 @@ def _dflash(tokenizer: PreTrainedTokenizerFast) -> DFlashModel:
     return model
 
 
-class AgreeableDrafter:
-    """Reads the true continuation off the target itself, then makes a chosen share of the tokens wrong.
+class AgreeableDrafter(AutoregressiveDrafter):
+    """The target as its own assistant, whose tokens are then made wrong in a chosen share.
 
     A wrong token has the true one's id plus one, and its scores are shifted alike: the token is honestly drawn from
     the scores, so that the drafter is lawful under both verify rules. What follows a wrong token is again the true
@@ -164,15 +164,10 @@ class AgreeableDrafter:
         seed: of the coins. They depend on the seed, where the block begins and the place in it, on nothing else.
     """
 
-    kind, work = AUTOREGRESSIVE, work_of(AUTOREGRESSIVE)
-    name = "agreeable"
-    provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
-    feature_layers: tuple[int, ...] = ()
-    trained_block_size = TRAINED_BLOCK_SIZE
-    max_block_size = 2 * TRAINED_BLOCK_SIZE
-
     def __init__(self, target: PreTrainedModel, *, corruption: float = 0.25, seed: int = 0) -> None:
-        self.target, self.corruption, self.seed = target, corruption, seed
+        super().__init__(target, target, name="agreeable", block_size=TRAINED_BLOCK_SIZE)
+        self.max_block_size = 2 * TRAINED_BLOCK_SIZE
+        self.corruption, self.seed = corruption, seed
         self.drafts = 0
         """Drafts made so far, over all requests."""
 
@@ -180,39 +175,29 @@ class AgreeableDrafter:
         return AgreeableSession(self, text)
 
 
-class AgreeableSession:
-    """Reports as read what an assistant model would have had to read."""
+class AgreeableSession(AutoregressiveSession):
+    """Reads what it drafted before the tokens are made wrong; those that stand are the ones that it read."""
 
-    def __init__(self, drafter: AgreeableDrafter, text: RunningText) -> None:
-        self.drafter, self.text = drafter, text
-        self.waiting: int | None = None
-        self.drafted: int | None = None
-
-    def advance(self, features: Tensor | None) -> None:
-        work = self.drafter.work
-        if self.waiting is None:
-            self.waiting = work.first(self.text.prompt_length[0])
-        elif self.drafted is None:
-            self.waiting = work.after_no_draft(self.waiting)
-        else:
-            self.waiting = work.after_draft(self.drafted, self.text.newest.shape[1] - 1)
-        self.drafted = None
+    drafter: AgreeableDrafter
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        model, (begin,), (size,) = self.drafter.target, self.text.length, block_size
+        (begin,), (size,) = self.text.length, block_size
         self.drafter.drafts += 1
-        coins = uniform(self.drafter.seed, begin, 0, size, 1, torch.device("cpu"), salt=0)[:, 0]
-        cache, read = DynamicCache(config=model.config), self.text.ids
-        tokens, scores, hidden = [], [], []
-        for place in range(size - 1):
-            output = model(read, past_key_values=cache, use_cache=True, logits_to_keep=1, output_hidden_states=True)
-            read, of_read = draw(output.logits)
-            shift = int(coins[place] < self.drafter.corruption)
-            tokens.append((read + shift) % of_read.shape[-1])
-            scores.append(of_read.roll(shift, dims=-1))
-            hidden.append(output.hidden_states[-1][:, -1:])
-            latest = Proposal(tokens[-1], scores[-1], hidden[-1])
-            if go_on is not None and place + 2 < size and not go_on(latest):
-                break
-        self.drafted = len(tokens)
-        return Proposal(torch.cat(tokens, dim=1), torch.cat(scores, dim=1), torch.cat(hidden, dim=1), self.waiting or 0)
+        coins = uniform(self.drafter.seed, begin, 0, size, 1, torch.device("cpu"), salt=0)[:, 0].tolist()
+        places = iter(range(size))
+
+        def asked(latest: Proposal) -> bool:
+            assert go_on is not None
+            return go_on(self._spoiled(latest, [coins[next(places)]]))
+
+        made = super().draft(block_size, draw, None if go_on is None else asked)
+        return self._spoiled(made, coins)
+
+    def _spoiled(self, made: Proposal, coins: Sequence[float]) -> Proposal:
+        assert made.scores is not None
+        tokens, scores = made.tokens.clone(), made.scores.clone()
+        for place in range(tokens.shape[1]):
+            if coins[place] < self.drafter.corruption:
+                tokens[:, place] = (tokens[:, place] + 1) % scores.shape[-1]
+                scores[:, place] = scores[:, place].roll(1, dims=-1)
+        return dataclasses.replace(made, tokens=tokens, scores=scores)

@@ -230,12 +230,12 @@ class CallRecorder:
 
     def _hand_over(self, method: str, given: Given) -> Given:
         """The object that the policy gets: the runtime's tensors, with features that note who reads them."""
-        handed = given
+        handed: Given = given
+        if isinstance(given, Context | Draft):
+            handed = dataclasses.replace(given, features=self._noted(method, given.features))
         if isinstance(handed, Draft):
-            context = dataclasses.replace(handed.context, features=self._noted(method, handed.context.features))
-            handed = dataclasses.replace(handed, context=context)
-        if isinstance(handed, Context | Draft):
-            handed = dataclasses.replace(handed, features=self._noted(method, handed.features))
+            context = handed.context
+            handed.context = dataclasses.replace(context, features=self._noted(method, context.features))
         if method == "select":  # of earlier steps only what `begin` got is still looked at
             self._handed = [entry for entry in self._handed if entry[0] == "begin"]
         self._handed.append((method, handed, copied(handed)))

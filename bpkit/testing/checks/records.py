@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from bpkit.types import Context, Draft, Feature, Step
 
@@ -65,8 +66,8 @@ def joined(given: Sequence[G]) -> G:
         if any(value is None for value in values):
             return None
         if isinstance(first, Tensor):
-            width = max(value.shape[1] for value in values) if first.ndim > 1 else 0
-            return torch.cat([_padded(value, width) for value in values])
+            each = [value[0] for value in values]
+            return pad_sequence(each, True, FILL) if first.ndim > 1 else torch.stack(each)
         if isinstance(first, Mapping):
             return {name: of([value[name] for value in values]) for name in first}
         return joined(values) if isinstance(first, Context) else first
@@ -135,10 +136,3 @@ def _named(given: Given, prefix: str) -> Iterator[tuple[str, Any]]:
 def _unnoted(features: Mapping[Any, Tensor]) -> Mapping[Any, Tensor]:
     """The features, without a note that they were read."""
     return features.data if isinstance(features, NotedFeatures) else features
-
-
-def _padded(value: Tensor, width: int) -> Tensor:
-    """[1, count, ...] -> [1, width, ...]; [1] as it is."""
-    if value.ndim == 1 or value.shape[1] == width:
-        return value
-    return torch.cat([value, value.new_full((1, width - value.shape[1], *value.shape[2:]), FILL)], dim=1)

@@ -137,15 +137,12 @@ class Findings:
         self.notes: list[str] = []
         self.said = ""
         self._begun = time.perf_counter()
-        self._mistakes: dict[tuple[str, str], list[tuple[Failure, str]]] = {}
+        self._mistakes: dict[tuple[str, str], tuple[Failure, list[str]]] = {}
 
     @property
     def failures(self) -> list[Failure]:
         """One for each mistake, as it was first met, with where else it was."""
-        return [
-            replace(found[0][0], also=_elsewhere(*(drafter for _, drafter in found)))
-            for found in self._mistakes.values()
-        ]
+        return [replace(first, also=_elsewhere(*drafters)) for first, drafters in self._mistakes.values()]
 
     def fail(self, did: str, expected: str, got: str, *, drafter: str = "") -> None:
         """The policy does something wrong.
@@ -153,7 +150,8 @@ class Findings:
         Args:
             drafter: with which it was found, where it may be found with others as well.
         """
-        self._mistakes.setdefault((gist(expected), gist(got)), []).append((Failure(did, expected, got), drafter))
+        _, drafters = self._mistakes.setdefault((gist(expected), gist(got)), (Failure(did, expected, got), []))
+        drafters.append(drafter)
 
     def note(self, text: str) -> None:
         """Something worth knowing that is no failure."""
