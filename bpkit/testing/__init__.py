@@ -34,15 +34,11 @@ __all__ = [
     "tiny_pair",
 ]
 
-_HOMES = {
-    "bpkit.testing.checks.check": ("Check", "check_policy", "policy_checks"),
-    "bpkit.testing.checks.report": ("Failure", "PolicyCheckError", "Report", "Result"),
-    "bpkit.testing.models": ("AgreeableDrafter", "TinyPair", "tiny_pair"),
-}
+_HOMES = ("checks.check", "checks.report", "models")
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(home), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    homes = (importlib.import_module(f"{__name__}.{home}") for home in _HOMES)  # only as far as needed
+    return next(getattr(home, name) for home in homes if hasattr(home, name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # `torch.tensor(..., device=...)` then makes its tensor on the host and hands us the copy.
         self._lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
-        self._initialise, torch.cuda._lazy_init = torch.cuda._lazy_init, _nothing
+        self._initialise, torch.cuda._lazy_init = torch.cuda._lazy_init, lambda: None
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -62,12 +62,8 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def put(self, model: nn.Module) -> None:
         """Move a model here, in place: its parameters and buffers."""
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(self.tensor(parameter.detach()), requires_grad=False)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = self.tensor(buffer)
+            for kept in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers)):
+                kept.update({name: self.tensor(value.detach()) for name, value in kept.items() if value is not None})
 
     def tensor(self, value: Tensor) -> Tensor:
         """A tensor here."""
@@ -193,10 +189,6 @@ def _by_name(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> tuple[l
         return list(args), dict(kwargs)
     place = names.index(name)
     return list(args[:place]), {**dict(zip(names[place:], args[place:], strict=False)), **kwargs}
-
-
-def _nothing() -> None:
-    """There is no device to initialise."""
 
 
 def _refuse_two_devices(name: str, tensors: list[Tensor]) -> None:

@@ -94,8 +94,7 @@ class CheckedPolicy:
     def _record(self, drafter: str) -> list[Recording]:
         if drafter in self._unbound:
             return [Recording(drafter, self.cases[0], fault=self._unbound[drafter])]
-        recorder, recordings = self.recorder(drafter), list[Recording]()
-        self.recorders[drafter] = recorder
+        recorder, recordings = self.recorders[drafter], list[Recording]()
         cases = self.cases[:FEWER] if drafter == ASSISTANT else self.cases
         for place, case in enumerate(cases):
             if place == len(cases) - LATER:
@@ -108,7 +107,7 @@ class CheckedPolicy:
     def _serves(self, drafter: str) -> bool:
         """Whether the policy can be bound to a decoder with this drafter; why not, is noted."""
         try:
-            setup.decoder(drafter, self.fresh(drafter))
+            self.recorders[drafter] = self.recorder(drafter)
         except NoTrainer:
             raise
         except PolicyError as error:

@@ -1,8 +1,7 @@
 """Requests that overlap in time: what a policy decides for one does not depend on those that run meanwhile.
 
-A decoder may have several runs open, and read a record of one, then of another. Where a policy has no memory across
-requests, every decision must be that of the request alone. One that keeps something of a request on `self` decides by
-the wrong request here, even if `begin` resets it.
+Of one that keeps something of a request on `self`, even if `begin` resets it, requests that overlap take what another
+has left there. A memory across requests cannot be told apart from that.
 """
 
 from __future__ import annotations

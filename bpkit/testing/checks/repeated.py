@@ -11,7 +11,6 @@ from typing import cast
 from bpkit.export.core import Exportable
 from bpkit.installation.distribution import install_command
 from bpkit.learn.trained import TrainedPolicy
-from bpkit.policy import Policy
 from bpkit.registry.resolve import resolve_policy
 from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import LATER, CheckedPolicy
@@ -103,10 +102,24 @@ def export(policy: CheckedPolicy, out: Findings) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise Skip(f"{', '.join(missing)} not installed: {install_command('export')}")
+    from bpkit.export.write import export_policy
+
+    spec = setup.decoder(drafter, "fixed:1").spec
+    traces = setup.traces(drafter, frozenset(fresh.wants | fresh.wants_optional))
+    exportable = cast("TrainedPolicy", fresh)  # any exportable one that has a name
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "exported"
-        rows = _exported(policy, fresh, drafter, folder, out)
-        if rows is None:
+        try:
+            made = export_policy(
+                exportable, traces, spec, folder, name="checked", summary="Written to be checked.", cost=COST
+            )
+        except Exception as error:
+            out.fail(
+                f"exported {policy.name} as `bpkit export` does, for drafter {drafter}, and compared its files with it "
+                f"on every row of {len(traces)} traced prompts",
+                "files that decide in onnxruntime as the policy does",
+                f"{type(error).__name__}: {error}",
+            )
             return
         loaded = resolve_policy({"name": "onnx", "path": str(folder)})
         recorder = CallRecorder(setup.decoder(drafter, loaded), drafter)
@@ -119,32 +132,6 @@ def export(policy: CheckedPolicy, out: Findings) -> None:
                     f"{parted.where} was {parted.one} by the policy and {parted.other} by onnxruntime",
                 )
                 return
+    rows = sum(agreement.rows for agreement in made.validation.values())
     decisions = sum(len(first.decisions) for first in usual)
     out.said = f"{rows} rows of a trace and {decisions} decisions while decoding the same in onnxruntime"
-
-
-def _exported(policy: CheckedPolicy, fresh: Policy, drafter: str, folder: Path, out: Findings) -> int | None:
-    """Write the files. Returns the rows that were compared; None if the export failed."""
-    from bpkit.export.write import export_policy
-
-    spec = setup.decoder(drafter, "fixed:1").spec
-    traces = setup.traces(drafter, frozenset(fresh.wants | fresh.wants_optional))
-    try:
-        made = export_policy(
-            cast("TrainedPolicy", fresh),  # any exportable one that has a name
-            traces,
-            spec,
-            folder,
-            name="checked",
-            summary="Written to be checked.",
-            cost=COST,
-        )
-    except Exception as error:
-        out.fail(
-            f"exported {policy.name} as `bpkit export` does, for drafter {drafter}, and compared its files with it on "
-            f"every row of {len(traces)} traced prompts",
-            "files that decide in onnxruntime as the policy does",
-            f"{type(error).__name__}: {error}",
-        )
-        return None
-    return sum(agreement.rows for agreement in made.validation.values())

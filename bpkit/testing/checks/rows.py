@@ -2,13 +2,8 @@
 
 Requests that were decoded one by one are laid side by side, in a batch that requests join and leave. Before every call
 the policy is copied, and the copy is asked about each request alone, with the state that the request has had alone:
-both must decide the same. So what is compared is one decision, given the same memory: a policy may well learn from one
-request what it uses for another. Of a policy whose rows share a budget the copy is asked about the same batch in
-another order instead.
-
-Decisions at random: alone and in the batch a policy is given generators in the same state. One draw that serves all
-rows gives the same decision; draws for each row do not. Where a call drew and differs, the question is put many
-times, with other states of the generator, and the means are compared: that finds neighbours that matter much.
+both must decide the same, given the same memory. docs/check.md has the rules that follow, and how decisions at random
+are compared.
 """
 
 from __future__ import annotations

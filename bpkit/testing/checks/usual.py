@@ -85,14 +85,11 @@ def _range(numbers: list[int]) -> str:
 
 def features(policy: CheckedPolicy, out: Findings) -> None:
     """`wants` is what the policy reads."""
-    clean = not policy.faults
-    wanted: set[str] = set()
-    optional: set[str] = set()
-    read: set[str] = set()
-    for drafter, recorder in policy.recorders.items():
-        wanted |= set(map(str, recorder.policy.wants))
-        optional |= set(map(str, recorder.policy.wants_optional)) - wanted
-        read = read.union(*recorder.read.values())
+    clean, recorders = not policy.faults, policy.recorders
+    wanted = {str(name) for recorder in recorders.values() for name in recorder.policy.wants}
+    optional = {str(name) for recorder in recorders.values() for name in recorder.policy.wants_optional} - wanted
+    read = {name for recorder in recorders.values() for names in recorder.read.values() for name in names}
+    for drafter, recorder in recorders.items():
         for method, missed in recorder.missed.items():
             # An optional one may be missing with this drafter; what the policy did about it is seen elsewhere.
             for name in sorted(missed - optional):
