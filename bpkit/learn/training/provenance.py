@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -34,7 +35,7 @@ def write_provenance(
     """
     facts = {
         "recipe": recipe,
-        "arguments": {k: Path(v).name if isinstance(v, Path) else v for k, v in arguments.items()},
+        "arguments": {name: _plain(value) for name, value in arguments.items()},
         "data": dict(data),
         "versions": {
             "python": platform.python_version(),
@@ -44,6 +45,13 @@ def write_provenance(
         "git_revision": _revision(),
     }
     write_json(out / name, facts)
+
+
+def _plain(value: Any) -> Any:
+    """The name of a path, and an infinite budget in a word: JSON has no such number."""
+    if isinstance(value, Path):
+        return value.name
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def _revision() -> str | None:
