@@ -150,9 +150,8 @@ def test_a_failed_write_leaves_the_old_provenance_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_provenance(tmp_path, "recipe", {"max_minutes": float("inf"), "file": tmp_path / "x"}, {"data": "d"})
-    assert json.loads((tmp_path / "provenance.json").read_text())["arguments"] == {"max_minutes": "inf", "file": "x"}
     before = (tmp_path / "provenance.json").read_bytes()
-    assert json.loads(before)["arguments"] == {"seed": 1, "file": "x"}
+    assert json.loads(before)["arguments"] == {"max_minutes": "inf", "file": "x"}
 
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
