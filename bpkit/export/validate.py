@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bpkit.export.core import DECIDES, Core, features_of
 from bpkit.export.inputs import Given, Inputs
-from bpkit.export.schema import Agreement
 from bpkit.policy import Policy, PolicyError, State
 from bpkit.trace.records import PromptTrace
 from bpkit.types import OF_THE_DRAFT, Context, DecoderSpec, Draft, Feature
@@ -31,7 +30,7 @@ PREFILL = (Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS)
 
 @dataclass
 class Comparison:
-    """What rows of one file gave.
+    """What rows of one file gave: a `schema.Agreement` and more.
 
     Attributes:
         rows, agree, within_tolerance: counts of rows. largest_difference: of float outputs.
@@ -44,20 +43,9 @@ class Comparison:
     within_tolerance: int = 0
     largest_difference: float = 0.0
     wrong: list[str] = field(default_factory=list)
-    batch_sizes: set[int] = field(default_factory=set)
+    batch_sizes: list[int] = field(default_factory=list)
     golden: Given | None = None
     variety: int = 0
-
-    @property
-    def agreement(self) -> Agreement:
-        """What `policy.json` says of it."""
-        return Agreement(
-            rows=self.rows,
-            agree=self.agree,
-            within_tolerance=self.within_tolerance,
-            largest_difference=self.largest_difference,
-            batch_sizes=sorted(self.batch_sizes),
-        )
 
     def add(self, core: Core, given: Given, decided: Tensor, run: Run) -> None:
         """Rows of one batch, cut into batches of the sizes of `BATCHES`."""
@@ -68,7 +56,7 @@ class Comparison:
         while len(left):
             size = next(turns)
             rows, left = left[:size], left[size:]
-            self.batch_sizes.add(len(rows))
+            self.batch_sizes = sorted({*self.batch_sizes, len(rows)})
             part = {port.name: _rows_of(given[port.name], port.shape, rows) for port in core.inputs}
             got = run({name: value.numpy() for name, value in part.items()})
             self._compare(core, {name: value[rows] for name, value in wanted.items()}, decided[rows], got)

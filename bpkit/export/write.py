@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,7 +69,10 @@ def export_policy(
         summary=summary,
         fingerprints=dict(fingerprints or {}),
         options=policy.config.model_dump(mode="json", exclude={"weights"}),
-        validation={f"{stem}.onnx": comparison.agreement for stem, comparison in found.items()},
+        validation={
+            f"{stem}.onnx": schema.Agreement.model_validate(comparison, from_attributes=True)
+            for stem, comparison in found.items()
+        },
         evaluation=dict(evaluation or {}),
         provenance=dict(provenance or {}),
     )
@@ -118,8 +120,8 @@ def description(
                 sha256=hashlib.sha256(data[f"{stem}.onnx"]).hexdigest(),
                 bytes=len(data[f"{stem}.onnx"]),
                 opset=opset,
-                inputs=[schema.Tensor.model_validate(asdict(port)) for port in core.inputs],
-                outputs=[schema.Tensor.model_validate(asdict(port)) for port in core.outputs],
+                inputs=[schema.Tensor.model_validate(port, from_attributes=True) for port in core.inputs],
+                outputs=[schema.Tensor.model_validate(port, from_attributes=True) for port in core.outputs],
                 margin=core.margin,
                 tolerance=core.tolerance,
                 golden=rows[stem],
