@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -117,29 +117,18 @@ def joined(rows: Sequence[Question]) -> Question:
     if rows[0].draft is None:
         return Question(begin, context)
     drafts = [row.draft for row in rows if row.draft is not None]
-    draft = Draft(
-        context=context,
-        block_size=torch.cat([d.block_size for d in drafts]),
-        draft_length=torch.cat([d.draft_length for d in drafts]),
-        tokens=torch.cat([d.tokens for d in drafts]),
-        features=_stacked([d.features for d in drafts]),
-    )
-    return Question(begin, context, draft)
+    return Question(begin, context, Draft(context, **_together(drafts, "block_size", "draft_length", "tokens")))
 
 
 def _contexts(contexts: Sequence[Context]) -> Context:
-    first = contexts[0]
-    return replace(
-        first,
-        position=torch.cat([c.position for c in contexts]),
-        remaining=torch.cat([c.remaining for c in contexts]),
-        context_length=torch.cat([c.context_length for c in contexts]),
-        features=_stacked([c.features for c in contexts]),
-    )
+    return replace(contexts[0], **_together(contexts, "position", "remaining", "context_length"))
 
 
-def _stacked(features: Sequence[Mapping[Feature, Tensor]]) -> dict[Feature, Tensor]:
-    return {name: torch.cat([each[name] for each in features]) for name in features[0]}
+def _together(rows: Sequence[Context] | Sequence[Draft], *names: str) -> dict[str, Any]:
+    """These attributes of all rows, and their features."""
+    features = [row.features for row in rows]
+    joined = {name: torch.cat([each[name] for each in features]) for name in features[0]}
+    return {"features": joined, **{name: torch.cat([getattr(row, name) for row in rows]) for name in names}}
 
 
 def _cloned(features: Mapping[Feature, Tensor]) -> dict[Feature, Tensor]:
