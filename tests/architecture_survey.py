@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bpkit import SpeculativeDecoder
+from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
-from bpkit.draft.base import GoOn, Proposal
 from bpkit.types import NGRAM, Feature, work_of
 from tests.tiny_architectures import model_types, tiny_causal_lm
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bpkit import SpeculativeDecoder
+from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.result import Generation
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter
-from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.registry.discovery import registry
 from tests.tiny_architectures import REPEATING, VOCABULARY, WINDOW, disturbed, repeating_causal_lm, tiny_dflash

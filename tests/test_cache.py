@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from bpkit import Context, Draft, Policy, SpeculativeDecoder
+from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.decode.request import Request
 from bpkit.decode.sampling import Draw, Processors
 from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
-from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionSession
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from bpkit.cli.main import build_app
 from bpkit.decode.clock import price
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.draft.base import Drafter
+from bpkit.decode.drafter import Drafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair

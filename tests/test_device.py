@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bpkit import Context, Policy, SpeculativeDecoder
 from bpkit.decode.clock import ClockFaultWarning, CostClock, WallClock
+from bpkit.decode.drafter import Drafter, Proposal
 from bpkit.decode.features import draft_features
 from bpkit.decode.host import to_host
 from bpkit.decode.target import CachedTarget
 from bpkit.decode.text import RunningText
-from bpkit.draft.base import Drafter, Proposal
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
 from bpkit.registry.discovery import registry

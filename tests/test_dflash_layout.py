@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from bpkit import SpeculativeDecoder
+from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
-from bpkit.draft.resolve import resolve_drafter
 from bpkit.testing import TinyPair, tiny_pair
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, LAYERS = 64, 2, 1, 32, 96, 2

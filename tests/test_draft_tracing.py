@@ -27,12 +27,12 @@ from transformers import (
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from bpkit import Context, Policy, SpeculativeDecoder
+from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.decode.features import draft_features
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.sampling import Draw, Processors
 from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter
-from bpkit.draft.base import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
 from bpkit.testing import TinyPair

@@ -32,15 +32,15 @@ from transformers import (
 )
 
 from bpkit import SpeculativeDecoder
+from bpkit.decode.drafter import Proposal
 from bpkit.decode.pretrained import device_of, load_causal_lm, move, position_limit
+from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.decode.sampling import Draw, Processors
 from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
-from bpkit.draft.base import Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashModel
 from bpkit.draft.ngram import NgramDrafter
-from bpkit.draft.resolve import resolve_drafter
 from bpkit.testing import TinyPair, tiny_pair
 from bpkit.testing.models import END, tiny_tokenizer
 

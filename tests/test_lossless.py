@@ -28,10 +28,10 @@ from transformers.generation import (
 
 from bpkit import Context, Draft, Policy, PolicyError, SpeculativeDecoder
 from bpkit.assets import DOMAINS, prompts
+from bpkit.decode.drafter import Drafter
+from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.draft.autoregressive import AutoregressiveDrafter
-from bpkit.draft.base import Drafter
 from bpkit.draft.ngram import NgramDrafter
-from bpkit.draft.resolve import resolve_drafter
 from bpkit.policy import State
 from bpkit.registry.discovery import registry
 from bpkit.registry.resolve import PolicyLike

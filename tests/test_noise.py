@@ -17,12 +17,12 @@ from transformers import LogitsProcessorList, PreTrainedModel, Qwen3Config, Qwen
 
 from bpkit import Context, DecoderSpec, Draft, Feature, Policy, PolicyError, SpeculativeDecoder
 from bpkit.decode import noise as noise_module
+from bpkit.decode.drafter import Drafter
 from bpkit.decode.noise import ACCEPT_SALT, DRAFT_SALT, POLICY_SALT, TARGET_SALT, GumbelNoise, uniform
 from bpkit.decode.sampling import Processors, choose
 from bpkit.decode.text import RunningText
 from bpkit.decode.verify import Coupled, Rejection
 from bpkit.draft.autoregressive import AutoregressiveDrafter
-from bpkit.draft.base import Drafter
 from bpkit.policy import State
 from bpkit.testing import AgreeableDrafter, TinyPair
 

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bpkit.cli import main, plugins
-from bpkit.draft.resolve import resolve_drafter
+from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.installation.distribution import DISTRIBUTION
 from bpkit.installation.doctor import examine
 from bpkit.learn.trained import TrainedPolicy

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bpkit.decode.clock import CostClock
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.draft.base import Drafter
+from bpkit.decode.drafter import Drafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import Policy, PolicyError
 from bpkit.prompts import Prompt, choose_prompts

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bpkit import Context, Draft, SpeculativeDecoder, resolve_policy
 from bpkit.decode.clock import CostClock
-from bpkit.draft.base import Drafter
+from bpkit.decode.drafter import Drafter
 from bpkit.learn.training.policies import train_policy
 from bpkit.policy import PolicyError
 from bpkit.prompts import Prompt

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from bpkit import SpeculativeDecoder
+from bpkit.decode.drafter import Drafter
 from bpkit.draft.autoregressive import AutoregressiveDrafter
-from bpkit.draft.base import Drafter
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.trace.collect import TraceOptions, Tracer, pieces

@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from bpkit.assets import model_name, shipped
 from bpkit.decode.attention import use_grouped_attention
 from bpkit.decode.clock import Clock, GuardedClock, WallClock
+from bpkit.decode.drafter import Drafter
 from bpkit.decode.inputs import ModelInputs, model_inputs
 from bpkit.decode.loop import decode
 from bpkit.decode.noise import POLICY_SALT, TARGET_SALT, GumbelNoise, hashed
@@ -37,6 +38,7 @@ from bpkit.decode.refuse import (
     refuse_what_we_cannot_do,
 )
 from bpkit.decode.request import Request
+from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.decode.result import Generation, Run
 from bpkit.decode.sampling import Processors
 from bpkit.decode.serving import session_class
@@ -46,8 +48,6 @@ from bpkit.decode.streaming import TextPieces
 from bpkit.decode.text import RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
 from bpkit.decode.verify import RULES, make_rule
-from bpkit.draft.base import Drafter
-from bpkit.draft.resolve import resolve_drafter
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.resolve import PolicyLike, written
 from bpkit.types import (

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from bpkit.decode.drafter import Proposal
 from bpkit.decode.target import TargetOutput
 from bpkit.decode.verify import Verdict
-from bpkit.draft.base import Proposal
 from bpkit.types import Feature
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-from bpkit.draft.base import Drafter
+from bpkit.decode.drafter import Drafter
 from bpkit.policy import Policy, PolicyError, validated
 from bpkit.registry.class_file import names_file
 from bpkit.registry.resolve import PolicyLike, class_and_options, parse_spec, resolve_policy

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bpkit.decode.drafter import Proposal
 from bpkit.decode.features import draft_features
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.host import to_host_with
-from bpkit.draft.base import Proposal
 from bpkit.types import Context, Draft, Feature
 
 

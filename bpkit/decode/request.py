@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpkit.decode.drafter import DrafterSession, Proposal
 from bpkit.decode.features import target_features
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.host import to_host_with
@@ -18,7 +19,6 @@ from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText, counts
 from bpkit.decode.timing import Stopwatch
 from bpkit.decode.verify import Verdict, VerifyRule
-from bpkit.draft.base import DrafterSession, Proposal
 from bpkit.types import (
     OF_PREFILL,
     OF_THE_DISTRIBUTION,

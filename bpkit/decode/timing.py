@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from bpkit.decode.clock import GuardedClock
+from bpkit.decode.drafter import DrafterSession, GoOn, Proposal
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.sampling import Draw
 from bpkit.decode.target import TargetOutput, TargetSession
-from bpkit.draft.base import DrafterSession, GoOn, Proposal
 from bpkit.policy import Policy
 from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step, Work
 

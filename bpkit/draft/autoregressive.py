@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from bpkit.assets import shipped
+from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.pretrained import device_of, input_device, inside, load_causal_lm, move, position_limit
 from bpkit.decode.sampling import Draw
 from bpkit.decode.serving import served_by
 from bpkit.decode.stateful import Snapshot, StatefulTarget, cache_argument, new_cache
 from bpkit.decode.text import RunningText
-from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.config import ASSISTANT_BLOCK_SIZE
 from bpkit.draft.vocabulary import embedding_rows, fetch_tokenizer, refuse_another_tokenizer
 from bpkit.types import AUTOREGRESSIVE, Feature, work_of

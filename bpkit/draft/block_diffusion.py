@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from bpkit.assets import shipped
+from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.pretrained import device_of, hub_options, move, refuse_other_weights, working_dtype
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
-from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.dflash_checks import refuse_unfit, refuse_unknown_layout
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
 from bpkit.draft.vocabulary import embedding_rows

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
-from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.config import NGRAM_BLOCK_SIZE
 from bpkit.types import NGRAM, Feature, work_of
 

@@ -18,11 +18,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.noise import uniform
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
-from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from bpkit.decode.clock import CostClock, GuardedClock, price
+from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.loop import decode
 from bpkit.decode.noise import POLICY_SALT, hashed
 from bpkit.decode.request import Request
@@ -26,7 +27,6 @@ from bpkit.decode.target import TargetOutput
 from bpkit.decode.text import RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
 from bpkit.decode.verify import Verdict
-from bpkit.draft.base import GoOn, Proposal
 from bpkit.policy import PolicyError
 from bpkit.registry.resolve import PolicyLike, resolve_policy
 from bpkit.trace.records import DraftTable, PromptTrace, Taken

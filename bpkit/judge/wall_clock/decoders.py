@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
-from bpkit.draft.base import GoOn, Proposal
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.prompts import Prompt
 from bpkit.types import DraftWork, Feature

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from bpkit.decode.clock import CostClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.drafter import Drafter
 from bpkit.draft.autoregressive import AutoregressiveDrafter
-from bpkit.draft.base import Drafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import Policy
 from bpkit.prompts import Prompt

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from bpkit.decode.drafter import Drafter, DrafterSession, Proposal
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
-from bpkit.draft.base import Drafter, DrafterSession, Proposal
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.trace.collect.drafts import Drafts, Finished
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bpkit.decode.clock import GuardedClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.drafter import Drafter
 from bpkit.decode.features import OF_THE_ANCHOR
 from bpkit.decode.result import Run
 from bpkit.decode.timing import Stopwatch
 from bpkit.decode.verify import Coupled
 from bpkit.draft.autoregressive import AutoregressiveDrafter
-from bpkit.draft.base import Drafter
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.prompts import Prompt
 from bpkit.trace.collect.autoregressive import trace_rollouts

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from bpkit.draft.base import Drafter
+from bpkit.decode.drafter import Drafter
 from bpkit.policy import validated
 from bpkit.registry.discovery import registry
 from bpkit.registry.resolve import first_option, parse_spec
