@@ -5,8 +5,9 @@ Names are imported when first used, so that `import bpkit` costs nothing and nee
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bpkit.names import imported_late
 
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
@@ -17,20 +18,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Context": "types",
-    "DecoderSpec": "types",
-    "Draft": "types",
-    "Feature": "types",
-    "Policy": "policy",
-    "PolicyConfig": "policy",
-    "PolicyError": "policy",
-    "Prefill": "types",
-    "SpeculativeDecoder": "decode.decoder",
-    "Step": "types",
-    "hookimpl": "registry.hookspecs",
-    "resolve_policy": "registry.resolve",
-}
 __all__ = [
     "Context",
     "DecoderSpec",
@@ -46,12 +33,10 @@ __all__ = [
     "resolve_policy",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"bpkit.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'bpkit' has no attribute {name!r}")
+__getattr__ = imported_late(
+    __name__, __all__, "types", "policy", "registry.hookspecs", "registry.resolve", "decode.decoder"
+)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *__all__})

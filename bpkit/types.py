@@ -52,34 +52,19 @@ class Feature(StrEnum):
 OF_THE_DRAFTED_TOKEN = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY})
 """Features computed from the drafted token itself: under the rejection rule they would bias the output."""
 
-OF_THE_DRAFT = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
-"""Features of drafted tokens, which only `truncate` and `extend` are given."""
-
-OF_THE_TARGET = frozenset(
-    {
-        Feature.PREFILL_HIDDEN,
-        Feature.PREFILL_LOGITS,
-        Feature.LAST_HIDDEN,
-        Feature.ANCHOR_EMBEDDING,
-        Feature.ANCHOR_LOG_PROBABILITY,
-        Feature.ANCHOR_ENTROPY,
-    }
-)
-"""Features that every target provides. `target_features` are there with drafters that have feature layers."""
-OF_PREFILL = frozenset({Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS})
-"""Features that only `begin` is given."""
 OF_THE_DISTRIBUTION = frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
 """Features whose computation goes over the drafter's whole vocabulary."""
 
-ON_THE_HOST = frozenset(
-    {
-        Feature.ANCHOR_LOG_PROBABILITY,
-        Feature.ANCHOR_ENTROPY,
-        Feature.DRAFT_TOKENS,
-        Feature.DRAFT_PROBABILITY,
-        Feature.DRAFT_ENTROPY,
-    }
-)
+OF_THE_DRAFT = OF_THE_DRAFTED_TOKEN | OF_THE_DISTRIBUTION | {Feature.DRAFT_HIDDEN}
+"""Features of drafted tokens, which only `truncate` and `extend` are given."""
+
+OF_THE_TARGET = frozenset(Feature) - OF_THE_DRAFT - {Feature.TARGET_FEATURES}
+"""Features that every target provides. `target_features` are there with drafters that have feature layers."""
+
+OF_PREFILL = frozenset({Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS})
+"""Features that only `begin` is given."""
+
+ON_THE_HOST = OF_THE_DRAFTED_TOKEN | OF_THE_DISTRIBUTION | {Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY}
 """Features that are a number for each token. Methods that decide get them on the host, where counts are too; vectors
 (hidden states, embeddings, logits) stay on the decoder's device, for `Policy.predict`."""
 

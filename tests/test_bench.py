@@ -11,8 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bpkit.cli.bench import DEFAULT_POLICIES, named_policies
 from bpkit.cli.main import build_app
+from bpkit.cli.options import named_policies
 from bpkit.config import Config
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.statistics import RESAMPLES, resample
@@ -252,7 +252,7 @@ def test_policies_are_named_as_typed() -> None:
     assert named_policies([], Config(policy={"name": "fixed", "block_size": 2})) == {
         "fixed:block_size=2": {"name": "fixed", "block_size": 2}
     }
-    assert tuple(named_policies([], Config())) == DEFAULT_POLICIES
+    assert named_policies([], Config()) == {}
     with pytest.raises(ValueError, match="more than once"):
         named_policies(["fixed:4", "fixed:4"], Config())
 

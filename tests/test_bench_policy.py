@@ -13,7 +13,7 @@ from bpkit_forecast.policy import VECTORS, Forecast, ForecastConfig
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from bpkit.cli.bench_policy import batch_sizes, those_that_ship
+from bpkit.cli.bench_policy import batch_sizes
 from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, backends_of, decide
@@ -24,6 +24,8 @@ from bpkit.judge.latency.timing import BLOCK, interleave, percentile, ratio
 from bpkit.policy import State
 from bpkit.progress import NoProgress
 from bpkit.prompts import Prompt
+from bpkit.registry.discovery import registry
+from bpkit.registry.policy_folder import shipped_folders
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.types import Context, Feature
 
@@ -303,4 +305,4 @@ def test_batch_sizes_and_the_policies_that_ship() -> None:
     for wrong in ("", "0+1", "1-8", "a"):
         with pytest.raises(ValueError, match="--batch"):
             batch_sizes(wrong)
-    assert {"forecast", "blockpilot"} <= set(those_that_ship())
+    assert {"forecast", "blockpilot"} <= set(filter(shipped_folders, registry().policies))

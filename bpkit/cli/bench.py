@@ -70,7 +70,7 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return refuse_options_before(context)
-    named = named_policies(policy or [], config)
+    named = options.named_policies(policy or [], config) or {name: name for name in DEFAULT_POLICIES}
     from bpkit.cli.models import load_decoder
     from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
     from bpkit.judge.wall_clock.decoders import check_peers
@@ -98,11 +98,6 @@ def refuse_options_before(context: typer.Context) -> None:
         if source is not None and source.name == "COMMANDLINE":
             command = context.invoked_subcommand
             raise ValueError(f"`bpkit bench {command}` has options of its own: write them after `{command}`")
-
-
-def named_policies(given: list[str], config: Config) -> dict[str, PolicyLike]:
-    """The policies by name: those of the flags, else the config's one, else the default ones."""
-    return options.named_policies(given, config) or dict(zip(DEFAULT_POLICIES, DEFAULT_POLICIES, strict=True))
 
 
 def those_that_fit(decoder: SpeculativeDecoder, policies: dict[str, PolicyLike]) -> dict[str, PolicyLike]:

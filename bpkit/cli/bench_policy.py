@@ -124,7 +124,7 @@ def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights
     if specs:
         return [backends_of(s, decoder, provider=provider, weights=weights) for s in dict.fromkeys(specs)]
     found = []
-    for spec in those_that_ship():
+    for spec in filter(shipped_folders, sorted(registry().policies)):
         try:
             found.append(backends_of(spec, decoder, provider=provider))
         except PolicyError as error:
@@ -132,8 +132,3 @@ def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights
     if not found:
         raise PolicyError("no trained policy that ships serves this pair: name one, such as a folder of `bpkit train`")
     return found
-
-
-def those_that_ship() -> list[str]:
-    """Names of policies whose trained weights come with bpkit."""
-    return [name for name in sorted(registry().policies) if shipped_folders(name)]

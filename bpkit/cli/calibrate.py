@@ -147,7 +147,7 @@ def print_cost(cost: CostTable, shown: Console) -> None:
             row[2], row[4] = _figure(cost, cost.seconds("verify", size, at)), f"{cost.target_efficiency(size):.2f}"
         if size <= min(largest_block, cost.largest_width):
             row[3], row[5] = _figure(cost, cost.step(size)), f"{cost.break_even(size):.2f}"
-        row.append("/".join(_percent(known.get((phase, size))) for phase in ("draft", "verify")))
+        row.append("/".join(f"{100 * known[p, size]:.1f}" if (p, size) in known else "-" for p in ("draft", "verify")))
         rows.append(Row(row[: len(head)]))
     shown.print(Table(f"{cost.name} ({unit}{where})", head, [rows]))
     for sentence in sentences(cost):
@@ -185,7 +185,3 @@ def sentences(cost: CostTable) -> list[str]:
 
 def _figure(cost: CostTable, value: float) -> str:
     return f"{1000 * value:.3f}" if cost.unit == "seconds" else f"{value:.3f}"
-
-
-def _percent(spread: float | None) -> str:
-    return "-" if spread is None else f"{100 * spread:.1f}"

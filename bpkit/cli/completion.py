@@ -54,13 +54,6 @@ def specs(kind: str) -> Callable[[str], Completions]:
 policies, drafters, observers = specs("policy"), specs("drafter"), specs("observer")
 
 
-def hook_names() -> list[str]:
-    """What plug-ins can implement."""
-    from bpkit.registry.hookspecs import hook_arguments
-
-    return list(hook_arguments())
-
-
 def plugin_choices() -> list[str]:
     """What `--plugin` takes of those that are installed."""
     names = sorted(registry().plugins)
@@ -81,18 +74,6 @@ def checks() -> Completions:
     return [(check.name, _told(check.summary)) for check in policy_checks()]
 
 
-def domains() -> list[str]:
-    """Of the shipped prompts."""
-    from bpkit.assets import DOMAINS, EXTRA_DOMAINS
-
-    return [*DOMAINS, *EXTRA_DOMAINS]
-
-
 def rules() -> Completions:
     """How drafts are verified."""
     return [("coupled", "the text depends on prompt and seed alone"), ("rejection", "classic speculative sampling")]
-
-
-def dtypes() -> list[str]:
-    """Of weights."""
-    return ["auto", "float32", "bfloat16", "float16"]

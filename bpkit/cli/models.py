@@ -58,9 +58,7 @@ def load_decoder(
             config.target,
             config.drafter,
             chosen,
-            dtype=config.runtime.dtype,
-            device=config.runtime.device,
-            rule=config.runtime.rule,
+            **config.runtime.model_dump(include={"dtype", "device", "rule"}),
             cost=cost,
             observers=watchers,
         )
@@ -77,8 +75,6 @@ def check_device(name: str | None) -> None:
     """Refuse a device that is not there before any weights are read. Raises ValueError."""
     import torch
 
-    if name is None:
-        return
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

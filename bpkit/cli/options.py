@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
+from bpkit import assets
 from bpkit.cli import completion
 from bpkit.config import Config, Runtime, Sampling, settle
 from bpkit.prompts import DEFAULT_LIMIT, Prompt, choose_prompts
@@ -100,7 +101,7 @@ RULE = {"rule": _runtime(str, _RULE, "RULE", completes=completion.rules)}
 COST = {"cost": _runtime(str, _COST, "FILE|PRESET", completes=completion.presets)}
 PLACE = {
     "device": _runtime(str, "Such as `cpu` or `cuda`; by default a GPU if there is one.", "DEVICE"),
-    "dtype": _runtime(str, _DTYPE, "DTYPE", completes=completion.dtypes),
+    "dtype": _runtime(str, _DTYPE, "DTYPE", completes=lambda: ["auto", "float32", "bfloat16", "float16"]),
 }
 
 
@@ -141,7 +142,11 @@ Recompute = Annotated[
 ]
 Domains = Annotated[
     list[str] | None,
-    of_prompts(help="Only prompts of this domain; repeat for more.", metavar="NAME", autocompletion=completion.domains),
+    of_prompts(
+        help="Only prompts of this domain; repeat for more.",
+        metavar="NAME",
+        autocompletion=lambda: [*assets.DOMAINS, *assets.EXTRA_DOMAINS],
+    ),
 ]
 Prompts = Annotated[
     Path | None,

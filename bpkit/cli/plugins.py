@@ -78,7 +78,8 @@ def observers(name: Annotated[str | None, _name("observer")] = None, as_json: _A
 
 def hooks(
     name: Annotated[
-        str | None, typer.Argument(help="Show only this hook.", autocompletion=completion.hook_names)
+        str | None,
+        typer.Argument(help="Show only this hook.", autocompletion=lambda: list(hookspecs.hook_arguments())),
     ] = None,
     as_json: _AsJson = False,
 ) -> None:

@@ -69,13 +69,6 @@ class DrafterKind(StrEnum):
     AUTOREGRESSIVE = AUTOREGRESSIVE
 
 
-NO_PROMPTS = (
-    "a drafter learns from the target's answers to prompts: give --prompts FILE with a few thousand of the kind that "
-    'it will serve, one JSON object a line, such as {"prompt": "Once upon a time"}. Those that ship with bpkit are '
-    "for judging."
-)
-
-
 @app.command("drafter")
 @options.takes(run=options.model_run)
 def drafter(
@@ -122,7 +115,11 @@ def drafter(
     Next: `bpkit bench --target ... --drafter ...`
     """
     if prompts is None:
-        raise ValueError(NO_PROMPTS)
+        raise ValueError(
+            "a drafter learns from the target's answers to prompts: give --prompts FILE with a few thousand of the "
+            'kind that it will serve, one JSON object a line, such as {"prompt": "Once upon a time"}. Those that ship with '
+            "bpkit are for judging."
+        )
     require("lightning", extra="train", purpose="Training")
     from bpkit.cli.models import quiet_libraries
     from bpkit.learn.training.answers import DrafterRun

@@ -7,7 +7,9 @@ None of these names imports torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bpkit.names import imported_late
 
 if TYPE_CHECKING:
     from bpkit.learn.config import LearnedConfig, TrainedConfig
@@ -16,17 +18,4 @@ if TYPE_CHECKING:
 
 __all__ = ["LearnedConfig", "LearnedPolicy", "TrainedConfig", "TrainedPolicy"]
 
-_HOMES = {
-    "LearnedConfig": "config",
-    "TrainedConfig": "config",
-    "LearnedPolicy": "learned",
-    "TrainedPolicy": "trained",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = imported_late(__name__, __all__, "config", "trained", "learned")

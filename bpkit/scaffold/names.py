@@ -16,8 +16,6 @@ MAX_LENGTH = 40
 """Characters of a name; with more, lines of the made files would be too long."""
 PREFIX = "bpkit_"
 """What a package may be called by and its policy is not."""
-COMMANDS = ("drafter",)
-"""Names that mean something else after `bpkit train`."""
 
 
 class Kind(StrEnum):
@@ -100,7 +98,7 @@ def refuse_taken(names: Names, kind: Kind) -> None:
     if entries is not None:
         of = " and ".join(repr(entry.distribution) for entry in (entries if isinstance(entries, list) else [entries]))
         raise ScaffoldError(f"there is a policy {names.policy!r} already, of {of}: {other}")
-    if kind is Kind.TRAINED and names.policy in COMMANDS:
+    if kind is Kind.TRAINED and names.policy == "drafter":
         raise ScaffoldError(f"`bpkit train {names.policy}` is something else already: {other}")
 
 

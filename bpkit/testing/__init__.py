@@ -13,8 +13,9 @@ up when they are used, because pytest loads `bpkit.testing.fixtures` into every 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bpkit.names import imported_late
 
 if TYPE_CHECKING:
     from bpkit.testing.checks.check import Check, check_policy, policy_checks
@@ -34,11 +35,4 @@ __all__ = [
     "tiny_pair",
 ]
 
-_HOMES = ("checks.check", "checks.report", "models")
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    homes = (importlib.import_module(f"{__name__}.{home}") for home in _HOMES)  # only as far as needed
-    return next(getattr(home, name) for home in homes if hasattr(home, name))
+__getattr__ = imported_late(__name__, __all__, "checks.check", "checks.report", "models")

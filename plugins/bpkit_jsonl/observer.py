@@ -61,14 +61,18 @@ class JsonLines(Observer):
 
     def end(self, request: ObservedRequest, ending: Ending) -> None:
         del self._steps[request.number]
-        self._write("end", request, {**dataclasses.asdict(ending), "seconds": _seconds(ending)})
+        self._write("end", request, dataclasses.asdict(ending))
 
     def close(self) -> None:
         self._file.close()
 
     def _of_record(self, record: Record, row: int) -> dict[str, Any]:
         tokens = {"tokens": record.tokens[row].tolist()} if self.config.tokens else {}
-        return {"seconds": _seconds(record), "near_ties": sum(record.near_ties[row : row + 1]), **tokens}
+        return {
+            "seconds": dataclasses.asdict(record.seconds),
+            "near_ties": sum(record.near_ties[row : row + 1]),
+            **tokens,
+        }
 
     def _write(self, event: str, request: ObservedRequest, rest: dict[str, Any]) -> None:
         place = {"event": event, "log": self.log, "request": request.number, "time": time.time()}
@@ -81,7 +85,3 @@ def _of_step(step: Step, row: int) -> dict[str, Any]:
         for name in ("block_size", "draft_length", "verify_length", "num_accepted", "acceptance_length")
     }
     return {"row": row, "position": int(step.position[row]), **lengths, "fallbacks": step.fallbacks}
-
-
-def _seconds(of: Record | Ending) -> dict[str, float]:
-    return dataclasses.asdict(of.seconds)
