@@ -18,9 +18,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bpkit.cli.main import build_app
-from bpkit.installation import doctor, extras
-from bpkit.installation.distribution import DISTRIBUTION
-from bpkit.installation.doctor import Finding, as_json, broken, examine, onnxruntime_distributions, reinstall
+from bpkit.installation import distribution, doctor
+from bpkit.installation.distribution import DISTRIBUTION, onnxruntime_distributions
+from bpkit.installation.doctor import Finding, as_json, broken, examine, reinstall
 
 Versions = dict[str, str]
 
@@ -36,7 +36,7 @@ def runtimes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Versions, Any], dict[
     """What is said where these distributions are installed, and this is what `import onnxruntime` gives."""
 
     def look(versions: Versions, module: Any) -> dict[str, Finding]:
-        monkeypatch.setattr(doctor, "installed", versions.get)
+        monkeypatch.setattr(distribution, "installed", versions.get)
 
         def load(name: str) -> Any:
             assert os.environ[doctor.TELEMETRY] == "1"
@@ -193,7 +193,7 @@ def test_extras_name_what_they_lack_and_how_to_get_it(monkeypatch: pytest.Monkey
     assert found["gpu"].advice == "pip uninstall -y onnxruntime && pip install 'block-policy-kit[gpu]'"
     del have["onnxruntime"]
     have["onnxruntime-gpu"] = "1.31.1"
-    assert extras.missing("onnx") == extras.missing("gpu") == []
+    assert distribution.missing("onnx") == distribution.missing("gpu") == []
 
 
 # The command

@@ -30,7 +30,7 @@ from bpkit.cli import (
 )
 from bpkit.cli.errors import DEBUG, EXIT_CODES, ExplainingGroup, end_when_terminated, exit_code, explain
 from bpkit.cli.terminal import be_plain_where_asked, say
-from bpkit.installation.doctor import installed
+from bpkit.installation.distribution import installed
 from bpkit.names import did_you_mean
 from bpkit.policy import PolicyError
 from bpkit.registry.discovery import Registry, call, choose_plugins, registry

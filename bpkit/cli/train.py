@@ -117,8 +117,8 @@ def drafter(
     if prompts is None:
         raise ValueError(
             "a drafter learns from the target's answers to prompts: give --prompts FILE with a few thousand of the "
-            'kind that it will serve, one JSON object a line, such as {"prompt": "Once upon a time"}. Those that ship with '
-            "bpkit are for judging."
+            'kind that it will serve, one JSON object a line, such as {"prompt": "Once upon a time"}. Those that ship '
+            "with bpkit are for judging."
         )
     require("lightning", extra="train", purpose="Training")
     from bpkit.cli.models import quiet_libraries

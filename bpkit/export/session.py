@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.export.sandbox import MEMORY, bound_arena, plain, session_options
-from bpkit.installation.distribution import install_command, requirement
+from bpkit.installation.distribution import ONNXRUNTIMES, install_command, onnxruntime_distributions, requirement
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 Array = NDArray[Any]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 
 class Session:
@@ -162,7 +160,7 @@ def _cuda(runtime: Any) -> tuple[str, Any, list[Any]]:
     """Device, stream of its own, and provider with options."""
     if PROVIDERS["cuda"] not in runtime.get_available_providers():
         raise PolicyError(
-            f"provider cuda is not in this onnxruntime ({_installed()}): pip uninstall {' '.join(_PACKAGES)}, then "
+            f"provider cuda is not in this onnxruntime ({_installed()}): pip uninstall {' '.join(ONNXRUNTIMES)}, then "
             f"{install_command('gpu')}"
         )
     import torch
@@ -183,12 +181,7 @@ def _cuda(runtime: Any) -> tuple[str, Any, list[Any]]:
 
 
 def _installed() -> str:
-    found = []
-    for package in _PACKAGES:
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
+    found = [f"{package} {version}" for package, version in onnxruntime_distributions().items()]
     both = ", which overwrite each other" if len(found) > 1 else ""
     return f"installed: {' and '.join(found) or 'a build of unknown name'}{both}"
 

@@ -9,17 +9,21 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from bpkit import __version__
-from bpkit.installation.distribution import DISTRIBUTION, install_command
+from bpkit.installation.distribution import (
+    DISTRIBUTION,
+    extras,
+    install_command,
+    installed,
+    missing,
+    onnxruntime_distributions,
+)
 
 State = Literal["ok", "missing", "warning", "broken"]
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
-ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
-"""Distributions that install one and the same package `onnxruntime`."""
 OTHER = "bpkit"
 """On PyPI another project, whose package is called `bpkit`, too; earlier copies of this one had the name as well."""
 
@@ -92,19 +96,6 @@ def without_home(text: str) -> str:
 def _stated(finding: Finding) -> str:
     value = " ".join(finding.value.split())
     return value if finding.state == "ok" else f"{finding.state.upper()} {value}"
-
-
-def onnxruntime_distributions() -> dict[str, str]:
-    """Version by name of those that are installed."""
-    return {name: version for name in ONNXRUNTIMES if (version := installed(name)) is not None}
-
-
-def installed(distribution: str) -> str | None:
-    """Its version, or None."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # Sections
@@ -232,8 +223,6 @@ def _runtime(found: dict[str, str]) -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    from bpkit.installation.extras import extras, missing
-
     for extra in extras():
         lacking = missing(extra)
         if not lacking:
