@@ -35,16 +35,12 @@ class Option(TyperOption):
     def display_type_rich(self, ctx: Any) -> str | None:
         if self.is_flag:
             return None
-        return self.metavar or kind_of(self.type_descriptor)
-
-
-def kind_of(described: Any) -> str:
-    """What a value of an option is called, from Typer's description of its type."""
-    if described.is_choice:
-        return "|".join(str(getattr(choice, "value", choice)) for choice in described.choices or ())
-    annotation = described.annotation
-    inner = next(iter(get_args(annotation)), annotation)
-    return _KINDS.get(inner, "VALUE")
+        if self.metavar:
+            return str(self.metavar)
+        described = self.type_descriptor
+        if described.is_choice:
+            return "|".join(str(getattr(choice, "value", choice)) for choice in described.choices or ())
+        return _KINDS.get(next(iter(get_args(described.annotation)), described.annotation), "VALUE")
 
 
 def named_by_kind(parameters: list[Any]) -> list[Any]:

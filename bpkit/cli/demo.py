@@ -12,6 +12,7 @@ from bpkit.cli import options
 from bpkit.cli.errors import when_interrupted
 from bpkit.cli.terminal import console, progress_bar
 from bpkit.config import Config
+from bpkit.prompts import choose_prompts
 
 POLICIES = ("fixed:4", "fixed:16", "threshold", "bandit")
 STREAMED_POLICY = "fixed:8"
@@ -41,6 +42,7 @@ def demo(
     out = console()
     from bpkit import assets
     from bpkit.cli.models import load_decoder
+    from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
     from bpkit.judge.wall_clock.report import print_report
 
     out.print(
@@ -51,24 +53,16 @@ def demo(
         decoder = load_decoder(config, STREAMED_POLICY)
         for domain in assets.DOMAINS:
             _stream_one(out, decoder, domain)
-        report = _compare(out, decoder, limit, config.runtime.threads)
+        out.print(Rule("the same prompts under several policies, and without any", align="left"))
+        settings = BenchSettings(
+            policies=dict(zip(POLICIES, POLICIES, strict=True)),
+            options={"max_new_tokens": MEASURED_TOKENS, "temperature": 0.0},
+            threads=config.runtime.threads,
+        )
+        with progress_bar() as bar:
+            report = run_bench(decoder, choose_prompts(None, (), limit), settings, bar)
     print_report(report, out)
     out.print(escape(conclusion(report)), soft_wrap=True)
-
-
-def _compare(out: Any, decoder: Any, limit: int, threads: int | str) -> dict[str, Any]:
-    """The same prompts under several policies, and without any."""
-    from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
-    from bpkit.prompts import choose_prompts
-
-    out.print(Rule("the same prompts under several policies, and without any", align="left"))
-    settings = BenchSettings(
-        policies=dict(zip(POLICIES, POLICIES, strict=True)),
-        options={"max_new_tokens": MEASURED_TOKENS, "temperature": 0.0},
-        threads=threads,
-    )
-    with progress_bar() as bar:
-        return run_bench(decoder, choose_prompts(None, (), limit), settings, bar)
 
 
 def _stream_one(out: Any, decoder: Any, domain: str) -> None:

@@ -145,13 +145,7 @@ def export_name(spec: str, policy: Policy, given: str | None) -> str:
 
 
 def write(
-    policy: Policy,
-    prompts: Part,
-    out: Path,
-    *,
-    cost: CostTable | None,
-    opset: int,
-    progress: Progress,
+    policy: Policy, prompts: Part, out: Path, *, cost: CostTable | None, opset: int, progress: Progress
 ) -> ExportedPolicy:
     """Export one policy to the folder `out`, whose name is its own, and try it on prompts."""
     from importlib.metadata import version

@@ -144,17 +144,8 @@ def train_policy(
         },
     )
     with when_interrupted(checkpoint_in(out)), progress_bar() as bar:
-        train(
-            policy,
-            parts["train"],
-            spec,
-            table,
-            out,
-            validation=parts["validation"],
-            options=given,
-            progress=bar,
-            run=run,
-        )
+        held_out = parts["validation"]
+        train(policy, parts["train"], spec, table, out, validation=held_out, options=given, progress=bar, run=run)
     if first_process():
         report(out, name)
 

@@ -173,12 +173,7 @@ def write_policy_folder(
     digest = hashlib.sha256(data).hexdigest()
     try:
         file = PolicyFile(
-            policy=policy,
-            options=options,
-            facts=facts,
-            trained_for=trained_for,
-            weights_sha256=digest,
-            created=utc(),
+            policy=policy, options=options, facts=facts, trained_for=trained_for, weights_sha256=digest, created=utc()
         )
         text = json_text(file)
     except ValueError as error:

@@ -72,14 +72,14 @@ class Names:
         for word in (package, policy, class_name):
             if keyword.iskeyword(word):
                 raise ScaffoldError(
-                    f"{name!r} would need {word!r} as a name, which is a keyword of Python: {_other(name)}"
+                    f"{name!r} would need {word!r} as a name, which is a keyword of Python: {another(name)}"
                 )
         return cls(distribution, package, policy, class_name)
 
 
 def refuse_taken(names: Names, kind: Kind) -> None:
     """Raise ScaffoldError if something that is installed here has one of the names already."""
-    other = _other(names.distribution)
+    other = another(names.distribution)
     if names.package in sys.stdlib_module_names:
         raise ScaffoldError(f"Python's own module {names.package!r} would be hidden: {other}")
     installed = {re.sub(r"[-_.]+", "-", d.name).lower() for d in metadata.distributions() if d.name}
@@ -102,10 +102,10 @@ def refuse_taken(names: Names, kind: Kind) -> None:
         raise ScaffoldError(f"`bpkit train {names.policy}` is something else already: {other}")
 
 
-def _other(name: str) -> str:
+def another(name: str) -> str:
     """The way out.
 
-    >>> _other("fixed"), _other("bpkit-fixed")
+    >>> another("fixed"), another("bpkit-fixed")
     ("choose another name, such as 'bpkit-fixed-mine'", "choose another name, such as 'bpkit-fixed-mine'")
     """
     return f"choose another name, such as 'bpkit-{name.lower().removeprefix('bpkit-')}-mine'"

@@ -17,7 +17,7 @@ from string import Template
 
 from bpkit import __version__
 from bpkit.installation.distribution import DISTRIBUTION
-from bpkit.scaffold.names import Kind, Names, ScaffoldError
+from bpkit.scaffold.names import Kind, Names, ScaffoldError, another
 
 TEMPLATES = Path(__file__).parent / "templates"
 SUFFIX = ".tmpl"
@@ -95,7 +95,7 @@ def _refuse_shadowed(files: dict[str, str], names: Names) -> None:
         if made in used:
             raise ScaffoldError(
                 f"{names.distribution!r} would need a class {made!r}, a name that its files use for something else: "
-                f"choose another name, such as 'bpkit-{names.policy.replace('_', '-')}-mine'"
+                f"{another(names.distribution)}"
             )
 
 

@@ -67,13 +67,7 @@ def folded_layer(layer: nn.Module, normalisation: nn.Module, lm_head: nn.Linear)
 def refuse_what_is_not_affine(
     normalise: str, inputs: int, lm_head: nn.Module, config: Any, processors: Sequence[object]
 ) -> None:
-    """Raise PolicyError unless the input of the first layer is an affine function of the hidden state.
-
-    Args:
-        normalise: the option of `blockpilot`. inputs: logits that the first layer reads.
-        config: of the target, to see what it does to the logits behind its head.
-        processors: that the policy's logits went through in training.
-    """
+    """Raise PolicyError unless the first layer's `inputs` logits are an affine function of the hidden state."""
     if normalise not in ("none", "standard"):
         raise PolicyError(
             f"normalise={normalise!r} is not affine: it depends on all logits of a prompt at once, which "
@@ -88,11 +82,6 @@ def refuse_what_is_not_affine(
         raise PolicyError(f"only a plain torch.nn.Linear head folds, this is {kind}")
     if lm_head.out_features != inputs:
         raise PolicyError(f"the head has {lm_head.out_features} outputs, but the policy reads {inputs} logits")
-    _refuse_bent_logits(config)
-
-
-def _refuse_bent_logits(config: Any) -> None:
-    """Raise PolicyError where a target changes logits after its head."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in BENT:
         if getattr(text, name, None):
