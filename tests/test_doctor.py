@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from bpkit.cli.main import build_app
 from bpkit.installation import distribution, doctor
-from bpkit.installation.distribution import DISTRIBUTION, onnxruntime_distributions
+from bpkit.installation.distribution import DISTRIBUTION, onnxruntimes
 from bpkit.installation.doctor import Finding, as_json, broken, examine, reinstall
 
 Versions = dict[str, str]
@@ -96,7 +96,7 @@ def test_both_are_found_by_their_metadata(tmp_path: Path, monkeypatch: pytest.Mo
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 9.9\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert onnxruntime_distributions() == {"onnxruntime": "9.9", "onnxruntime-gpu": "9.9"}
+    assert onnxruntimes() == {"onnxruntime": "9.9", "onnxruntime-gpu": "9.9"}
 
 
 def test_what_an_uninstallation_left_behind_is_broken(runtimes: Any) -> None:

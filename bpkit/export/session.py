@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.export.sandbox import MEMORY, bound_arena, plain, session_options
-from bpkit.installation.distribution import ONNXRUNTIMES, install_command, onnxruntime_distributions, requirement
+from bpkit.installation.distribution import ONNXRUNTIMES, install_command, onnxruntimes, requirement
 from bpkit.policy import PolicyError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _cuda(runtime: Any) -> tuple[str, Any, list[Any]]:
 
 
 def _installed() -> str:
-    found = [f"{package} {version}" for package, version in onnxruntime_distributions().items()]
+    found = [f"{package} {version}" for package, version in onnxruntimes().items()]
     both = ", which overwrite each other" if len(found) > 1 else ""
     return f"installed: {' and '.join(found) or 'a build of unknown name'}{both}"
 

@@ -38,7 +38,7 @@ def installed(distribution: str) -> str | None:
         return None
 
 
-def onnxruntime_distributions() -> dict[str, str]:
+def onnxruntimes() -> dict[str, str]:
     """Version by name of those that are installed."""
     return {name: version for name in ONNXRUNTIMES if (version := installed(name)) is not None}
 

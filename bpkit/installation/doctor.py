@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bpkit import __version__
-from bpkit.installation.distribution import (
-    DISTRIBUTION,
-    extras,
-    install_command,
-    installed,
-    missing,
-    onnxruntime_distributions,
-)
+from bpkit.installation.distribution import DISTRIBUTION, extras, install_command, installed, missing, onnxruntimes
 
 State = Literal["ok", "missing", "warning", "broken"]
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -179,7 +172,7 @@ def _cuda() -> Iterator[Finding]:
 
 
 def _onnxruntime() -> Iterator[Finding]:
-    found = onnxruntime_distributions()
+    found = onnxruntimes()
     said = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
         yield Finding("onnxruntime", "distribution", "not installed", "missing", install_command("onnx"))

@@ -26,11 +26,7 @@ SCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multipl
 
 
 def folded_mlp(mlp: ResidualMLP, normalisation: nn.Module, lm_head: nn.Linear) -> ResidualMLP:
-    """What `mlp(normalisation(lm_head(hidden)))` gives, from hidden states.
-
-    Weights are multiplied in float64. The folded network is float32, so that scores differ by rounding, and decisions
-    only where the two best scores are as close as that.
-    """
+    """What `mlp(normalisation(lm_head(hidden)))` gives, from hidden states: multiplied in float64, kept in float32."""
     weight, bias = folded_layer(mlp.layers[0], normalisation, lm_head)
     width, outputs = mlp.output.in_features, mlp.output.out_features
     with torch.random.fork_rng(devices=[]):

@@ -18,12 +18,7 @@ from bpkit_mlp.networks import ResidualMLP
 
 
 class LdlpOptions(TrainingOptions):
-    """Training options of `ldlp` and `ldlp_threshold`.
-
-    Published: batches of 128, a learning rate of 5e-5 down a cosine, 5 epochs over 68 000 dialogues. With fewer
-    examples the rate is higher here. The penalty is not published. 3 aims at the 75% quantile of what is accepted,
-    which fits the mean lengths in the paper's table 2: 3.9 forecast where 2.4 would have stood.
-    """
+    """Training options of `ldlp` and `ldlp_threshold`; docs/policies/ldlp.md says which were published."""
 
     epochs: int = Field(default=10, ge=1, description="passes over the training positions, at most")
     batch_size: int = Field(default=128, ge=1, description="positions a step, on each device")

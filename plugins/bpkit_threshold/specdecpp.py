@@ -50,16 +50,7 @@ class SpecDecPP(TrainedPolicy):
     The paper takes drafting for a Markov decision process and shows that beyond some such threshold to stop is best.
     With an autoregressive drafter the rule ends the draft (`extend`). A block-diffusion drafter has drafted its block
     by then, and the rule trims what is verified (`truncate`). The token at which the draft stops has been drafted, and
-    is verified (`keep_last`).
-
-    Differences from the authors' program (github.com/Kaffaljidhmah2/SpecDec_pp):
-
-    - p_k is read off the state that predicted token k, not off the state after reading it. Stopping at k takes no
-      drafter pass for p_k, where theirs drafts one token more; a head cannot tell which token was drawn from a
-      distribution, and with greedy drafts there is nothing to tell.
-    - Each residual block has weights of its own, as in the paper. The program repeats one block.
-    - One logit in the place of two under a softmax: the same function.
-    - `block_size` bounds the draft from above; there is no lower bound (the published runs have 2 to 20 tokens).
+    is verified (`keep_last`). How the authors' program differs, docs/policies/thresholds.md says.
     """
 
     name = "specdecpp"

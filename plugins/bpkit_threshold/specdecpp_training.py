@@ -25,18 +25,8 @@ from bpkit_threshold.specdecpp_networks import AcceptanceHead
 class SpecDecPPOptions(TrainingOptions):
     """Training options of `specdecpp`.
 
-    Published: 3 blocks, a rejection weight of 6, a mixing ratio of 0.15, and 3 epochs over 40 000 answers.
-
-    `mixing` is what token mixing becomes on a trace. The authors draft the next token at each position of the target's
-    answer, and make a training sequence of both: each token is the target's with a chance of 0.15, else the drafter's,
-    and the drafter's are learned from. So the head sees states after runs of the drafter's own tokens, and a token is
-    the k-th of its run with a chance that falls as (1 - 0.15)^(k - 1). A trace holds true runs, drafts from every
-    position, and weighting the k-th token of a draft by (1 - mixing)^(k - 1) gives the same mixture of depths. With 0
-    all depths count alike; near 1 only first tokens, which follow the target's own, do.
-
-    In their sequences a run goes on after a token that would be refused, and labels are those of the target's text;
-    `after_rejection` does the same. Without it, the label is what the head is to predict: accepted, given that all
-    before were. Labels are 0 or 1, or in sampled traces the chance of a match (theirs: min(1, p/q)).
+    Published: 3 blocks, a rejection weight of 6, a mixing ratio of 0.15, and 3 epochs over 40 000 answers. What becomes
+    of token mixing on a trace, docs/policies/thresholds.md says.
     """
 
     epochs: int = Field(default=3, ge=1, description="passes over the drafted tokens, at most")

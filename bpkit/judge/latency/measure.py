@@ -30,7 +30,7 @@ import torch
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.export.core import Core, Method
 from bpkit.files import utc
-from bpkit.installation.distribution import onnxruntime_distributions
+from bpkit.installation.distribution import onnxruntimes
 from bpkit.installation.machine import describe_machine
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, ask, decide, prepared
 from bpkit.judge.latency.questions import Question, Recorder, batches
@@ -86,7 +86,7 @@ def bench_latency(
         use_threads(usual)
     return {
         "schema_version": SCHEMA_VERSION,
-        "machine": {**machine, "onnxruntime": onnxruntime_distributions()},
+        "machine": {**machine, "onnxruntime": onnxruntimes()},
         "settings": {
             "target": decoder.spec.target,
             "drafter": decoder.spec.drafter,
