@@ -46,8 +46,9 @@ def faults(error: ValidationError, *, most: int = 5) -> str:
     found = error.errors(include_input=False, include_url=False)
     said = []
     for fault in found[:most]:
-        place = ".".join(map(str, fault["loc"]))[:120] or "all of it"
-        said.append(f"unknown key {place}" if fault["type"] == "extra_forbidden" else f"{place}: {fault['msg'][:200]}")
+        place, what = ".".join(map(str, fault["loc"]))[:120], fault["msg"].removeprefix("Value error, ")[:200]
+        wrong = f"{place}: {what}" if place else what  # without a place it is about the whole
+        said.append(f"unknown key {place}" if fault["type"] == "extra_forbidden" else wrong)
     return "; ".join(said) + (f"; and {len(found) - most} more" if len(found) > most else "")
 
 

@@ -430,7 +430,7 @@ ARM = '{"pulls": 1, "count": 1, "tokens": 2, "seconds": 0.1}'
     ("text", "said"),
     [
         ("not json", "cannot be read as JSON"),
-        ("[]", "all of it"),
+        ("[]", r"\(Input should be"),
         ('{"learned_with": {}}', "arms: Field required"),
         ('{"schema_version": 2, "arms": {}}', "schema_version"),
         ('{"arms": {"4": {"pulls": -1}}}', "arms.4.pulls"),
