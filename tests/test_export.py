@@ -23,7 +23,6 @@ from bpkit.assets import DOMAINS, prompts
 from bpkit.decode.clock import CostClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.guard import PolicyFaultWarning
-from bpkit.export import write
 from bpkit.export.convert import OPSETS, example, stripped, to_onnx
 from bpkit.export.core import Core, Exportable, Port
 from bpkit.export.load import load_exported
@@ -259,7 +258,7 @@ def test_a_policy_without_networks_says_how_to_become_exportable(decoder: Specul
         export = None  # type: ignore[assignment]
 
     with pytest.raises(PolicyError, match="cannot be exported: its class defines no `export"):
-        write.prepared(Mine.untrained(BlockPilot.Config()), decoder.spec, None)
+        export_policy(Mine.untrained(BlockPilot.Config()), [], decoder.spec, tmp_path, name="mine", summary="")
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
 """What of an exported policy is refused before anything runs: graphs that no policy needs.
 
-No static check bounds what a graph allocates: shapes are computed too. These here keep out what a policy has no need
-of; `bpkit.export.golden` runs the rest in a process of bounded memory, and `bpkit.export.session` bounds every later
-run.
+No static check bounds what a graph allocates, since shapes are computed too: `bpkit.export.golden` runs the rest in a
+process of bounded memory, and `bpkit.export.session` bounds every later run.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -38,13 +37,15 @@ def to_onnx(core: Core, *, opset: int = OPSETS[0]) -> bytes:
         raise PolicyError(f"opset {opset} is not supported: choose {' or '.join(map(str, OPSETS))}")
     import onnx
 
-    axes = {name: torch.export.Dim(name) for name in TRACED_AT}
+    axes, logger = {name: torch.export.Dim(name) for name in TRACED_AT}, logging.getLogger("torch.onnx")
     shapes: Any = tuple({i: axes[a] for i, a in enumerate(p.shape) if isinstance(a, str)} or None for p in core.inputs)
     if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(core.module.forward).parameters.values()):
         shapes = (shapes,)  # all inputs are one argument then
     try:
-        with warnings.catch_warnings(), _quiet():
+        with warnings.catch_warnings(), ExitStack() as restore:
             warnings.simplefilter("ignore")
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)  # it tells of packages that nobody asked for
             program = torch.onnx.export(
                 core.module.eval(),
                 tuple(example(port, TRACED_AT, seed) for seed, port in enumerate(core.inputs)),
@@ -114,15 +115,3 @@ def _name_axes(proto: Any, core: Core) -> None:
                     dim.dim_param = axis
                 elif dim.dim_value != axis:
                     dim.dim_value = axis
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter tells of packages that nobody asked for."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -35,10 +35,9 @@ DECIDES: dict[Method, str] = {
     "truncate": "verify_length",
 }
 """The output that decides: int64 [batch], of `extend` bool [batch]."""
-CURVES = ("step_seconds", "verify_seconds", "typical_step_seconds")
 COUNTS = ("block_size", "draft_length", "context_length")
 FEATURES = frozenset(map(str, Feature))
-KNOWN = FEATURES | {*CURVES, *COUNTS}
+KNOWN = FEATURES | {*COUNTS, "step_seconds", "verify_seconds", "typical_step_seconds"}
 """Inputs that the runtime gives; every other one is state."""
 
 

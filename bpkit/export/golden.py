@@ -1,8 +1,7 @@
 """Golden rows: inputs of a few rows with the outputs that the exporter saw, run once before a file is trusted.
 
-The first run of a file is in a child process of bounded memory and time, so that a graph that allocates or computes
-without end is an error here and not the end of the host. Once per process and file. Where the system bounds no memory
-(Windows, macOS) the child still stands between, and onnxruntime's own bound for tensors holds.
+The first run in a process is in a child of bounded memory and time, so that a graph that allocates or computes without
+end is an error and not the end of the host. Where the system bounds no memory (Windows, macOS) onnxruntime's own holds.
 """
 
 from __future__ import annotations
@@ -160,9 +159,11 @@ def compare(file: str, network: Network, wanted: Rows, got: Rows) -> None:
 def _in_child(files: dict[str, tuple[bytes, list[Rows]]]) -> dict[str, tuple[list[Any], Rows]]:
     """Shapes of the outputs of every case, and the outputs of the first, of every file."""
     said: list[bytes] = []
+    # Two pickles, because whoever reads the arrays must have found numpy.
+    task = pickle.dumps(_homes("numpy", "onnxruntime")) + pickle.dumps((SECONDS, list(files.values())))
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(_command(), input=_task(files), capture_output=True, timeout=SECONDS, env=environment)
+        done = subprocess.run(_command(), input=task, capture_output=True, timeout=SECONDS, env=environment)
         output, code = done.stdout, done.returncode
         said = done.stderr.splitlines()
     except subprocess.TimeoutExpired as error:
@@ -208,11 +209,6 @@ def _death(file: str, code: int | None, said: list[bytes]) -> str:
 def _command() -> list[str]:
     """Isolated: neither the environment nor site hooks add code to the child."""
     return [sys.executable, "-I", "-S", str(Path(sandbox.__file__))]
-
-
-def _task(files: dict[str, tuple[bytes, list[Rows]]]) -> bytes:
-    # Apart, because whoever reads the arrays must have found numpy.
-    return pickle.dumps(_homes("numpy", "onnxruntime")) + pickle.dumps((SECONDS, list(files.values())))
 
 
 def _homes(*packages: str) -> list[str]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from bpkit.export.load import Loaded
     from bpkit.export.schema import ExportedPolicy
 
-NEXT = "next_"
 SHIPPED = tuple(Path(bpkit.__file__).parents[above] / "exported" for above in (0, 1))
 """Where exported policies of the shipped pair lie: in an installed distribution, and in a checkout."""
 
@@ -137,7 +136,7 @@ class Onnx(Policy):
         wrong = [name for name, value in outputs.items() if value.is_floating_point() and not value.isfinite().all()]
         if wrong:
             raise PolicyError(f"{self.config.path} gave values that are not finite ({', '.join(wrong)})")
-        kept = {name.removeprefix(NEXT): value for name, value in outputs.items()}
+        kept = {name.removeprefix("next_"): value for name, value in outputs.items()}
         wanted = {DECIDES[method], *self.loaded.description.state}
         return {name: value for name, value in kept.items() if name in wanted}
 

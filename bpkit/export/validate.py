@@ -173,12 +173,7 @@ def at_select(prompt: PromptTrace, spec: DecoderSpec, wants: frozenset[Feature])
     features = {name: torch.tensor(prompt.features[name][:rows]) for name in wants - OF_THE_DRAFT - {*PREFILL}}
     position = torch.arange(1, rows + 1)
     return Context(
-        spec,
-        position,
-        prompt.max_new_tokens - position,
-        prompt.prompt_length + position,
-        torch.Generator(),
-        features,
+        spec, position, prompt.max_new_tokens - position, prompt.prompt_length + position, torch.Generator(), features
     )
 
 

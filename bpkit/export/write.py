@@ -52,7 +52,13 @@ def export_policy(
     Raises:
         PolicyError: the policy is not exportable, or onnxruntime does not decide as it does.
     """
-    what = prepared(policy, spec, cost)
+    if not isinstance(policy, Exportable):
+        raise PolicyError(
+            f"policy {name_of(type(policy))!r} cannot be exported: its class defines no `export(self)`, which says "
+            "what its networks take and give (bpkit.export.core)"
+        )
+    policy.bind(spec, cost)
+    what = policy.export()
     cores, curves = what.cores, what.curves or (lambda context_length: Curves([], []))
     data = {f"{stem}.onnx": to_onnx(core, opset=opset) for stem, core in cores.items()}
     runs = {stem: open_session(data[f"{stem}.onnx"]).run for stem in cores}
@@ -82,17 +88,6 @@ def export_policy(
     write_at_once(out / "README.md", readme(described))
     write_json(out / DESCRIPTION, described)
     return described
-
-
-def prepared(policy: Policy, spec: DecoderSpec, cost: CostModel | None) -> Export:
-    """Bind the policy and see what of it is written. Raises PolicyError if it is not exportable."""
-    if not isinstance(policy, Exportable):
-        raise PolicyError(
-            f"policy {name_of(type(policy))!r} cannot be exported: its class defines no `export(self)`, which says "
-            "what its networks take and give (bpkit.export.core)"
-        )
-    policy.bind(spec, cost)
-    return policy.export()
 
 
 def description(

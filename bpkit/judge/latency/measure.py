@@ -35,13 +35,12 @@ from bpkit.installation.machine import describe_machine
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, ask, decide, prepared
 from bpkit.judge.latency.questions import Question, Recorder, batches
 from bpkit.judge.latency.timing import Ask, interleave, percentile, ratio
-from bpkit.judge.wall_clock.threads import use_threads
+from bpkit.judge.wall_clock.threads import threads_restored, use_threads
 from bpkit.policy import Policy, PolicyError
 from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
 from bpkit.types import Prefill
 
-SCHEMA_VERSION = 1
 THREADS = 1
 """Of torch and of onnxruntime while decisions are timed."""
 CANDIDATES = (2, 3, 4, 6, 8, 10, 12, 16)
@@ -75,17 +74,15 @@ def bench_latency(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure, and return the report as plain JSON values."""
-    ticker, started, usual = progress or NoProgress(), time.time(), torch.get_num_threads()
+    ticker, started = progress or NoProgress(), time.time()
     machine = describe_machine(decoder.target.device)
-    try:
+    with threads_restored():
         use_threads(settings.threads)
         pair = measure_pair(decoder, prompts, settings.max_new_tokens, settings.block_size, ticker)
         bench = _Bench(decoder, prompts, settings, pair, ticker)
         policies = {backends.name: bench.run(backends) for backends in chosen}
-    finally:
-        use_threads(usual)
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1,
         "machine": {**machine, "onnxruntime": onnxruntimes()},
         "settings": {
             "target": decoder.spec.target,

@@ -109,7 +109,6 @@ def plot_latency(report: dict[str, Any], path: Path) -> None:
 
 
 def _panel(axes: Any, rows: list[tuple[str, str, dict[str, Any]]], size: str) -> None:
-    """A dot for each backend of each method."""
     for backend, colour in COLOURS.items():
         shown = [(place, entry[backend]) for place, (_, _, entry) in enumerate(rows) if backend in entry]
         offset = -0.15 if backend == TORCH else 0.15
