@@ -79,11 +79,7 @@ class Gains:
     """
 
     def __init__(
-        self,
-        facts: dict[str, Any],
-        usable: Sequence[int],
-        cost: CostModel | None,
-        config: LearnedConfig,
+        self, facts: dict[str, Any], usable: Sequence[int], cost: CostModel | None, config: LearnedConfig
     ) -> None:
         trained = facts["block_sizes"]
         self.sizes, self.margin = list(usable), config.margin

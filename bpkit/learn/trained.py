@@ -1,8 +1,4 @@
-"""Policies with trained weights: where the weights come from, what they fit, and how they are saved.
-
-A subclass says how its networks are built, and decides with them; `bpkit train NAME TRACE --out FOLDER` makes a folder
-and `--policy FOLDER` uses it. Importing this module imports no torch.
-"""
+"""Policies with trained weights: where these come from, what they fit, and how they are saved. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +19,6 @@ from bpkit.registry.policy_folder import (
     WEIGHTS,
     PolicyFile,
     TrainedFor,
-    is_policy_folder,
     read_policy_file,
     read_weights,
     shipped_folders,
@@ -35,7 +30,7 @@ from bpkit.types import CostModel, DecoderSpec
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["TrainedConfig", "TrainedElsewhereWarning", "TrainedPolicy", "is_policy_folder"]
+__all__ = ["TrainedConfig", "TrainedElsewhereWarning", "TrainedPolicy"]
 
 _DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 _FILES = [POLICY, WEIGHTS, "prompts.json", "provenance.json", "evaluation.json", "README.md"]

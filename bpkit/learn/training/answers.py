@@ -77,12 +77,7 @@ def target_answers(
 
 @torch.inference_mode()
 def _answers(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    new_tokens: int,
-    *,
-    sample: bool,
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], new_tokens: int, *, sample: bool
 ) -> Iterator[tuple[Tensor, int]]:
     """Yield (ids of prompt and answer, prompt length) for each prompt, EOS included."""
     if not prompts:

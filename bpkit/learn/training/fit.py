@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,7 @@ def first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def fit(
-    module: L.LightningModule,
-    data: Sequence[Any],
-    out: Path,
-    how: FitOptions,
-    **options: Any,
-) -> bool:
+def fit(module: L.LightningModule, data: Sequence[Any], out: Path, how: FitOptions, **options: Any) -> bool:
     """Train `module`, going on from `out/checkpoints/last.ckpt` where asked to.
 
     Args:
@@ -53,7 +47,12 @@ def fit(
         KeyboardInterrupt: the user wants no more; the same call goes on later.
     """
     last = out / "checkpoints" / "last.ckpt"
-    with _quiet():
+    with ExitStack() as restore, warnings.catch_warnings():
+        # Without Lightning's remarks on hardware and its advice; warnings of others are left alone.
+        for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", module="lightning")
         trainer = L.Trainer(
             accelerator=how.accelerator,
             devices=how.devices,
@@ -69,14 +68,3 @@ def fit(
                 raise KeyboardInterrupt from None
             raise
     return bool(trainer.is_global_zero)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's remarks on hardware and its advice; warnings of others are left alone."""
-    with ExitStack() as restore, warnings.catch_warnings():
-        for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
-            restore.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", module="lightning")
-        yield

@@ -150,6 +150,8 @@ def train_model(
         DataLoader(TensorDataset(*part), batch_size=run.batch_size, shuffle=shuffle, drop_last=True)
         for part, shuffle in (([c[HELD_OUT:] for c in columns], True), ([c[:HELD_OUT] for c in columns], False))
     ]
+    # Lightning's progress bar goes to stdout.
+    bars = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     with _threads_for(run.devices):
         is_first = fit(
             BudgetedModule(loss, run),
@@ -162,17 +164,12 @@ def train_model(
             log_every_n_steps=10,
             logger=CSVLogger(out, name="logs"),
             callbacks=[ModelCheckpoint(out / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=100)],
-            enable_progress_bar=_shows_bars(),
+            enable_progress_bar=bars,
         )
     if is_first:
         model.to(torch.bfloat16).save_pretrained(out)
         data_of = {name: fingerprint(of_kind) for name, of_kind in texts.items()}
         write_provenance(out, recipe, {**asdict(run), **arguments}, data_of)
-
-
-def _shows_bars() -> bool:
-    """Whether Lightning's progress bar, which goes to stdout, can be moved there."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 @contextmanager

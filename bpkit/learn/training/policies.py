@@ -31,12 +31,6 @@ from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import offered
 from bpkit.types import CostModel, DecoderSpec
 
-EVALUATION = "evaluation.json"
-NOTE = (
-    "Epoch and options were chosen on these prompts, and the best fixed size as well: the figures are too good. "
-    "`bpkit evaluate` judges on prompts that decided nothing."
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyRun(FitOptions):
@@ -120,7 +114,7 @@ def train_policy(
         "options_in_the_end": policy.config.model_dump(mode="json", exclude={"weights"}),
         **{name: getattr(how, name) for name in ("command", "devices", "strategy", "accelerator", "logger")},
     }
-    write_json(out / EVALUATION, _evaluation(policy, judged, replay, best, data))
+    write_json(out / "evaluation.json", _evaluation(policy, judged, replay, best, data))
     write_json(out / PROMPTS, record)
     write_provenance(out, f"{__name__}.train_policy", arguments, facts["prompts"])
     policy.save_pretrained(out)  # last: a folder with a policy is whole
@@ -212,12 +206,12 @@ def _refuse_overlap(record: Mapping[str, Any]) -> None:
 def _evaluation(
     policy: TrainedPolicy, judged: dict[str, Any], replay: Validation, best: BestByReplay, data: ExampleData
 ) -> dict[str, Any]:
-    """What `evaluation.json` says."""
     return {
         "schema_version": 1,
         "policy": policy.name,
         "cost_model": cost_label(replay.cost),
-        "note": NOTE,
+        "note": "Epoch and options were chosen on these prompts, and the best fixed size as well: the figures are too "
+        "good. `bpkit evaluate` judges on prompts that decided nothing.",
         "validation": judged,
         "replayed_each_epoch": {
             "prompts": len(replay.prompts),

@@ -21,9 +21,6 @@ def fingerprint(texts: Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest()
 
 
-_PACKAGES = ("torch", "transformers", "lightning")
-
-
 def write_provenance(
     out: Path, recipe: str, arguments: Mapping[str, Any], data: Mapping[str, str], *, name: str = "provenance.json"
 ) -> None:
@@ -40,7 +37,7 @@ def write_provenance(
         "versions": {
             "python": platform.python_version(),
             "bpkit": __version__,
-            **{package: version(package) for package in _PACKAGES if find_spec(package) is not None},
+            **{name: version(name) for name in ("torch", "transformers", "lightning") if find_spec(name) is not None},
         },
         "git_revision": _revision(),
     }

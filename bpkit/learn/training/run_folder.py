@@ -16,8 +16,6 @@ from bpkit.registry.class_file import file_of
 from bpkit.registry.policy_folder import POLICY, TrainedFor, is_policy_folder
 from bpkit.types import CostModel
 
-RUN = "run.json"
-
 
 def run_facts(module: PolicyModule, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """What makes a run this run. A class in a file is being worked on: with another text it is another policy."""
@@ -48,7 +46,7 @@ def claim(out: Path, facts: dict[str, Any], *, resume: bool) -> bool:
     Raises:
         ValueError: it holds another run, or something else.
     """
-    path = out / RUN
+    path = out / "run.json"
     if path.is_file() and not resume and first_process():
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         (out / POLICY).unlink(missing_ok=True)
