@@ -1,4 +1,1 @@
-"""Honest comparison of policies by wall clock: interleaved runs, paired intervals, texts compared with plain decoding.
-
-A bench: `decoders` -> `bench` (interleaved runs) -> `figures` (groups of them) -> `report` (JSON, tables, picture).
-"""
+"""Policies compared: by wall clock, by replay of a trace, and by the time that their decisions take."""

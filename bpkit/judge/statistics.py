@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2000
 LEVEL = 0.95
-TRIMMED = 0.1
-"""Share of the slowest and of the quickest decisions that do not count: a hiccup of the machine decides nothing."""
 TOUCHES_ZERO = 1e-9
 """A gain of less than this part of the baseline is no gain but rounding."""
 
@@ -28,8 +26,10 @@ def interval(values: Floats) -> list[float]:
     return [float(low), float(high)]
 
 
-def trimmed_mean(values: Floats, share: float = TRIMMED) -> float:
+def trimmed_mean(values: Floats, share: float = 0.1) -> float:
     """Mean without the lowest and the highest `share` of the values, rounded down; 0 of nothing.
+
+    So a hiccup of the machine does not count.
 
     >>> trimmed_mean(np.array([1.0, 2.0, 3.0, 100.0]), share=0.25)
     2.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +14,8 @@ from numpy.typing import NDArray
 from bpkit.judge.evaluation.policies import PolicyResult
 from bpkit.judge.evaluation.setup import Setup
 from bpkit.judge.statistics import Floats, Totals, totals_of
+from bpkit.trace.oracle import paths
 from bpkit.trace.oracle.informed import Informed, calibrate, has_confidences
-from bpkit.trace.oracle.paths import (
-    Expectation,
-    Hindsight,
-    Path,
-    fixed_path,
-    oracle_distributions,
-    oracle_step,
-    oracle_step_truncate,
-)
 from bpkit.trace.oracle.regret import NotTraced, features_seconds, step_regret
 from bpkit.trace.records import PromptTrace, Taken
 from bpkit.types import CostModel, DraftWork
@@ -67,15 +59,13 @@ def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bound
     """Fixed sizes, oracles and policies under one cost model, and what the latter take beyond the oracle."""
     summary, test, work, cost = setup.summary, setup.split.test, setup.spec.work, setup.costs[name]
     best_fixed = summary.best_fixed(name, setup.split.validation)
-    rows: dict[str, list[tuple[float, ...]]] = {"step": [], HEADLINE: []}
-    if summary.sampled:
-        rows["distributions"] = []
+    rows = defaultdict[str, list[tuple[float, ...]]](list)
     steps: list[Steps] = []
     fixed_regret: list[Floats] = []
     regrets: dict[str, Regret] = {policy: [] for policy in policies}
     setup.progress.start(f"oracles, {name}", len(test))
     for place, prompt in enumerate(setup.test):
-        known = oracle_step_truncate(prompt, work, cost)
+        known = paths.oracle_step_truncate(prompt, work, cost)
         for policy, result in policies.items():
             so_far = regrets[policy]
             if isinstance(so_far, list):
@@ -83,11 +73,14 @@ def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bound
                     so_far.append(_regret(prompt, work, cost, known, result.taken[place]))
                 except NotTraced as error:
                     regrets[policy] = str(error)
-        fixed_regret.append(_regret(prompt, work, cost, known, [fixed_path(prompt, work, cost, best_fixed)]))
+        fixed_regret.append(_regret(prompt, work, cost, known, [paths.fixed_path(prompt, work, cost, best_fixed)]))
         steps.append(steps_beside(best_fixed, prompt, known))
-        found: dict[str, Path | Expectation] = {"step": oracle_step(prompt, work, cost), HEADLINE: known}
+        found: dict[str, paths.Path | paths.Expectation] = {
+            "step": paths.oracle_step(prompt, work, cost),
+            HEADLINE: known,
+        }
         if summary.sampled:
-            found["distributions"] = oracle_distributions(prompt, work, cost)
+            found["distributions"] = paths.oracle_distributions(prompt, work, cost)
         for oracle, path in found.items():
             rows[oracle].append((path.tokens, path.steps, path.seconds))
         setup.progress.tick()
@@ -97,13 +90,15 @@ def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bound
     return Results(best_fixed, fixed, oracles, bounds, policies, choices, regrets, fixed_regret)
 
 
-def _regret(prompt: PromptTrace, work: DraftWork, cost: CostModel, known: Hindsight, taken: Sequence[Taken]) -> Floats:
+def _regret(
+    prompt: PromptTrace, work: DraftWork, cost: CostModel, known: paths.Hindsight, taken: Sequence[Taken]
+) -> Floats:
     """Of one prompt, in one or more orders."""
     by_kind = [step_regret(prompt, work, known, one).sum(axis=0) for one in taken]
     return np.append(np.sum(by_kind, axis=0), sum(features_seconds(prompt, cost, one) for one in taken))
 
 
-def steps_beside(best_fixed: int, prompt: PromptTrace, path: Path) -> Steps:
+def steps_beside(best_fixed: int, prompt: PromptTrace, path: paths.Path) -> Steps:
     """Position, block size and verify length of each step, and the best fixed size's verify length: [4, steps]."""
     usual = np.zeros(path.steps, np.int64)
     if best_fixed > 1:
@@ -177,7 +172,7 @@ def confidence_bounds(setup: Setup, prompts: Sequence[PromptTrace]) -> dict[str,
     best = {name: setup.summary.best_fixed(name, chosen_on) for name in setup.costs}
     rates = {name: setup.summary.fixed(name, chosen_on, size).rate for name, size in best.items()}
 
-    def paths(of: Sequence[PromptTrace], factors: dict[str, tuple[float, ...]]) -> dict[tuple[str, float], Any]:
+    def replay(of: Sequence[PromptTrace], factors: dict[str, tuple[float, ...]]) -> dict[tuple[str, float], Any]:
         """Tokens, steps and seconds of each prompt, by cost model and factor."""
         found: dict[tuple[str, float], Any] = {(name, f): [] for name, some in factors.items() for f in some}
         for prompt in of:
@@ -190,11 +185,11 @@ def confidence_bounds(setup: Setup, prompts: Sequence[PromptTrace]) -> dict[str,
             setup.progress.tick()
         return found
 
-    tried = paths(setup.validation, dict.fromkeys(setup.costs, FACTORS))
+    tried = replay(setup.validation, dict.fromkeys(setup.costs, FACTORS))
     seconds = {key: math.fsum(spent for *_, spent in rows) for key, rows in tried.items()}
     # Of equals the factor nearest to 1.
     factor = {name: min(FACTORS, key=lambda f: (seconds[name, f], abs(f - 1))) for name in setup.costs}
-    judged = paths(setup.test, {name: (chosen,) for name, chosen in factor.items()})
+    judged = replay(setup.test, {name: (chosen,) for name, chosen in factor.items()})
     return {
         name: (totals_of(rows), {"tokens": calibration.tokens, "factor": chosen})
         for (name, chosen), rows in judged.items()

@@ -13,9 +13,6 @@ from bpkit.judge.statistics import TOUCHES_ZERO, Bootstrap, Floats, Ints, Totals
 from bpkit.trace.oracle.regret import KINDS
 
 FEATURES, DECIDING, ORACLE, REASON = "features", "deciding", "oracle", "reason"
-NO_GAP = (
-    "the interval of the gap between the best fixed size and the oracle touches zero: a share of it would mean nothing"
-)
 
 
 class GroupFigures:
@@ -127,7 +124,8 @@ class GroupFigures:
         """Below 0 where a policy is slower than the best fixed size."""
         base, oracle = self.base.rate, self.oracle.rate
         if self.gap_interval[0] <= TOUCHES_ZERO * base:
-            return {"value": None, "interval": None, "reason": NO_GAP}
+            why = "the interval of the gap between the best fixed size and the oracle touches zero"
+            return {"value": None, "interval": None, "reason": f"{why}: a share of it would mean nothing"}
         shares = [(one.rate - base) / (oracle - base) for one in orders]
         return _estimate(shares, [shares_of_gap(some, self.base_rates, self.oracle_rates) for some in rates])
 

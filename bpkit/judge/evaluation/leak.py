@@ -18,8 +18,6 @@ from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DecoderSpec
 
-SHOWN = 3
-
 
 class SeenPrompts(BaseModel):
     """What `prompts.json` says.
@@ -79,8 +77,7 @@ class Leak:
 
 
 def _some(ids: Sequence[str], part: str) -> str:
-    more = ", ..." if len(ids) > SHOWN else ""
-    return f"{len(ids)} of the {part} prompts ({', '.join(ids[:SHOWN])}{more})"
+    return f"{len(ids)} of the {part} prompts ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
 
 
 def find_leaks(

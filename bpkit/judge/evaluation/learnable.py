@@ -1,14 +1,10 @@
 """Is choosing a block size per prompt learnable at all from what is known after prefill? A permutation test.
 
-A ridge regression reads each prompt's curve, seconds per token by block size, off its features; the size with the
-lowest predicted time is taken. Cross-validation says what that gives on prompts the regression has not seen, beside
-the fixed size that is best on the prompts it has seen. Then the curves are dealt out anew among the prompts, which
-leaves features and curves as they are and takes away what one says of the other, and all is done again, many times.
-How often that gives as much is the p-value (Ojala & Garriga 2010, "Permutation tests for studying classifier
-performance", test 1).
-
-scikit-learn's `permutation_test_score` averages a score over folds; tokens per second is a ratio of sums over all
-prompts, which no such average gives, so the loop over permutations is written out here around its parts.
+A ridge regression predicts each prompt's curve, seconds per token by block size, from its features; cross-validated,
+the size of the lowest predicted time is compared with the best fixed size of the training folds. The same with curves
+dealt out anew among the prompts, many times, gives the p-value (Ojala & Garriga 2010, "Permutation tests for studying
+classifier performance", test 1). Not by scikit-learn's `permutation_test_score`, which averages a score over folds:
+tokens per second is a ratio of sums over all prompts.
 """
 
 from __future__ import annotations

@@ -11,17 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpkit.judge.evaluation import plots
-from bpkit.judge.evaluation.tables import (
-    RATIO,
-    about,
-    domain_table,
-    figure,
-    overall_table,
-    regret_table,
-    sentences,
-    size_table,
-)
+from bpkit.judge.evaluation import plots, tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +25,7 @@ def html_report(report: Mapping[str, Any]) -> str:
     title = escape(f"{settings['target']} with {settings['drafter']}")
     models = report["cost_models"]
     first = next(iter(models.values()))
+    terms = "".join(f"<dt>{escape(t)}</dt><dd>{escape(text)}</dd>" for t, text in report["definitions"].items())
     body = [
         f"<h1>Block-size policies on {title}</h1>",
         _summary(report),
@@ -45,7 +36,7 @@ def html_report(report: Mapping[str, Any]) -> str:
             "more tokens a step, and each step costs more: which size is fastest depends on the costs below.",
         ),
         *(_model(name, result) for name, result in models.items()),
-        _terms(report),
+        f"<h2>Terms</h2><dl>{terms}</dl>",
         _origin(report),
     ]
     return "\n".join(
@@ -74,7 +65,7 @@ def _summary(report: Mapping[str, Any]) -> str:
         f"{parts['validation']} others to tune on and {parts['train']} to train on. Block sizes "
         f"{sizes}; the drafter was trained with {settings['trained_block_size']}.",
         *(_headline(name, result) for name, result in report["cost_models"].items()),
-        about(report),
+        tables.about(report),
     ]
     careful = [f"Left out: {name}: {why}" for name, why in report["left_out"].items()] + list(report["notes"])
     warning = f'<div class="note">{paragraphs(careful)}</div>' if careful else ""
@@ -84,19 +75,18 @@ def _summary(report: Mapping[str, Any]) -> str:
 def _headline(name: str, result: Mapping[str, Any]) -> str:
     """One sentence on one cost model: who is certainly faster than the best fixed size, and who slower."""
     group = result["overall"]
-    ratio = {policy: entry[RATIO] for policy, entry in group["policies"].items()}
-    faster = [f"{p} {figure(r)}" for p, r in ratio.items() if r["interval"][0] > 1]
-    slower = [f"{p} {figure(r)}" for p, r in ratio.items() if r["interval"][1] < 1]
-    most = group["oracle"]["step_truncate"][RATIO]
+    ratio = {policy: entry[tables.RATIO] for policy, entry in group["policies"].items()}
+    faster = [f"{p} {tables.figure(r)}" for p, r in ratio.items() if r["interval"][0] > 1]
+    slower = [f"{p} {tables.figure(r)}" for p, r in ratio.items() if r["interval"][1] < 1]
+    most = group["oracle"]["step_truncate"][tables.RATIO]
     return (
         f"Under {name} costs the best fixed size is {group['best_fixed']['block_size']}. Faster, with an interval "
         f"above 1: {', '.join(faster) or 'no policy'}. Slower: {', '.join(slower) or 'none'}. The bound of choosing "
-        f"size and verify length at every step is {figure(most)}."
+        f"size and verify length at every step is {tables.figure(most)}."
     )
 
 
 def _model(name: str, result: Mapping[str, Any]) -> str:
-    """The section of one cost model."""
     group, domains = result["overall"], result["domains"]
     curves = result["curves"]
     charged = "charged" if result["decision_time_charged"] else "measured, but not charged"
@@ -116,29 +106,24 @@ def _model(name: str, result: Mapping[str, Any]) -> str:
             f"What a step costs{at}. The size where a token costs least depends on how many are accepted.",
         ),
         "</div>",
-        overall_table(name, result).html(),
+        tables.overall_table(name, result).html(),
         "<h3>Where the gap is, % of one's own time</h3>",
         picture(
             plots.regrets(group),
             "Of each one's own time, what oracle.step_truncate does not take, by the choice that took it. A draft that "
             "was too large only because too much of it was verified counts as verified too much.",
         ),
-        regret_table(name, group).html(),
-        f"<h3>By domain, over best fixed</h3>{domain_table(name, domains).html()}" if len(domains) > 1 else "",
+        tables.regret_table(name, group).html(),
+        f"<h3>By domain, over best fixed</h3>{tables.domain_table(name, domains).html()}" if len(domains) > 1 else "",
         "<h3>Where the step oracle chooses otherwise</h3>",
         picture(
             plots.choices(result),
-            f"{sentences(result)[0]} Ties go to no draft, the smaller block, the shorter verification.",
+            f"{tables.sentences(result)[0]} Ties go to no draft, the smaller block, the shorter verification.",
         ),
         tested,
-        f"<details><summary>Every fixed size on the test prompts</summary>{size_table(group).html()}</details>",
+        f"<details><summary>Every fixed size on the test prompts</summary>{tables.size_table(group).html()}</details>",
     ]
     return "\n".join(parts)
-
-
-def _terms(report: Mapping[str, Any]) -> str:
-    items = "".join(f"<dt>{escape(t)}</dt><dd>{escape(text)}</dd>" for t, text in report["definitions"].items())
-    return f"<h2>Terms</h2><dl>{items}</dl>"
 
 
 def _origin(report: Mapping[str, Any]) -> str:

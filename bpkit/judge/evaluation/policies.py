@@ -1,8 +1,4 @@
-"""A policy on the test prompts, its options tuned on validation prompts: once, or in several orders.
-
-`docs/evaluation.md` says what is tuned, and how. The policy as it stands is among the combinations, so that tuning can
-be worse on validation prompts only by what its rounds overlooked.
-"""
+"""A policy on the test prompts, once or in several orders; `docs/evaluation.md` says what is tuned before, and how."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What an evaluation's JSON says beside its figures: terms, costs, and what to know before believing it.
-
-`docs/evaluation.md` lists its keys.
-"""
+"""What an evaluation's JSON says beside its figures: terms, costs, notes. `docs/evaluation.md` lists its keys."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from typing import Any
 from bpkit.judge.statistics import Ints
 from bpkit.trace.cost import CostTable
 
-SCHEMA_VERSION = 1
 FEW = 20
 """Test prompts below which intervals are too narrow to be believed."""
 UNEVEN = 2.0

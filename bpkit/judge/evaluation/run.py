@@ -14,7 +14,7 @@ from bpkit.judge.evaluation.figures import GroupFigures
 from bpkit.judge.evaluation.leak import find_leaks, leak_notes, refusal
 from bpkit.judge.evaluation.learnable import learnable
 from bpkit.judge.evaluation.policies import PolicyResult, judge_policy
-from bpkit.judge.evaluation.report import DEFINITIONS, SCHEMA_VERSION, describe_cost, notes
+from bpkit.judge.evaluation.report import DEFINITIONS, describe_cost, notes
 from bpkit.judge.evaluation.setup import Setup, prepare
 from bpkit.judge.evaluation.splits import FRACTIONS, PARTS
 from bpkit.judge.statistics import LEVEL, RESAMPLES, Totals
@@ -114,7 +114,7 @@ def evaluate(
     said, summary = leak_notes(leaks, [name for name in silent if name in judged]), setup.summary
     parts = {part: [summary.domains[i] for i in getattr(setup.split, part)] for part in PARTS}
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1,
         "definitions": DEFINITIONS,
         "settings": {
             **describe_spec(spec),

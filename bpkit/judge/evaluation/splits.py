@@ -1,8 +1,4 @@
-"""Disjoint prompts to train, tune and judge on.
-
-Each domain is split by itself, so that every part holds the same mix. A prompt's place depends on the seed and its id
-alone: prompts that come or go move only their neighbours at the two borders between the parts.
-"""
+"""Disjoint prompts to train, tune and judge on, the same mix of domains in each; `docs/evaluation.md` says how."""
 
 from __future__ import annotations
 
@@ -14,8 +10,6 @@ from typing import Any
 
 PARTS = ("train", "validation", "test")
 FRACTIONS = (0.4, 0.2, 0.4)
-_FIRST_SERVED = (2, 1, 0)
-"""Who gets an odd prompt when claims are equal: without a test prompt there is no result, without training there is."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +38,7 @@ class Split:
 
 
 def split_prompts(
-    ids: Sequence[str],
-    domains: Sequence[str],
-    *,
-    seed: int = 0,
-    fractions: Sequence[float] = FRACTIONS,
+    ids: Sequence[str], domains: Sequence[str], *, seed: int = 0, fractions: Sequence[float] = FRACTIONS
 ) -> Split:
     """Split prompts into train, validation and test, each domain by itself.
 
@@ -95,7 +85,8 @@ def _counts(count: int, fractions: tuple[float, float, float]) -> list[int]:
     exact = [count * fraction for fraction in fractions]
     # A product such as 10 * 0.3 may lie just below the whole number that it is.
     counts = [math.floor(value + 1e-9) for value in exact]
-    claims = sorted(_FIRST_SERVED, key=lambda part: -round(exact[part] - counts[part], 9))
+    # Of equal claims the later part's first: without a test prompt there is no result, without training there is.
+    claims = sorted((2, 1, 0), key=lambda part: -round(exact[part] - counts[part], 9))
     for part in claims[: count - sum(counts)]:
         counts[part] += 1
     return counts

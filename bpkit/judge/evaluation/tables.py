@@ -11,20 +11,10 @@ from bpkit.judge.evaluation.figures import DECIDING, FEATURES, REASON
 from bpkit.judge.tables import Row, Table, bracketed, print_sentences
 from bpkit.trace.oracle.regret import KINDS
 
-BOUNDS = (
-    ("oracle", "prompt"),
-    ("bounds", "confidences"),
-    ("oracle", "distributions"),
-    ("oracle", "step"),
-    ("oracle", "step_truncate"),
-)
-"""Where they stand in a group, in the order in which they are shown."""
+BOUNDS = ("oracle.prompt", "bound.confidences", "oracle.distributions", "oracle.step", "oracle.step_truncate")
+"""In the order in which they are shown."""
 LOST = {kind: kind.replace("_", " ") for kind in KINDS}
 RATIO = "tokens_per_second_ratio"
-ABOUT_CONFIDENCES = (
-    "bound.confidences chooses both by the drafter's calibrated confidences, those of drafts of all sizes known before "
-    "drafting: an estimate of what they could win."
-)
 
 
 def print_evaluation(report: dict[str, Any], console: Console) -> None:
@@ -127,11 +117,15 @@ def about(report: Mapping[str, Any]) -> str:
     groups = [result["overall"] for result in report["cost_models"].values()]
     memory = any(p["memory"] for group in groups for p in group["policies"].values())
     orders = f" * has a memory: lowest and highest of {report['settings']['orders']} prompt orders." if memory else ""
+    confidences = (
+        " bound.confidences chooses both by the drafter's calibrated confidences, those of drafts of all sizes known "
+        "before drafting: an estimate of what they could win."
+    )
     return (
         "Test prompts only. In brackets: 95% paired bootstrap over prompts." + orders + " The share is of the gap from "
         "the best fixed size to oracle.step_truncate. Oracles choose with hindsight: a block size for each prompt, for "
         "each step, or block size and verify length for each step. They are bounds on such choices, and no policies."
-        + (f" {ABOUT_CONFIDENCES}" if any(group["bounds"] for group in groups) else "")
+        + (confidences if any(group["bounds"] for group in groups) else "")
     )
 
 
@@ -147,8 +141,9 @@ def compared(group: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def bounds(group: Mapping[str, Any]) -> dict[str, Any]:
     """Oracles and other bounds of a group by what they are called, in the order in which they are shown."""
-    prefix = {"oracle": "oracle", "bounds": "bound"}
-    return {f"{prefix[kind]}.{name}": group[kind][name] for kind, name in BOUNDS if name in group[kind]}
+    known = {f"oracle.{name}": entry for name, entry in group["oracle"].items()}
+    known |= {f"bound.{name}": entry for name, entry in group["bounds"].items()}
+    return {title: known[title] for title in BOUNDS if title in known}
 
 
 def figure(entry: Mapping[str, Any], *, digits: int = 3) -> str:
@@ -174,7 +169,6 @@ def _marked(policy: str, entry: Mapping[str, Any]) -> str:
 
 
 def _share(entry: Mapping[str, Any]) -> str:
-    """A share of the gap in percent."""
     if entry["value"] is None:
         return "-"
     return f"{100 * entry['value']:.1f}% {bracketed([100 * end for end in entry['interval']], '.1f')}"

@@ -42,7 +42,6 @@ from bpkit.prompts import Prompt
 from bpkit.registry.resolve import PolicyLike
 
 CALIBRATION_PROMPTS, CALIBRATION_TOKENS = 3, 64
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,7 @@ class BenchSettings:
 
 
 def run_bench(
-    decoder: SpeculativeDecoder,
-    prompts: Sequence[Prompt],
-    settings: BenchSettings,
-    progress: Progress | None = None,
+    decoder: SpeculativeDecoder, prompts: Sequence[Prompt], settings: BenchSettings, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Measure, and return the report as plain JSON values; `bpkit.judge.wall_clock.report` says what is in it."""
     compared, warmed_up = settings.decoders(decoder), settings.decoders(decoder)
@@ -117,7 +113,7 @@ def run_bench(
         seed=seed,
     )
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1,
         "machine": {**machine, "threads": threads, "threads_tried": tried},
         "settings": {
             **describe_spec(decoder.spec),
@@ -189,10 +185,9 @@ def choose_threads(
     shorter = min(settings.options["max_new_tokens"], CALIBRATION_TOKENS)
     compared = settings.decoders(decoder, max_new_tokens=shorter)
     names = [one.name for one in chain(*compared.values())]
-    if settings.threads != "auto" or decoder.target.device.type != "cpu":
-        count = settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()
-        return dict.fromkeys(names, count), {}
     counts = candidate_counts(available_cores())
+    if settings.threads != "auto" or decoder.target.device.type != "cpu":
+        counts = [settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()]
     if len(counts) == 1:
         return dict.fromkeys(names, counts[0]), {}
     first_of_domain: dict[str, Task] = {}

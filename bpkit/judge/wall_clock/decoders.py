@@ -27,7 +27,6 @@ from bpkit.types import DraftWork, Feature
 LOOP, TRANSFORMERS = "bpkit loop", "transformers generate"
 """The two ways of plain decoding; the faster one is `plain`."""
 TRANSFORMERS_DFLASH = "transformers-dflash"
-"""A decoder of another library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +136,7 @@ class GenerateDecoder:
             started = now()
             output = self.target.generate(input_ids=ids, attention_mask=mask, **options)
             seconds = now() - started
-        on_cpu = (
-            self.target.device.type == "cpu"
-        )  # a GPU works on after the call returned: the time of a call says nothing
+        on_cpu = self.target.device.type == "cpu"  # a GPU works on after a call: its time says nothing
         return Outcome(
             tokens=tuple(output[0, ids.shape[1] :].tolist()),
             seconds=seconds,

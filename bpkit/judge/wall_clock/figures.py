@@ -13,15 +13,8 @@ from bpkit.registry.resolve import parse_spec
 LOOP_TAIL, LOOP_PERIOD = 64, 32
 """An output loops if its last 64 tokens repeat with a period of at most 32: a word, a line or a whole record."""
 OF_PLAIN = (
-    "tokens_per_second",
-    "tokens_per_second_interval",
-    "tokens",
-    "seconds",
-    "identical_text",
-    "different_prompts",
-    "share",
-    "near_ties",
-)
+    "tokens_per_second tokens_per_second_interval tokens seconds identical_text different_prompts share near_ties"
+).split()
 """What is said of plain decoding."""
 
 Outcomes = Mapping[str, Sequence[Outcome]]

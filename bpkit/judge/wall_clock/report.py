@@ -31,8 +31,8 @@ from rich.console import Console
 
 from bpkit.judge.tables import Row, Table, bracketed, print_sentences
 
-PHASES = ("target", "drafter", "policy", "other")
-"""Where time goes: target passes, drafting, the policy's decisions, everything else."""
+PHASES = {"target": "#4477aa", "drafter": "#ee6677", "policy": "#ccbb44", "other": "#bbbbbb"}
+"""Where time goes, target passes, drafting, the policy's decisions and everything else, and its colours."""
 HEAD = (
     "decoding",
     "tokens/s",
@@ -43,7 +43,6 @@ HEAD = (
     "fall-\nbacks",
 )
 COLOURS = tuple(f"C{i}" for i in range(10) if i != 7)  # C7 is grey, as plain decoding is
-PHASE_COLOURS = ("#4477aa", "#ee6677", "#ccbb44", "#bbbbbb")
 
 
 def entries(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -197,7 +196,7 @@ def _shares(axes: Any, group: dict[str, Any]) -> None:
     """Shares of the wall-clock time, a stacked bar for each decoder that tells them apart."""
     bars = {name: bar["share"] for name, bar in _bars(group).items() if bar["share"] is not None}
     left = [0.0] * len(bars)
-    for phase, colour in zip(PHASES, PHASE_COLOURS, strict=True):
+    for phase, colour in PHASES.items():
         widths = [100 * share[phase] for share in bars.values()]
         axes.barh(list(bars), widths, left=left, label=phase, color=colour)
         left = [x + w for x, w in zip(left, widths, strict=True)]
