@@ -40,9 +40,8 @@ class Inputs:
         if name == "context_length":
             return context.context_length
         if name in ("block_size", "draft_length") and isinstance(source, Draft):
-            value = getattr(source, name)
-            assert isinstance(value, Tensor)
-            return value
+            counts: Tensor = getattr(source, name)
+            return counts
         if name == "typical_step_seconds":
             return self.typical
         if name in ("step_seconds", "verify_seconds"):

@@ -149,7 +149,7 @@ def _histogram(values: Steps) -> dict[str, int]:
 def confidence_bounds(setup: Setup, prompts: Sequence[PromptTrace]) -> dict[str, tuple[Totals, dict[str, Any]]]:
     """The bound `confidences` under each cost model, calibrated on training prompts, tuned on validation prompts.
 
-    None where the trace holds no confidences of greedy drafts.
+    Empty where the trace holds no confidences of greedy drafts.
 
     Args:
         prompts: of the trace; training prompts are read from it.

@@ -47,8 +47,7 @@ class Candidate:
             )
         if not self.options:
             return policy
-        given = {name: getattr(policy.config, name) for name in policy.config.model_fields_set}
-        made = type(policy)
+        made, given = type(policy), policy.config.model_dump(exclude_unset=True)
         return made(validated(made.Config, {**given, **self.options}, owner=made.__name__))
 
     def with_options(self, options: dict[str, Any]) -> Candidate:

@@ -125,8 +125,7 @@ class PolicyModule(L.LightningModule):
         config = self.policy.config
         if not options:
             return config
-        given = {name: getattr(config, name) for name in config.model_fields_set}
-        return validated(type(config), {**given, **options}, owner=self.policy.name)
+        return validated(type(config), {**config.model_dump(exclude_unset=True), **options}, owner=self.policy.name)
 
     # What Lightning calls
 
