@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from bpkit.judge.statistics import Bootstrap, Totals, interval, totals_of
@@ -163,9 +164,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     >>> first_difference([1, 2, 3], [1, 5, 3]), first_difference([1, 2], [1, 2, 3]), first_difference([1], [1])
     (1, 2, None)
     """
-    shorter = min(len(a), len(b))
-    differs = next((i for i in range(shorter) if a[i] != b[i]), shorter)
-    return None if differs == len(a) == len(b) else differs
+    return next((i for i, (ours, theirs) in enumerate(zip_longest(a, b)) if ours != theirs), None)
 
 
 def differences(outcomes: Outcomes, reference: Outcomes, near_ties: Outcomes) -> list[dict[str, Any]]:
