@@ -141,15 +141,12 @@ class ExplainingGroup(Group):
         return sorted(super().list_commands(ctx), key=lambda name: places.get(name, len(places)))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, self._debug_first(args))
-
-    def _debug_first(self, args: list[str]) -> list[str]:
-        """`--debug` after a command, but not after `--`, means what it does before the command."""
+        # `--debug` after a command, but not after `--`, means what it does before the command.
         end = args.index("--") if "--" in args else len(args)
         start = next((place for place, one in enumerate(args[:end]) if one in self.own), end)
-        if DEBUG not in args[start:end]:
-            return args
-        return [DEBUG, *args[:start], *(one for one in args[start:end] if one != DEBUG), *args[end:]]
+        if DEBUG in args[start:end]:
+            args = [DEBUG, *args[:start], *(one for one in args[start:end] if one != DEBUG), *args[end:]]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:

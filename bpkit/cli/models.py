@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from bpkit.decode.observers import ObserverLike
     from bpkit.registry.resolve import PolicyLike
 
-DEFAULT_POLICY = "fixed"
-
 
 def load_decoder(
     config: Config, policy: PolicyLike | None = None, *, observers: Sequence[ObserverLike] = ()
@@ -34,7 +32,7 @@ def load_decoder(
     """
     from bpkit.registry.resolve import check_policy_name, resolve_policy
 
-    chosen = policy or config.policy or DEFAULT_POLICY
+    chosen = policy or config.policy or "fixed"
     check_policy_name(chosen)  # takes no time, while torch takes seconds
     for name in (config.target, config.drafter):
         if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).is_dir():  # no Hub name either

@@ -65,7 +65,10 @@ def as_json(findings: list[Finding]) -> dict[str, Any]:
 
 def as_markdown(findings: list[Finding]) -> str:
     """A block for a bug report: versions, and what is not as it should be, without the user's own paths."""
-    lines = [f"{finding.section:12} {finding.name:14} {_stated(finding)}".rstrip() for finding in findings]
+    lines = []
+    for finding in findings:
+        stated = [] if finding.state == "ok" else [finding.state.upper()]
+        lines.append(f"{finding.section:12} {finding.name:14} {' '.join([*stated, *finding.value.split()])}".rstrip())
     variables = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith("BPKIT_")]
     block = "\n".join([*lines, *(f"{'environment':12} {variable}" for variable in variables)])
     return (
@@ -84,11 +87,6 @@ def without_home(text: str) -> str:
     """
     home = str(Path.home())
     return text if home == Path.home().anchor else re.sub(rf"{re.escape(home)}(?![\w-])", "~", text)
-
-
-def _stated(finding: Finding) -> str:
-    value = " ".join(finding.value.split())
-    return value if finding.state == "ok" else f"{finding.state.upper()} {value}"
 
 
 # Sections

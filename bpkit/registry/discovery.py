@@ -120,14 +120,10 @@ class Registry:
         if claimed is not None:
             raise PolicyError(explain_conflict(kind, claimed))
         listed = ", ".join(sorted(known)) or "none"
-        hint = did_you_mean(name, known)
-        raise PolicyError(f"there is no {kind} {name!r}.{hint} Known: {listed}.{self.not_loaded()}")
-
-    def not_loaded(self) -> str:
-        """Sentences on plug-ins that failed or are disabled, one of which may have what was not found."""
-        said = [f" Plug-in {name!r} could not be loaded ({why})." for name, why in self.failures.items()]
-        said += [f" Plug-in {name!r}, which may have it, is disabled by {how}." for name, how in self.disabled.items()]
-        return "".join(said)
+        said = [f"there is no {kind} {name!r}.{did_you_mean(name, known)} Known: {listed}."]
+        said += [f"Plug-in {one!r} could not be loaded ({why})." for one, why in self.failures.items()]
+        said += [f"Plug-in {one!r}, which may have it, is disabled by {how}." for one, how in self.disabled.items()]
+        raise PolicyError(" ".join(said))
 
     def fail(self, plugin: str, reason: BaseException | str) -> None:
         """Note why a plug-in is not there, and forget its hooks."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 OPTION = "--plugin"
 PLUGINS, NO_AUTOLOAD = "BPKIT_PLUGINS", "BPKIT_DISABLE_PLUGIN_AUTOLOAD"
 """Names separated by commas, each as `--plugin` takes it; and, if set, only bpkit's own and named ones are loaded."""
-_NO = "no:"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def choice_of(flags: Sequence[str] = (), environment: Mapping[str, str] | None =
     disabled: dict[str, str] = {}
     named: dict[str, str] = {}
     for spec, how in said:
-        name = spec.removeprefix(_NO)
+        name = spec.removeprefix("no:")
         if name:
             for kind in (disabled, named):
                 kind.pop(name, None)

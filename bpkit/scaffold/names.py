@@ -14,8 +14,6 @@ from bpkit.registry.discovery import registry
 
 MAX_LENGTH = 40
 """Characters of a name; with more, lines of the made files would be too long."""
-PREFIX = "bpkit_"
-"""What a package may be called by and its policy is not."""
 
 
 class Kind(StrEnum):
@@ -65,7 +63,7 @@ class Names:
             raise ScaffoldError(f"{name!r} has {len(name)} characters: use at most {MAX_LENGTH}")
         distribution = re.sub(r"[-_.]+", "-", name).lower()
         package = distribution.replace("-", "_")
-        policy = package.removeprefix(PREFIX)
+        policy = package.removeprefix("bpkit_")
         if not policy.isidentifier():
             raise ScaffoldError(f"{name!r} would make a policy {policy!r}: begin it with a letter after 'bpkit-'")
         class_name = "".join(part.capitalize() for part in policy.split("_"))
