@@ -20,7 +20,6 @@ from bpkit.trace.oracle.paths import (
     best_fixed,
     fixed_path,
     oracle_distributions,
-    oracle_prompt,
     oracle_step,
     oracle_step_truncate,
 )
@@ -106,6 +105,11 @@ def random_prompt(seed: int, work: DraftWork, output_length: int, sizes: tuple[i
     match[(k >= length[:, :, None]) | (k > room[:, :, None])] = np.nan
     accepted = rng.integers(0, np.minimum(length, room) + 1)
     return prompt_of(accepted, sizes, output_length + spare, length, match)
+
+
+def fixed_for_prompt(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Path:
+    """The path of the block size that is best for this prompt."""
+    return fixed_path(prompt, work, cost, best_fixed([prompt], work, cost))
 
 
 # Exhaustive search, sharing nothing with the oracles but the runtime's `price`
@@ -256,7 +260,7 @@ def test_fixed_sizes_are_walked_as_the_loop_does(work: DraftWork, seed: int, out
         assert path.seconds == pytest.approx(seconds, rel=1e-12)
         assert path.seconds == pytest.approx(repriced(prompt, work, cost, path), rel=1e-12)
         assert set(path.block_size.tolist()) <= {size}
-    assert oracle_prompt(prompt, work, cost).seconds == pytest.approx(min(walked.values()), rel=1e-12)
+    assert fixed_for_prompt(prompt, work, cost).seconds == pytest.approx(min(walked.values()), rel=1e-12)
 
 
 @every_kind
@@ -281,7 +285,7 @@ def test_more_freedom_is_never_slower(work: DraftWork, seed: int) -> None:
     best = best_fixed(prompts, work, cost)
     seconds = np.array(
         [
-            [oracle(p, work, cost).seconds for oracle in (oracle_step_truncate, oracle_step, oracle_prompt)]
+            [oracle(p, work, cost).seconds for oracle in (oracle_step_truncate, oracle_step, fixed_for_prompt)]
             + [fixed_path(p, work, cost, best).seconds]
             for p in prompts
         ]
@@ -303,7 +307,7 @@ def test_models_that_price_arrays_are_asked_for_arrays(work: DraftWork) -> None:
             return np.array([plain.seconds(phase, *pair) for pair in pairs], np.float64).reshape(pairs.shape)
 
     prompt = synthetic_prompt(1, output_length=20, max_new_tokens=22)
-    for oracle in (oracle_prompt, oracle_step, oracle_step_truncate, oracle_distributions):
+    for oracle in (fixed_for_prompt, oracle_step, oracle_step_truncate, oracle_distributions):
         assert oracle(prompt, work, InArrays()).seconds == oracle(prompt, work, plain).seconds
     assert best_fixed([prompt], work, InArrays()) == best_fixed([prompt], work, plain)
 
@@ -327,7 +331,7 @@ def test_an_output_that_ended_by_itself_is_verified_past_its_end() -> None:
 @every_kind
 def test_drafts_that_never_match_are_not_made(work: DraftWork) -> None:
     prompt = prompt_of(np.zeros((9, 2)), (2, 4), 10)
-    for oracle in (oracle_prompt, oracle_step, oracle_step_truncate):
+    for oracle in (fixed_for_prompt, oracle_step, oracle_step_truncate):
         path = oracle(prompt, work, TableCost(draft=lambda size: 0.01))
         assert path.block_size.tolist() == [1] * 9
         assert path.verify_length.tolist() == [0] * 9
@@ -378,7 +382,7 @@ def test_one_token_takes_no_steps(work: DraftWork) -> None:
     prompt = random_prompt(0, work, 1, (2, 4), 3)
     for path in (
         fixed_path(prompt, work, TableCost(), 4),
-        oracle_prompt(prompt, work, TableCost()),
+        fixed_for_prompt(prompt, work, TableCost()),
         oracle_step(prompt, work, TableCost()),
         oracle_step_truncate(prompt, work, TableCost()),
     ):

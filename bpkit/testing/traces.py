@@ -7,8 +7,6 @@ import numpy as np
 from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.types import Feature
 
-DOMAINS = ("easy", "hard")
-
 
 def synthetic_prompt(
     index: int,
@@ -55,7 +53,7 @@ def synthetic_prompt(
     return PromptTrace(
         index=index,
         id=f"synthetic-{index}",
-        domain=DOMAINS[index % 2],
+        domain=("easy", "hard")[index % 2],
         max_new_tokens=max_new_tokens,
         prompt_tokens=np.full(prompt_length, index, np.int32),
         output_tokens=np.ones(output_length, np.int32),

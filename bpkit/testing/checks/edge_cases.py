@@ -62,8 +62,8 @@ def _short(seed: int) -> Iterator[tuple[str, Case]]:
     sampled = Case(PROMPTS[1], 1.0, seed, 5, max_new_tokens=8)
     tokens = setup.plain(sampled).tokens
     yield "a prompt of one token", Case("x", 1.0, seed, 6, max_new_tokens=8)
-    yield "an output that ends with its first token", Case(PROMPTS[1], 1.0, seed, 5, eos=tokens[0])
-    yield "an output that ends with its second token", Case(PROMPTS[1], 1.0, seed, 5, eos=tokens[1])
+    yield "an output that ends with its first token", Case(PROMPTS[1], 1.0, seed, 5, eos_token_id=tokens[0])
+    yield "an output that ends with its second token", Case(PROMPTS[1], 1.0, seed, 5, eos_token_id=tokens[1])
     for most in (1, 2, 3):
         yield f"room for {most} new token{'s' if most > 1 else ''}", Case(PROMPTS[1], 1.0, seed, 5, max_new_tokens=most)
     yield "a request after those", sampled

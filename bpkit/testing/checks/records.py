@@ -85,8 +85,7 @@ def asked_anew(given: Asked, seed: int) -> Asked:
 
 def most_of(given: Context | Draft, largest: int) -> list[int]:
     """What may be decided about each row at most: the largest block size, or all that was drafted."""
-    lengths = [largest] * given.batch_size if isinstance(given, Context) else given.draft_length.tolist()
-    return lengths
+    return [largest] * given.batch_size if isinstance(given, Context) else given.draft_length.tolist()
 
 
 def generator_of(given: Context | Draft) -> torch.Generator:

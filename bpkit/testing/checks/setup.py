@@ -43,21 +43,18 @@ COST = CostTable(
 
 @dataclass(frozen=True)
 class Case:
-    """One generation to try. `eos` ends the output; 0 temperature is greedy."""
+    """One generation to try, with options of `SpeculativeDecoder.generate`; 0 temperature is greedy."""
 
     prompt: str
     temperature: float = 0.0
     seed: int = 0
     stream_id: int = 0
     max_new_tokens: int = 12
-    eos: int | None = None
+    eos_token_id: int | None = None
 
     def options(self) -> dict[str, Any]:
         """Of `SpeculativeDecoder.generate`."""
-        names = {"eos": "eos_token_id"}
-        options = {names.get(name, name): value for name, value in asdict(self).items() if value is not None}
-        del options["prompt"]
-        return options
+        return {name: value for name, value in asdict(self).items() if name != "prompt" and value is not None}
 
     @property
     def short(self) -> str:
@@ -70,7 +67,7 @@ class Case:
         return f"{text!r} at temperature {self.temperature:g}"
 
     def __str__(self) -> str:
-        ends = "" if self.eos is None else f", ended by token {self.eos}"
+        ends = "" if self.eos_token_id is None else f", ended by token {self.eos_token_id}"
         tokens = "token" if self.max_new_tokens == 1 else "tokens"
         return f"prompt {self.short}, at most {self.max_new_tokens} new {tokens}{ends}"
 

@@ -22,7 +22,10 @@ NOISE_POSITIONS = 256
 def trace_blocks(drafter: BlockDiffusionDrafter, finished: Finished) -> Drafts:
     """Draft from every position with every block size; equal to the live drafter's blocks up to rounding."""
     drafts, cache = Drafts(finished), DynamicCache()
-    _read_context(drafter, finished, cache)
+    assert finished.features is not None
+    anchor = drafter.embed(finished.ids[:, :1])  # the model insists on a block of at least one
+    drafter.model(noise_embeds=anchor, context_hidden_states=finished.features, past_key_values=cache)
+    cache.crop(-1)
     for column, block_size in enumerate(finished.block_sizes):
         length = block_size - 1
         for rows in pieces(finished.rows, max(1, NOISE_POSITIONS // block_size)):
@@ -31,14 +34,6 @@ def trace_blocks(drafter: BlockDiffusionDrafter, finished: Finished) -> Drafts:
                 states = hidden[:, places].flatten(0, 1)
                 drafts.draw((rows, slice(column, column + 1), places), drafter.score, states, states)
     return drafts
-
-
-def _read_context(drafter: BlockDiffusionDrafter, finished: Finished, cache: DynamicCache) -> None:
-    """Put keys and values of all features into the cache."""
-    assert finished.features is not None
-    nothing = drafter.embed(finished.ids[:, :1])
-    drafter.model(noise_embeds=nothing, context_hidden_states=finished.features, past_key_values=cache)
-    cache.crop(-1)  # the block of one that the model insists on
 
 
 def _denoised(

@@ -19,8 +19,7 @@ from bpkit.installation.machine import describe_machine
 from bpkit.policy import Policy, State
 from bpkit.prompts import Prompt
 from bpkit.trace.cost.estimate import TimedSteps, estimate, worst_cell
-from bpkit.trace.cost.measured import Measured
-from bpkit.trace.cost.table import CostTable
+from bpkit.trace.cost.table import CostTable, Measured
 from bpkit.types import OF_THE_DISTRIBUTION, Context, DecoderSpec, Draft, Feature, Seconds, Work
 
 CHANCE_OF_PLAIN_STEPS, MOST_PLAIN_STEPS = 0.03, 32

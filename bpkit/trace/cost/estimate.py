@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.decode.reread import commits
-from bpkit.trace.cost.measured import Cell
-from bpkit.trace.cost.table import CostError, CostTable
+from bpkit.trace.cost.table import Cell, CostError, CostTable
 from bpkit.types import DraftWork, Seconds, Work
 
 Floats = NDArray[np.float64]

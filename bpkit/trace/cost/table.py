@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
-from bpkit.trace.cost.measured import Cell, Measured
 from bpkit.types import PHASES
 
 
@@ -57,12 +56,8 @@ class Figures:
         self.curves = [sorted(by.items()) if isinstance(by, dict) else [(0, by)] for by in by_context]
         self.free_below, self.in_proportion_above = free_below, in_proportion_above
 
-    def reach(self, size: int) -> bool:
-        """Whether there is a figure for a size."""
-        return not self.sizes or size <= self.sizes[-1] or self.in_proportion_above
-
     def at(self, size: int, context_length: int) -> float:
-        """The figure of a size that they reach."""
+        """The figure of a size, which is no larger than the largest given or in proportion to it."""
         if size < self.free_below or not self.sizes:
             return 0.0
         place = bisect_left(self.sizes, size)
@@ -89,6 +84,75 @@ class Figures:
         if self.in_proportion_above:
             found = np.where(sizes > self.sizes[-1], found * (sizes / self.sizes[-1]), found)
         return np.where(sizes < self.free_below, 0.0, found)
+
+
+class Cell(BaseModel):
+    """How well one figure of a measured table is known.
+
+    Attributes:
+        phase, size: as in `CostModel.seconds`; `rest` has size 1.
+        context_length: mean of the samples', or None where all context lengths are taken together.
+        count: samples.
+        seconds: 10% trimmed mean. standard_error: of it, in seconds.
+        variation: coefficient of variation of the samples (standard deviation / mean), outliers included.
+        quartiles: 25th and 75th percentile of the samples, in seconds; None for differences of two means.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    phase: str
+    size: int
+    context_length: int | None = None
+    count: int
+    seconds: float
+    standard_error: float | None
+    variation: float | None = None
+    quartiles: tuple[float, float] | None = None
+
+    @property
+    def spread(self) -> float:
+        """Standard error as a share of the figure; infinite where it is not known."""
+        if self.standard_error is None or not self.seconds:
+            return float("inf")
+        return self.standard_error / abs(self.seconds)
+
+
+class Measured(BaseModel):
+    """What a measured table was measured on, and how.
+
+    Attributes:
+        machine: processor, cores, GPU, versions, load average before measuring.
+        threads: of torch. dtype: of the target.
+        options: of generation.
+        started: UTC. seconds: that the measuring took.
+        steps, prompts, rounds: that were measured; a round goes over all prompts.
+        ended: why measuring ended.
+        worst_spread: largest relative standard error of the figures that were waited for.
+        modelled_over_measured: the table's price of all measured steps, over the time that they took.
+        drift: how much slower than the table's price the second half of the steps was than the first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str
+    drafter: str
+    drafter_kind: str
+    device: str
+    machine: dict[str, str | int | float | None]
+    threads: int
+    dtype: str
+    rule: str
+    options: dict[str, Any]
+    command: str | None
+    started: str
+    seconds: float
+    steps: int
+    prompts: int
+    rounds: int
+    ended: str
+    worst_spread: float
+    modelled_over_measured: float
+    drift: float
 
 
 class CostTable(BaseModel):
@@ -170,7 +234,7 @@ class CostTable(BaseModel):
             raise CostError(f"there is no phase {phase!r} of a step; the phases are: {', '.join(PHASES)}")
         if phase == "verify" and smallest < 1:
             raise CostError(f"a step verifies at least the anchor: there is no verify width {smallest}")
-        if not figures.reach(largest):
+        if figures.sizes and largest > figures.sizes[-1] and not figures.in_proportion_above:
             what = "verify width" if phase == "verify" else "block size"
             raise CostError(
                 f"cost model {self.name!r} has no {phase} cost for {what} {largest}: it gives "

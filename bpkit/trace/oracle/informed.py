@@ -1,13 +1,8 @@
 """What the drafter's confidences could win at most: choices that know those of drafts of all sizes before drafting.
 
-From training prompts a logistic regression learns the chance that a drafted token stands if those before it do. With
-S_b(k), the chance that the first k tokens of the draft at size b stand, each step takes the size and the width of the
-largest
-
-    1 + sum over k <= v of S_b(k)  -  price * (draft(b) + verify(v + 1) + rest),
-
-or no draft, 1 - price * plain step, where that is more: tokens less what their time is worth at `price` tokens per
-second. What a draft must catch up with is left out, since it only waits longer otherwise.
+A logistic regression gives S_b(k), the chance that the first k tokens of the draft at size b stand. Each step takes the
+size and width of the largest `1 + sum over k <= v of S_b(k) - price * (draft(b) + verify(v + 1) + rest)`, or no draft,
+`1 - price * plain step`, where that is more. What a draft must catch up with is left out: it would only wait longer.
 """
 
 from __future__ import annotations
@@ -20,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.trace.oracle.paths import Path, walk
-from bpkit.trace.oracle.plan import Choice, Float64, step_table
+from bpkit.trace.oracle.plan import Float64, step_table
 from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DraftWork, Feature
 
@@ -101,12 +96,7 @@ class Informed:
         size, verified = np.divmod(flat.argmax(axis=1), gain.shape[2])  # the first of equals
         drafts = flat.max(axis=1) > -price * table.no_draft
         chosen = np.where(drafts[:, None], np.stack([table.block_sizes[size], verified], axis=1), (1, 0)).tolist()
-
-        def choose(position: int, waiting: int) -> Choice:
-            block_size, verify_length = chosen[position - 1]
-            return block_size, verify_length
-
-        return walk(self.prompt, self.work, self.cost, choose)
+        return walk(self.prompt, self.work, self.cost, lambda position, waiting: chosen[position - 1])
 
 
 def _known(prompt: PromptTrace) -> Float64:

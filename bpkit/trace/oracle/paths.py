@@ -89,15 +89,10 @@ def best_fixed(prompts: Sequence[PromptTrace], work: DraftWork, cost: CostModel)
     prices = array_cost(cost)  # here, so that all prompts share the answers of a model that is asked pair by pair
     seconds = {
         size: math.fsum(fixed_path(prompt, work, prices, size).seconds for prompt in prompts)
-        for size in _sizes(prompts[0])
+        for size in (1, *map(int, prompts[0].drafts.block_sizes))
     }
     # Every size yields the same tokens, so that the least seconds are the most tokens per second.
     return min(seconds, key=lambda size: (seconds[size], size))
-
-
-def oracle_prompt(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Path:
-    """The path of the best fixed block size for this prompt, 1 included."""
-    return min((fixed_path(prompt, work, cost, size) for size in _sizes(prompt)), key=lambda path: path.seconds)
 
 
 def oracle_step(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Hindsight:
@@ -129,8 +124,7 @@ def oracle_distributions(
     `match_probability`, at this and every later position; how much was accepted is then drawn, the plan sees it and
     chooses again. Each noise value decides one step at most, so that draws are independent from step to step.
 
-    It bounds means over many prompts or seeds, of policies that see nothing of what the noise did to the draft. What
-    else it knows, and where it is an estimate, is in the documentation of the evaluation.
+    docs/evaluation.md says which policies it bounds, and where it is an estimate.
 
     Args:
         work: of the drafter.
@@ -142,10 +136,6 @@ def oracle_distributions(
     table = step_table(prompt, work, cost, truncate=truncate)
     plan = solve(table, _match_probability(prompt, work, table))
     return Expectation(float(plan.seconds[0, 0]), float(plan.steps[0, 0]), prompt.decided_by_steps, plan)
-
-
-def _sizes(prompt: PromptTrace) -> list[int]:
-    return [1, *map(int, prompt.drafts.block_sizes)]
 
 
 def walk(prompt: PromptTrace, work: DraftWork, cost: CostModel, choose: Callable[[int, int], Choice]) -> Path:

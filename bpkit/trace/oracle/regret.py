@@ -1,19 +1,12 @@
 """Where a policy's time goes that the best choices would not have taken, step by step and exactly.
 
-Let V(s) be the least seconds from a state *s* (position and waiting) to the end of the output, as the oracle's plan has
-them, and Q(s, b, v) the seconds of drafting at size *b* and verifying *v* drafted tokens there, plus V of where that
-leads. Over the steps of any policy
-
-    sum over steps of Q(s, b, v) - V(s)  =  seconds of all steps - V(first state),
-
-since each step's end is the next one's beginning: the performance difference lemma (Kakade & Langford 2002,
-"Approximately optimal approximate reinforcement learning"). No term is negative, and each is the sum of two that are
-not:
+Let V be the least seconds from a state (position and waiting) to the end of the output, as the oracle's plan has them,
+and Q(b, v) the seconds of drafting at size *b* and verifying *v* drafted tokens there, plus V of where that leads. A
+step's regret Q(b, v) - V is never negative, and sums over the steps of any policy to their seconds less V of the first
+state (the performance difference lemma; Kakade & Langford 2002). It has two parts, of which neither is negative:
 
     Q(b, v) - V  =  (Q(b, v) - min over v' of Q(b, v'))  +  (min over v' of Q(b, v') - V)
                      verified too much or too little          drafted too small or too large
-
-Too much, too little, too small and too large are said against what the oracle would have done in the same state.
 """
 
 from __future__ import annotations

@@ -67,13 +67,10 @@ _BY_OUTPUT_TOKEN = (Feature.LAST_HIDDEN, Feature.TARGET_FEATURES, Feature.ANCHOR
 
 def to_tables(trace: PromptTrace) -> tuple[pa.Table, pa.Table]:
     """One prompt as rows of the two tables."""
-    return _prompt_table(trace), _draft_table(trace)
-
-
-def _prompt_table(trace: PromptTrace) -> pa.Table:
     values = {name: getattr(trace, name, None) for name in PROMPTS.names}
     values |= {name: value.ravel() for name, value in trace.features.items()}
-    return _table({name: [value] for name, value in values.items()}, PROMPTS, MORE_OF_PROMPTS)
+    prompts = _table({name: [value] for name, value in values.items()}, PROMPTS, MORE_OF_PROMPTS)
+    return prompts, _draft_table(trace)
 
 
 def _draft_table(trace: PromptTrace) -> pa.Table:

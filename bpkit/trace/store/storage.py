@@ -26,7 +26,6 @@ UNFINISHED = ".tmp"
 """Suffix of files that are being written; those that are done have another name."""
 COMPRESSION = "zstd"
 LOCK = ".lock"
-_UNREADABLE = (OSError, pa.ArrowException, KeyError, IndexError, ValueError)
 
 
 @contextmanager
@@ -58,7 +57,7 @@ def _readable(what: str, remedy: str = "trace again into a new folder") -> Itera
     """Raise TraceError for what goes wrong while `what` is read."""
     try:
         yield
-    except _UNREADABLE as error:
+    except (OSError, pa.ArrowException, KeyError, IndexError, ValueError) as error:
         raise TraceError(f"{what} cannot be read ({error}); {remedy}") from error
 
 
@@ -180,9 +179,6 @@ class Trace(Sequence[PromptTrace]):
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def __iter__(self) -> Iterator[PromptTrace]:
-        return (self._read(i) for i in range(len(self)))
 
     @overload
     def __getitem__(self, place: int) -> PromptTrace: ...
