@@ -126,10 +126,8 @@ class StatefulTarget(CachedTarget):
     Which tokens are then read again, `bpkit.decode.reread` says. A pass over one token needs no copy of the states.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, text: RunningText, *, feature_layers: tuple[int, ...], keep_hidden: bool
-    ) -> None:
-        super().__init__(model, text, feature_layers=feature_layers, keep_hidden=keep_hidden)
+    def __init__(self, model: PreTrainedModel, text: RunningText, **kept: Any) -> None:
+        super().__init__(model, text, **kept)
         self.cache_argument = cache_argument(model) or CACHE_ARGUMENTS[0]
         self.rereading = Rereading()
         self.pending: Tensor | None = None
@@ -151,9 +149,7 @@ class StatefulTarget(CachedTarget):
 
     def _new_cache(self) -> Any:
         """A DynamicCache, or None for architectures that make one of their own kind."""
-        if not self.model._supports_default_dynamic_cache():
-            return None
-        return new_cache(self.model)
+        return new_cache(self.model) if self.model._supports_default_dynamic_cache() else None
 
     def prefill(self, **inputs: Any) -> TargetOutput:
         output = super().prefill(**inputs)

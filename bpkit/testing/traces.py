@@ -43,10 +43,7 @@ def synthetic_prompt(
         draft_length=np.broadcast_to(lengths, accepted.shape).copy(),
         num_accepted=accepted,
         tokens=tokens,
-        features={
-            Feature.DRAFT_PROBABILITY: seen,
-            Feature.DRAFT_ENTROPY: (-np.log(seen)).astype(np.float32),
-        },
+        features={Feature.DRAFT_PROBABILITY: seen, Feature.DRAFT_ENTROPY: (-np.log(seen)).astype(np.float32)},
         match_probability=chance,
     )
     hidden = rng.normal(size=hidden_size).astype(np.float32) + np.float32(base)

@@ -244,7 +244,7 @@ class CostTable(BaseModel):
             )
         return figures
 
-    # What it says
+    # What it says, at a context length in the middle if none is given
 
     @property
     def largest_width(self) -> int:
@@ -263,11 +263,7 @@ class CostTable(BaseModel):
         return sorted(plain)[len(plain) // 2] if isinstance(plain, dict) else 0
 
     def target_efficiency(self, width: int, context_length: int | None = None) -> float:
-        """T(1) / T(width): what share of the ideal a verification keeps (MoESD, 2505.19645). 1 is ideal.
-
-        Args:
-            context_length: by default one in the middle.
-        """
+        """T(1) / T(width): what share of the ideal a verification keeps (MoESD, 2505.19645). 1 is ideal."""
         at = self.middle_context if context_length is None else context_length
         return self.seconds("verify", 1, at) / self.seconds("verify", width, at)
 
@@ -275,9 +271,6 @@ class CostTable(BaseModel):
         """The mean acceptance length from which drafting this block at every step beats plain decoding.
 
         (draft + verify + rest) / (verify of width 1 + rest), with one position waiting and the whole draft verified.
-
-        Args:
-            context_length: by default one in the middle.
         """
         return self.step(block_size, context_length) / self.step(1, context_length)
 
