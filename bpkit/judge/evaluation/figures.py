@@ -110,11 +110,7 @@ class GroupFigures:
         }
 
     def _shares(self, regret: Regret, total: float, deciding: float) -> dict[str, float | str]:
-        """Of one's own time: `KINDS`, `features`, `deciding` and, the rest, what the oracle takes too.
-
-        Args:
-            total: seconds of these prompts in all orders. deciding: of them, for decisions.
-        """
+        """Of `total` seconds: `KINDS`, `features`, `deciding` and, the rest, what the oracle takes too."""
         if isinstance(regret, str):
             return {REASON: regret}
         parts = np.append(np.sum([regret[i] for i in self.prompts], axis=0), deciding) / total

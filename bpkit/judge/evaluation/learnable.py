@@ -154,11 +154,7 @@ def _folds(x: Floats, folds: int, seed: int) -> Iterator[_Fold]:
 
 
 def _held_out(folds: Sequence[_Fold], seconds: Floats, tokens: Floats) -> Floats:
-    """Learn and judge once for all folds.
-
-    Returns:
-        seconds of each prompt at the size chosen for it, and at the training folds' best fixed size: [prompts, 2].
-    """
+    """Seconds of each prompt at the size chosen for it, and at the training folds' best fixed size: [prompts, 2]."""
     from sklearn.linear_model import RidgeCV
 
     curves = seconds / tokens[:, None]

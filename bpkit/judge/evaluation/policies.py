@@ -75,11 +75,7 @@ class PolicyResult:
 
 
 def judge_policy(setup: Setup, policy: PolicyLike, title: str, *, orders: int, tune: bool) -> dict[str, PolicyResult]:
-    """Tune a policy's options and replay the test prompts, under each cost model.
-
-    Args:
-        orders: of the test prompts, if the policy has a memory.
-    """
+    """Tune a policy's options and replay the test prompts, in `orders` orders if it has a memory: by cost model."""
     candidate = Candidate(policy).fitted(setup.summary.sizes)
     tuned = {name: Tuned(candidate) for name in setup.costs}
     if tune:

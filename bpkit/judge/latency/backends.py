@@ -28,11 +28,7 @@ AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
 
 def exported_here(export: Export, spec: DecoderSpec, provider: str) -> Onnx:
-    """Policy `onnx` over networks that are exported now, without a folder.
-
-    Args:
-        export: of the bound policy. spec: of the decoder that it was bound to.
-    """
+    """Policy `onnx` over networks that are exported now, without a folder, from a policy that is bound to `spec`."""
     data = {f"{stem}.onnx": to_onnx(core) for stem, core in export.cores.items()}
     sessions = {core.method: open_session(data[f"{stem}.onnx"], provider) for stem, core in export.cores.items()}
     nothing = dict.fromkeys(export.cores, Golden(inputs={}, outputs={}))

@@ -221,10 +221,7 @@ def measure_pair(
     block_size: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """A prefill and a step of the pair: decode the prompts greedily with each candidate in turn.
-
-    Args:
-        block_size: the only candidate.
+    """A prefill and a step of the pair: decode the prompts greedily with `block_size`, or each candidate in turn.
 
     Returns:
         `block_size`, the one with the most tokens per second; `tokens_per_second` by size; `prefill_ms` and `step_ms`,

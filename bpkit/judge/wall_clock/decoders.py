@@ -83,12 +83,7 @@ class TimedDecoder(Protocol):
 
 
 class PolicyDecoder:
-    """A SpeculativeDecoder under one policy.
-
-    Args:
-        options: of `generate`, with `temperature`; 0 is greedy.
-        seed: of the sampling noise.
-    """
+    """A SpeculativeDecoder under one policy, with options of `generate`, `temperature` among them."""
 
     def __init__(self, name: str, decoder: SpeculativeDecoder, options: dict[str, Any], seed: int) -> None:
         self.name, self.decoder = name, decoder

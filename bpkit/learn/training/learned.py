@@ -143,13 +143,7 @@ def hazard_loss(logits: Tensor, stands: Tensor, counts: Tensor) -> Tensor:
 
 
 def visited(accepted: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Where steps of each block size begin if that size is kept throughout.
-
-    Args:
-        accepted: of each position and block size, [rows, sizes].
-
-    Returns:
-        bool [rows, sizes].
+    """Where steps of each block size begin if that size is kept throughout: int32 [rows, sizes] -> bool of that shape.
 
     >>> visited(np.array([[1], [9], [0], [0]]))[:, 0].tolist()
     [True, False, True, True]
@@ -164,10 +158,6 @@ def visited(accepted: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 
 def mean_yields(accepted: Tensor, visits: Tensor) -> list[float]:
-    """Tokens per step of each block size, over the steps that it would take: a mean over positions is too long.
-
-    Args:
-        accepted, visits: of all prompts, [rows, sizes].
-    """
+    """Tokens per step of each size over the steps that it would take, both [rows, sizes]: no mean over positions."""
     accepted, visits = accepted.double(), visits.double()
     return (((1 + accepted) * visits).sum(dim=0) / visits.sum(dim=0)).tolist()

@@ -62,9 +62,6 @@ class BudgetedModule(L.LightningModule):
     """Trains `loss_module(*batch) -> loss` with Muon on matrices and AdamW on everything else.
 
     Muon is Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, as in `torch.optim.Muon`.
-
-    Args:
-        loss_module: maps a batch to a scalar loss.
     """
 
     def __init__(self, loss_module: nn.Module, run: ModelRun) -> None:

@@ -107,11 +107,7 @@ class PolicyModule(L.LightningModule):
     # For everybody
 
     def finished(self, **options: Any) -> TrainedPolicy:
-        """A bound policy with copies of the current facts and weights.
-
-        Args:
-            options: of the policy, in place of its own.
-        """
+        """A bound policy with copies of the current facts and weights, and these options in place of its own."""
         networks = cast("dict[str, nn.Module]", dict(self.networks.items()))
         policy = type(self.policy).trained(self._config(options), self.facts, networks, self.spec)
         policy.bind(self.spec, self.cost)

@@ -33,11 +33,7 @@ def trainable_entries() -> dict[str, Entry]:
 
 
 def refuse_untrainable(name: str, *, beside: Sequence[str] = ()) -> None:
-    """Raise PolicyError unless a policy of that name is there and has weights; classes in files are let pass.
-
-    Args:
-        beside: what else can be trained, such as `drafter`.
-    """
+    """Raise PolicyError unless a policy of that name has weights, or names a file. `beside` can be trained as well."""
     trainable = trainable_entries()
     if names_file(name) or name in trainable:
         return
