@@ -122,8 +122,6 @@ _WORK = {
     AUTOREGRESSIVE: DraftWork("tokens", "each"),
     NGRAM: DraftWork("nothing", "none"),
 }
-
-
 _OF_THE_KIND = DraftWork("nothing", "none")
 """Stands for what `work_of` says of the kind."""
 

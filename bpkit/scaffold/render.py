@@ -59,18 +59,13 @@ def render(names: Names, kind: Kind, *, summary: str | None = None, author: str 
     }
     files = {}
     for template in (file for folder in ("common", kind) for file in (TEMPLATES / folder).rglob(f"*{SUFFIX}")):
-        path = _path(template, names)
+        parts = template.relative_to(TEMPLATES).parts[1:]  # without the folder of the kind
+        path = str(PurePosixPath(*(re.sub("^dot_", ".", part) for part in parts))).removesuffix(SUFFIX)
+        path = path.replace("PACKAGE", names.package).replace("POLICY", names.policy)
         text = template.read_text(encoding="utf-8")
         files[path] = text if path == "LICENSE" else Template(text).substitute(values)
     _refuse_shadowed(files, names)
     return dict(sorted(files.items()))
-
-
-def _path(template: Path, names: Names) -> str:
-    """Where the made file lies in the package."""
-    parts = template.relative_to(TEMPLATES).parts[1:]  # without the folder of the kind
-    inside = str(PurePosixPath(*(re.sub("^dot_", ".", part) for part in parts))).removesuffix(SUFFIX)
-    return inside.replace("PACKAGE", names.package).replace("POLICY", names.policy)
 
 
 def _one_line(text: str, option: str, most: int) -> str:

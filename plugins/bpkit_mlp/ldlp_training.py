@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -54,15 +56,11 @@ class LdlpModule(PolicyModule):
         self.facts = {"hidden_size": inputs.shape[1] // 2, "sizes": data["sizes"][0].tolist()}
         self.networks = nn.ModuleDict(self.policy.build(self.facts))
         if "standard" in self.networks:
-            standard = self.networks["standard"]
-            assert isinstance(standard, Standard)
-            standard.fit(inputs)
-        mlp = self.networks["mlp"]
-        assert isinstance(mlp, ResidualMLP)
-        # The best constant to begin with: the loss's own quantile.
+            cast("Standard", self.networks["standard"]).fit(inputs)
         penalty = self.options.penalty
-        with torch.no_grad():
-            mlp.output.bias.fill_(float(accepted.double().quantile(penalty / (1 + penalty))))
+        with torch.no_grad():  # the best constant to begin with: the loss's own quantile
+            bias = cast("ResidualMLP", self.networks["mlp"]).output.bias
+            bias.fill_(float(accepted.double().quantile(penalty / (1 + penalty))))
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         forecast = nn.Sequential(*self.networks.values())(batch["inputs"])[:, 0]
@@ -77,9 +75,8 @@ class LdlpModule(PolicyModule):
         values = {"threshold": config.grid["threshold"]}
         if config.keep == "longer":  # the other way round the forecast says how much to draft
             values["block_size"] = tuple(size for size in config.grid["block_size"] if size in traced)
-        for name in [name for name in values if name not in config.model_fields_set]:
-            rates = {value: replay(self.finished(**{name: value})) for value in values[name]}
-            self.set_options(**{name: max(rates, key=rates.__getitem__)})
+        for name, tried in values.items():
+            self.set_options(**self.fastest(replay, {name: tried}))
 
 
 def labelled_rows(prompt: PromptTrace) -> NDArray[np.bool_]:

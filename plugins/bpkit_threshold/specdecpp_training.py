@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from bpkit.learn import TrainedPolicy
 from bpkit.learn.training.policy_module import PolicyModule, Replay, TrainingOptions
 from bpkit.policy import PolicyError
 from bpkit.trace.records import PromptTrace
-from bpkit.types import CostModel, DecoderSpec, Feature
+from bpkit.types import Feature
 from bpkit_threshold.specdecpp import SpecDecPP
 from bpkit_threshold.specdecpp_networks import AcceptanceHead
 
@@ -57,10 +55,6 @@ class SpecDecPPModule(PolicyModule):
     policy: SpecDecPP
     options: SpecDecPPOptions
 
-    def __init__(self, policy: TrainedPolicy, spec: DecoderSpec, cost: CostModel, options: TrainingOptions) -> None:
-        super().__init__(policy, spec, cost, options)
-        self.tuned: dict[str, Any] = {}
-
     def examples(self, prompt: PromptTrace) -> dict[str, Tensor]:
         """`hidden` float16 [tokens, drafter hidden], `accepted` float32 [tokens], `depth` int16 [tokens] in the draft,
         from 0, and `sizes` int16 [tokens, traced sizes].
@@ -92,6 +86,7 @@ class SpecDecPPModule(PolicyModule):
             "blocks": self.options.blocks,
             "block_size": trained if block_drafter else max(self.block_sizes),
         }
+        self.tuned: dict[str, Any] = {}
         self.networks = nn.ModuleDict(self.policy.build(self.facts))
         head = self.networks["head"]
         assert isinstance(head, AcceptanceHead)
@@ -112,24 +107,16 @@ class SpecDecPPModule(PolicyModule):
     def on_validation_epoch_end(self) -> None:
         # Weights of two epochs are compared at a threshold that suits each: chances shift while the head learns.
         if self.replay is not None:
-            self.tuned = self._fastest(self.replay, {"threshold": self.policy.config.grid["threshold"]})
+            self.tuned = self.fastest(self.replay, {"threshold": self.policy.config.grid["threshold"]})
         super().on_validation_epoch_end()
 
     def choose(self, replay: Replay) -> None:
         """Threshold, and what else of the grid is open, together: what is fastest on validation prompts."""
         self.tuned = {}
-        self.set_options(**self._fastest(replay, {**self.policy.config.grid, "block_size": tuple(self.block_sizes)}))
-
-    def _fastest(self, replay: Replay, grid: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-        """Of the options in the grid that were left open, the values with the most tokens per second."""
-        names = [name for name in grid if name not in self.policy.config.model_fields_set]
-        tried = [dict(zip(names, values, strict=True)) for values in itertools.product(*(grid[n] for n in names))]
-        rates = [replay(self.finished(**options)) for options in tried] if names else [0.0]
-        return tried[rates.index(max(rates))]
+        self.set_options(**self.fastest(replay, {**self.policy.config.grid, "block_size": tuple(self.block_sizes)}))
 
 
-@dataclass(frozen=True)
-class DraftedTokens:
+class DraftedTokens(NamedTuple):
     """What became of every drafted token of a trace; arrays are [rows, sizes, width].
 
     Attributes:

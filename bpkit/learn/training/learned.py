@@ -106,10 +106,9 @@ class LearnedModule(PolicyModule):
         """Rate, then margin, with the most tokens per second on validation prompts, unless they were given."""
         for name in ("rate", "margin"):
             config = self.policy.config
-            if name in config.grid and name not in config.model_fields_set:
+            if name in config.grid:
                 values = dict.fromkeys((getattr(config, name), *config.grid[name]))
-                rates = {value: replay(self.finished(**{name: value})) for value in values}
-                self.set_options(**{name: max(rates, key=rates.__getitem__)})
+                self.set_options(**self.fastest(replay, {name: values}))
 
     def inputs(self, data: dict[str, Any]) -> Tensor:
         """float32 [rows, inputs]."""
