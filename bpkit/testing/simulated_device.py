@@ -100,11 +100,8 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return DeviceReads(tuple(tokens), tuple(after - before for before, after in pairwise(totals)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._run(func, args, kwargs or {})
-
-    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
-        args, kwargs = _by_name(func, "device", args, kwargs)
+        args, kwargs = _by_name(func, "device", args, kwargs or {})
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         here = any(isinstance(value, DeviceTensor) for value in tensors)
         wanted = kwargs.get("device")
@@ -119,7 +116,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.reads += 1
         if wanted is not None:
             kwargs["device"] = torch.device("cpu")
-        result = func(*_on_host(args), **_on_host(kwargs))
+        result = func(*_on_host(args), **{key: _on_host(value) for key, value in kwargs.items()})
         if not stays:
             return result
         if func._schema.is_mutable and tensors and name.endswith("_"):
@@ -171,9 +168,8 @@ class DeviceTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         simulated = next(v.simulated for v in tree_leaves((args, kwargs)) if isinstance(v, DeviceTensor))
-        return simulated._run(func, args, kwargs)
+        return simulated.__torch_dispatch__(func, types, args, kwargs)
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -208,5 +204,7 @@ def _by_mask(name: str, args: Any) -> bool:
 
 
 def _on_host(value: Any) -> Any:
-    """Arguments with the numbers that they have."""
-    return tree_map_only(DeviceTensor, lambda here: here.on_host, value)
+    """Arguments with the numbers that they have. Not by torch's pytree, which takes several times as long."""
+    if isinstance(value, list | tuple):
+        return [_on_host(each) for each in value]
+    return value.on_host if isinstance(value, DeviceTensor) else value
