@@ -58,11 +58,7 @@ class KeptDecoders:
     def get(
         self, policy: PolicyLike | None, drafter: DrafterLike | None, make: Callable[[Drafter | None], Decoder]
     ) -> Decoder:
-        """The decoder of this pair, made at the first call.
-
-        Args:
-            make: called with a drafter that was made for another policy already, if there is one.
-        """
+        """The decoder of this pair, made at the first call, with a drafter that another policy has already, if any."""
         key = (policy_key(policy), drafter_key(drafter))
         if key not in self._kept:
             same = (d.drafter for (_, other), (d, _) in self._kept.items() if other == key[1])

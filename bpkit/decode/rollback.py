@@ -144,8 +144,7 @@ class Rollback:
     def settled(self, records: Generator[Record], length: int) -> Generator[Record]:
         """Pass records on, forget states that cannot come back, and at the end restore the last decided position's.
 
-        Args:
-            length: tokens of the prompt.
+        `length` is that of the prompt, and counts on.
         """
         try:
             for record in records:

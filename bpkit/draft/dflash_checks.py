@@ -42,11 +42,7 @@ _ROPE = frozenset(
 
 
 def refuse_unknown_layout(path: str, config: Mapping[str, Any], *, vocab_size: int) -> None:
-    """Raise if a config.json is of another layout, or was written for a target with another vocabulary.
-
-    Args:
-        vocab_size: of the target.
-    """
+    """Raise if a config.json is of another layout, or for a target of another vocabulary than `vocab_size` tokens."""
     others = [name for name in config.get("architectures") or () if name not in _ARCHITECTURES]
     if others:
         raise ValueError(
@@ -62,11 +58,7 @@ def refuse_unknown_layout(path: str, config: Mapping[str, Any], *, vocab_size: i
 
 
 def refuse_unfit(config: Any, target: Any, embedding_rows: int, name: str) -> None:
-    """Raise if a drafter does not fit a target, or its config asks for what the model does not do.
-
-    Args:
-        config: its `DFlashConfig`. target: the target's text config. embedding_rows: of the target.
-    """
+    """Raise if a drafter's `DFlashConfig` does not fit a target's text config, or asks for what the model does not."""
     nested = config.dflash_config or {}
     given = {**config.to_dict(), **nested}
     width, depth, layers = target.hidden_size, target.num_hidden_layers, config.target_layer_ids or ()

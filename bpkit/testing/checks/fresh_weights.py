@@ -29,11 +29,7 @@ class NoWeights(PolicyError):
 
 
 class FreshWeights:
-    """Makes policies of one class with the first weights of their training, from a few traces of the tiny pair.
-
-    Args:
-        policy: its options are kept, those stored with its weights as well; its weights are not.
-    """
+    """Makes policies with the options of one and first weights of its training, from a few traces of the tiny pair."""
 
     def __init__(self, policy: TrainedPolicy) -> None:
         self.kind = type(policy)

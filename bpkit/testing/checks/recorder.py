@@ -158,11 +158,7 @@ class CallRecorder:
                 setattr(self.policy, method, functools.partial(self._call, method, getattr(self.policy, method)))
 
     def record(self, case: Case, *, surroundings: int = 0) -> Recording:
-        """Decode; a fault of the policy ends it and is noted.
-
-        Args:
-            surroundings: seed of the global generators while it decodes.
-        """
+        """Decode; a fault of the policy ends it and is noted. `surroundings` seeds the global generators meanwhile."""
         seed_everything(surroundings)
         recording = Recording(self.drafter, case)
         try:
@@ -173,11 +169,7 @@ class CallRecorder:
         return recording
 
     def record_in_turn(self, cases: Sequence[Case], after: Callable[[], None]) -> list[Recording]:
-        """Decode several requests at the same time, a record of each in turn; the first fault ends them all.
-
-        Args:
-            after: is called after every record.
-        """
+        """Decode requests at the same time, a record of each in turn, `after` each; the first fault ends them all."""
         seed_everything(0)
         recordings = [Recording(self.drafter, case) for case in cases]
         with ExitStack() as opened:

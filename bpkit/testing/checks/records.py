@@ -23,11 +23,7 @@ FILL = 1
 
 
 class NotedFeatures(UserDict[Feature, Tensor]):
-    """Features that note who reads them.
-
-    Args:
-        read: features read. missed: names that were asked for and are not there.
-    """
+    """Features that note which are `read`, and which names were asked for and are `missed`."""
 
     def __init__(self, features: Mapping[Feature, Tensor], read: set[str], missed: set[str]) -> None:
         super().__init__(_unnoted(features))

@@ -145,11 +145,7 @@ class Findings:
         return [replace(first, also=_elsewhere(*drafters)) for first, drafters in self._mistakes.values()]
 
     def fail(self, did: str, expected: str, got: str, *, drafter: str = "") -> None:
-        """The policy does something wrong.
-
-        Args:
-            drafter: with which it was found, where it may be found with others as well.
-        """
+        """The policy does something wrong; with `drafter`, where it may be found with others as well."""
         _, drafters = self._mistakes.setdefault((gist(expected), gist(got)), (Failure(did, expected, got), []))
         drafters.append(drafter)
 

@@ -204,8 +204,7 @@ class Batch:
     ) -> None:
         """Decisions at random: the same question many times over, together and alone, must give the same mean.
 
-        Args:
-            questions: with which state, about what, and which row's answer counts; in the batch, and alone.
+        A question is a state, what is asked about, and the row whose answer counts.
         """
         draws: list[int] = []
         for state, given, place in questions:

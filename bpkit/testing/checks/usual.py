@@ -31,8 +31,7 @@ def lossless(policy: CheckedPolicy, out: Findings) -> None:
 def compare_with_plain(name: str, recording: Recording, plain: Plain, out: Findings, *, exact: bool = True) -> None:
     """Tell where the tokens of a generation that came to its end part from plain decoding.
 
-    Args:
-        exact: whether logits of one position agree between verify widths but for near ties, as in float32.
+    `exact` says that logits of one position agree between verify widths but for near ties, as in float32.
     """
     tokens, wanted = recording.tokens, plain.tokens
     if tokens == wanted:

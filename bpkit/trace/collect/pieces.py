@@ -42,12 +42,9 @@ def pieces(count: int, at_once: int) -> Iterator[slice]:
 
 
 class Positions:
-    """float32 rows [vocab] of positions 0 .. count - 1, made when they are asked for.
+    """float32 rows [vocab] of positions 0 .. count - 1, which `make` makes of a slice of them when they are asked for.
 
     The latest are kept, so that asking in rising order makes each once.
-
-    Args:
-        make: rows of a slice of positions, [positions, vocab].
     """
 
     def __init__(self, count: int, vocab_size: int, make: Callable[[slice], Tensor]) -> None:

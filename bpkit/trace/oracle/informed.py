@@ -75,12 +75,7 @@ def calibrate(prompts: Iterable[PromptTrace], seed: int) -> Calibration | None:
 
 
 class Informed:
-    """One prompt under one cost model.
-
-    Args:
-        work: of the drafter.
-        survival: of the prompt, by `Calibration.survival`.
-    """
+    """One prompt under one cost model, with its `Calibration.survival`."""
 
     def __init__(self, prompt: PromptTrace, work: DraftWork, cost: CostModel, survival: Float64) -> None:
         self.prompt, self.work, self.cost = prompt, work, cost

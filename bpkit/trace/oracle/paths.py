@@ -54,7 +54,6 @@ def fixed_path(prompt: PromptTrace, work: DraftWork, cost: CostModel, block_size
     """The steps of one block size throughout, everything verified that the limit on new tokens allows.
 
     Args:
-        work: of the drafter.
         block_size: 1 (plain decoding) or a traced size.
 
     Raises:
@@ -127,7 +126,6 @@ def oracle_distributions(
     docs/evaluation.md says which policies it bounds, and where it is an estimate.
 
     Args:
-        work: of the drafter.
         truncate: whether fewer drafted tokens may be verified than there are.
 
     Raises:

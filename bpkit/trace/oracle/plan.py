@@ -94,7 +94,6 @@ def step_table(prompt: PromptTrace, work: DraftWork, cost: CostModel, *, truncat
     """The steps of a prompt.
 
     Args:
-        work: of the drafter.
         truncate: whether fewer drafted tokens may be verified than there are; otherwise all are, as far as the limit
             on new tokens allows.
     """
@@ -172,8 +171,7 @@ class Plan:
 def solve(table: StepTable, match: Float64) -> Plan:
     """The plan of least expected seconds.
 
-    Args:
-        match: chance that a drafted token matches if those before it did, float64 [rows, sizes, width].
+    `match` is the chance that a drafted token matches if those before it did, float64 [rows, sizes, width].
     """
     rows, columns = table.catch_up.shape
     reach = np.ones(table.draft.shape)  # the first v tokens all match

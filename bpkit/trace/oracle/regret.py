@@ -35,7 +35,6 @@ def step_regret(prompt: PromptTrace, work: DraftWork, known: Hindsight, taken: T
     They sum to what the cost model says of the steps, without features, less `known.seconds`.
 
     Args:
-        work: of the drafter.
         known: `oracle_step_truncate` of the same prompt and drafter under the cost model in question.
 
     Raises:
