@@ -41,11 +41,7 @@ class RecordedStep:
 
 @dataclass(eq=False)
 class BatchedRequest:
-    """One request, as it was decoded by itself, on its way through a batch.
-
-    Attributes:
-        done: its steps so far in the batch. alone: its state, had it been alone.
-    """
+    """One request, decoded by itself, in a batch: steps `done` there, and its state had it been `alone`."""
 
     case: Case
     begin: Context

@@ -27,12 +27,7 @@ LEAST_PROBABILITY = 1e-6
 
 @dataclass(frozen=True)
 class Calibration:
-    """Chances that drafted tokens stand.
-
-    Attributes:
-        model: a fitted scikit-learn classifier.
-        tokens: that it learned from.
-    """
+    """Chances that drafted tokens stand, by a scikit-learn classifier that was fitted to so many tokens."""
 
     model: Any
     tokens: int
