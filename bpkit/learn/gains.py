@@ -37,23 +37,33 @@ def going_rate(yields: Any, seconds: Any, rate: float) -> tuple[Any, Any]:
     return rate * speeds.max(), speeds[1:].argmax(axis=0, keepdims=True) + 1
 
 
-def over_plain(arrays: Any, tokens: Any, seconds: Any, rho: Any) -> Any:
+def prices(seconds: Any, rho: Any) -> Any:
+    """What a draft of each size costs over a step without one, in tokens: [rows, 1 + sizes] -> [rows, sizes]."""
+    return rho * (seconds[:, 1:] - seconds[:, :1])
+
+
+def over_plain(arrays: Any, tokens: Any, price: Any) -> Any:
     """Tokens gained over a step without a draft, which yields one token as well: [rows, 1 + sizes], that step first.
 
     Args:
-        arrays: `numpy` or `torch`. tokens: expected to stand, [rows, sizes]. seconds: of steps, [rows, 1 + sizes].
+        arrays: `numpy` or `torch`. tokens: expected to stand, [rows, sizes]. price: as `prices` gives it.
     """
-    gains = tokens - rho * (seconds[:, 1:] - seconds[:, :1])
+    gains = tokens - price
     return arrays.concatenate([arrays.zeros_like(gains[:, :1]), gains], 1)
 
 
-def candidates(arrays: Any, gains: Any, floor: Any, margin: float) -> Any:
-    """Gains of no draft, of the best fixed size, and of what is ahead of that by more than a margin; others `NEVER`.
+def always(arrays: Any, sizes: int, floor: Any) -> Any:
+    """No draft and the best fixed size, bool [1 + sizes]: what may be chosen whatever the margin."""
+    place = arrays.arange(1 + sizes)
+    return (place == floor) | (place == 0)
 
-    The block size to draft is that of the largest, the first of equals. Arguments as given and returned above.
+
+def candidates(arrays: Any, gains: Any, floor: Any, free: Any, margin: float) -> Any:
+    """Gains of what is `always` free to choose, and of what is ahead of the best fixed size by more than a margin.
+
+    Others are `NEVER`. The block size to draft is that of the largest, the first of equals.
     """
-    place = arrays.arange(gains.shape[1])
-    return arrays.where((gains > gains[:, floor] + margin) | (place == floor) | (place == 0), gains, NEVER)
+    return arrays.where((gains > gains[:, floor] + margin) | free, gains, NEVER)
 
 
 def gain_of_choosing(arrays: Any, gains: Any, floor: Any) -> Any:
@@ -92,9 +102,11 @@ class Gains:
         worth = math.inf  # while training runs
         if facts["outlook"]:
             outlook = np.array(facts["outlook"])[:, self.columns]
-            worth = gain_of_choosing(np, over_plain(np, outlook, typical[None], self.rho), self._fixed)
+            worth = gain_of_choosing(np, over_plain(np, outlook, prices(typical[None], self.rho)), self._fixed)
         self.asks = bool(worth > self.rho * config.decision)
-        self._choices = np.array([1, *usable])
+        self._choices, self._free = np.array([1, *usable]), always(np, len(usable), self._fixed)
+        self._prices: dict[int, tuple[Curves, NDArray[np.float64]]] = {}
+        """By the id of curves, which are one object for many context lengths."""
 
     def best_sizes(self, tokens: NDArray[Any], context_lengths: Sequence[int]) -> NDArray[np.int64]:
         """Block size of each row: int64 [rows].
@@ -102,10 +114,19 @@ class Gains:
         Args:
             tokens: expected to stand, by block size of training, [rows, sizes].
         """
-        seconds = np.array([self.curves(length).steps for length in context_lengths]).reshape(-1, 1 + len(self.sizes))
-        gains = over_plain(np, tokens[:, self.columns].astype(np.float64), seconds, self.rho)
-        places: NDArray[np.int64] = candidates(np, gains, self._fixed, self.margin).argmax(axis=1)
+        price = [self._price(length) for length in context_lengths]
+        each = price[0] if len(price) == 1 else np.array(price).reshape(-1, len(self.sizes))
+        gains = over_plain(np, tokens[:, self.columns], each)
+        places: NDArray[np.int64] = candidates(np, gains, self._fixed, self._free, self.margin).argmax(axis=1)
         return self._choices[places]
+
+    def _price(self, context_length: int) -> NDArray[np.float64]:
+        """`prices` at a context length, [1, sizes], each worked out once."""
+        curves = self.curves(context_length)
+        known = self._prices.get(id(curves))
+        if known is None:
+            known = self._prices[id(curves)] = curves, prices(np.array(curves.steps)[None], self.rho)
+        return known[1]
 
 
 def _of_training(facts: dict[str, Any], columns: Sequence[int]) -> Callable[[int], Curves]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bpkit.export.graph import best, survival
 from bpkit.learn.config import LearnedConfig
-from bpkit.learn.gains import NEVER, candidates, gain_of_choosing, going_rate, over_plain
+from bpkit.learn.gains import NEVER, always, candidates, gain_of_choosing, going_rate, over_plain, prices
 from bpkit.policy import PolicyError
 
 
@@ -135,8 +135,9 @@ class BestSize(nn.Module):
         *features, step, typical = inputs
         tokens = self.forecaster(joined(features))[:, cast("Tensor", self.columns)]
         rho, floor = self.worth(typical)
-        scores = candidates(torch, over_plain(torch, tokens, step, rho), floor, self.margin)
-        expected = gain_of_choosing(torch, over_plain(torch, self.outlook, typical[None], rho), floor)
+        free = always(torch, len(self.worth.yields) - 1, floor)
+        scores = candidates(torch, over_plain(torch, tokens, prices(step, rho)), floor, free, self.margin)
+        expected = gain_of_choosing(torch, over_plain(torch, self.outlook, prices(typical[None], rho)), floor)
         fixed = torch.where(torch.arange(len(typical)) == floor, 1.0, NEVER)
         scores = torch.where(expected > rho * self.decision, scores, fixed.expand_as(scores))
         chosen, margin = best(scores)
