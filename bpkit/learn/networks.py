@@ -135,7 +135,7 @@ class BestSize(nn.Module):
         *features, step, typical = inputs
         tokens = self.forecaster(joined(features))[:, cast("Tensor", self.columns)]
         rho, floor = self.worth(typical)
-        free = always(torch, len(self.worth.yields) - 1, floor)
+        free = always(torch, len(typical) - 1, floor)
         scores = candidates(torch, over_plain(torch, tokens, prices(step, rho)), floor, free, self.margin)
         expected = gain_of_choosing(torch, over_plain(torch, self.outlook, prices(typical[None], rho)), floor)
         fixed = torch.where(torch.arange(len(typical)) == floor, 1.0, NEVER)
