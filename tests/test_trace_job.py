@@ -599,7 +599,9 @@ def test_a_process_that_dies_is_told_with_its_prompt_and_the_others_end(tiny_fol
     children = own_children()
     assert len(children) == 2
     os.kill(children[0], signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"worker process is gone with prompt 'p\d' \(SIGKILL.*same command goes on"):
+    # The other one may have been the first to work; this one may be loading yet.
+    doing = r"(with prompt 'p\d'|while it loaded the models)"
+    with pytest.raises(WorkerError, match=rf"worker process is gone {doing} \(SIGKILL.*same command goes on"):
         list(traces)
     assert own_children() == []
 
