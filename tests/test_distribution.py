@@ -246,3 +246,10 @@ def test_pages_install_this_project_with_extras_that_exist() -> None:
             named.setdefault(name, set()).update(of)
     assert {name for name, of in named.items() if of <= extras} <= {DISTRIBUTION, "."}
     assert named[DISTRIBUTION] >= {"traces", "export", "train"}
+
+
+def test_the_wheel_has_every_package_and_no_other() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    core = {".".join(file.relative_to(ROOT).parent.parts) for file in (ROOT / "bpkit").rglob("__init__.py")}
+    plugins = {folder.name for folder in (ROOT / "plugins").glob("bpkit_*") if folder.is_dir()}
+    assert sorted(settings["packages"]) == sorted({*core, *plugins, "bpkit.exported"})
