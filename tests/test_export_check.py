@@ -643,6 +643,7 @@ def test_what_does_not_run_well_is_refused(tmp_path: Path, case: str) -> None:
     refuse(tmp_path, words)
 
 
+@pytest.mark.slow
 def test_an_endless_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, endless())
     monkeypatch.setattr(golden, "SECONDS", 4)

@@ -112,6 +112,7 @@ DRAFTERS: dict[str, Callable[[TinyPair], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("short", [{0}, {2}, {0, 1, 2, 3, 4, 5}], ids=["first", "middle", "all"])
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", DRAFTERS)
@@ -199,6 +200,7 @@ def pause_after_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(of, name, slowly(getattr(of, name)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the job runs in a fork of this process")
 def test_killed_at_random_and_started_again_it_ends_as_if_nothing_had_happened(
     pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
