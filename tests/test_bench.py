@@ -17,7 +17,7 @@ from bpkit.config import Config
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.statistics import RESAMPLES, resample
 from bpkit.judge.wall_clock.bench import BenchSettings, measure, run_bench
-from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Measurement, Outcome, Task
+from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, EncodedPrompt, Measurement, Outcome
 from bpkit.judge.wall_clock.figures import BenchFigures, differences, ends_in_loop
 from bpkit.judge.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
 from bpkit.prompts import Prompt, choose_prompts, read_prompts
@@ -170,8 +170,8 @@ class Fake:
         return outcome([1, 2], self.seconds.get(torch.get_num_threads(), 1.0), 1)
 
 
-def tasks(count: int) -> list[Task]:
-    return [Task(Prompt(f"p{i}", "d", "x"), torch.tensor([[1]]), i) for i in range(count)]
+def tasks(count: int) -> list[EncodedPrompt]:
+    return [EncodedPrompt(Prompt(f"p{i}", "d", "x"), torch.tensor([[1]]), i) for i in range(count)]
 
 
 def test_runs_are_interleaved_in_an_order_that_the_seed_fixes() -> None:

@@ -236,14 +236,14 @@ def test_a_bug_report_names_versions_and_no_home_folder(monkeypatch: pytest.Monk
 def test_figures_are_never_cut_off(width: int) -> None:
     from rich.console import Console
 
-    from bpkit.judge.tables import Row, Table
+    from bpkit.judge.tables import Table, TableRow
 
     head = ("decoding", "tokens/s", "speed-up", "acceptance\nlength", "time %")
     name, figures = (
         "threshold:threshold=0.6,block_size=8",
         ("165.8 (137.9..203.0)", "1.54x (1.30..1.91)", "2.46", "77/18/2/3"),
     )
-    table = Table("overall (3 prompts)", head, [[Row((name, *figures))]])
+    table = Table("overall (3 prompts)", head, [[TableRow((name, *figures))]])
     out = Console(width=width, color_system=None)
     with out.capture() as printed:
         out.print(table)

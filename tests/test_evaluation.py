@@ -21,7 +21,7 @@ from bpkit.judge.evaluation.bounds import describe_choices, steps_beside
 from bpkit.judge.evaluation.page import html_report
 from bpkit.judge.evaluation.tables import print_evaluation
 from bpkit.judge.statistics import Bootstrap, shares_of_gap
-from bpkit.judge.tables import Row, Table
+from bpkit.judge.tables import Table, TableRow
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable, flat, linear, write_cost
@@ -317,8 +317,8 @@ def test_shares_skip_resamples_without_a_gap() -> None:
 
 
 def test_a_table_says_the_same_on_terminals_and_pages(tmp_path: Path) -> None:
-    rows = [Row(("a[b]", "1.5 (1.0..2.0)")), Row(("<i>", "2"), "green")]
-    table = Table("[t]", ("who", "tokens\nper step"), [rows, [Row(("bound", "3"), "dim")]])
+    rows = [TableRow(("a[b]", "1.5 (1.0..2.0)")), TableRow(("<i>", "2"), "green")]
+    table = Table("[t]", ("who", "tokens\nper step"), [rows, [TableRow(("bound", "3"), "dim")]])
     page = table.html()
     assert "<th>tokens per step</th>" in page
     assert "<td>a[b]</td><td>1.5 (1.0..2.0)</td>" in page

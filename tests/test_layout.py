@@ -98,3 +98,14 @@ def test_few_modules_lie_at_the_top() -> None:
     found = {file.name for file in (ROOT / "bpkit").glob("*.py")}
     assert "types.py" in found
     assert len(found) <= 8
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    found: dict[str, list[str]] = {}
+    for folder in ("bpkit", "plugins", "recipes"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(file.relative_to(ROOT).as_posix())
+    assert len(found) > 200
+    assert {name: files for name, files in found.items() if len(files) > 1} == {}

@@ -12,7 +12,7 @@ EXTRA_DOMAINS = ("formats",)
 """By name only: structured text in formats that the shipped pair was not trained on."""
 
 
-class Prompt(TypedDict):
+class ShippedPrompt(TypedDict):
     """One shipped prompt."""
 
     id: str
@@ -38,9 +38,9 @@ def model_name(path: str) -> str:
     return f"shipped {folder.name}" if folder.parent == Path(__file__).parent else path
 
 
-def prompts(*domains: str, limit: int | None = None) -> list[Prompt]:
+def prompts(*domains: str, limit: int | None = None) -> list[ShippedPrompt]:
     """The shipped prompts of some domains, all by default, at most `limit` of each. No training text has them."""
-    found: list[Prompt] = []
+    found: list[ShippedPrompt] = []
     for domain in domains or DOMAINS:
         file = shipped("prompts") / f"{domain}.jsonl"
         if not file.is_file():

@@ -130,7 +130,7 @@ def print_cost(cost: CostTable, shown: Console) -> None:
     """Costs by size at the context length in the middle, and below what the table leaves out."""
     from rich.markup import escape
 
-    from bpkit.judge.tables import Row, Table
+    from bpkit.judge.tables import TableRow, Table
 
     at, largest_block = cost.middle_context, cost.largest_block_size or cost.largest_width
     where = f", context length {at}" if isinstance(cost.verify[1], dict) else ""
@@ -148,7 +148,7 @@ def print_cost(cost: CostTable, shown: Console) -> None:
         if size <= min(largest_block, cost.largest_width):
             row[3], row[5] = _figure(cost, cost.step(size)), f"{cost.break_even(size):.2f}"
         row.append("/".join(f"{100 * known[p, size]:.1f}" if (p, size) in known else "-" for p in ("draft", "verify")))
-        rows.append(Row(row[: len(head)]))
+        rows.append(TableRow(row[: len(head)]))
     shown.print(Table(f"{cost.name} ({unit}{where})", head, [rows]))
     for sentence in sentences(cost):
         shown.print(escape(sentence), soft_wrap=True)

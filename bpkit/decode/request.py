@@ -14,7 +14,7 @@ from bpkit.decode.features import target_features
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.host import to_host_with
 from bpkit.decode.proposed import Proposed
-from bpkit.decode.stopping import StopRule
+from bpkit.decode.stopping import OutputEnd
 from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText, counts
 from bpkit.decode.timing import Stopwatch
@@ -76,7 +76,7 @@ class Request:
     drafter: DrafterSession
     policy: GuardedPolicy
     rule: VerifyRule
-    stopping: StopRule
+    stopping: OutputEnd
     watch: Stopwatch
     spec: DecoderSpec
     wants: frozenset[Feature]

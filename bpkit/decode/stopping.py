@@ -11,7 +11,7 @@ from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaLi
 from bpkit.decode.text import RunningText
 
 
-class StopRule(Protocol):
+class OutputEnd(Protocol):
     """Says where the output of each row ends.
 
     Attributes:

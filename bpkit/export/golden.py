@@ -11,7 +11,6 @@ import importlib.util
 import io
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -159,11 +158,9 @@ def compare(file: str, network: Network, wanted: Rows, got: Rows) -> None:
 def _in_child(files: dict[str, tuple[bytes, list[Rows]]]) -> dict[str, tuple[list[Any], Rows]]:
     """Shapes of the outputs of every case, and the outputs of the first, of every file."""
     said: list[bytes] = []
-    # Two pickles, because whoever reads the arrays must have found numpy.
-    task = pickle.dumps(_homes("numpy", "onnxruntime")) + pickle.dumps((SECONDS, list(files.values())))
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(_command(), input=task, capture_output=True, timeout=SECONDS, env=environment)
+        done = subprocess.run(_command(), input=_task(files), capture_output=True, timeout=SECONDS, env=environment)
         output, code = done.stdout, done.returncode
         said = done.stderr.splitlines()
     except subprocess.TimeoutExpired as error:
@@ -180,6 +177,19 @@ def _in_child(files: dict[str, tuple[bytes, list[Rows]]]) -> dict[str, tuple[lis
             raise PolicyError(_death(file, code, said))
         results[file] = _result(file, json.loads(header), source)
     return results
+
+
+def _task(files: dict[str, tuple[bytes, list[Rows]]]) -> bytes:
+    """What the child reads: a line of JSON, then of each file its bytes and its inputs as numpy writes arrays."""
+    sizes = [(len(data), [list(case) for case in cases]) for data, cases in files.values()]
+    header = {"paths": _homes("numpy", "onnxruntime"), "seconds": SECONDS, "files": sizes}
+    task = io.BytesIO()
+    task.write(json.dumps(header).encode() + b"\n")
+    for data, cases in files.values():
+        task.write(data)
+        for array in (array for case in cases for array in case.values()):
+            np.lib.format.write_array(task, array, allow_pickle=False)
+    return task.getvalue()
 
 
 def _result(file: str, answer: dict[str, Any], source: io.BytesIO) -> tuple[list[Any], Rows]:

@@ -1,14 +1,14 @@
 """The process that opens and runs a file first, in bounded memory. Imports numpy and onnxruntime, and nothing of bpkit.
 
-`bpkit.export.golden` starts it. Standard input: its pickles, of where packages are, and of the files with their inputs.
-Standard output, which is not to be trusted: for each file a line of JSON, then the bytes of its first case's outputs.
+`bpkit.export.golden` starts it. Standard input: a line of JSON, then of each file its bytes and its inputs as numpy
+writes arrays. Standard output: for each file a line of JSON, then the bytes of the outputs of its first case.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import pickle
 import re
 import sys
 from typing import Any
@@ -67,12 +67,18 @@ def main() -> None:
     """Run every case of every file."""
     source, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whoever prints to standard output does not garble the results
-    sys.path[:0] = pickle.load(source)
+    task = json.loads(source.readline())
+    sys.path[:0] = task["paths"]
     import onnxruntime
+    from numpy.lib.format import read_array
 
     bound_arena(onnxruntime)
-    seconds, files = pickle.load(source)
-    bound_process(MEMORY + PER_BYTE * max(len(data) for data, _ in files), seconds)
+    given = io.BytesIO(source.read())
+    files = []
+    for size, cases in task["files"]:
+        data = given.read(size)
+        files.append((data, [{name: read_array(given, allow_pickle=False) for name in case} for case in cases]))
+    bound_process(MEMORY + PER_BYTE * max(len(data) for data, _ in files), task["seconds"])
     for data, cases in files:
         try:
             answer = _run(onnxruntime, data, cases)

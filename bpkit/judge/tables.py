@@ -15,7 +15,7 @@ from rich.measure import Measurement
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """Cells, and `green` or `dim` where the row is to stand out or back."""
 
     cells: Sequence[str]
@@ -34,7 +34,7 @@ class Table:
 
     title: str
     head: Sequence[str]
-    sections: Sequence[Sequence[Row]]
+    sections: Sequence[Sequence[TableRow]]
     last_is_text: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -65,7 +65,7 @@ class Table:
         return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _html_row(row: Row) -> str:
+def _html_row(row: TableRow) -> str:
     cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells)
     return f'<tr class="dim">{cells}</tr>' if row.style == "dim" else f"<tr>{cells}</tr>"
 

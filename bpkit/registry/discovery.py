@@ -23,7 +23,7 @@ from bpkit.names import did_you_mean
 from bpkit.policy import PolicyError
 from bpkit.registry import hookspecs
 from bpkit.registry.class_file import module_of_file, names_file
-from bpkit.registry.plugin_choice import NO_AUTOLOAD, OPTION, Choice, choice_of
+from bpkit.registry.plugin_choice import NO_AUTOLOAD, OPTION, PluginChoice, choice_of
 
 GROUP, OURS = "bpkit", DISTRIBUTION
 """The group of entry points, and the distribution whose plug-ins come with bpkit."""
@@ -159,9 +159,9 @@ def call(implementation: pluggy.HookImpl, **arguments: Any) -> None:
     implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
-def build(points: Sequence[EntryPoint] | None = None, choice: Choice | None = None) -> Registry:
+def build(points: Sequence[EntryPoint] | None = None, choice: PluginChoice | None = None) -> Registry:
     """Load the plug-ins of entry-point group `bpkit`, or those given. One that fails is noted, not raised."""
-    wanted = choice or Choice()
+    wanted = choice or PluginChoice()
     registry = Registry(pluggy.PluginManager(hookspecs.PROJECT))
     registry.manager.add_hookspecs(hookspecs)
     installed = list(_installed(entry_points(group=GROUP) if points is None else points))
@@ -201,7 +201,7 @@ def _installed(points: Sequence[EntryPoint]) -> Iterator[Plugin]:
         yield Plugin(name, point.value, point.load, distribution, version)
 
 
-def _named_modules(choice: Choice, installed: Sequence[Plugin]) -> Iterator[Plugin]:
+def _named_modules(choice: PluginChoice, installed: Sequence[Plugin]) -> Iterator[Plugin]:
     """Plug-ins for the modules that were named and are not installed as plug-ins."""
     known = {name for plugin in installed for name in plugin.names}
     for name in choice.named:
@@ -218,7 +218,7 @@ def _import(module: str, *, here: bool) -> object:
     return importlib.import_module(module)
 
 
-def _disabled(plugin: Plugin, choice: Choice) -> str | None:
+def _disabled(plugin: Plugin, choice: PluginChoice) -> str | None:
     """What keeps a plug-in from being loaded, or None."""
     for name in plugin.names & set(choice.disabled):
         return choice.disabled[name]

@@ -12,7 +12,7 @@ PLUGINS, NO_AUTOLOAD = "BPKIT_PLUGINS", "BPKIT_DISABLE_PLUGIN_AUTOLOAD"
 
 
 @dataclass(frozen=True)
-class Choice:
+class PluginChoice:
     """What the user said of plug-ins.
 
     Attributes:
@@ -28,7 +28,7 @@ class Choice:
     autoload: bool = True
 
 
-def choice_of(flags: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Choice:
+def choice_of(flags: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> PluginChoice:
     """The choice that flags and environment make. The last word on a name counts, and flags come last.
 
     >>> choice_of(["no:bandit", "my_module"], {}).disabled
@@ -46,7 +46,7 @@ def choice_of(flags: Sequence[str] = (), environment: Mapping[str, str] | None =
                 kind.pop(name, None)
             (named if name == spec else disabled)[name] = how
     autoload = stated.get(NO_AUTOLOAD, "") in ("", "0")
-    return Choice(disabled, named, frozenset(named).intersection(flags), autoload)
+    return PluginChoice(disabled, named, frozenset(named).intersection(flags), autoload)
 
 
 def plugin_flags(arguments: Iterable[str]) -> list[str]:

@@ -284,7 +284,7 @@ class _TracedRule:
 
 
 class _TracedStop:
-    """A `StopRule` that ends where the output did."""
+    """A `OutputEnd` that ends where the output did."""
 
     def __init__(self, prompt: PromptTrace, text: RunningText) -> None:
         self.text = text

@@ -79,14 +79,14 @@ def bench_model(
 
 def print_model_report(report: dict[str, Any], out: Console) -> None:
     """A row for each policy."""
-    from bpkit.judge.tables import Row, Table, bracketed
+    from bpkit.judge.tables import Table, TableRow, bracketed
 
     prompts = len(report["settings"]["prompts"])
     rows = []
     for name, entry in report["policies"].items():
         ratio = entry["modelled_over_measured"]
         rows.append(
-            Row(
+            TableRow(
                 (
                     name,
                     f"{entry['measured_tokens_per_second']:.1f}",

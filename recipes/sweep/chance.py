@@ -67,7 +67,7 @@ def leave_one_out(values: Floats) -> Ints:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenSizes:
     """Values that were got, float64 [..., prompts]: by choosing per prompt, and with the size best on the others."""
 
     chosen: Floats
@@ -80,7 +80,7 @@ class Choice:
         return gain
 
 
-def choose_by_neighbours(values: Floats, sizes: Ints) -> Choice:
+def choose_by_neighbours(values: Floats, sizes: Ints) -> ChosenSizes:
     """Choose among every other size by the values of the sizes between them, and the other way round: the mean of both.
 
     Args:
@@ -88,13 +88,13 @@ def choose_by_neighbours(values: Floats, sizes: Ints) -> Choice:
         sizes: ascending, [sizes].
     """
     halves = [_half(values, sizes, np.arange(start, len(sizes), 2)) for start in (0, 1)]
-    return Choice(
+    return ChosenSizes(
         np.mean([half.chosen for half in halves], axis=0),
         np.mean([half.fixed for half in halves], axis=0),
     )
 
 
-def _half(values: Floats, sizes: Ints, candidates: Ints) -> Choice:
+def _half(values: Floats, sizes: Ints, candidates: Ints) -> ChosenSizes:
     """Choose among the candidates by the other sizes.
 
     Shapes are [..., prompts, candidates]. A prompt's curve over the candidates is read off its values at the other
@@ -122,7 +122,7 @@ def _half(values: Floats, sizes: Ints, candidates: Ints) -> Choice:
     slope = np.where(known, covariance(seen, truth) / np.where(known, spread, 1), 0).clip(min=0)
     usual = without(truth) / (prompts - 1)
     predicted = usual + slope * (seen - without(seen) / (prompts - 1))
-    return Choice(_pick(scores, predicted), _pick(scores, usual))
+    return ChosenSizes(_pick(scores, predicted), _pick(scores, usual))
 
 
 def _centred(curves: Floats) -> Floats:

@@ -27,7 +27,7 @@ LONG = "`prompt,block_size,acceptance_length`"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableValue:
     """One value as it stands in a file; `where` names it for whoever has to mend it."""
 
     prompt: str
@@ -106,7 +106,7 @@ def _domain(value: object) -> str | None:
 
 # JSON
 
-Found = tuple[Iterator[Cell], str]
+Found = tuple[Iterator[TableValue], str]
 
 
 def json_cells(reading: Reading, text: str) -> Found:
@@ -151,7 +151,7 @@ def _identity(reading: Reading, row: Mapping[str, Any], where: str) -> str:
     return _name(reading, row[key], where)
 
 
-def _curve(reading: Reading, curve: object, prompt: str, domain: str | None, where: str) -> Iterator[Cell]:
+def _curve(reading: Reading, curve: object, prompt: str, domain: str | None, where: str) -> Iterator[TableValue]:
     """The cells of {size: value}."""
     if not isinstance(curve, dict) or not curve:
         raise reading.fail(f'{where}: it needs values by block size, such as {{"8": 5.1, "16": 6.5}}, not {curve!r}')
@@ -160,7 +160,7 @@ def _curve(reading: Reading, curve: object, prompt: str, domain: str | None, whe
         if isinstance(value, str) and value:
             raise reading.fail(f"{here}: {value!r} is a text; write a number, without quotes")
         number = _number(reading, value, here)
-        yield Cell(prompt, _size(reading, size, where), number, domain, here)
+        yield TableValue(prompt, _size(reading, size, where), number, domain, here)
 
 
 def _published(reading: Reading, data: Mapping[str, Any]) -> Found:
@@ -170,7 +170,7 @@ def _published(reading: Reading, data: Mapping[str, Any]) -> Found:
     declared = data.get("block_sizes")
     wanted = [_size(reading, size, "'block_sizes'") for size in declared] if isinstance(declared, list) else []
 
-    def cells() -> Iterator[Cell]:
+    def cells() -> Iterator[TableValue]:
         for number, row in enumerate(rows, start=1):
             where = f"prompt {number}"
             found = list(
@@ -189,7 +189,7 @@ def _rows(reading: Reading, data: Sequence[object]) -> Found:
     rows = _objects(reading, data, "row")
     figure = reading.choose(sorted({key for row in rows for key in row})) if rows else reading.unnamed
 
-    def cells() -> Iterator[Cell]:
+    def cells() -> Iterator[TableValue]:
         for number, row in enumerate(rows, start=1):
             where = f"row {number}"
             if "block_size" not in row:
@@ -201,7 +201,7 @@ def _rows(reading: Reading, data: Sequence[object]) -> Found:
     return cells(), figure
 
 
-def _mapping(reading: Reading, data: Mapping[str, Any]) -> Iterator[Cell]:
+def _mapping(reading: Reading, data: Mapping[str, Any]) -> Iterator[TableValue]:
     """{prompt: {size: value}}."""
     for prompt, curve in data.items():
         yield from _curve(reading, curve, _name(reading, prompt, f"prompt {prompt!r}"), None, f"prompt {prompt!r}")
@@ -234,10 +234,10 @@ def csv_cells(reading: Reading, text: str) -> Found:
     return _wide(reading, named, header), reading.unnamed
 
 
-def _long(reading: Reading, rows: Sequence[tuple[str, dict[str, str]]], figure: str) -> Iterator[Cell]:
+def _long(reading: Reading, rows: Sequence[tuple[str, dict[str, str]]], figure: str) -> Iterator[TableValue]:
     for where, row in rows:
         here = f"{where}, column '{figure}'"
-        yield Cell(
+        yield TableValue(
             _identity(reading, row, where),
             _size(reading, row["block_size"], f"{where}, column 'block_size'"),
             _number(reading, row[figure], here),
@@ -246,7 +246,7 @@ def _long(reading: Reading, rows: Sequence[tuple[str, dict[str, str]]], figure: 
         )
 
 
-def _wide(reading: Reading, rows: Sequence[tuple[str, dict[str, str]]], header: Sequence[str]) -> Iterator[Cell]:
+def _wide(reading: Reading, rows: Sequence[tuple[str, dict[str, str]]], header: Sequence[str]) -> Iterator[TableValue]:
     columns = [name for name in header if name not in (*_IDS, "domain")]
     if not columns:
         raise reading.fail("line 1: no column for a block size; add one for each, such as `prompt,8,16`")
@@ -259,4 +259,4 @@ def _wide(reading: Reading, rows: Sequence[tuple[str, dict[str, str]]], header: 
         prompt, domain = _identity(reading, row, where), _domain(row.get("domain"))
         for name in columns:
             here = f"{where}, column '{name}'"
-            yield Cell(prompt, int(name), _number(reading, row[name], here), domain, here)
+            yield TableValue(prompt, int(name), _number(reading, row[name], here), domain, here)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.sweep.layouts import FIGURES, LONG, Cell, Reading, csv_cells, json_cells, listed
+from recipes.sweep.layouts import FIGURES, LONG, Reading, TableValue, csv_cells, json_cells, listed
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def read_sweep(path: Path, *, figure: str | None = None) -> Sweep:
     return _table(reading, list(found), name)
 
 
-def _table(reading: Reading, cells: list[Cell], figure: str) -> Sweep:
+def _table(reading: Reading, cells: list[TableValue], figure: str) -> Sweep:
     """From cells to a table without gaps."""
     if not cells:
         raise reading.fail(f"it holds no prompts; write one line for each prompt and block size under {LONG}")
-    places: dict[tuple[str, int], Cell] = {}
+    places: dict[tuple[str, int], TableValue] = {}
     for cell in cells:
         _check(reading, cell, figure)
         first = places.setdefault((cell.prompt, cell.size), cell)
@@ -97,7 +97,7 @@ def _table(reading: Reading, cells: list[Cell], figure: str) -> Sweep:
     )
 
 
-def _domains(reading: Reading, cells: list[Cell], prompts: Sequence[str]) -> tuple[str, ...] | None:
+def _domains(reading: Reading, cells: list[TableValue], prompts: Sequence[str]) -> tuple[str, ...] | None:
     """The domain of each prompt, or None where no cell has one."""
     found: dict[str, str | None] = {}
     for cell in cells:
@@ -114,7 +114,7 @@ def _domains(reading: Reading, cells: list[Cell], prompts: Sequence[str]) -> tup
     return tuple(str(found[prompt]) for prompt in prompts)
 
 
-def _check(reading: Reading, cell: Cell, figure: str) -> None:
+def _check(reading: Reading, cell: TableValue, figure: str) -> None:
     """Refuse what cannot be measured. A mean acceptance length lies between 1 and the block size."""
     if cell.size < 1:
         raise reading.fail(f"{cell.where}: block size {cell.size}; a block counts its anchor, so 1 is the least")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bpkit.judge.tables import Row, Table, bracketed, print_sentences
+from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
 from bpkit.sizes import format_sizes
 from recipes.sweep.read import Sweep
 
@@ -43,7 +43,7 @@ def main_group(report: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _by_size(report: Mapping[str, Any]) -> Table:
     figure, best = _UNITS[report["figure"]], str(report["all"]["best_fixed"]["block_size"])
     rows = [
-        Row((size, f"{e['value']:.2f}", bracketed(e["interval"], ".2f")), "green" if size == best else None)
+        TableRow((size, f"{e['value']:.2f}", bracketed(e["interval"], ".2f")), "green" if size == best else None)
         for size, e in report["by_size"].items()
     ]
     return Table(f"{figure}, mean over {report['prompts']} prompts", ("block size", figure, "95% interval"), [rows])
@@ -64,7 +64,7 @@ def _figures(shown: Mapping[str, Mapping[str, Any]], figure: str) -> Table:
             "-" if g["neighbours"] is None else f"{g['neighbours']['p_value']:.4f}" for g in shown.values()
         ],
     }
-    return Table("choosing a size", head, [[Row((name, *cells)) for name, cells in rows.items()]])
+    return Table("choosing a size", head, [[TableRow((name, *cells)) for name, cells in rows.items()]])
 
 
 def _with_gain(entry: Mapping[str, Any]) -> str:

@@ -43,12 +43,12 @@ Seconds = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptTimes:
     """One prompt.
 
     Attributes:
         tokens: output tokens. positions: where a draft may begin.
-        seconds: wall clock by contestant; that of `positions` is scaled from a sample.
+        seconds: wall clock by way of tracing; that of `positions` is scaled from a sample.
         parts: seconds of the trace by part.
         sampled: positions that were run.
     """
@@ -62,7 +62,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Task:
+class FinishedPrompt:
     """A prompt with its output: token ids int64 [1, length]; `index` is the stream of its noise."""
 
     index: int
@@ -81,7 +81,7 @@ class Task:
 
 
 class TraceBench:
-    """The contestants on one pair of models.
+    """The ways of tracing on one pair of models.
 
     Args:
         decoder: its policy makes the outputs of traces.
@@ -103,31 +103,31 @@ class TraceBench:
         self.fixed = [decoder.with_policy(f"fixed:{b}") for b in options.block_sizes]
         self.sampled_positions, self.rng = sampled_positions, random.Random(seed)
 
-    def run(self, index: int, prompt: Prompt) -> Row:
-        """Time all contestants on one prompt, whose output a run that does not count makes known."""
+    def run(self, index: int, prompt: Prompt) -> PromptTimes:
+        """Time all ways on one prompt, whose output a run that does not count makes known."""
         result = self.decoder.run(prompt.text, stream_id=index, **self.options).finish()
         length = result.sequences.shape[1] - result.tokens.shape[1]
-        task = Task(index, prompt, result.sequences[:, :length], result.tokens)
-        contestants = {TRACED: self.trace, GENERATIONS: self.generations, POSITIONS: self.positions}
-        order = list(contestants) if index % 2 == 0 else list(contestants)[::-1]
-        parts = {name: contestants[name](task) for name in order}
-        return Row(
+        task = FinishedPrompt(index, prompt, result.sequences[:, :length], result.tokens)
+        ways = {TRACED: self.trace, GENERATIONS: self.generations, POSITIONS: self.positions}
+        order = list(ways) if index % 2 == 0 else list(ways)[::-1]
+        parts = {name: ways[name](task) for name in order}
+        return PromptTimes(
             prompt=prompt.id,
             tokens=task.positions + 1,
             positions=task.positions,
-            seconds={name: sum(parts[name].values()) for name in contestants},
+            seconds={name: sum(parts[name].values()) for name in ways},
             parts=parts[TRACED],
             sampled=min(task.positions, self.sampled_positions),
         )
 
-    def trace(self, task: Task) -> dict[str, float]:
+    def trace(self, task: FinishedPrompt) -> dict[str, float]:
         """Trace and write: seconds by part."""
         spent = self.tracer.watch.spent
         spent.clear()
         trace = self.tracer.trace(task.index, task.prompt)
         return {**spent, WRITING: self.timed(lambda: self.writer.write(trace))}
 
-    def generations(self, task: Task) -> dict[str, float]:
+    def generations(self, task: FinishedPrompt) -> dict[str, float]:
         """A generation for each block size."""
         seconds = 0.0
         for decoder in self.fixed:
@@ -135,7 +135,7 @@ class TraceBench:
             seconds += self.timed(lambda: run().finish())  # noqa: B023 (it is called at once)
         return {"all": seconds}
 
-    def positions(self, task: Task) -> dict[str, float]:
+    def positions(self, task: FinishedPrompt) -> dict[str, float]:
         """A step from some positions with each block size: of each size the median, scaled to all positions.
 
         The median, because a single stall of the machine would be scaled with the rest.
@@ -146,7 +146,7 @@ class TraceBench:
             seconds.append([self.timed(partial(self._one_step, decoder, task, position)) for decoder in self.fixed])
         return {"all": float(np.median(seconds, axis=0).sum()) * task.positions if seconds else 0.0}
 
-    def _one_step(self, decoder: SpeculativeDecoder, task: Task, position: int) -> None:
+    def _one_step(self, decoder: SpeculativeDecoder, task: FinishedPrompt, position: int) -> None:
         """Read what is before the anchor, decide the anchor anew, and take one step."""
         left = max(2, self.options["max_new_tokens"] - position + 1)
         options = {**self.options, "max_new_tokens": left}
@@ -213,7 +213,7 @@ def describe_options(decoder: SpeculativeDecoder, options: TraceOptions) -> dict
     }
 
 
-def summarise(rows: Sequence[Row], joining: float, seed: int) -> dict[str, Any]:
+def summarise(rows: Sequence[PromptTimes], joining: float, seed: int) -> dict[str, Any]:
     """The figures.
 
     Args:

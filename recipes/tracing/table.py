@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bpkit.judge.tables import Row, Table, bracketed, print_sentences
+from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
 from bpkit.sizes import format_sizes
 
 
@@ -20,11 +20,11 @@ def print_trace_report(report: dict[str, Any], console: Console) -> None:
 def speed_table(report: dict[str, Any]) -> Table:
     """Prompts per minute, and how much faster the trace is than each brute force."""
     count = len(report["settings"]["block_sizes"])
-    rows = [Row(("trace", f"{report['trace']['prompts_per_minute']:.2f}", "", ""))]
+    rows = [TableRow(("trace", f"{report['trace']['prompts_per_minute']:.2f}", "", ""))]
     for name, title in (("generations", f"{count} generations"), ("positions", "from every position (scaled)")):
         entry = report[name]
         ratios = [f"{entry[k]:.1f}x {bracketed(entry[f'{k}_interval'], '.1f')}" for k in ("ratio", "median_ratio")]
-        rows.append(Row((title, f"{entry['prompts_per_minute']:.2f}", *ratios)))
+        rows.append(TableRow((title, f"{entry['prompts_per_minute']:.2f}", *ratios)))
     head = ("way", "prompts/min", "trace is faster\n(ratio of sums)", "trace is faster\n(median prompt)")
     return Table(f"tracing {report['prompts']} prompts", head, [rows])
 
@@ -32,7 +32,7 @@ def speed_table(report: dict[str, Any]) -> Table:
 def parts_table(report: dict[str, Any]) -> Table:
     """Where the time of a traced prompt goes."""
     each, parts = report["trace"]["seconds"] / report["prompts"], report["trace"]["parts"]
-    rows = [Row((part, f"{share * each:.3f}", f"{100 * share:.0f}")) for part, share in parts.items()]
+    rows = [TableRow((part, f"{share * each:.3f}", f"{100 * share:.0f}")) for part, share in parts.items()]
     return Table("a traced prompt", ("part", "seconds", "%"), [rows])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from bpkit.judge.evaluation.figures import DECIDING, FEATURES, REASON
-from bpkit.judge.tables import Row, Table, bracketed, print_sentences
+from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
 from bpkit.trace.oracle.regret import KINDS
 
 BOUNDS = ("oracle.prompt", "bound.confidences", "oracle.distributions", "oracle.step", "oracle.step_truncate")
@@ -37,10 +37,10 @@ def overall_table(name: str, result: Mapping[str, Any]) -> Table:
     unit = "tokens/s" if result["unit"] == "seconds" else "tokens per\nplain step"
     head = ("who", unit, "over best fixed", "acceptance\nlength", "share of the gap", "decision\nus (time %)")
     best, policies = group["best_fixed"], group["policies"]
-    fixed = Row((best_fixed(group), _rate(best), "1", _length(best), "0", "-", "chosen on validation prompts"))
+    fixed = TableRow((best_fixed(group), _rate(best), "1", _length(best), "0", "-", "chosen on validation prompts"))
     fastest = max((p["tokens_per_second"] for p in policies.values()), default=None)
     rows = [
-        Row(
+        TableRow(
             (
                 _marked(policy, entry),
                 _rate(entry),
@@ -55,7 +55,7 @@ def overall_table(name: str, result: Mapping[str, Any]) -> Table:
         for policy, entry in policies.items()
     ]
     limits = [
-        Row((f"{title} (bound)", _rate(entry), figure(entry[RATIO]), _length(entry), "", "-", ""), "dim")
+        TableRow((f"{title} (bound)", _rate(entry), figure(entry[RATIO]), _length(entry), "", "-", ""), "dim")
         for title, entry in bounds(group).items()
     ]
     title = f"{name} costs ({group['prompts']} test prompts)"
@@ -67,11 +67,11 @@ def domain_table(name: str, domains: Mapping[str, Any]) -> Table:
     groups = list(domains.values())
     own = [group.get("best_fixed_of_domain") for group in groups]
     said = ("-" if o is None else f"{o['block_size']}: {figure(o[RATIO])}" for o in own)
-    rows = [Row(("best fixed of the domain", *said))]
+    rows = [TableRow(("best fixed of the domain", *said))]
     for policy, entry in groups[0]["policies"].items():
-        rows.append(Row((_marked(policy, entry), *(figure(group["policies"][policy][RATIO]) for group in groups))))
+        rows.append(TableRow((_marked(policy, entry), *(figure(group["policies"][policy][RATIO]) for group in groups))))
     limits = [
-        Row((f"{title} (bound)", *(figure(bounds(group)[title][RATIO]) for group in groups)), "dim")
+        TableRow((f"{title} (bound)", *(figure(bounds(group)[title][RATIO]) for group in groups)), "dim")
         for title in bounds(groups[0])
     ]
     head = ("who", *(f"{domain}\n({group['prompts']} prompts)" for domain, group in domains.items()))
@@ -81,13 +81,15 @@ def domain_table(name: str, domains: Mapping[str, Any]) -> Table:
 def regret_table(name: str, group: Mapping[str, Any]) -> Table:
     """Where the time goes that oracle.step_truncate does not take, in percent of each one's own."""
     head = ("who", *(title.replace(" too", "\ntoo") for title in (*LOST.values(), "deciding", "together")))
-    rows = [Row((who, *_percents(entry["regret"]))) for who, entry in compared(group).items()]
+    rows = [TableRow((who, *_percents(entry["regret"]))) for who, entry in compared(group).items()]
     return Table(f"{name} costs, time that the step oracle does not take, % of one's own", head, [rows])
 
 
 def size_table(group: Mapping[str, Any]) -> Table:
     """Every fixed size on the test prompts."""
-    rows = [Row((size, _rate(entry), figure(entry[RATIO]), _length(entry))) for size, entry in group["fixed"].items()]
+    rows = [
+        TableRow((size, _rate(entry), figure(entry[RATIO]), _length(entry))) for size, entry in group["fixed"].items()
+    ]
     return Table("", ("block size", "tokens/s", "over best fixed", "acceptance length"), [rows])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH
-from bpkit.judge.tables import Row, Table, bracketed, print_sentences
+from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
 
 COLOURS = {TORCH: "#ee6677", ONNXRUNTIME: "#4477aa"}
 
@@ -45,7 +45,7 @@ def latency_table(report: dict[str, Any]) -> Table:
             pairs = [f"{of['p50_us'][size]:.1f} / {of['p99_us'][size]:.1f}" for size in sizes]
             in_loop = f"{loop['p50_us']:.1f} / {loop['p99_us']:.1f}" if loop else "-"
             shares = [f"{100 * of[f'share_of_{what}']:.2f}" for what in ("prefill", "step")]
-            rows.append(Row([name, method, backend, *pairs, in_loop, *shares]))
+            rows.append(TableRow([name, method, backend, *pairs, in_loop, *shares]))
     return Table("decision latency, p50 / p99 in microseconds", head, [rows])
 
 
@@ -59,7 +59,7 @@ def comparison_table(report: dict[str, Any]) -> Table:
             continue
         found, ratios = entry["agreement"], [entry["torch_over_onnxruntime"][size] for size in sizes]
         said = [f"{ratio['value']:.2f}x {bracketed(ratio['interval'], '.2f')}" for ratio in ratios]
-        rows.append(Row([name, method, *said, f"{found['agree']:,}/{found['rows']:,}", str(found["near_ties"])]))
+        rows.append(TableRow([name, method, *said, f"{found['agree']:,}/{found['rows']:,}", str(found["near_ties"])]))
     return Table("torch over onnxruntime (95%)", head, [rows])
 
 

@@ -20,11 +20,11 @@ from bpkit.judge.wall_clock.decoders import (
     LOOP,
     PEERS,
     TRANSFORMERS,
+    EncodedPrompt,
     GenerateDecoder,
     Measurement,
     NoDrafter,
     PolicyDecoder,
-    Task,
     TimedDecoder,
     check_peers,
 )
@@ -95,7 +95,9 @@ def run_bench(
     """Measure, and return the report as plain JSON values; `bpkit.judge.wall_clock.report` says what is in it."""
     compared, warmed_up = settings.decoders(decoder), settings.decoders(decoder)
     device, seed = decoder.target.device, settings.seed
-    tasks = [Task(prompt, decoder._ids(prompt.text).to(device), stream_id=i) for i, prompt in enumerate(prompts)]
+    tasks = [
+        EncodedPrompt(prompt, decoder._ids(prompt.text).to(device), stream_id=i) for i, prompt in enumerate(prompts)
+    ]
     random.Random(seed).shuffle(tasks)  # a policy that learns must not meet one domain after the other
     machine = describe_machine(device)
     threads, tried = choose_threads(decoder, tasks, settings, progress)
@@ -147,7 +149,7 @@ def run_bench(
 
 def measure(
     decoders: Sequence[TimedDecoder],
-    tasks: Sequence[Task],
+    tasks: Sequence[EncodedPrompt],
     *,
     repeats: int,
     seed: int,
@@ -177,7 +179,7 @@ def measure(
 
 
 def choose_threads(
-    decoder: SpeculativeDecoder, tasks: Sequence[Task], settings: BenchSettings, progress: Progress | None
+    decoder: SpeculativeDecoder, tasks: Sequence[EncodedPrompt], settings: BenchSettings, progress: Progress | None
 ) -> tuple[dict[str, int], ThreadTable]:
     """Threads of each decoder, and what was tried. Plain decoding and peers are tried themselves, and the first policy
     stands for all policies.
@@ -190,7 +192,7 @@ def choose_threads(
         counts = [settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()]
     if len(counts) == 1:
         return dict.fromkeys(names, counts[0]), {}
-    first_of_domain: dict[str, Task] = {}
+    first_of_domain: dict[str, EncodedPrompt] = {}
     for task in tasks:
         first_of_domain.setdefault(task.prompt.domain, task)
     few = list(first_of_domain.values())[:CALIBRATION_PROMPTS]

@@ -64,7 +64,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class EncodedPrompt:
     """A prompt ready to run: token ids int64 [1, length], and the number that tells its noise from others'."""
 
     prompt: Prompt

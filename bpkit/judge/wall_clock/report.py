@@ -29,7 +29,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bpkit.judge.tables import Row, Table, bracketed, print_sentences
+from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
 
 PHASES = {"target": "#4477aa", "drafter": "#ee6677", "policy": "#ccbb44", "other": "#bbbbbb"}
 """Where time goes, target passes, drafting, the policy's decisions and everything else, and its colours."""
@@ -85,12 +85,14 @@ def group_table(title: str, group: dict[str, Any]) -> Table:
     return Table(f"{title} ({count} {'prompt' if count == 1 else 'prompts'}{loops})", HEAD, [ways, others])
 
 
-def _row(name: str, entry: dict[str, Any], speedup: str, length: str, fallbacks: str, style: str | None = None) -> Row:
+def _row(
+    name: str, entry: dict[str, Any], speedup: str, length: str, fallbacks: str, style: str | None = None
+) -> TableRow:
     rate = f"{entry['tokens_per_second']:.1f} {bracketed(entry['tokens_per_second_interval'], '.1f')}"
     same = {None: "-", True: "yes", False: "NO"}[entry["identical_text"]]
     share = entry["share"]
     time = "-" if share is None else "/".join(f"{100 * share[phase]:.0f}" for phase in PHASES)
-    return Row((name, rate, speedup, length, same, time, fallbacks), style)
+    return TableRow((name, rate, speedup, length, same, time, fallbacks), style)
 
 
 def what_was_measured(report: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from bpkit.judge.wall_clock.decoders import Outcome, Task, TimedDecoder
+from bpkit.judge.wall_clock.decoders import EncodedPrompt, Outcome, TimedDecoder
 from bpkit.progress import NoProgress, Progress
 
 HOPELESS = 1 / 3
@@ -42,7 +42,10 @@ def candidate_counts(cores: int) -> list[int]:
 
 
 def try_thread_counts(
-    decoders: Sequence[TimedDecoder], tasks: Sequence[Task], counts: Sequence[int], progress: Progress | None = None
+    decoders: Sequence[TimedDecoder],
+    tasks: Sequence[EncodedPrompt],
+    counts: Sequence[int],
+    progress: Progress | None = None,
 ) -> ThreadTable:
     """Tokens per second of each decoder at each count that was not dropped.
 
