@@ -130,7 +130,7 @@ def print_cost(cost: CostTable, shown: Console) -> None:
     """Costs by size at the context length in the middle, and below what the table leaves out."""
     from rich.markup import escape
 
-    from bpkit.judge.tables import TableRow, Table
+    from bpkit.judge.tables import Table, TableRow
 
     at, largest_block = cost.middle_context, cost.largest_block_size or cost.largest_width
     where = f", context length {at}" if isinstance(cost.verify[1], dict) else ""
