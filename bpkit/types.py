@@ -199,13 +199,18 @@ class DecoderSpec:
 class Work:
     """What a step did, as far as it costs time.
 
+    Rows share passes that are as wide as the widest of them, so the first five counts are those of the widest row.
+
     Attributes:
         draft_size: 0 if nothing was drafted, else the tokens that were drafted plus one.
         waiting: positions that the drafter had to read before it drafted; 0 if nothing was drafted.
         verify_width: positions that the target verified, anchor included.
         context_length: prompt and output tokens before the step.
-        features: whether the policy wanted features that are computed from the drafter's distributions.
         reread: tokens that a stateful target read once more, because a rejection had taken it back to before them.
+        features: whether the policy wanted features that are computed from the drafter's distributions.
+        rows: that ran.
+        drafted: draft sizes of all rows together, without padding.
+        verified: positions that the target verified of all rows together, without padding.
     """
 
     draft_size: int
@@ -214,6 +219,14 @@ class Work:
     context_length: int
     features: bool = False
     reread: int = 0
+    rows: int = 1
+    drafted: int = 0
+    verified: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows == 1:
+            object.__setattr__(self, "drafted", self.draft_size)
+            object.__setattr__(self, "verified", self.verify_width)
 
 
 PHASES = ("draft", "catch_up", "features", "verify", "rest")
@@ -243,6 +256,8 @@ class Context:
         context_length: prompt and output tokens so far, int64 [batch].
         generator: the policy's own random numbers (never the token noise), a CPU generator.
         predictions: what `Policy.predict` made of the features, on the host; None where it was not asked.
+        row_ids: a number for each row that stays its own while it runs; no two requests of a decoder share one.
+        running: rows that run now; in `begin` those that run already count, too. By default the rows of this context.
     """
 
     spec: DecoderSpec
@@ -252,6 +267,11 @@ class Context:
     generator: torch.Generator
     features: Mapping[Feature, Tensor] = field(default_factory=dict)
     predictions: Mapping[str, Tensor] | None = None
+    row_ids: tuple[int, ...] = ()
+    running: int = 0
+
+    def __post_init__(self) -> None:
+        self.running = self.running or self.batch_size
 
     @property
     def batch_size(self) -> int:
