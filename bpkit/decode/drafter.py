@@ -4,69 +4,150 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from bpkit.decode.sampling import Draw
-from bpkit.decode.text import RunningText
+from bpkit.decode.text import RowText, RunningText, padded
 from bpkit.types import DraftWork, Feature
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Drafted tokens, before a policy sees them.
+    """Drafted tokens, before a policy sees them. What stands behind a row's own count is padding.
 
     Attributes:
-        tokens: int64 [1, count], count at most block_size - 1.
-        scores: the drafter's processed scores, float32 [1, count, vocab], or None if it has no distribution.
-        hidden: its last hidden states, [1, count, hidden], or None.
-        read: decided positions that the drafter read before it drafted; 0 without a model.
+        tokens: int64 [rows, width].
+        scores: the drafter's processed scores, float32 [rows, width, vocab], or None if it has no distribution.
+        hidden: its last hidden states, [rows, width, hidden], or None.
+        counts: tokens of each row, at most its block_size - 1.
+        read: decided positions that the drafter read before it drafted, of the row that had most; 0 without a model.
         features: what policies may see of it, where that is known already (in replay); else it is computed.
     """
 
     tokens: Tensor
     scores: Tensor | None
     hidden: Tensor | None
+    counts: Sequence[int]
     read: int = 0
     features: Mapping[Feature, Tensor] | None = None
 
     def after(self, count: int) -> Proposal:
-        """Without the first `count` tokens."""
+        """Without the first `count` tokens of each row."""
         if count == 0:
             return self
         return Proposal(
             self.tokens[:, count:],
             None if self.scores is None else self.scores[:, count:],
             None if self.hidden is None else self.hidden[:, count:],
+            [max(0, row - count) for row in self.counts],
             self.read,
             None if self.features is None else {name: value[:, count:] for name, value in self.features.items()},
         )
 
 
-GoOn = Callable[[Proposal], bool]
-"""Asks the policy's `extend` whether to draft another token. It is handed only the tokens that were drafted since it
+GoOn = Callable[[Proposal], list[bool]]
+"""Asks the policy's `extend` which rows draft another token. It is handed only the tokens that were drafted since it
 was last asked, so that each is looked at once."""
 
 
 class DrafterSession(Protocol):
-    """A drafter's state for one running text."""
+    """A drafter's state for the rows of one running text."""
 
-    def advance(self, features: Tensor | None) -> None:
-        """Take in what was appended to the text: `text.newest`, of which the last token is the new anchor.
+    def advance(self, features: Sequence[Tensor] | None) -> None:
+        """Take in what was appended to the text: `text.newest`, of which the last token is each row's new anchor.
 
         First called when prefill has decided the first token: the prompt is new, too. After a draft those of the newest
         tokens that come before the last are drafted tokens that stand.
 
         Args:
-            features: target features of the positions that were read to decide them, [1, count, layers * hidden]
-                (of the first call: of the prompt), or None if the drafter has no `feature_layers`.
+            features: target features of the positions that were read to decide them, of each row [count, layers *
+                hidden] (of the first call: of the prompt), or None if the drafter has no `feature_layers`.
         """
         ...
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         """Propose up to `block_size - 1` tokens after the anchor of each row; at least one row has 2 or more."""
         ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on, in this order; the text was told before."""
+        ...
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another session of this drafter after one's own; the text was told before."""
+        ...
+
+
+class RowDrafterSession(Protocol):
+    """A drafter's state for one row, where each row drafts by itself; see `EachRow`."""
+
+    def advance(self, features: Tensor | None) -> None:
+        """As in `DrafterSession`: `text.newest` was appended; features are [count, layers * hidden], or None."""
+        ...
+
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        """Propose up to `block_size - 1` tokens, of which there is at least one: a proposal of one row."""
+        ...
+
+
+class EachRow:
+    """A `DrafterSession` of one session for each row, for drafters that gain nothing from drafting rows together.
+
+    A policy's `extend` is asked where one row runs; beside others a row drafts its whole block, which `truncate` cuts.
+
+    Args:
+        begin: makes the session of a row.
+    """
+
+    def __init__(self, text: RunningText, begin: Callable[[RowText], RowDrafterSession]) -> None:
+        self.sessions = [begin(row) for row in text.rows]
+
+    def advance(self, features: Sequence[Tensor] | None) -> None:
+        for place, session in enumerate(self.sessions):
+            session.advance(None if features is None else features[place])
+
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        if len(self.sessions) == 1:
+            return self.sessions[0].draft(block_size[0], draw, go_on)
+        made: list[Proposal | None] = [
+            session.draft(size, draw.row(row), None) if size > 1 else None
+            for row, (session, size) in enumerate(zip(self.sessions, block_size, strict=True))
+        ]
+        return side_by_side(made)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.sessions = [self.sessions[row] for row in rows]
+
+    def join(self, other: EachRow) -> None:
+        self.sessions += other.sessions
+
+
+def side_by_side(made: Sequence[Proposal | None]) -> Proposal:
+    """Proposals of one row each as one of all; None stands for a row that does not draft."""
+    like = next(proposal for proposal in made if proposal is not None)
+    nothing = like.after(like.tokens.shape[1])
+    each = [proposal or nothing for proposal in made]
+
+    def of(values: Sequence[Tensor | None]) -> Tensor | None:
+        there = [value for value in values if value is not None]
+        return padded(there) if len(there) == len(values) else None
+
+    tokens = of([proposal.tokens for proposal in each])
+    assert tokens is not None
+    features = None
+    if like.features is not None:
+        parts = {name: of([(one.features or {})[name] for one in each]) for name in like.features}
+        features = {name: part for name, part in parts.items() if part is not None}
+    return Proposal(
+        tokens,
+        of([proposal.scores for proposal in each]),
+        of([proposal.hidden for proposal in each]),
+        [proposal.counts[0] for proposal in each],
+        max(proposal.read for proposal in each),
+        features,
+    )
 
 
 class Drafter(Protocol):
@@ -95,5 +176,8 @@ class Drafter(Protocol):
     provides: frozenset[Feature]
 
     def begin(self, text: RunningText) -> DrafterSession:
-        """A session for a new request, whose prompt is the text so far."""
+        """A session for rows that begin together, whose prompts are the text so far.
+
+        A drafter that drafts each row by itself returns `EachRow(text, ...)`.
+        """
         ...

@@ -8,13 +8,12 @@ all that Python sees of it is plain and no call changes it, and otherwise refuse
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from transformers.generation import logits_process
 
 from bpkit.decode.visible_state import VisibleState
-from bpkit.types import Record
 
 
 def _known(*names: str) -> frozenset[type]:
@@ -141,20 +140,15 @@ class Rollback:
             if (place := state.changed()) is not None:
                 raise ValueError(_refusal(state.subject, f"keeps state: a call changed {place}"))
 
-    def settled(self, records: Generator[Record], length: int) -> Generator[Record]:
-        """Pass records on, forget states that cannot come back, and at the end restore the last decided position's.
+    def settle(self, length: int) -> None:
+        """`length` tokens are decided: forget states that cannot come back."""
+        if self._rolling:
+            self._before = {at: states for at, states in self._before.items() if at >= length}
 
-        `length` is that of the prompt, and counts on.
-        """
-        try:
-            for record in records:
-                length += record.tokens.shape[1]
-                self._before = {at: states for at, states in self._before.items() if at >= length}
-                yield record
-        finally:
-            records.close()
-            if length in self._before:
-                self.enter(length)
+    def finish(self, length: int) -> None:
+        """The text ended with `length` tokens: restore the state after them, where that is known."""
+        if length in self._before:
+            self.enter(length)
 
 
 def _refusal(subject: Any, why: str) -> str:

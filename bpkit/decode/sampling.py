@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import LogitsProcessorList
 
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.rollback import PREFIX_FREE, Rollback
+from bpkit.decode.text import RowText
 
 
 class Processors:
@@ -68,48 +70,145 @@ class Processors:
         return scores is not None and bool(scores[0, ids[0, -1]] == -torch.inf)
 
 
-def choose(scores: Tensor, noise: GumbelNoise | None, position: int) -> Tensor:
-    """Arg-max of the scores plus the noise of output positions `position` onwards: int64 [1, positions]."""
-    return noisy(scores, noise, position).argmax(dim=-1)
+class Sampler:
+    """How one row gets from logits to tokens: its processors and its noise.
+
+    Attributes:
+        noise: None for greedy decoding.
+        failure: what a processor raised; the row then goes on with raw scores until it is taken out.
+    """
+
+    def __init__(self, text: RowText, processors: Processors, noise: GumbelNoise | None) -> None:
+        self.text, self.processors, self.noise = text, processors, noise
+        self.failure: Exception | None = None
+
+    def scores(self, logits: Tensor, drawn: Tensor, tokens: Tensor) -> Tensor:
+        """Processed scores of the positions after the text and `drawn` tokens: as of `Processors`, of one row."""
+        if self.failure is None:
+            try:
+                if self.processors.prefix_free:
+                    return self.processors(logits, self.text.prompt, tokens)
+                return self.processors(logits, torch.cat([self.text.ids, drawn], dim=1), tokens)
+            except Exception as error:
+                self.failure = error
+        return logits.float()
+
+
+class Samplers:
+    """The samplers of rows that run together. Rows whose processors are alike and look at scores only share a call."""
+
+    def __init__(self, rows: Sequence[Sampler]) -> None:
+        self.rows = list(rows)
+        first = self.rows[0].processors
+        self.alike = first.prefix_free and all(
+            row.processors is first or alike(row.processors, first) for row in self.rows[1:]
+        )
+        self.greedy = all(row.noise is None for row in self.rows)
+
+    def scores(self, logits: Tensor, drawn: Tensor, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Processed scores of several positions of each row.
+
+        Args:
+            logits: [rows, positions, vocab].
+            drawn: tokens assumed between the text and the first position, int64 [rows, count].
+            tokens: tokens assumed at the positions, int64 [rows, positions - 1 or more].
+            counts: positions of each row that count; scores of the others mean nothing.
+
+        Returns:
+            float32 [rows, positions, vocab].
+        """
+        if len(self.rows) == 1:
+            return self.rows[0].scores(logits, drawn, tokens)
+        if self.alike:
+            flat = self.rows[0].scores(logits.flatten(0, 1)[None], drawn[:1], tokens[:1])
+            if self.rows[0].failure is None:
+                return flat.view(logits.shape)
+            self.rows[0].failure = None  # which row is at fault, each says by itself
+        scores = logits.float() if logits.dtype != torch.float32 else logits.clone()
+        for place, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            if count:
+                own = slice(place, place + 1)
+                scores[place, :count] = row.scores(logits[own, :count], drawn[own], tokens[own])[0]
+        return scores
+
+    def noisy(self, scores: Tensor, position: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Scores plus noise, the quantity whose arg-max decides: float32 [rows, positions, vocab].
+
+        Args:
+            position: output index of the first position of each row.
+        """
+        if self.greedy:
+            return scores
+        if len(self.rows) == 1:
+            return noisy(scores, self.rows[0].noise, position[0])
+        scores = scores.clone()
+        for place, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            if row.noise is not None and count:
+                scores[place, :count] += row.noise.at(position[place], count)
+        return scores
+
+
+def alike(one: Processors, other: Processors) -> bool:
+    """Whether two lists of processors that look at scores only do the same."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.shape == b.shape and torch.equal(a, b)
+        return type(a) is type(b) and bool(a == b)
+
+    return (
+        other.prefix_free
+        and len(one.processors) == len(other.processors)
+        and all(
+            type(a) is type(b)
+            and vars(a).keys() == vars(b).keys()
+            and all(same(vars(a)[n], vars(b)[n]) for n in vars(a))
+            for a, b in zip(one.processors, other.processors, strict=True)
+        )
+    )
 
 
 def noisy(scores: Tensor, noise: GumbelNoise | None, position: int) -> Tensor:
-    """Scores plus noise, the quantity whose arg-max decides: float32 [1, positions, vocab]."""
+    """Scores of one row plus its noise from output position `position` on: float32 [1, positions, vocab]."""
     return scores if noise is None else scores + noise.at(position, scores.shape[1])
 
 
 class Draw:
     """Draws drafted tokens, the way the target will choose: same processors, noise of the same positions.
 
-    Args:
-        position: output index of the first drafted token.
-        prefix: decided tokens, int64 [1, length].
+    Each row's first call is about the output position after its anchor.
     """
 
-    def __init__(self, processors: Processors, noise: GumbelNoise | None, position: int, prefix: Tensor) -> None:
-        self.processors, self.noise, self.position, self.prefix = processors, noise, position, prefix
-        self.tokens = prefix[:, :0]
+    def __init__(self, samplers: Samplers) -> None:
+        self.samplers = samplers
+        self.position = [row.text.position for row in samplers.rows]
+        self.tokens = samplers.rows[0].text.prompt.new_empty((len(samplers.rows), 0))
+        """Drawn so far, int64 [rows, count]."""
 
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, counts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Draw the next positions.
 
         Args:
-            logits: [1, count, vocab].
+            logits: [rows, count, vocab].
+            counts: positions of each row that count, by default all; what is drawn for the others means nothing.
 
         Returns:
-            tokens int64 [1, count] and processed scores float32 [1, count, vocab].
+            tokens int64 [rows, count] and processed scores float32 [rows, count, vocab].
         """
-        if self.processors.prefix_free or logits.shape[1] == 1:
-            return self._draw(logits)
-        parts = [self._draw(logits[:, i : i + 1]) for i in range(logits.shape[1])]
+        width = logits.shape[1]
+        counts = [width] * logits.shape[0] if counts is None else counts
+        if width == 1 or all(row.processors.prefix_free for row in self.samplers.rows):
+            return self._draw(logits, counts)
+        parts = [self._draw(logits[:, i : i + 1], [int(count > i) for count in counts]) for i in range(width)]
         return torch.cat([t for t, _ in parts], dim=1), torch.cat([s for _, s in parts], dim=1)
 
-    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        prefix = self.prefix
-        if not self.processors.prefix_free:
-            prefix = torch.cat([prefix, self.tokens], dim=1)
-        scores = self.processors(logits, prefix, self.tokens[:, :0])
-        tokens = choose(scores, self.noise, self.position)
-        self.position += tokens.shape[1]
+    def row(self, place: int) -> Draw:
+        """That of one row, which has drawn nothing yet."""
+        return Draw(Samplers([self.samplers.rows[place]]))
+
+    def _draw(self, logits: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        scores = self.samplers.scores(logits, self.tokens, self.tokens[:, :0], counts)
+        tokens = self.samplers.noisy(scores, self.position, counts).argmax(dim=-1)
+        self.position = [at + logits.shape[1] for at in self.position]
         self.tokens = torch.cat([self.tokens, tokens], dim=1)
         return tokens, scores

@@ -7,56 +7,126 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bpkit.decode.host import to_host
+
+class RowText:
+    """Prompt and decided tokens of one request.
+
+    Args:
+        prompt: int64 [1, length], on the device.
+        max_length: tokens of prompt and output at most.
+        padding: tokens before the prompt that only processors and criteria see, int64 [1, count], on the device: the
+            left padding of a batch that the caller made.
+
+    Attributes:
+        tokens: all of them, on the host; the last is the anchor, which the target has not read yet.
+        newest: those that were appended last, on the host; before any were, the prompt.
+        prompt_length: tokens of the prompt.
+    """
+
+    def __init__(self, prompt: Tensor, max_length: int, *, padding: Tensor | None = None) -> None:
+        self.prompt, self.max_length = prompt, max_length
+        self.tokens: list[int] = prompt[0].tolist()
+        self.newest = list(self.tokens)
+        self.prompt_length = len(self.tokens)
+        self.padding = 0 if padding is None else padding.shape[1]
+        self._ids = prompt if padding is None else torch.cat([padding, prompt], dim=1)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.tokens)
+
+    @property
+    def position(self) -> int:
+        """Output tokens, which is the output index of the next one."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def ids(self) -> Tensor:
+        """What plain decoding would hand to processors and criteria now, int64 [1, padding + length], on the device."""
+        missing = self.padding + len(self.tokens) - self._ids.shape[1]
+        if missing > 0:  # made when asked for: most requests never ask
+            tail = torch.tensor([self.tokens[-missing:]], device=self._ids.device)
+            self._ids = torch.cat([self._ids, tail], dim=1)
+        return self._ids
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Take in decided tokens."""
+        self.newest = list(tokens)
+        self.tokens += self.newest
 
 
 class RunningText:
-    """Prompt and decided tokens of the running rows: tokens on the device, counts on the host.
-
-    All rows have one length for now.
+    """The texts of rows that run together: counts and tokens on the host, what models read on the device.
 
     Args:
-        prompt: int64 [rows, length], on the device.
+        rows: of one device.
 
     Attributes:
-        ids: decided tokens, int64 [rows, length], on the device; the last of each row is the anchor, which the target
-            has not read yet.
-        newest: what was appended last, int64 [rows, count], on the host; before anything was, the prompt.
-        tokens: all of each row, on the host.
-        prompt_length: tokens of the prompt of each row.
+        rows: the text of each.
+        newest: what was appended last, int64 [rows, width], on the device; of row *i* the first `counts[i]` tokens
+            count, the rest is padding. Before anything was appended, the prompts.
+        counts: how many tokens were appended to each row.
+        anchor: the last token of each row, int64 [rows, 1], on the device.
     """
 
-    def __init__(self, prompt: Tensor) -> None:
-        self.prompt = self.ids = prompt
-        (self.newest,) = to_host([prompt])
-        self.tokens: list[list[int]] = self.newest.tolist()
-        self.prompt_length = [len(row) for row in self.tokens]
-
-    @property
-    def rows(self) -> int:
-        """Running rows."""
-        return len(self.tokens)
+    def __init__(self, rows: Sequence[RowText]) -> None:
+        self.rows = list(rows)
+        self.counts = [row.length for row in rows]
+        self.newest = padded([row.prompt for row in rows])
+        self.anchor = torch.cat([row.prompt[:, -1:] for row in rows])
 
     @property
     def length(self) -> list[int]:
         """Tokens of each row, prompt and output."""
-        return [len(row) for row in self.tokens]
+        return [row.length for row in self.rows]
 
     @property
     def position(self) -> list[int]:
         """Output tokens of each row, which is the output index of its next token."""
-        return [len(row) - begin for row, begin in zip(self.tokens, self.prompt_length, strict=True)]
+        return [row.position for row in self.rows]
 
     @property
-    def anchor(self) -> Tensor:
-        """The last token of each row, int64 [rows, 1], on the device."""
-        return self.ids[:, -1:]
+    def max_length(self) -> int:
+        """Tokens that the longest row may come to."""
+        return max(row.max_length for row in self.rows)
 
-    def append(self, ids: Tensor, newest: Tensor) -> None:
-        """Take in decided tokens, int64 [rows, count], as they lie on the device and on the host."""
-        self.ids, self.newest = torch.cat([self.ids, ids], dim=1), newest
-        for row, more in zip(self.tokens, newest.tolist(), strict=True):
-            row += more
+    @property
+    def device(self) -> torch.device:
+        return self.anchor.device
+
+    def append(self, ids: Tensor, anchor: Tensor, tokens: Sequence[Sequence[int]]) -> None:
+        """Take in decided tokens.
+
+        Args:
+            ids: as they lie on the device, int64 [rows, width], with anything behind those that count.
+            anchor: the last of each row, int64 [rows, 1], on the device.
+            tokens: the same on the host, those that count.
+        """
+        self.newest, self.anchor, self.counts = ids, anchor, [len(row) for row in tokens]
+        for row, more in zip(self.rows, tokens, strict=True):
+            row.append(more)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on, in this order."""
+        at = torch.tensor(rows, device=self.device)
+        self.rows = [self.rows[row] for row in rows]
+        self.counts = [self.counts[row] for row in rows]
+        self.newest, self.anchor = self.newest[at], self.anchor[at]
+
+    def join(self, other: RunningText) -> None:
+        """Take in the rows of another text after one's own."""
+        self.rows += other.rows
+        self.counts += other.counts
+        self.newest = padded([*self.newest.split(1), *other.newest.split(1)])
+        self.anchor = torch.cat([self.anchor, other.anchor])
+
+
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows [1, count, ...] of several counts side by side: [rows, largest count, ...], zeros behind the shorter."""
+    if len({row.shape[1] for row in rows}) == 1:
+        return rows[0] if len(rows) == 1 else torch.cat(list(rows))
+    return torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
 
 
 def counts(numbers: Sequence[int]) -> Tensor:
