@@ -355,13 +355,24 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """The first record of a generation: the prompt was read and the first token decided."""
+    """The first record of rows that begin together: their prompts were read and the first token of each decided.
+
+    Attributes:
+        tokens: int64 [batch, 1].
+        near_ties: of each row, 1 if the token's top-2 gap was below tolerance.
+        row_ids: as in `Context`.
+        stopped: whether each row ended.
+    """
 
     tokens: Tensor
-    """int64 [batch, 1]"""
     seconds: Seconds
     near_ties: tuple[int, ...] = ()
-    """Of each row, 1 if the token's top-2 gap was below tolerance."""
+    row_ids: tuple[int, ...] = ()
+    stopped: tuple[bool, ...] = ()
+
+    def row(self, place: int) -> Prefill:
+        """The record of one row, of whom the time is all rows'."""
+        return Prefill(self.tokens[place : place + 1], self.seconds, *_of_row(self, place))
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,11 +384,13 @@ class Step:
         draft_length: tokens the drafter proposed, int64 [batch].
         verify_length: drafted tokens that were verified after truncation, int64 [batch].
         num_accepted: drafted tokens that stand, without the step's last token, int64 [batch].
-        tokens: what the step yields, int64 [batch, acceptance_length].
+        tokens: what the step yields, int64 [batch, width]: of each row `num_accepted + 1`, and padding behind them.
         position: output index of the first of `tokens`, int64 [batch].
         seconds: of all rows together, on the decoder's clock.
         fallbacks: policy faults that the runtime mended in this step.
         near_ties: of each row, yielded positions whose top-2 gap was below tolerance.
+        row_ids: as in `Context`.
+        stopped: whether each row ended.
     """
 
     block_size: Tensor
@@ -389,11 +402,28 @@ class Step:
     seconds: Seconds
     fallbacks: int = 0
     near_ties: tuple[int, ...] = ()
+    row_ids: tuple[int, ...] = ()
+    stopped: tuple[bool, ...] = ()
 
     def clone(self) -> Step:
         """A copy with tensors of its own."""
-        counts = ("block_size", "draft_length", "verify_length", "num_accepted", "tokens", "position")
-        return replace(self, **{name: getattr(self, name).clone() for name in counts})
+        return replace(self, tokens=self.tokens.clone(), **{name: getattr(self, name).clone() for name in _COUNTS})
+
+    def row(self, place: int) -> Step:
+        """The record of one row, of whom the time and the faults are all rows'."""
+        at = slice(place, place + 1)
+        counts = {name: getattr(self, name)[at] for name in _COUNTS}
+        tokens = self.tokens[at, : int(self.num_accepted[place]) + 1]
+        near_ties, row_ids, stopped = _of_row(self, place)
+        return Step(
+            **counts,
+            tokens=tokens,
+            seconds=self.seconds,
+            fallbacks=self.fallbacks,
+            near_ties=near_ties,
+            row_ids=row_ids,
+            stopped=stopped,
+        )
 
     @property
     def acceptance_length(self) -> Tensor:
@@ -401,4 +431,11 @@ class Step:
         return self.num_accepted + 1
 
 
+_COUNTS = ("block_size", "draft_length", "verify_length", "num_accepted", "position")
+
 Record = Prefill | Step
+
+
+def _of_row(record: Record, place: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    at = slice(place, place + 1)
+    return record.near_ties[at], record.row_ids[at], record.stopped[at]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -22,13 +23,16 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from bpkit.assets import model_name, shipped
+from bpkit.decode.admission import Admission
 from bpkit.decode.attention import use_grouped_attention
+from bpkit.decode.caller_batch import each_row, left_padding, of_row, refuse_shared, sequences
 from bpkit.decode.clock import Clock, GuardedClock, WallClock
 from bpkit.decode.drafter import Drafter
+from bpkit.decode.host import to_host
 from bpkit.decode.inputs import ModelInputs, model_inputs
 from bpkit.decode.loop import decode
 from bpkit.decode.noise import POLICY_SALT, TARGET_SALT, GumbelNoise, hashed
-from bpkit.decode.observers import ObservedRequest, ObserverLike, Observers, Watching, next_number
+from bpkit.decode.observers import ObservedRequest, ObserverLike, Observers, next_number
 from bpkit.decode.owned import DrafterLike, KeptDecoders, drafter_key, policy_for, policy_key
 from bpkit.decode.pretrained import input_device, inside, load_causal_lm, move
 from bpkit.decode.refuse import (
@@ -39,15 +43,16 @@ from bpkit.decode.refuse import (
 )
 from bpkit.decode.request import Request
 from bpkit.decode.resolve_drafter import resolve_drafter
-from bpkit.decode.result import Generation, Run
-from bpkit.decode.sampling import Processors
+from bpkit.decode.result import Generation, Piece, Run, RunMany, Running
+from bpkit.decode.rows import Rows, Shared
+from bpkit.decode.sampling import Processors, Sampler, Samplers
 from bpkit.decode.serving import session_class
 from bpkit.decode.stateful import StatefulTarget
-from bpkit.decode.stopping import Stopping
+from bpkit.decode.stopping import Stopping, end_tokens, length_limit
 from bpkit.decode.streaming import TextPieces
-from bpkit.decode.text import RunningText
+from bpkit.decode.text import RowText, RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
-from bpkit.decode.verify import RULES, make_rule
+from bpkit.decode.verify import RULES
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.resolve import PolicyLike, written
 from bpkit.types import (
@@ -59,6 +64,10 @@ from bpkit.types import (
     Feature,
     work_of,
 )
+
+PromptLike = str | Tensor | Mapping[str, Any]
+BATCH_SIZE = 8
+"""Rows that run at once, where nobody says."""
 
 
 class SpeculativeDecoder:
@@ -205,35 +214,115 @@ class SpeculativeDecoder:
         """Close the observers. The decoder goes on decoding, unobserved."""
         self.observers.close()
 
-    def generate(self, prompt: str | Tensor, **options: Any) -> Generation:
-        """Generate to the end.
+    @overload
+    def generate(self, prompt: str | Tensor, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Sequence[PromptLike], *, batch_size: int = ..., **options: Any) -> list[Generation]: ...
+
+    def generate(
+        self, prompt: str | Tensor | Sequence[PromptLike], *, batch_size: int = BATCH_SIZE, **options: Any
+    ) -> Generation | list[Generation]:
+        """Generate to the end: of one prompt, or of many that share passes.
 
         Args:
-            prompt: text, or token ids int64 [1, length].
+            prompt: text, or token ids int64 [1, length]; or a sequence of these and of mappings with a `prompt` and
+                options of its own, such as `{"prompt": "Once", "max_new_tokens": 8, "stop_strings": ["."]}`.
+            batch_size: of many prompts, how many run at once.
             options: of transformers' `generate` (`max_new_tokens`, `temperature`, `top_p`, `stop_strings`, ...);
                 a temperature above 0 turns sampling on, 0 turns it off. `seed` fixes the noise and `stream_id`
-                tells apart prompts that share a seed.
+                tells apart prompts that share a seed: of many prompts, the first has this one, by default 0, and each
+                further one the next. `prefill_chunk`: of many prompts, how many tokens of a prompt are read between
+                two steps of those that run.
+
+        Returns:
+            Of many prompts, generations in their order. One that failed has an `error`, and the others went on.
 
         Raises:
             ValueError: an option that speculative decoding cannot honour; the message names it.
         """
-        result = self._to_the_end(self.run(prompt, **options))
-        if self.tokenizer is not None:
-            result.text = cast("str", self.tokenizer.decode(result.tokens[0], skip_special_tokens=True))
-        return result
+        if not isinstance(prompt, (str, Tensor)):
+            generations: dict[int, Generation] = {}
+            with self.run_many(prompt, batch_size=batch_size, **options) as runs:
+                for _ in runs:
+                    generations.update(runs.ended())
+            generations.update(runs.ended())
+            return [generations[place] for place in sorted(generations)]
+        return self._told(self._to_the_end(self.run(prompt, **options)))
 
     def stream(self, prompt: str | Tensor, **options: Any) -> Iterator[str]:
         """Yield the text in pieces as it is decided; takes what `generate` takes."""
-        if self.tokenizer is None:
-            raise ValueError("streaming text needs a tokenizer: SpeculativeDecoder(..., tokenizer=tokenizer)")
-        pieces = TextPieces(self.tokenizer)
+        pieces = TextPieces(self._tokenizer("streaming text"))
         with self.run(prompt, **options) as run:
             for record in run:
                 yield from pieces.put(record.tokens)
         yield from pieces.end()
 
+    def stream_many(
+        self, prompts: Iterable[PromptLike], *, batch_size: int = BATCH_SIZE, **options: Any
+    ) -> Iterator[Piece]:
+        """Yield the texts of many prompts in pieces, as they are decided; takes what `generate` takes.
+
+        Prompts are asked for when there is room for them, so they may come from elsewhere while others run.
+        """
+        tokenizer = self._tokenizer("streaming text")
+        texts: dict[int, TextPieces] = {}
+        with self.run_many(prompts, batch_size=batch_size, **options) as runs:
+            for record in runs:
+                for place, row in runs.rows_of(record):
+                    pieces = texts.setdefault(place, TextPieces(tokenizer))
+                    yield from (Piece(place, text) for text in pieces.put(row.tokens))
+                for place, generation in runs.ended():
+                    rest = texts.pop(place, TextPieces(tokenizer)).end()
+                    yield Piece(place, "".join(rest), generation)
+        yield from (Piece(place, "", generation) for place, generation in runs.ended())
+
     def run(self, prompt: str | Tensor, **options: Any) -> Run:
         """Start a generation and return it as an iterator over its records, with `finish()` for the result."""
+        decoder, requests = self._prepared(prompt, options)
+        if len(requests) > 1:
+            raise ValueError(
+                f"{len(requests)} sequences of one prompt: give a list, as in decoder.generate([prompt] * "
+                f"{len(requests)}, ...)"
+            )
+        return Run(decoder._running(requests), requests[0])
+
+    def run_many(
+        self,
+        prompts: Iterable[PromptLike],
+        *,
+        batch_size: int = BATCH_SIZE,
+        prefill_chunk: int | None = None,
+        **options: Any,
+    ) -> RunMany:
+        """Start generations that share passes: an iterator over the records of all, which tells what `ended`."""
+        if batch_size < 1 or (prefill_chunk is not None and prefill_chunk < 1):
+            raise ValueError(f"batch_size {batch_size} and prefill_chunk {prefill_chunk} must be 1 or more")
+        if self.streamer is not None:
+            raise ValueError("a streamer prints one text: use decoder.stream_many, or a decoder without streamer")
+        decoder = self._for_call(options.pop("policy", None), options.pop("drafter", None))
+        if options.get("seed") is None:
+            options["seed"] = int(torch.randint(2**62, ()))
+        first = options.pop("stream_id", 0)
+
+        def request(place: int, prompt: PromptLike) -> Request:
+            own = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+            if unfit := own.keys() & {"policy", "drafter", "batch_size", "prefill_chunk"}:
+                raise ValueError(f"{', '.join(sorted(unfit))}: all rows share it; give it to the call")
+            text = own.pop("prompt", None)
+            if not isinstance(text, (str, Tensor)):
+                raise ValueError('a prompt is text, token ids [1, length], or a mapping with one as "prompt"')
+            _, made = decoder._prepared(text, {**options, "stream_id": first + place, **own})
+            if len(made) > 1:
+                raise ValueError(f"{len(made)} sequences of one prompt: give the prompt so many times")
+            return made[0]
+
+        start = functools.partial(decoder._running, most=batch_size, chunk=prefill_chunk)
+        return RunMany(prompts, request, start, self._told)
+
+    def _prepared(self, prompt: str | Tensor, options: dict[str, Any]) -> tuple[SpeculativeDecoder, list[Request]]:
+        """Let transformers' `generate` prepare a call, and return what came of it instead of decoding."""
+        options = dict(options)
         if options.get("cache_implementation") == "paged":
             raise ValueError("cache 'paged': transformers decodes with it by itself; leave cache_implementation")
         self._stop_at_strings(options)
@@ -250,7 +339,8 @@ class SpeculativeDecoder:
             ids = prompt
         ids = ids.to(input_device(self.model))
         generate = getattr(self.target, "generate", self.model.generate)  # data parallelism has none
-        return cast("Run", generate(input_ids=ids, custom_generate=self, return_run=True, **options))
+        prepared = generate(input_ids=ids, custom_generate=self, prepare=True, **options)
+        return cast("tuple[SpeculativeDecoder, list[Request]]", prepared)
 
     def _stop_at_strings(self, options: dict[str, Any]) -> None:
         """Turn stop strings into a criterion: `generate` drops the tokenizer that it would need for them."""
@@ -273,34 +363,154 @@ class SpeculativeDecoder:
         *,
         policy: PolicyLike | None = None,
         drafter: DrafterLike | None = None,
-        seed: int | None = None,
-        stream_id: int = 0,
-        return_run: bool = False,
+        seed: int | Sequence[int] | None = None,
+        stream_id: int | Sequence[int] = 0,
+        prepare: bool = False,
         **model_kwargs: Any,
-    ) -> Tensor | GenerateDecoderOnlyOutput | Run:
-        """What transformers' `generate(custom_generate=decoder)` calls after its own preparations."""
+    ) -> Any:
+        """What transformers' `generate(custom_generate=decoder)` calls after its own preparations.
+
+        Args:
+            seed: one for all rows, or one for each.
+            stream_id: of the first row, those of the others follow; or one for each.
+            prepare: return the decoder of this call and its requests instead of decoding them.
+        """
         refuse_what_generate_dropped()
         refuse_what_we_cannot_do(model, self.model, input_ids, generation_config, model_kwargs)
-        inputs = model_inputs(self.model, input_ids, model_kwargs)
-        text = RunningText(input_ids)
-        stopping = Stopping(stopping_criteria, text)
-        refuse_changing_frequencies(self.model, input_ids.shape[1], stopping.max_length)
-        processors = Processors(logits_processor, ends=stopping.ends, prompt_length=input_ids.shape[1])
         decoder = self._for_call(policy, drafter)
-        if generation_config.do_sample and seed is None:
-            seed = int(torch.randint(2**62, ()))
-        seed = seed if generation_config.do_sample else None
-        request = decoder._request(text, processors, stopping, seed, stream_id, inputs)
-        observed = decoder._observed(request, generation_config, seed, stream_id) if decoder.observers.active else None
-        records = processors.rollback.settled(decode(request), input_ids.shape[1])
-        run = Run(records, request, seed, Watching(decoder.observers, observed))
-        if return_run:
-            return run
+        requests = decoder._requests(
+            input_ids, logits_processor, stopping_criteria, generation_config, seed, stream_id, model_kwargs
+        )
+        if prepare:
+            return decoder, requests
+        if len(requests) > 1:
+            return decoder._batch(input_ids, requests, generation_config)
+        run = Run(decoder._running(requests), requests[0])
         result = self._to_the_end(run)
         if not generation_config.return_dict_in_generate:
             return result.sequences
-        output = GenerateDecoderOnlyOutput(sequences=result.sequences, past_key_values=request.target.cache)
+        output = GenerateDecoderOnlyOutput(sequences=result.sequences, past_key_values=run.cache())
         output.generation = result
+        return output
+
+    def _requests(
+        self,
+        ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        seed: int | Sequence[int] | None,
+        stream_id: int | Sequence[int],
+        model_kwargs: dict[str, Any],
+    ) -> list[Request]:
+        """The rows of a prepared call, each with what it does not share."""
+        rows, most = ids.shape[0], length_limit(criteria)
+        padding, (host,) = left_padding(ids, model_kwargs.get("attention_mask")), to_host([ids])
+        if rows > 1 or any(padding):
+            refuse_shared(rows, processors, model_kwargs)
+        seeds: list[int | None] = [None] * rows
+        if config.do_sample:
+            seeds = [*each_row(int(torch.randint(2**62, ())) if seed is None else seed, rows, "seed", step=0)]
+        streams = each_row(stream_id, rows, "stream_id", step=1)
+        made = []
+        for row, (pads, tokens) in enumerate(zip(padding, host.tolist(), strict=True)):
+            own = slice(row, row + 1)
+            padded = ids[own, :pads] if pads else None
+            text = RowText(ids[own, pads:], most - pads, padding=padded, tokens=tokens[pads:])
+            refuse_changing_frequencies(self.model, text.length, text.max_length)
+            kwargs = {} if pads or rows > 1 else model_kwargs
+            inputs = model_inputs(self.model, text.prompt, kwargs)
+            mine = Processors(of_row(processors, row), ends=end_tokens(criteria), prompt_length=ids.shape[1])
+            temperature = 0.0 if seeds[row] is None else float(config.temperature or 1.0)
+            made.append(
+                self._request(text, mine, Stopping(criteria, text), seeds[row], streams[row], temperature, inputs)
+            )
+        return made
+
+    def _request(
+        self,
+        text: RowText,
+        processors: Processors,
+        stopping: Stopping,
+        seed: int | None,
+        stream_id: int,
+        temperature: float,
+        inputs: ModelInputs,
+    ) -> Request:
+        noise = None
+        if seed is not None:
+            if self.rule == "rejection":
+                self._refuse_bias(self._wants())
+            device = text.prompt.device
+            noise = GumbelNoise(seed, stream_id, self.spec.vocab_size, device, salt=TARGET_SALT)
+        # The count of requests tells greedy ones apart, which have no seed: a policy must not explore alike in each.
+        self.requests += 1
+        generator = torch.Generator().manual_seed(hashed(seed or 0, stream_id, self.requests, POLICY_SALT) >> 1)
+        sampler = Sampler(text, processors, noise)
+        return Request(
+            next_number(), text, sampler, stopping, generator, seed, stream_id, temperature=temperature, inputs=inputs
+        )
+
+    def _running(self, requests: Iterable[Request], *, most: int = 1, chunk: int | None = None) -> Running:
+        """Rows that begin when somebody asks for the first record."""
+        watch = Stopwatch(GuardedClock(self.clock))
+        policy = TimedPolicy(self.policy, self.spec, watch, strict=self.strict)
+        shared = Shared(policy, watch, self.spec, self._wants())
+        running = Running(policy, watch, self.observers, self._observed)
+        admission = Admission(
+            running.watched(requests),
+            functools.partial(self._rows, shared, running),
+            most=most,
+            together=session_class(self.model).shares_passes,
+            chunk=chunk,
+        )
+        running.records = decode(admission, policy)
+        return running
+
+    def _rows(self, shared: Shared, running: Running, requests: list[Request], slots: int) -> Rows:
+        """Sessions for requests that begin together."""
+        if self.rule == "rejection" and self.spec.work.passes != "one":
+            # What such drafters know of a position depends on the tokens drafted before it; see GuardedPolicy.
+            shared.policy.stepwise |= any(request.seed is not None for request in requests)
+        text = RunningText([request.text for request in requests])
+        capacity = text.max_length + self.spec.max_block_size
+        session = session_class(self.model)(
+            self.model,
+            rows=len(requests),
+            capacity=capacity,
+            slots=slots,
+            feature_layers=self.drafter.feature_layers,
+            keep_hidden=bool(shared.wants & {Feature.PREFILL_HIDDEN, Feature.LAST_HIDDEN}),
+        )
+        session.wrapper = self.target if self.target is not self.model else None
+        session.inputs = [request.inputs for request in requests]
+        running.rows = Rows(
+            requests,
+            text,
+            TimedTarget(session, shared.watch),
+            TimedDrafter(self.drafter.begin(text), shared.watch),
+            RULES[self.rule](Samplers([request.sampler for request in requests])),
+            shared,
+            requests[0].generator,
+        )
+        return running.rows
+
+    def _batch(self, ids: Tensor, requests: list[Request], config: GenerationConfig) -> Any:
+        """Decode the rows of a caller's batch; what transformers returns of them. Raises RowFailure after all ended."""
+        start = functools.partial(self._running, most=len(requests))
+        generations: dict[int, Generation] = {}
+        with RunMany(requests, lambda place, request: request, start, self._told) as runs:
+            for _ in runs:
+                generations.update(runs.ended())
+        results = [generations[place] for place in range(len(requests))]
+        for result in results:
+            if result.error is not None:
+                raise result.error
+        texts = sequences(ids, [result.tokens for result in results], config)
+        if not config.return_dict_in_generate:
+            return texts
+        output = GenerateDecoderOnlyOutput(sequences=texts)
+        output.generations = results
         return output
 
     def _to_the_end(self, run: Run) -> Generation:
@@ -313,13 +523,17 @@ class SpeculativeDecoder:
                 self.streamer.end()
             return run.finish()
 
-    def _observed(
-        self, request: Request, config: GenerationConfig, seed: int | None, stream_id: int
-    ) -> ObservedRequest:
+    def _told(self, result: Generation) -> Generation:
+        """With its text, if there is a tokenizer."""
+        if self.tokenizer is not None:
+            result.text = cast("str", self.tokenizer.decode(result.tokens[0], skip_special_tokens=True))
+        return result
+
+    def _observed(self, request: Request) -> ObservedRequest:
         """What observers learn about a request."""
-        (length,) = request.text.prompt_length
+        text = request.text
         return ObservedRequest(
-            number=next_number(),
+            number=request.number,
             policy=self.policy_name,
             policy_repr=repr(self.policy),
             target=self.spec.target,
@@ -329,52 +543,15 @@ class SpeculativeDecoder:
             max_block_size=self.spec.max_block_size,
             rule=self.rule,
             clock=type(self.clock).__name__,
-            prompt_length=length,
-            max_new_tokens=request.stopping.max_length - length,
-            temperature=0.0 if seed is None else float(config.temperature or 1.0),
-            seed=seed,
-            stream_id=stream_id,
+            prompt_length=text.prompt_length,
+            max_new_tokens=text.max_length - text.prompt_length,
+            temperature=request.temperature,
+            seed=request.seed,
+            stream_id=request.stream_id,
         )
 
-    def _request(
-        self,
-        text: RunningText,
-        processors: Processors,
-        stopping: Stopping,
-        seed: int | None,
-        stream_id: int,
-        inputs: ModelInputs,
-    ) -> Request:
-        wants = self.policy.wants | (self.policy.wants_optional & self._offered())
-        if self.rule == "rejection" and seed is not None:
-            self._refuse_bias(wants)
-        # What such drafters know of a position depends on the tokens drafted before it; see GuardedPolicy.
-        stepwise = self.rule == "rejection" and seed is not None and self.spec.work.passes != "one"
-        noise = None
-        if seed is not None:
-            noise = GumbelNoise(seed, stream_id, self.spec.vocab_size, text.ids.device, salt=TARGET_SALT)
-        # The count of requests tells greedy ones apart, which have no seed: a policy must not explore alike in each.
-        self.requests += 1
-        generator = torch.Generator().manual_seed(hashed(seed or 0, stream_id, self.requests, POLICY_SALT) >> 1)
-        keep_hidden = bool(wants & {Feature.PREFILL_HIDDEN, Feature.LAST_HIDDEN})
-        session = session_class(self.model)
-        target = session(self.model, text, feature_layers=self.drafter.feature_layers, keep_hidden=keep_hidden)
-        target.wrapper = self.target if self.target is not self.model else None
-        target.inputs = inputs if inputs.following else None
-        watch = Stopwatch(GuardedClock(self.clock))
-        return Request(
-            text=text,
-            target=TimedTarget(target, watch),
-            drafter=TimedDrafter(self.drafter.begin(text), watch),
-            policy=TimedPolicy(self.policy, self.spec, watch, strict=self.strict, stepwise=stepwise),
-            rule=make_rule(self.rule, text, processors, noise),
-            stopping=stopping,
-            watch=watch,
-            spec=self.spec,
-            wants=wants,
-            generator=generator,
-            inputs=inputs.prefill,
-        )
+    def _wants(self) -> frozenset[Feature]:
+        return self.policy.wants | (self.policy.wants_optional & self._offered())
 
     def _refuse_bias(self, wants: frozenset[Feature]) -> None:
         """Under rejection sampling, whether a token is verified must not depend on that token."""
@@ -418,7 +595,7 @@ class SpeculativeDecoder:
         templated = bool(start) and prompt.startswith(start)
         return cast("Tensor", tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated)["input_ids"])
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def _tokenizer(self, what: str = "this") -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
-            raise ValueError("this needs a tokenizer: SpeculativeDecoder(..., tokenizer=tokenizer)")
+            raise ValueError(f"{what} needs a tokenizer: SpeculativeDecoder(..., tokenizer=tokenizer)")
         return self.tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from bpkit.decode.drafter import Proposal
@@ -13,7 +14,7 @@ from bpkit.types import Feature
 
 
 def draft_features(proposal: Proposal, wants: frozenset[Feature]) -> dict[Feature, Tensor]:
-    """Features of a proposal, each [1, count, ...]; see `Feature` for their meaning."""
+    """Features of a proposal, each [rows, width, ...]; see `Feature` for their meaning."""
     if proposal.features is not None:
         return {name: value for name, value in proposal.features.items() if name in wants}
     features: dict[Feature, Tensor] = {}
@@ -72,8 +73,10 @@ def target_features(
 
 
 def _at(values: Tensor, place: Tensor) -> Tensor:
-    """One position of each row: [1, positions, ...] -> [1, ...]."""
-    return values.index_select(1, place)[:, 0]
+    """One position of each row: [rows, positions, ...] -> [rows, ...]."""
+    if len(place) == 1:
+        return values.index_select(1, place)[:, 0]
+    return values[torch.arange(len(place), device=place.device), place]
 
 
 OF_THE_ANCHOR = frozenset({Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY})

@@ -54,12 +54,14 @@ class GuardedPolicy:
             later positions depends on that token, and the output would be biased.
 
     Attributes:
-        fallbacks: faults mended so far in this request.
+        fallbacks: faults mended so far.
+        rows: that run.
+        state: of all rows, in their order.
     """
 
     def __init__(self, policy: Policy, spec: DecoderSpec, *, strict: bool = False, stepwise: bool = False) -> None:
         self.policy, self.spec, self.strict, self.stepwise = policy, spec, strict, stepwise
-        self.fallbacks = 0
+        self.fallbacks = self.rows = 0
         self.state: State = {}
         self._warned: set[str] = set()
         self._reported = 0
@@ -67,14 +69,42 @@ class GuardedPolicy:
         self.observes, self.predicts = overrides(policy, "observe"), overrides(policy, "predict")
 
     def begin(self, context: Context) -> None:
-        """Make the request's state."""
+        """Make the state of rows that begin, which are the last from here on."""
+        rows = context.batch_size
+        before = self.rows
+        self.rows += rows
         try:
-            self.state = self.policy.begin(context)
-            if not isinstance(self.state, dict):
-                raise PolicyFault(f"it returned {kind_of(self.state)}, not a dict of tensors")
+            state = self.policy.begin(context)
+            if not isinstance(state, dict):
+                raise PolicyFault(f"it returned {kind_of(state)}, not a dict of tensors")
+            if before == 0:
+                self.state = state
+                return
+            _refuse_immovable(state, rows)
+            _refuse_immovable(self.state, before)
+            # A name that only one of the two has would be wrong for some row.
+            self.state = {name: torch.cat([self.state[name], state[name]]) for name in self.state if name in state}
         except Exception as error:
             self._mend("begin", error, "an empty state")
             self.state = {}
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on, in this order."""
+        self.state = self._of(rows)
+        self.rows = len(rows)
+
+    def _of(self, rows: Sequence[int]) -> State:
+        """The state of some rows, in this order."""
+        if list(rows) == list(range(self.rows)):
+            return self.state
+        if not rows:
+            return {}
+        try:
+            _refuse_immovable(self.state, self.rows)
+        except PolicyFault as error:
+            self._mend("begin", error, "an empty state")
+            return {}
+        return {name: value[list(rows)] for name, value in self.state.items()}
 
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor] | None:
         """What the policy's networks make of features, on the device; None where it has none, or nothing to look at."""
@@ -109,10 +139,19 @@ class GuardedPolicy:
             return lengths
         if not self.stepwise:
             return self._truncate(draft, lengths)
-        kept = 0
-        while kept < max(lengths) and self._truncate(draft.first(kept + 1), [kept + 1]) == [kept + 1]:
-            kept += 1
-        return [kept]
+        kept = [0] * len(lengths)
+        for count in range(1, max(lengths) + 1):
+            asked = [
+                min(length, count) if keeps == count - 1 else 0 for length, keeps in zip(lengths, kept, strict=True)
+            ]
+            if not any(asked):
+                break
+            answers = self._truncate(draft.first(count), [min(length, count) for length in lengths])
+            kept = [
+                count if ask == count and answer == count else keeps
+                for ask, answer, keeps in zip(asked, answers, kept, strict=True)
+            ]
+        return kept
 
     def _truncate(self, draft: Draft, lengths: list[int]) -> list[int]:
         length = draft.draft_length
@@ -125,14 +164,14 @@ class GuardedPolicy:
         draft.draft_length = length
         return widths
 
-    def extend(self, draft: Draft) -> bool:
-        """Whether an autoregressive drafter goes on."""
+    def extend(self, draft: Draft) -> list[bool]:
+        """Which rows an autoregressive drafter goes on with."""
+        rows = draft.draft_length.shape[0]
         try:
-            rows = [1] * draft.draft_length.shape[0]
-            return any(decision("extend", self.policy.extend(self.state, draft), rows))
+            return [bool(answer) for answer in decision("extend", self.policy.extend(self.state, draft), [1] * rows)]
         except Exception as error:
             self._mend("extend", error, "drafting on")
-            return True
+            return [True] * rows
 
     def observe(self, step: Step) -> None:
         """Feed the step back: a copy, because the record is the output's."""
@@ -143,10 +182,10 @@ class GuardedPolicy:
         except Exception as error:
             self._mend("observe", error, "no feedback")
 
-    def end(self) -> None:
-        """The request ended."""
+    def end(self, rows: Sequence[int]) -> None:
+        """These rows ended."""
         try:
-            self.policy.end(self.state)
+            self.policy.end(self._of(rows))
         except Exception as error:
             self._mend("end", error, "nothing")
 
@@ -164,6 +203,17 @@ class GuardedPolicy:
         if method not in self._warned:
             self._warned.add(method)
             warnings.warn(f"{message}; using {instead} instead (said once)", PolicyFaultWarning, stacklevel=3)
+
+
+def _refuse_immovable(state: State, rows: int) -> None:
+    """Raise PolicyFault for a state whose rows cannot be moved."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise PolicyFault(f"state[{name!r}] is {kind_of(value)}, not a tensor: its rows cannot join others")
+        if value.ndim == 0 or value.shape[0] != rows:
+            raise PolicyFault(
+                f"state[{name!r}] has shape {list(value.shape)} for {rows} rows: the batch axis comes first"
+            )
 
 
 def explained(error: Exception, policy: Policy) -> str:

@@ -1,4 +1,4 @@
-"""The loop: prefill, then select, draft, truncate, verify, observe until something says stop.
+"""The loop: prefill, then select, draft, truncate, verify, observe until something says stop; for one row or many.
 
 It yields a record for each turn. Streaming, traces, timing tables and progress bars consume the records.
 """
@@ -8,36 +8,53 @@ from __future__ import annotations
 from collections.abc import Generator
 
 import torch
+from torch import Tensor
 
-from bpkit.decode.request import Request
-from bpkit.types import Record
+from bpkit.decode.admission import Admission
+from bpkit.decode.guard import GuardedPolicy
+from bpkit.decode.rows import Rows
+from bpkit.decode.target import TargetOutput
+from bpkit.types import Prefill, Record, Step
 
 
 @torch.inference_mode()
-def decode(request: Request) -> Generator[Record]:
-    """Generate; the tokens of the records, joined, are the output. Tensors carry the batch axis, 1 for now.
+def decode(admission: Admission, policy: GuardedPolicy) -> Generator[Record]:
+    """Generate; the tokens of the records of a row, joined, are its output. Rows join and leave between steps.
 
     What the models give is on the device. What was decided is read once a turn, in `settle`, which appends it to the
     running text that target, drafter and rule share.
     """
-    target, drafter, policy, rule = request.target, request.drafter, request.policy, request.rule
+    running: Rows | None = None
+    while running or not admission.done:
+        for new, output, features in admission.read(len(running or ())):
+            record = begin(new, policy, output, features)
+            new.leave(after=len(running or ()))
+            if running and new:
+                running.join(new)
+            running = running or new
+            yield record
+        if running:
+            turn = step(running, policy)
+            running.leave()
+            yield turn
 
-    output = target.prefill(**request.inputs)
-    decided = request.settle(output.last(), rule.verify(output.logits, request.no_draft(), 0))
-    drafter.advance(output.features)
+
+def begin(rows: Rows, policy: GuardedPolicy, output: TargetOutput, features: list[Tensor] | None) -> Prefill:
+    """Decide the first token of rows whose prompts were read."""
+    decided = rows.settle(output.last(), rows.rule.verify(output.logits, rows.no_draft(), [0] * len(rows)))
+    rows.drafter.advance(features)
     policy.begin(decided.context)
-    yield request.prefill(decided)
+    return rows.prefill(decided)
 
-    context = decided.without_prefill()
-    while not decided.stopped:
-        draft = request.draft(context, policy.select(context))
-        width = request.width(draft, policy.truncate(draft))
-        output = target.verify(draft.tokens[:, :width])
-        decided = request.settle(output, rule.verify(output.logits, draft, width))
-        target.rollback([width - count for count in decided.num_accepted])
-        drafter.advance(output.features_of(max(decided.num_accepted) + 1))
-        step = request.step(draft, width, decided)
-        policy.observe(step)
-        yield step
-        context = decided.context
-    policy.end()
+
+def step(rows: Rows, policy: GuardedPolicy) -> Step:
+    """One turn of all rows."""
+    assert rows.context is not None
+    draft = rows.draft(policy.select(rows.context))
+    width = rows.width(draft, policy.truncate(draft))
+    output = rows.verify(draft, width)
+    decided = rows.settle(output.last(), rows.rule.verify(output.logits, draft, width))
+    rows.advance(output, decided, width)
+    record = rows.step(draft, width, decided)
+    policy.observe(record)
+    return record

@@ -210,9 +210,10 @@ class Watching:
             self._begun = True
             self._tell("begin")
 
-    def record(self, record: Record) -> None:
-        """After each record."""
+    def record(self, record: Record, place: int = 0) -> None:
+        """After each record, in which this generation has a place."""
         if self.request is not None:
+            record = record.row(place)
             self._tokens += record.tokens.shape[1]
             self._near_ties += sum(record.near_ties)
             self._spent += record.seconds

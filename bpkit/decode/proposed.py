@@ -11,35 +11,39 @@ from bpkit.decode.drafter import Proposal
 from bpkit.decode.features import draft_features
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.host import to_host_with
+from bpkit.decode.text import counts
 from bpkit.types import Context, Draft, Feature
 
 
 class Proposed:
-    """What was proposed so far: a whole block at once, or token after token.
+    """What was proposed so far: whole blocks at once, or token after token.
 
     Attributes:
-        length: tokens so far.
+        width: positions so far, of the row that has most.
     """
 
     def __init__(self, context: Context, block_size: Tensor, wants: frozenset[Feature], policy: GuardedPolicy) -> None:
         self.context, self.block_size, self.wants, self.policy = context, block_size, wants, policy
-        self.length = 0
+        self.width = 0
+        self._lengths = [0] * context.batch_size
         self._tokens: list[Tensor] = []
         self._features: list[dict[Feature, Tensor]] = []
         self._predictions: list[dict[str, Tensor] | None] = []
 
     def add(self, proposal: Proposal) -> None:
         """Take in further tokens; if the policy wants anything of them, read it from the device in one copy."""
-        if proposal.tokens.shape[1] == 0 and self._tokens:
+        width = proposal.tokens.shape[1]
+        if width == 0 and self._tokens:
             return
         features = draft_features(proposal, self.wants)
         # Networks need not take a draft of no tokens.
-        predictions = self.policy.predict(features) if proposal.tokens.shape[1] else None
+        predictions = self.policy.predict(features) if width else None
         _, features, predictions = to_host_with((), features, predictions)
         self._tokens.append(proposal.tokens)
         self._features.append(features)
         self._predictions.append(predictions)
-        self.length += proposal.tokens.shape[1]
+        self.width += width
+        self._lengths = [length + count for length, count in zip(self._lengths, proposal.counts, strict=True)]
 
     def draft(self) -> Draft:
         """All of it, as the policy sees it."""
@@ -48,7 +52,7 @@ class Proposed:
         return Draft(
             self.context,
             self.block_size,
-            self.context.full(self.length),
+            counts(self._lengths),
             _joined(self._tokens),
             features={name: _joined([part[name] for part in self._features]) for name in self._features[0]},
             predictions={name: _joined([p[name] for p in predictions]) for name in predictions[0]} if whole else None,

@@ -6,7 +6,13 @@ import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, SynthIDTextWatermarkingConfig
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    SynthIDTextWatermarkingConfig,
+)
 
 from bpkit.decode.pretrained import input_device, inside
 
@@ -16,7 +22,6 @@ _OTHER_MODES = {
     "num_beam_groups": (1, "beam search keeps several texts; leave it out"),
     "constraints": (None, "constrained beam search keeps several texts; use a logits processor"),
     "force_words_ids": (None, "constrained beam search keeps several texts; use a logits processor"),
-    "num_return_sequences": (1, "one sequence at a time for now; call once for each, with another seed"),
     "penalty_alpha": (0, "contrastive search is another decoding method"),
     "dola_layers": (None, "DoLa is another decoding method"),
     "prompt_lookup_num_tokens": (None, "use drafter='ngram' instead"),
@@ -25,7 +30,7 @@ _OTHER_MODES = {
     "speculation_type": (None, "the drafter and policy of the decoder decide how to speculate"),
     "guidance_scale": (1, "classifier-free guidance keeps state from token to token; leave it out"),
     "token_healing": (False, "heal the prompt before the call"),
-    "prefill_chunk_size": (None, "the prompt is read in one pass; leave it out"),
+    "prefill_chunk_size": (None, "say prefill_chunk=... to the decoder's own `generate`"),
     "output_scores": (False, "scores are not kept; call the target on the finished sequence"),
     "output_logits": (False, "logits are not kept; call the target on the finished sequence"),
     "output_attentions": (False, "attentions are not kept; call the target on the finished sequence"),
@@ -45,8 +50,6 @@ def refuse_what_we_cannot_do(
             raise ValueError(f"speculative decoding cannot honour {name}={value!r}: {instead}")
     if isinstance(config.watermarking_config, SynthIDTextWatermarkingConfig):
         raise ValueError("watermarking_config: SynthID keeps state from token to token; use a WatermarkingConfig")
-    if ids.shape[0] != 1:
-        raise ValueError(f"batch size {ids.shape[0]}: speculative decoding serves one sequence at a time for now")
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds: the prompt must be token ids; pass input_ids")
     if ids.shape[1] == 0:
@@ -54,12 +57,6 @@ def refuse_what_we_cannot_do(
     if not config.use_cache or model_kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False: speculative decoding needs the KV cache; leave use_cache on")
     _refuse_caches(config, model_kwargs.get("past_key_values"))
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and not bool((mask == 1).all()):
-        raise ValueError(
-            "the attention mask hides tokens: pass the prompt without padding; where no mask is given and the prompt "
-            "has pad tokens, transformers makes one, so pass a mask of ones to have them read"
-        )
     reads_on = input_device(target)
     if ids.device.type != reads_on.type or (None not in (ids.device.index, reads_on.index) and ids.device != reads_on):
         raise ValueError(f"input_ids are on {ids.device}, the target reads them on {reads_on}: move them there")

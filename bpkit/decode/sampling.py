@@ -21,6 +21,9 @@ class Processors:
         ends: end tokens, after which plain decoding calls no processor.
         prompt_length: where the output begins.
 
+    Attributes:
+        failure: what a processor raised; the row goes on with raw scores until it is taken out.
+
     Raises:
         ValueError: a processor keeps state that cannot be rolled back; see `bpkit.decode.rollback`.
     """
@@ -31,6 +34,7 @@ class Processors:
         self.processors, self.ends, self.prompt_length = processors, ends, prompt_length
         self.prefix_free = all(type(p) in PREFIX_FREE for p in processors)
         self.rollback = Rollback(processors)
+        self.failure: Exception | None = None
 
     def __call__(self, logits: Tensor, prefix: Tensor, tokens: Tensor) -> Tensor:
         """Scores of the positions after `prefix`.
@@ -75,22 +79,20 @@ class Sampler:
 
     Attributes:
         noise: None for greedy decoding.
-        failure: what a processor raised; the row then goes on with raw scores until it is taken out.
     """
 
     def __init__(self, text: RowText, processors: Processors, noise: GumbelNoise | None) -> None:
         self.text, self.processors, self.noise = text, processors, noise
-        self.failure: Exception | None = None
 
     def scores(self, logits: Tensor, drawn: Tensor, tokens: Tensor) -> Tensor:
         """Processed scores of the positions after the text and `drawn` tokens: as of `Processors`, of one row."""
-        if self.failure is None:
+        if self.processors.failure is None:
             try:
                 if self.processors.prefix_free:
                     return self.processors(logits, self.text.prompt, tokens)
                 return self.processors(logits, torch.cat([self.text.ids, drawn], dim=1), tokens)
             except Exception as error:
-                self.failure = error
+                self.processors.failure = error
         return logits.float()
 
 
@@ -121,15 +123,26 @@ class Samplers:
             return self.rows[0].scores(logits, drawn, tokens)
         if self.alike:
             flat = self.rows[0].scores(logits.flatten(0, 1)[None], drawn[:1], tokens[:1])
-            if self.rows[0].failure is None:
+            if self.rows[0].processors.failure is None:
                 return flat.view(logits.shape)
-            self.rows[0].failure = None  # which row is at fault, each says by itself
+            self.rows[0].processors.failure = None  # which row is at fault, each says by itself
         scores = logits.float() if logits.dtype != torch.float32 else logits.clone()
         for place, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
             if count:
                 own = slice(place, place + 1)
                 scores[place, :count] = row.scores(logits[own, :count], drawn[own], tokens[own])[0]
         return scores
+
+    @property
+    def position(self) -> list[int]:
+        """Output index of each row's next token."""
+        return [row.text.position for row in self.rows]
+
+    def forget_before(self, position: Sequence[int]) -> None:
+        """Free the noise of positions that are decided."""
+        for row, at in zip(self.rows, position, strict=True):
+            if row.noise is not None:
+                row.noise.forget_before(at)
 
     def noisy(self, scores: Tensor, position: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Scores plus noise, the quantity whose arg-max decides: float32 [rows, positions, vocab].
@@ -181,7 +194,7 @@ class Draw:
 
     def __init__(self, samplers: Samplers) -> None:
         self.samplers = samplers
-        self.position = [row.text.position for row in samplers.rows]
+        self.position = samplers.position
         self.tokens = samplers.rows[0].text.prompt.new_empty((len(samplers.rows), 0))
         """Drawn so far, int64 [rows, count]."""
 

@@ -16,6 +16,7 @@ class RowText:
         max_length: tokens of prompt and output at most.
         padding: tokens before the prompt that only processors and criteria see, int64 [1, count], on the device: the
             left padding of a batch that the caller made.
+        tokens: the prompt on the host, where it is known.
 
     Attributes:
         tokens: all of them, on the host; the last is the anchor, which the target has not read yet.
@@ -23,9 +24,11 @@ class RowText:
         prompt_length: tokens of the prompt.
     """
 
-    def __init__(self, prompt: Tensor, max_length: int, *, padding: Tensor | None = None) -> None:
+    def __init__(
+        self, prompt: Tensor, max_length: int, *, padding: Tensor | None = None, tokens: list[int] | None = None
+    ) -> None:
         self.prompt, self.max_length = prompt, max_length
-        self.tokens: list[int] = prompt[0].tolist()
+        self.tokens = prompt[0].tolist() if tokens is None else tokens
         self.newest = list(self.tokens)
         self.prompt_length = len(self.tokens)
         self.padding = 0 if padding is None else padding.shape[1]

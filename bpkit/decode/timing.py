@@ -38,6 +38,14 @@ class Stopwatch:
         self.spent[phase] = self.spent.get(phase, 0.0) + now - self.last
         self.last, self.phase = now, phase
 
+    def take(self, phase: str) -> float:
+        """Time of a phase that is not to be charged to the next record."""
+        return self.spent.pop(phase, 0.0)
+
+    def give(self, phase: str, seconds: float) -> None:
+        """Charge such time to the next record after all."""
+        self.spent[phase] = self.spent.get(phase, 0.0) + seconds
+
     def charge(self, work: Work | None) -> Seconds:
         """What the clock charges for all since the last time: for a step that did `work`, or for prefill (None)."""
         self.lap("rest")
@@ -51,24 +59,28 @@ class TimedTarget:
     def __init__(self, session: TargetSession, watch: Stopwatch) -> None:
         self.session, self.watch = session, watch
         self.positions, self.rollback, self.embed = session.positions, session.rollback, session.embed
+        self.keep, self.cache = session.keep, session.cache
 
     @property
     def reread(self) -> int:
         return self.session.reread
 
     @property
-    def cache(self) -> Any:
-        return self.session.cache
+    def held(self) -> list[int]:
+        return self.session.held
 
-    def prefill(self, **inputs: Any) -> TargetOutput:
+    def join(self, other: TimedTarget) -> None:
+        self.session.join(other.session)
+
+    def prefill(self, tokens: Tensor, counts: Sequence[int], *, last: bool, **inputs: Any) -> TargetOutput:
         self.watch.resume()
-        output = self.session.prefill(**inputs)
+        output = self.session.prefill(tokens, counts, last=last, **inputs)
         self.watch.lap("verify")
         return output
 
-    def verify(self, drafted: Tensor) -> TargetOutput:
+    def verify(self, tokens: Tensor, counts: Sequence[int]) -> TargetOutput:
         self.watch.lap("policy")  # features of the draft, after which it may have decided nothing
-        output = self.session.verify(drafted)
+        output = self.session.verify(tokens, counts)
         self.watch.lap("verify")
         return output
 
@@ -78,7 +90,10 @@ class TimedDrafter:
 
     def __init__(self, session: DrafterSession, watch: Stopwatch) -> None:
         self.session, self.watch = session, watch
-        self.advance = session.advance
+        self.advance, self.keep = session.advance, session.keep
+
+    def join(self, other: TimedDrafter) -> None:
+        self.session.join(other.session)
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         proposal = self.session.draft(block_size, draw, go_on and self._timed(go_on))
@@ -86,7 +101,7 @@ class TimedDrafter:
         return proposal
 
     def _timed(self, go_on: GoOn) -> GoOn:
-        def timed(latest: Proposal) -> bool:
+        def timed(latest: Proposal) -> list[bool]:
             self.watch.lap("draft")
             answer = go_on(latest)
             self.watch.lap("policy")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from bpkit.decode.noise import ACCEPT_SALT, DRAFT_SALT, GumbelNoise, hashed, uniform
-from bpkit.decode.sampling import Draw, Processors, noisy
-from bpkit.decode.text import RunningText
+from bpkit.decode.sampling import Draw, Sampler, Samplers, noisy
+from bpkit.decode.text import padded
 from bpkit.types import Draft
 
 NEAR_TIE = 1e-4
@@ -23,9 +25,9 @@ class Verdict(NamedTuple):
     """What a rule made of a pass, on the device.
 
     Attributes:
-        tokens: int64 [1, positions]; only the first `num_accepted + 1` mean anything.
-        num_accepted: before stopping is considered, int64 [1].
-        near_tie: whether the top-2 gap was below tolerance, bool [1, positions].
+        tokens: int64 [rows, positions]; only the first `num_accepted + 1` of a row mean anything.
+        num_accepted: before stopping is considered, int64 [rows].
+        near_tie: whether the top-2 gap was below tolerance, bool [rows, positions].
     """
 
     tokens: Tensor
@@ -36,16 +38,24 @@ class Verdict(NamedTuple):
 class VerifyRule(Protocol):
     """Decides what follows the running text from the target's logits, without a read of the device."""
 
-    def draw(self) -> Draw:
-        """What the drafter draws its tokens with."""
+    def draw(self, block_size: Sequence[int]) -> Draw:
+        """What the drafter draws its tokens with; rows of block size 1 draw none."""
         ...
 
-    def verify(self, logits: Tensor, draft: Draft, width: int) -> Verdict:
-        """Judge the first `width` drafted tokens.
+    def verify(self, logits: Tensor, draft: Draft, width: Sequence[int]) -> Verdict:
+        """Judge the first `width[i]` drafted tokens of row *i*.
 
         Args:
-            logits: of the target at anchor and drafted tokens, [1, width + 1, vocab].
+            logits: of the target at anchor and drafted tokens, [rows, largest width + 1, vocab].
         """
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on, in this order."""
+        ...
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another rule of the same class after one's own."""
         ...
 
 
@@ -79,57 +89,98 @@ class Coupled:
     policy. Without noise this is greedy decoding.
     """
 
-    def __init__(self, text: RunningText, processors: Processors, noise: GumbelNoise | None) -> None:
-        self.text, self.processors, self.noise = text, processors, noise
+    def __init__(self, samplers: Samplers) -> None:
+        self.samplers = samplers
 
-    def draw(self) -> Draw:
-        return Draw(self.processors, self.noise, self.text.position[0], self.text.ids)
+    def draw(self, block_size: Sequence[int]) -> Draw:
+        return Draw(self.samplers)
 
-    def verify(self, logits: Tensor, draft: Draft, width: int) -> Verdict:
-        drafted, (position,) = draft.tokens[:, :width], self.text.position
-        if self.noise is not None:
-            self.noise.forget_before(position)
-        scores = self.processors(logits, self.text.ids, drafted)
+    def verify(self, logits: Tensor, draft: Draft, width: Sequence[int]) -> Verdict:
+        drafted, position = draft.tokens[:, : max(width)], self.samplers.position
+        self.samplers.forget_before(position)
+        counts = [row + 1 for row in width]
+        scores = self.samplers.scores(logits, drafted[:, :0], drafted, counts)
         tolerance = tie_tolerance(logits, scores)
-        scores = noisy(scores, self.noise, position)
+        scores = self.samplers.noisy(scores, position, counts)
         chosen = scores.argmax(dim=-1)
-        stands = (chosen[:, :width] == drafted).cumprod(dim=1).sum(dim=1)
-        return Verdict(chosen, stands, near_ties(scores, tolerance))
+        same = chosen[:, : drafted.shape[1]] == drafted
+        if min(width) < drafted.shape[1]:
+            same &= _within(width, drafted)
+        return Verdict(chosen, same.cumprod(dim=1).sum(dim=1), near_ties(scores, tolerance))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.samplers = Samplers([self.samplers.rows[row] for row in rows])
+
+    def join(self, other: Coupled) -> None:
+        self.samplers = Samplers([*self.samplers.rows, *other.samplers.rows])
 
 
-class Rejection:
+def _within(width: Sequence[int], drafted: Tensor) -> Tensor:
+    """Which drafted tokens are to be verified: bool [rows, largest width]."""
+    most = torch.tensor(width, device=drafted.device)
+    return torch.arange(drafted.shape[1], device=drafted.device) < most[:, None]
+
+
+class Rejection(Coupled):
     """Speculative sampling: accept token x with probability min(1, p(x)/q(x)), else draw from max(p - q, 0).
 
     Leviathan et al. 2023 (2211.17192) and Chen et al. 2023 (2302.01318). The output has the target's distribution,
-    but the text depends on drafter and policy.
+    but the text depends on drafter and policy. Rows without noise are greedy.
     """
 
-    def __init__(self, text: RunningText, processors: Processors, noise: GumbelNoise) -> None:
-        self.text, self.processors, self.noise = text, processors, noise
-        self.drafts = 0
+    def __init__(self, samplers: Samplers) -> None:
+        super().__init__(samplers)
+        self.drafts = [0] * len(samplers.rows)
 
-    def draw(self) -> Draw:
+    def keep(self, rows: Sequence[int]) -> None:
+        super().keep(rows)
+        self.drafts = [self.drafts[row] for row in rows]
+
+    def join(self, other: Coupled) -> None:
+        assert isinstance(other, Rejection)
+        super().join(other)
+        self.drafts += other.drafts
+
+    def draw(self, block_size: Sequence[int]) -> Draw:
         # Fresh noise for every draft: with that of the position alone, a token that was drafted but not verified would
         # come again, and a policy that remembers what it saw of it could pick and choose.
-        self.drafts += 1
-        n = self.noise
-        noise = GumbelNoise(hashed(n.seed, n.stream, self.drafts, DRAFT_SALT), n.stream, n.width, n.device)
-        return Draw(self.processors, noise, self.text.position[0], self.text.ids)
+        self.drafts = [count + (size > 1) for count, size in zip(self.drafts, block_size, strict=True)]
+        fresh = [self._fresh(row, count) for row, count in zip(self.samplers.rows, self.drafts, strict=True)]
+        return Draw(Samplers(fresh))
 
-    def verify(self, logits: Tensor, draft: Draft, width: int) -> Verdict:
-        drafted, (position,) = draft.tokens[:, :width], self.text.position
-        n = self.noise
+    @staticmethod
+    def _fresh(row: Sampler, drafts: int) -> Sampler:
+        n = row.noise
+        if n is None:
+            return row
+        noise = GumbelNoise(hashed(n.seed, n.stream, drafts, DRAFT_SALT), n.stream, n.width, n.device)
+        return Sampler(row.text, row.processors, noise)
+
+    def verify(self, logits: Tensor, draft: Draft, width: Sequence[int]) -> Verdict:
+        verdicts = [self._row(place, logits, draft, count) for place, count in enumerate(width)]
+        if len(verdicts) == 1:
+            return verdicts[0]
+        tokens, accepted, ties = zip(*verdicts, strict=True)
+        return Verdict(padded(tokens), torch.cat(accepted), padded(ties))
+
+    def _row(self, place: int, logits: Tensor, draft: Draft, width: int) -> Verdict:
+        own = slice(place, place + 1)
+        row, drafted, logits = self.samplers.rows[place], draft.tokens[own, :width], logits[own, : width + 1]
+        if row.noise is None:
+            return Coupled(Samplers([row])).verify(logits, replace(draft, tokens=drafted), [width])
+        n, position = row.noise, row.text.position
         n.forget_before(position)
-        target = self.processors(logits, self.text.ids, drafted).softmax(dim=-1)
+        target = row.scores(logits, drafted[:, :0], drafted).softmax(dim=-1)
         proposal = torch.zeros_like(target)
         if width:
-            proposal[:, :width] = self._proposal(draft, width, target.shape[-1])
+            scores = None if draft.logits is None else draft.logits[own, :width]
+            proposal[:, :width] = self._proposal(drafted, scores, target.shape[-1])
         p, q = (d[:, :width].gather(-1, drafted[..., None])[..., 0] for d in (target, proposal))
         u = uniform(n.seed, n.stream, position, max(width, 1), 1, n.device, ACCEPT_SALT)[:width, 0]
         stands = (u * q < p).cumprod(dim=1).sum(dim=1)
         last = noisy(self._left_over(target, proposal, stands), n, position).argmax(dim=-1)
-        place = torch.arange(width + 1, device=last.device)
-        tokens = torch.where(place < stands, torch.nn.functional.pad(drafted, (0, 1)), last)
+        at = torch.arange(width + 1, device=last.device)
+        tokens = torch.where(at < stands, torch.nn.functional.pad(drafted, (0, 1)), last)
         return Verdict(tokens, stands, torch.zeros_like(tokens, dtype=torch.bool))
 
     @staticmethod
@@ -141,17 +192,10 @@ class Rejection:
         return rest.log().expand(-1, target.shape[1], -1)
 
     @staticmethod
-    def _proposal(draft: Draft, width: int, vocab: int) -> Tensor:
-        if draft.logits is not None:
-            return draft.logits[:, :width].softmax(dim=-1)
-        return torch.nn.functional.one_hot(draft.tokens[:, :width], vocab).float()
+    def _proposal(drafted: Tensor, scores: Tensor | None, vocab: int) -> Tensor:
+        if scores is not None:
+            return scores.softmax(dim=-1)
+        return torch.nn.functional.one_hot(drafted, vocab).float()
 
 
-RULES = ("coupled", "rejection")
-
-
-def make_rule(name: str, text: RunningText, processors: Processors, noise: GumbelNoise | None) -> VerifyRule:
-    """The rule of that name; without noise both are greedy decoding."""
-    if name == "rejection" and noise is not None:
-        return Rejection(text, processors, noise)
-    return Coupled(text, processors, noise)
+RULES = {"coupled": Coupled, "rejection": Rejection}

@@ -16,17 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from bpkit.decode.admission import Admission
 from bpkit.decode.clock import CostClock, GuardedClock, price
-from bpkit.decode.drafter import GoOn, Proposal
+from bpkit.decode.drafter import EachRow, GoOn, Proposal
 from bpkit.decode.loop import decode
 from bpkit.decode.noise import POLICY_SALT, hashed
 from bpkit.decode.request import Request
 from bpkit.decode.reread import Rereading
-from bpkit.decode.sampling import Draw, Processors
+from bpkit.decode.rows import Rows, Shared
+from bpkit.decode.sampling import Draw, Processors, Sampler, Samplers
 from bpkit.decode.target import TargetOutput
-from bpkit.decode.text import RunningText
+from bpkit.decode.text import RowText, RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
-from bpkit.decode.verify import Verdict
+from bpkit.decode.verify import Coupled, Verdict
 from bpkit.policy import PolicyError
 from bpkit.registry.resolve import PolicyLike, resolve_policy
 from bpkit.trace.records import DraftTable, PromptTrace, Taken
@@ -115,8 +117,9 @@ class Replayer:
         prompt = self._filled(prompt, wants)
         clock = _WorkClock(self.cost)
         self.requests += 1
-        request = self._request(prompt, wants, clock)
-        steps = [record for record in decode(request) if isinstance(record, Step)]
+        rows = self._rows(prompt, wants, clock)
+        admission = Admission(rows.requests, lambda requests, slots: rows)
+        steps = [record for record in decode(admission, rows.policy) if isinstance(record, Step)]
         columns = ("position", "block_size", "draft_length", "verify_length", "num_accepted")
         return Replayed(
             tokens=prompt.decided_by_steps,
@@ -126,7 +129,7 @@ class Replayer:
             work=tuple(clock.work),
             begin_seconds=clock.policy_seconds[0],
             step_seconds=np.array(clock.policy_seconds[1:]),
-            fallbacks=request.policy.fallbacks,
+            fallbacks=rows.policy.fallbacks,
         )
 
     def _filled(self, prompt: PromptTrace, wants: frozenset[Feature]) -> PromptTrace:
@@ -141,22 +144,24 @@ class Replayer:
             )
         return self.fill(prompt, missing)
 
-    def _request(self, prompt: PromptTrace, wants: frozenset[Feature], clock: CostClock) -> Request:
+    def _rows(self, prompt: PromptTrace, wants: frozenset[Feature], clock: CostClock) -> Rows:
         # The decoder's own way to seed: a live decoder that runs the same prompts in the same order draws the same.
         seed = hashed(self.seed or 0, prompt.index, self.requests, POLICY_SALT) >> 1
-        text = RunningText(torch.tensor(prompt.prompt_tokens).long()[None])
+        generator = torch.Generator().manual_seed(seed)
+        tokens = prompt.prompt_tokens.tolist()
+        row = RowText(torch.tensor([tokens]), prompt.prompt_length + prompt.max_new_tokens, tokens=tokens)
+        text = RunningText([row])
         watch = Stopwatch(GuardedClock(clock))
-        return Request(
-            text=text,
-            target=TimedTarget(_TracedTarget(prompt, text, wants, stateful=self.spec.stateful), watch),
-            drafter=TimedDrafter(_TracedDrafter(prompt, text, self.spec.work, wants), watch),
-            policy=TimedPolicy(self.policy, self.spec, watch, strict=self.strict),
-            rule=_TracedRule(prompt, text),
-            stopping=_TracedStop(prompt, text),
-            watch=watch,
-            spec=self.spec,
-            wants=wants,
-            generator=torch.Generator().manual_seed(seed),
+        policy = TimedPolicy(self.policy, self.spec, watch, strict=self.strict)
+        sampler = Sampler(row, Processors(LogitsProcessorList()), None)
+        return Rows(
+            [Request(prompt.index, row, sampler, _TracedStop(prompt, row), generator)],
+            text,
+            TimedTarget(_TracedTarget(prompt, row, wants, stateful=self.spec.stateful), watch),
+            TimedDrafter(EachRow(text, lambda row: _TracedDrafter(prompt, row, self.spec.work, wants)), watch),
+            _TracedRule(prompt, Samplers([sampler])),
+            Shared(policy, watch, self.spec, wants),
+            generator,
         )
 
 
@@ -190,13 +195,13 @@ class _WorkClock(CostClock):
 
 
 class _TracedTarget:
-    """A `TargetSession` without a model. It has no logits; `_TracedRule` knows what they would have decided."""
+    """A `TargetSession` without a model, for one row. It has no logits; `_TracedRule` knows what they decided."""
 
     positions: int | None = None
-    cache = None
 
-    def __init__(self, prompt: PromptTrace, text: RunningText, wants: frozenset[Feature], *, stateful: bool) -> None:
+    def __init__(self, prompt: PromptTrace, text: RowText, wants: frozenset[Feature], *, stateful: bool) -> None:
         self.text = text
+        self.held = [0]
         self.rereading = Rereading() if stateful else None
         self.nothing = torch.zeros(1, 1, 1)
         wanted = {name: torch.tensor(prompt.features[name])[None] for name in wants & prompt.features.keys()}
@@ -207,29 +212,38 @@ class _TracedTarget:
     def reread(self) -> int:
         return 0 if self.rereading is None else self.rereading.reread
 
-    def prefill(self, **inputs: Any) -> TargetOutput:
+    def prefill(self, tokens: Tensor, counts: Sequence[int], *, last: bool, **inputs: Any) -> TargetOutput:
         first = {name: value[:, :1] for name, value in self.by_position.items()}
         return TargetOutput(self.nothing, None, None, {**first, **self.at_first})
 
-    def verify(self, drafted: Tensor) -> TargetOutput:
-        width, (first,) = drafted.shape[1] + 1, self.text.position
+    def verify(self, tokens: Tensor, counts: Sequence[int]) -> TargetOutput:
+        (width,), first = counts, self.text.position
         if self.rereading is not None:
             self.rereading.verify(width)
         known = {name: value[:, first : first + width] for name, value in self.by_position.items()}
         return TargetOutput(self.nothing, None, None, known)
 
-    def rollback(self, count: Sequence[int]) -> None:
+    def rollback(self, counts: Sequence[int]) -> None:
         if self.rereading is not None:
-            self.rereading.reject(count[0])
+            self.rereading.reject(counts[0])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """There is one row."""
+
+    def join(self, other: Any) -> None:
+        raise NotImplementedError("prompts are replayed one by one")
 
     def embed(self, tokens: Tensor) -> Tensor:
         raise NotImplementedError("a trace knows its features and embeds nothing")
 
+    def cache(self, row: int) -> None:
+        """There is none."""
+
 
 class _TracedDrafter:
-    """A `DrafterSession` without a model, that reads what a real one with such `work` would read."""
+    """A `RowDrafterSession` without a model, that reads what a real one with such `work` would read."""
 
-    def __init__(self, prompt: PromptTrace, text: RunningText, work: DraftWork, wants: frozenset[Feature]) -> None:
+    def __init__(self, prompt: PromptTrace, text: RowText, work: DraftWork, wants: frozenset[Feature]) -> None:
         self.drafts, self.text, self.work = prompt.drafts, text, work
         self.features = {name: value for name, value in prompt.drafts.features.items() if name in wants}
         self.waiting: int | None = None
@@ -239,19 +253,19 @@ class _TracedDrafter:
 
     def advance(self, features: Tensor | None) -> None:
         if self.waiting is None:
-            self.waiting = self.work.first(self.text.prompt_length[0])
+            self.waiting = self.work.first(self.text.prompt_length)
         elif self.length is None:
             self.waiting = self.work.after_no_draft(self.waiting)
         else:
-            self.waiting = self.work.after_draft(self.length, self.text.newest.shape[1] - 1)
+            self.waiting = self.work.after_draft(self.length, len(self.text.newest) - 1)
         self.length = None
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        at = self.text.position[0] - 1, _column(self.drafts, block_size[0])
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        at = self.text.position - 1, _column(self.drafts, block_size)
         self.length = int(self.drafts.draft_length[at])
         if go_on is not None and self.work.may_end_early:
             for length in range(1, self.length):
-                if not go_on(self._proposal(at, length).after(length - 1)):
+                if not go_on(self._proposal(at, length).after(length - 1))[0]:
                     self.length = length
                     break
         return self._proposal(at, self.length)
@@ -259,40 +273,35 @@ class _TracedDrafter:
     def _proposal(self, at: tuple[int, int], length: int) -> Proposal:
         tokens = torch.from_numpy(self.drafts.tokens[at][:length]).long()[None]
         features = {name: torch.from_numpy(value[at][:length])[None] for name, value in self.features.items()}
-        return Proposal(tokens, None, None, self.waiting or 0, {Feature.DRAFT_TOKENS: tokens, **features})
+        return Proposal(tokens, None, None, [length], self.waiting or 0, {Feature.DRAFT_TOKENS: tokens, **features})
 
 
-class _TracedRule:
-    """A `VerifyRule` that knows which drafted tokens stand."""
+class _TracedRule(Coupled):
+    """A verify rule that knows which drafted tokens stand."""
 
-    def __init__(self, prompt: PromptTrace, text: RunningText) -> None:
-        self.drafts, self.text = prompt.drafts, text
+    def __init__(self, prompt: PromptTrace, samplers: Samplers) -> None:
+        super().__init__(samplers)
+        self.drafts = prompt.drafts
         self.output = torch.tensor(prompt.output_tokens).long()[None]
         self.no_tie = torch.zeros(1, 1, dtype=torch.bool)
-        self.unused = Draw(Processors(LogitsProcessorList()), None, 0, text.ids)
 
-    def draw(self) -> Draw:
-        return self.unused
-
-    def verify(self, logits: Tensor, draft: Draft, width: int) -> Verdict:
-        (position,), accepted = self.text.position, 0
-        if width > 0:
+    def verify(self, logits: Tensor, draft: Draft, width: Sequence[int]) -> Verdict:
+        (position,), accepted = self.samplers.position, 0
+        if width[0] > 0:
             at = position - 1, _column(self.drafts, int(draft.block_size))
-            accepted = min(int(self.drafts.num_accepted[at]), width)
+            accepted = min(int(self.drafts.num_accepted[at]), width[0])
         tokens = self.output[:, position : position + accepted + 1]
         return Verdict(tokens, torch.tensor([accepted]), self.no_tie)
 
 
 class _TracedStop:
-    """A `OutputEnd` that ends where the output did."""
+    """An `OutputEnd` that ends where the output did."""
 
-    def __init__(self, prompt: PromptTrace, text: RunningText) -> None:
-        self.text = text
-        self.max_length = prompt.prompt_length + prompt.max_new_tokens
-        self.end = prompt.prompt_length + prompt.output_length
+    def __init__(self, prompt: PromptTrace, text: RowText) -> None:
+        self.text, self.end = text, prompt.output_length
 
-    def cut(self, row: int, tokens: Sequence[int]) -> tuple[int, bool]:
-        return len(tokens), self.text.length[row] + len(tokens) == self.end
+    def cut(self, tokens: Sequence[int]) -> tuple[int, bool]:
+        return len(tokens), self.text.position + len(tokens) == self.end
 
 
 def _column(drafts: DraftTable, block_size: int) -> int:

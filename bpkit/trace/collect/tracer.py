@@ -17,7 +17,6 @@ from bpkit.decode.drafter import Drafter
 from bpkit.decode.features import OF_THE_ANCHOR
 from bpkit.decode.result import Run
 from bpkit.decode.timing import Stopwatch
-from bpkit.decode.verify import Coupled
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.prompts import Prompt
@@ -114,7 +113,7 @@ class Tracer:
 
     def retrace(self, index: int, prompt: Prompt, run: Run, tokens: Tensor) -> PromptTrace:
         """Trace the output, int64 [1, output length], that a generation has or would have."""
-        ids, processors = run.request.text.prompt, cast("Coupled", run.request.rule).processors
+        ids, processors = run.request.text.prompt, run.request.sampler.processors
         decoder, seed, noise = self.decoder, self.options.seed, None
         seen = target_pass(decoder.target, decoder.drafter.feature_layers, ids, tokens)
         if seed is not None:  # of every position that a draft may reach

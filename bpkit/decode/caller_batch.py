@@ -1,0 +1,103 @@
+"""A batch as transformers' `generate` hands it over: its rows told apart, and their texts put together again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import GenerationConfig, LogitsProcessorList
+
+from bpkit.decode.host import to_host
+from bpkit.decode.rollback import PREFIX_CONSTRAINED
+
+_BY_ROW = frozenset({"attention_mask", "position_ids", "input_ids", "cache_position"})
+_OF_ALL_PROMPTS = ("EncoderNoRepeatNGramLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor")
+
+
+def left_padding(ids: Tensor, mask: Tensor | None) -> list[int]:
+    """How many tokens of each row are left padding, by the attention mask, [rows, length].
+
+    Raises:
+        ValueError: the mask hides other tokens.
+    """
+    rows, length = ids.shape
+    if mask is None:
+        return [0] * rows
+    (seen,) = to_host([mask == 1])
+    found: list[int] = (length - seen.sum(dim=-1)).tolist() if seen.shape == ids.shape else [length]
+    if any(count == length or not bool(row[count:].all()) for count, row in zip(found, seen, strict=False)):
+        raise ValueError(
+            "the attention mask hides tokens: of a prompt only padding on its left may be hidden; where no mask is "
+            "given and the prompt has pad tokens, transformers makes one, so pass a mask of ones to have them read"
+        )
+    return found
+
+
+def refuse_shared(rows: int, processors: LogitsProcessorList, model_kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for what cannot be told apart by row, where several rows or padded ones come together."""
+    inputs = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in _BY_ROW]
+    if inputs:
+        raise ValueError(
+            f"{', '.join(sorted(inputs))}: in a batch of {rows} rows, or with padding, only token ids can be told "
+            "apart by row; call once for each prompt, without padding"
+        )
+    for processor in processors:
+        if rows > 1 and type(processor).__name__ in _OF_ALL_PROMPTS:
+            raise ValueError(
+                f"logits processor {type(processor).__name__} looks at the prompts of all {rows} rows: call once "
+                "for each"
+            )
+
+
+def each_row(value: int | Sequence[int], rows: int, name: str, *, step: int) -> list[int]:
+    """A number for each row: those that are given, or from one number on by `step`.
+
+    >>> each_row(5, 3, "stream_id", step=1)
+    [5, 6, 7]
+    """
+    if isinstance(value, int):
+        return [value + step * row for row in range(rows)]
+    if len(value) != rows:
+        raise ValueError(f"{name} has {len(value)} values for {rows} rows: give one, or one for each row")
+    return list(value)
+
+
+def of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors of one row: a function of allowed tokens is told which row it is, as in plain decoding."""
+    if row == 0 or not any(type(processor) is PREFIX_CONSTRAINED for processor in processors):
+        return processors
+    made = LogitsProcessorList()
+    for processor in processors:
+        if type(processor) is PREFIX_CONSTRAINED:
+            processor = copy.copy(processor)
+            processor._prefix_allowed_tokens_fn = _AllowedOfRow(processor._prefix_allowed_tokens_fn, row)
+        made.append(processor)
+    return made
+
+
+class _AllowedOfRow:
+    """A function of allowed tokens for one row. What it says of its state is what the function says."""
+
+    def __init__(self, allowed: Callable[[int, Tensor], list[int]], row: int) -> None:
+        self.allowed, self.row = allowed, row
+        for name in ("stateless", "snapshot", "restore"):
+            if hasattr(allowed, name):
+                setattr(self, name, getattr(allowed, name))
+
+    def __call__(self, _: int, ids: Tensor) -> list[int]:
+        return self.allowed(self.row, ids)
+
+
+def sequences(ids: Tensor, outputs: Sequence[Tensor], config: GenerationConfig) -> Tensor:
+    """Prompts [rows, length] and outputs [1, count] of several counts: int64 [rows, longest], padded on the right."""
+    fill = config.pad_token_id
+    if fill is None:  # as transformers
+        ends = config.eos_token_id
+        fill = ends[0] if isinstance(ends, list) else ends
+    longest = max(output.shape[1] for output in outputs)
+    padded = [functional.pad(output, (0, longest - output.shape[1]), value=fill or 0) for output in outputs]
+    return torch.cat([ids, torch.cat(padded)], dim=1)
