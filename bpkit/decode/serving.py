@@ -1,14 +1,16 @@
-"""How a target is served: by cropping its cache, by snapshots of its states, or not at all.
+"""How a target is served: rows together in slots, row by row with caches or snapshots of states, or not at all.
 
 Ordinary attention caches are known to drop tokens exactly. Any other target is tried once when a decoder is made: a few
-tokens read in passes with rejections must give what they give one at a time. What does not is refused by name.
+tokens read in passes with rejections must give what they give one at a time. What does not is refused by name. Whether
+rows of different lengths may share passes is tried as well; where they may not, each row has passes of its own.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,21 +20,27 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from bpkit.decode.pretrained import input_device
+from bpkit.decode.row_by_row import CachedRows, RowByRow, StatefulRows
+from bpkit.decode.slot_target import SlotTarget, may_share_passes
 from bpkit.decode.stateful import StatefulTarget, cache_argument, crop_of
 from bpkit.decode.target import CachedTarget
-from bpkit.decode.text import RunningText
 
-Session = TypeVar("Session", bound=CachedTarget)
+Sessions = SlotTarget | RowByRow
 PREFIX, TOKENS = 24, 6
 """Tokens that a probe reads at first, and after them."""
+_NOTHING: dict[str, Any] = {"feature_layers": (), "keep_hidden": False}
+"""Hidden states that a probe wants."""
 SMALL = 100_000_000
 """Parameters up to which a model of reduced precision is copied to float32 for its probe."""
 
 _ORDINARY = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
-_known: WeakKeyDictionary[PreTrainedModel, type[CachedTarget] | str] = WeakKeyDictionary()
+_FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading a few tokens in an unusual way may raise."""
+_known: WeakKeyDictionary[PreTrainedModel, dict[str, type[Sessions] | str]] = WeakKeyDictionary()
+"""By the way in which the model computes attention."""
 
 
-def session_class(model: PreTrainedModel) -> type[CachedTarget]:
+def session_class(model: PreTrainedModel) -> type[Sessions]:
     """The kind of session that serves a target exactly, found once for each model object.
 
     Raises:
@@ -45,14 +53,15 @@ def session_class(model: PreTrainedModel) -> type[CachedTarget]:
     return found
 
 
-def served_by(model: PreTrainedModel) -> type[CachedTarget] | str:
-    """The kind of session whose cache goes back exactly, or why there is none."""
-    if model not in _known:
-        _known[model] = _find(model)
-    return _known[model]
+def served_by(model: PreTrainedModel) -> type[Sessions] | str:
+    """The kind of session whose memory goes back exactly, or why there is none."""
+    known, attention = _known.setdefault(model, {}), str(model.config._attn_implementation)
+    if attention not in known:
+        known[attention] = _find(model)
+    return known[attention]
 
 
-def _find(model: PreTrainedModel) -> type[CachedTarget] | str:
+def _find(model: PreTrainedModel) -> type[Sessions] | str:
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder, and the decoder has no input for its encoder"
     if cache_argument(model) is None:
@@ -60,14 +69,18 @@ def _find(model: PreTrainedModel) -> type[CachedTarget] | str:
     try:
         cropped, certain = _crops(model)
         weight = next(model.parameters())
-        if certain or weight.is_meta or isinstance(weight, FakeTensor):
-            return CachedTarget if cropped else StatefulTarget
-        return _probe(model, cropped)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        untried = weight.is_meta or isinstance(weight, FakeTensor)
+        kind = (CachedTarget if cropped else StatefulTarget) if certain or untried else _probe(model, cropped)
+    except _FAULTS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         said = str(error).splitlines()
         return f"it does not read a few tokens in several passes ({type(error).__name__}: {said[0] if said else ''})"
+    if not isinstance(kind, str) and kind.stateful:
+        return StatefulRows
+    if isinstance(kind, str):
+        return kind
+    return SlotTarget if may_share_passes(model) and (untried or _shares(model)) else CachedRows
 
 
 def _crops(model: PreTrainedModel) -> tuple[bool, bool]:
@@ -92,21 +105,19 @@ def _crops(model: PreTrainedModel) -> tuple[bool, bool]:
 def _probe(model: PreTrainedModel, cropped: bool) -> type[CachedTarget] | str:
     """The first kind of session whose passes give what one token at a time gives."""
     model = _precise(model)
-    eps = torch.finfo(model.dtype).eps
     with torch.inference_mode():
         tokens = _some_tokens(model)
         expected = _one_at_a_time(model, tokens)
-        at_once = _session(StatefulTarget, model, tokens)._pass(tokens, TOKENS, []).logits[:, -TOKENS:].float()
-        spread = float(expected.std())
+        at_once = StatefulTarget(model, **_NOTHING)._pass(tokens, TOKENS, []).logits[:, -TOKENS:].float()
         # Where reading all at once agrees as well, what it differs by is rounding. In some architectures it does not:
         # they read a prompt by another rule than single tokens, and plain decoding is what single tokens give.
-        rounding, most = _difference(at_once, expected) / spread, 8 * math.sqrt(eps)
-        tolerance = min(max(10 * rounding, 16 * eps), most) if rounding < most else math.sqrt(eps) / 4
+        spread = float(expected.std())
+        tolerance = _tolerance(model, _difference(at_once, expected) / spread)
         error = math.inf
         if cropped:  # whether it really is, linear layers know once they hold some tokens
-            session = _session(CachedTarget, model, tokens)
-            session.prefill()
-            cropped = session.held.is_croppable
+            session = CachedTarget(model, **_NOTHING)
+            session.prefill(tokens)
+            cropped = session.past.is_croppable
         for kind in (CachedTarget, StatefulTarget) if cropped else (StatefulTarget,):
             error = _difference(_with_rejections(kind, model, tokens), expected) / spread
             if error <= tolerance:
@@ -115,6 +126,69 @@ def _probe(model: PreTrainedModel, cropped: bool) -> type[CachedTarget] | str:
         "several tokens read at once after a prompt do not give what they give one at a time "
         f"(scores differ by {error:.1g} of their spread, rounding allows {tolerance:.1g})"
     )
+
+
+def _tolerance(model: PreTrainedModel, rounding: float) -> float:
+    """Largest difference between scores, in their spread, that is still rounding.
+
+    Args:
+        rounding: a difference that should be nothing else.
+    """
+    eps = torch.finfo(model.dtype).eps
+    most = 8 * math.sqrt(eps)
+    return min(max(10 * rounding, 16 * eps), most) if rounding < most else math.sqrt(eps) / 4
+
+
+def _shares(model: PreTrainedModel) -> bool:
+    """Whether two rows of different lengths, with rejections, give in shared passes what each gives alone."""
+    model = _precise(model)
+    try:
+        with torch.inference_mode():
+            tokens = _some_tokens(model)
+            texts = (tokens[:, :12], tokens[:, 12:22])
+            alone = [CachedTarget(model, **_NOTHING).verify(text).logits.float() for text in texts]
+            parts = CachedTarget(model, **_NOTHING)
+            parts.prefill(texts[0][:, :9])
+            spread = float(torch.cat(alone, dim=1).std())
+            rounding = _difference(parts.verify(texts[0][:, 9:]).logits.float(), alone[0][:, 9:]) / spread
+            together = _together(model, texts, ((9, 4), (1, 2), (0, 3), (2, 1)), wrong=(1, 3))
+            errors = [
+                _difference(found, expected[:, -found.shape[1] :])
+                for found, expected in zip(together, alone, strict=True)
+            ]
+            return max(errors) / spread <= _tolerance(model, rounding)
+    except _FAULTS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+
+
+def _together(
+    model: PreTrainedModel, texts: Sequence[Tensor], passes: Sequence[tuple[int, ...]], wrong: tuple[int, ...]
+) -> list[Tensor]:
+    """Logits of each row's tokens after the first pass, [1, count, vocab], read in shared passes.
+
+    Args:
+        texts: int64 [1, length] each. passes: tokens that each row reads in each pass.
+        wrong: tokens beside those of the second pass that are rejected.
+    """
+    rows = len(texts)
+    found: list[list[Tensor]] = [[] for _ in texts]
+    session = SlotTarget(model, rows=rows, slots=rows, capacity=texts[0].shape[1], **_NOTHING)
+    for number, counts in enumerate(passes):
+        more = wrong if number == 1 else (0,) * rows
+        read = [count + added for count, added in zip(counts, more, strict=True)]
+        fed = texts[0].new_zeros((rows, max(read)))
+        for i, (text, held, count) in enumerate(zip(texts, session.held, counts, strict=True)):
+            fed[i, :count] = text[0, held : held + count]
+        if number == 0:
+            session.prefill(fed, read, last=False)
+            continue
+        logits = session.verify(fed, read).logits.float()
+        session.rollback(more)
+        for i, count in enumerate(counts):
+            found[i].append(logits[i : i + 1, :count])
+    return [torch.cat(parts, dim=1) for parts in found]
 
 
 def _precise(model: PreTrainedModel) -> PreTrainedModel:
@@ -141,30 +215,24 @@ def _some_tokens(model: PreTrainedModel) -> Tensor:
 
 def _one_at_a_time(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Logits [1, TOKENS, vocab] of the last tokens, as plain decoding reads them."""
-    session, found = _session(StatefulTarget, model, tokens[:, :PREFIX]), []
-    session.prefill()
+    session = StatefulTarget(model, **_NOTHING)
+    session.prefill(tokens[:, :PREFIX])
+    found = []
     for i in range(PREFIX, PREFIX + TOKENS):
-        session.text.append(tokens[:, i : i + 1], tokens[:, i : i + 1].cpu())
-        found.append(session.verify(tokens[:, :0]).logits)
+        found.append(session.verify(tokens[:, i : i + 1]).logits)
+        session.rollback(0)
     return torch.cat(found, dim=1).float()
 
 
 def _with_rejections(kind: type[CachedTarget], model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """The same by passes of which the last tokens are rejected."""
-    session, found = _session(kind, model, tokens[:, :PREFIX]), []
-    session.prefill()
+    session, found = kind(model, **_NOTHING), []
+    session.prefill(tokens[:, :PREFIX])
     for start, wrong in ((0, 2), (2, 1), (4, 0)):
-        begin = PREFIX + start
-        anchor, right = tokens[:, begin : begin + 1], tokens[:, begin + 1 : begin + 2]
-        session.text.append(anchor, anchor.cpu())
+        right = tokens[:, PREFIX + start : PREFIX + start + 2]
         found.append(session.verify(torch.cat([right, tokens[:, :wrong]], dim=1)).logits[:, :2])
-        session.rollback([wrong])
-        session.text.append(right, right.cpu())
+        session.rollback(wrong)
     return torch.cat(found, dim=1).float()
-
-
-def _session(kind: type[Session], model: PreTrainedModel, prompt: Tensor) -> Session:
-    return kind(model, RunningText(prompt), feature_layers=(), keep_hidden=False)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

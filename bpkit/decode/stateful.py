@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAtt
 
 from bpkit.decode.reread import Rereading
 from bpkit.decode.target import CachedTarget, TargetOutput
-from bpkit.decode.text import RunningText
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")
 """Names under which the architectures of transformers take their cache and return it."""
@@ -121,20 +120,34 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 class StatefulTarget(CachedTarget):
-    """Takes the states back to before a pass where tokens of it were rejected.
+    """One row of a target that is taken back to the states before a pass where tokens of it were rejected.
 
-    Which tokens are then read again, `bpkit.decode.reread` says. A pass over one token needs no copy of the states.
+    Which tokens are then read again, `bpkit.decode.reread` says. The states are copied before the first pass after a
+    rollback that may be taken back: one over several tokens, or one that follows another without a rollback between. A
+    single token after a rollback is the anchor, which stands, with all before it.
     """
 
-    def __init__(self, model: PreTrainedModel, text: RunningText, **kept: Any) -> None:
-        super().__init__(model, text, **kept)
+    stateful = True
+
+    def __init__(self, model: PreTrainedModel, **wanted: Any) -> None:
+        super().__init__(model, **wanted)
         self.cache_argument = cache_argument(model) or CACHE_ARGUMENTS[0]
         self.rereading = Rereading()
+        self.snapshot: Snapshot | None = None
         self.pending: Tensor | None = None
-        self.last_pass: Tensor | None = None
-        """Tokens of the last pass, int64 [1, length], pending ones included."""
-        self.fresh = False
-        """Whether the snapshot is of the states as they are now."""
+        """Accepted tokens that the states do not hold, int64 [1, length]."""
+        self.since: Tensor | None = None
+        """Tokens that were read since the states were copied, int64 [1, length]; None if the copy is no longer used."""
+        self.passes = 0
+        """Since the last rollback."""
+
+    @property
+    def held(self) -> int:
+        return self.length + self._pending_length
+
+    @property
+    def _pending_length(self) -> int:
+        return 0 if self.pending is None else self.pending.shape[1]
 
     @property
     def reread(self) -> int:
@@ -145,56 +158,65 @@ class StatefulTarget(CachedTarget):
         if self.pending is not None:
             self._commit(self.pending)
             self.pending, self.rereading.pending = None, 0
-        return self.held
+        return self.past
 
     def _new_cache(self) -> Any:
         """A DynamicCache, or None for architectures that make one of their own kind."""
         return new_cache(self.model) if self.model._supports_default_dynamic_cache() else None
 
-    def prefill(self, **inputs: Any) -> TargetOutput:
-        output = super().prefill(**inputs)
-        self.snapshot = Snapshot(self.held)
+    def prefill(self, tokens: Tensor, **inputs: Any) -> TargetOutput:
+        output = super().prefill(tokens, **inputs)
+        self.snapshot = self.snapshot or Snapshot(self.past)
         self.snapshot.keep()
         return output
 
-    def verify(self, drafted: Tensor) -> TargetOutput:
-        tokens, pending = torch.cat([self.text.anchor, drafted], dim=1), self.pending
-        count = tokens.shape[1]
+    def verify(self, tokens: Tensor) -> TargetOutput:
+        pending, count = self.pending, tokens.shape[1]
         if self.rereading.verify(count) and pending is not None:
             self._commit(pending)
             pending = None
         fed = tokens if pending is None else torch.cat([pending, tokens], dim=1)
-        if count > 1 and not self.fresh:
-            self.snapshot.take()
-        self.last_pass, self.pending, self.fresh = fed, None, False
-        return self._forward(fed, logits_to_keep=count)
+        if self.snapshot is None or (count == 1 and self.passes == 0):
+            self.since = None  # all of it stands
+        else:
+            if self.since is None:
+                self.snapshot.take()
+            self.since = fed if self.since is None else torch.cat([self.since, fed], dim=1)
+        self.pending, self.passes = None, self.passes + 1
+        output = self._output(self._pass(fed, count, self._wanted), tokens.device)
+        self.snapshot = self.snapshot or Snapshot(self.past)
+        return TargetOutput(
+            # Some architectures have no `logits_to_keep`.
+            output.logits[:, -count:],
+            None if output.features is None else output.features[:, -count:],
+            None if output.last_hidden is None else output.last_hidden[:, -count:],
+        )
 
-    def rollback(self, count: Sequence[int]) -> None:
-        (last,) = count
-        self.rereading.reject(last)
-        if last == 0 or self.last_pass is None:
-            self.snapshot.keep()
+    def rollback(self, count: int) -> None:
+        """Drop the last tokens of the passes since the last rollback."""
+        if self.passes == 0 and count == 0:
+            return  # nothing was read
+        read, snapshot, self.passes = self.since, self.snapshot, 0
+        if count == 0 and snapshot is not None:
+            self.since = None
+            snapshot.keep()
             return
-        self.snapshot.restore(self.last_pass.shape[1])
-        self.length -= self.last_pass.shape[1]
-        self.pending, self.fresh = self.last_pass[:, :-last], True
+        if snapshot is None or read is None or count > read.shape[1]:
+            raise ValueError(f"{count} tokens cannot be dropped: no states were kept from before them")
+        snapshot.restore(read.shape[1])
+        self.length -= read.shape[1]
+        self.rereading.fed = read.shape[1]
+        self.rereading.reject(count)
+        self.pending = read[:, :-count] if count < read.shape[1] else None
+        self.since = read[:, :0]  # the states are those that were copied
 
     def _commit(self, pending: Tensor) -> None:
         self._pass(pending, 1, [])
-        self.snapshot.keep()
-        self.fresh = False
+        if self.snapshot is not None:
+            self.snapshot.keep()
+        self.since = None
 
-    def _forward(self, tokens: Tensor, *, logits_to_keep: int, **inputs: Any) -> TargetOutput:
-        output = super()._forward(tokens, logits_to_keep=logits_to_keep, **inputs)
-        positions = tokens.shape[1] if self.last_pass is None else logits_to_keep
-        return TargetOutput(
-            # Some architectures have no `logits_to_keep`.
-            output.logits[:, -logits_to_keep:],
-            None if output.features is None else output.features[:, -positions:],
-            None if output.last_hidden is None else output.last_hidden[:, -positions:],
-        )
-
-    def _pass(self, tokens: Tensor, logits_to_keep: int, hidden_states: list[int], **inputs: Any) -> Any:
-        output = super()._pass(tokens, logits_to_keep, hidden_states, **inputs)
-        self.held = output[self.cache_argument] if self.held is None else self.held
+    def _pass(self, tokens: Tensor, logits_to_keep: int, states: Sequence[int], **inputs: Any) -> Any:
+        output = super()._pass(tokens, logits_to_keep, states, **inputs)
+        self.past = output[self.cache_argument] if self.past is None else self.past
         return output

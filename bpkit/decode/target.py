@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,7 +13,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bpkit.decode.inputs import ModelInputs
 from bpkit.decode.pretrained import position_limit
-from bpkit.decode.text import RunningText
 from bpkit.types import Feature
 
 
@@ -22,10 +21,11 @@ class TargetOutput:
     """What one target pass gives.
 
     Attributes:
-        logits: [1, positions, vocab]; prefill gives the last position only.
-        features: hidden states of the drafter's layers, concatenated, [1, positions, layers * hidden], or None.
-        last_hidden: final-norm hidden states, [1, positions, hidden], or None if no policy wants them.
-        known: what policies may see of each position, [1, positions, ...], where that need not be computed (in replay).
+        logits: [rows, positions, vocab]; prefill gives one position only.
+        features: hidden states of the drafter's layers, concatenated, [rows, positions, layers * hidden], or None.
+        last_hidden: final-norm hidden states, [rows, positions, hidden], or None if no policy wants them.
+        known: what policies may see of each position, [rows, positions, ...], where that need not be computed (in
+            replay).
     """
 
     logits: Tensor
@@ -48,7 +48,10 @@ class TargetOutput:
 
 
 class TargetSession(Protocol):
-    """A target that reads one running text: live, or out of a trace."""
+    """A target that reads the texts of some rows, in their order: live, or out of a trace."""
+
+    held: list[int]
+    """Tokens that the memory of each row holds."""
 
     @property
     def positions(self) -> int | None:
@@ -57,37 +60,56 @@ class TargetSession(Protocol):
 
     @property
     def reread(self) -> int:
-        """Tokens that the last pass read once more; see `bpkit.decode.reread`."""
+        """Tokens that the last pass read once more, of the row with most of them; see `bpkit.decode.reread`."""
         ...
 
-    @property
-    def cache(self) -> Any:
-        """What it keeps of the text, all decided tokens but the anchor, as the model takes it; None without a model."""
-        ...
-
-    def prefill(self, **inputs: Any) -> TargetOutput:
-        """Read the prompt, whose logits after the last token decide the first.
+    def prefill(self, tokens: Tensor, counts: Sequence[int], *, last: bool, **inputs: Any) -> TargetOutput:
+        """Read tokens of prompts after those that are held; more than once where prompts are read in chunks.
 
         Args:
-            inputs: what the model takes beside the prompt, such as images.
+            tokens: int64 [rows, width]. counts: how many of them count in each row, from the left; 0 reads nothing.
+            last: whether logits are wanted, of each row's last token; all counts are equal then.
+            inputs: what the model takes beside tokens, such as images.
+
+        Returns:
+            Features of all positions. Logits and last hidden states of one position, which without `last` mean nothing.
         """
         ...
 
-    def verify(self, drafted: Tensor) -> TargetOutput:
-        """Score the anchor and drafted tokens, int64 [rows, width], all of which are kept until `rollback`."""
+    def verify(self, tokens: Tensor, counts: Sequence[int]) -> TargetOutput:
+        """Score anchors and drafted tokens, all of which are kept until `rollback`.
+
+        Args:
+            tokens: int64 [rows, width]. counts: how many of them count in each row, from the left; 0 reads nothing.
+
+        Returns:
+            [rows, width, ...]; what lies behind the tokens that count means nothing.
+        """
         ...
 
-    def rollback(self, count: Sequence[int]) -> None:
-        """Drop the last tokens that were read, so many of each row."""
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Drop the last tokens that were read, so many of each row; the others stand from then on."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on, in this order."""
+        ...
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another session of the same model after one's own; the other is not used again."""
         ...
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embedding of tokens, [..., hidden]."""
         ...
 
+    def cache(self, row: int) -> Any:
+        """What is held of a row, as the model takes it; None without a model."""
+        ...
 
-class CachedTarget:
-    """A target session whose KV cache is cropped where tokens are rejected.
+
+class LiveTarget:
+    """What sessions over a model share: how a pass is called, and what is taken from it.
 
     Args:
         feature_layers: layer *i* means `hidden_states[i + 1]`.
@@ -96,56 +118,42 @@ class CachedTarget:
 
     wrapper: Any = None
     """What passes run through, such as the compiled model, where that is not the model itself."""
-    inputs: ModelInputs | None = None
-    """What passes after prefill take beside tokens; None if nothing."""
     cache_argument = "past_key_values"
     """The argument that carries the model's cache."""
 
-    def __init__(
-        self, model: PreTrainedModel, text: RunningText, *, feature_layers: tuple[int, ...], keep_hidden: bool
-    ) -> None:
-        self.model, self.text = model, text
+    def __init__(self, model: PreTrainedModel, *, feature_layers: tuple[int, ...], keep_hidden: bool) -> None:
+        self.model = model
         self.feature_indices = [i + 1 for i in feature_layers]
         self.last_index = model.config.get_text_config().num_hidden_layers if keep_hidden else None
-        self.held = self._new_cache()
-        self.length = 0
-        """Tokens in the cache."""
         self.positions = position_limit(model)
         self.counts_positions = counts_positions(model)
-
-    @property
-    def reread(self) -> int:
-        return 0
-
-    @property
-    def cache(self) -> Any:
-        return self.held
-
-    def _new_cache(self) -> Any:
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        cache.activate_past_recording()
-        return cache
-
-    def prefill(self, **inputs: Any) -> TargetOutput:
-        output = self._forward(self.text.prompt, logits_to_keep=1, **inputs)
-        # Some architectures have no `logits_to_keep`.
-        return replace(output, logits=output.logits[:, -1:])
-
-    def verify(self, drafted: Tensor) -> TargetOutput:
-        return self._forward(torch.cat([self.text.anchor, drafted], dim=1), logits_to_keep=0)
-
-    def rollback(self, count: Sequence[int]) -> None:
-        (last,) = count
-        self.held.crop(-last)
-        self.length -= last
 
     def embed(self, tokens: Tensor) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(tokens)
         return embedded
 
-    def _forward(self, tokens: Tensor, *, logits_to_keep: int, **inputs: Any) -> TargetOutput:
-        """All that the loop needs of a pass, on the device of the tokens: layers may lie on several."""
-        output, device = self._pass(tokens, logits_to_keep, self._wanted, **inputs), tokens.device
+    def _call(self, tokens: Tensor, cache: Any, *, logits_to_keep: int, states: Sequence[int], **inputs: Any) -> Any:
+        """Run the model over tokens.
+
+        Args:
+            logits_to_keep: positions, counted from the end, of which logits are wanted; 0 means all.
+            states: indices of hidden states that are wanted.
+        """
+        return (self.model if self.wrapper is None else self.wrapper)(
+            input_ids=tokens,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+            output_hidden_states=list(states) or False,
+            **{self.cache_argument: cache},
+            **inputs,
+        )
+
+    @property
+    def _wanted(self) -> list[int]:
+        return self.feature_indices + ([] if self.last_index is None else [self.last_index])
+
+    def _output(self, output: Any, device: torch.device) -> TargetOutput:
+        """What the loop needs of a pass, on the device of the tokens: layers may lie on several."""
         states = [self._hidden(output, i).to(device) for i in self.feature_indices]
         return TargetOutput(
             logits=output.logits.to(device),
@@ -154,37 +162,77 @@ class CachedTarget:
         )
 
     def _hidden(self, output: Any, index: int) -> Tensor:
-        """Hidden states [1, positions, hidden]; some architectures have several streams of them, or fewer layers."""
+        """Hidden states [rows, positions, hidden]; some architectures have several streams of them, or fewer layers."""
         states = output.hidden_states[index] if index < len(output.hidden_states or ()) else None
         size = self.model.config.get_text_config().hidden_size
         if states is None or states.dim() != 3 or states.shape[-1] != size:
             found = "none" if states is None else f"{list(states.shape)}"
             raise ValueError(
-                f"{type(self.model).__name__} gives no hidden states [1, positions, {size}] at index {index} (found: "
-                f"{found}): use a drafter and a policy that read no hidden states of the target"
+                f"{type(self.model).__name__} gives no hidden states [rows, positions, {size}] at index {index} "
+                f"(found: {found}): use a drafter and a policy that read no hidden states of the target"
             )
         return cast("Tensor", states)
 
-    @property
-    def _wanted(self) -> list[int]:
-        return self.feature_indices + ([] if self.last_index is None else [self.last_index])
 
-    def _pass(self, tokens: Tensor, logits_to_keep: int, hidden_states: list[int], **inputs: Any) -> Any:
-        """Run the model over tokens."""
+def of_prefill(output: TargetOutput) -> TargetOutput:
+    """A pass over parts of prompts: features of all positions, the rest of the last alone."""
+    # Some architectures have no `logits_to_keep`.
+    hidden = None if output.last_hidden is None else output.last_hidden[:, -1:]
+    return TargetOutput(output.logits[:, -1:], output.features, hidden)
+
+
+class CachedTarget(LiveTarget):
+    """One row whose `DynamicCache` is cropped where tokens are rejected."""
+
+    inputs: ModelInputs | None = None
+    """What passes after prefill take beside tokens; None if nothing."""
+    stateful = False
+
+    def __init__(self, model: PreTrainedModel, **wanted: Any) -> None:
+        super().__init__(model, **wanted)
+        self.past = self._new_cache()
+        self.length = 0
+        """Tokens that went through the model and stand or may be dropped."""
+
+    @property
+    def held(self) -> int:
+        """Tokens that are remembered."""
+        return self.length
+
+    @property
+    def reread(self) -> int:
+        return 0
+
+    @property
+    def cache(self) -> Any:
+        return self.past
+
+    def _new_cache(self) -> Any:
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        cache.activate_past_recording()
+        return cache
+
+    def prefill(self, tokens: Tensor, **inputs: Any) -> TargetOutput:
+        """Read tokens int64 [1, count] of a prompt."""
+        return of_prefill(self._output(self._pass(tokens, 1, self._wanted, **inputs), tokens.device))
+
+    def verify(self, tokens: Tensor) -> TargetOutput:
+        """Score tokens int64 [1, count]."""
+        return self._output(self._pass(tokens, 0, self._wanted), tokens.device)
+
+    def rollback(self, count: int) -> None:
+        """Drop the last tokens."""
+        self.past.crop(-count)
+        self.length -= count
+
+    def _pass(self, tokens: Tensor, logits_to_keep: int, states: Sequence[int], **inputs: Any) -> Any:
         count = tokens.shape[1]
         if self.inputs is not None and self.length > 0:
             inputs.update(self.inputs.at(self.length, count))
         if self.counts_positions and "position_ids" not in inputs:
             inputs["position_ids"] = torch.arange(self.length, self.length + count, device=tokens.device)[None]
         self.length += count
-        return (self.model if self.wrapper is None else self.wrapper)(
-            input_ids=tokens,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-            output_hidden_states=hidden_states or False,
-            **{self.cache_argument: self.held},
-            **inputs,
-        )
+        return self._call(tokens, self.past, logits_to_keep=logits_to_keep, states=states, **inputs)
 
 
 def counts_positions(model: PreTrainedModel) -> bool:

@@ -1,0 +1,163 @@
+"""A target session whose rows share every pass, whatever each of them holds and reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from bpkit.decode.attention import NAME
+from bpkit.decode.inputs import ModelInputs
+from bpkit.decode.masks import added, causal
+from bpkit.decode.slots import Reading, SlotCache
+from bpkit.decode.target import LiveTarget, TargetOutput, of_prefill
+
+KINDS = {"full_attention", "sliding_attention"}
+"""Kinds of attention layers whose masks are made here."""
+BOOLEAN, ADDED = {"sdpa", NAME}, {"eager"}
+"""Ways of computing attention, by the masks that they take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A pass, all of it prepared: where it writes and what the model is called with.
+
+    Attributes:
+        tokens: int64 [rows, width].
+        inputs: what the model takes beside tokens and cache: masks, positions.
+    """
+
+    tokens: Tensor
+    reading: Reading
+    inputs: Mapping[str, Any]
+
+
+class SlotTarget(LiveTarget):
+    """Rows in the slots of one cache.
+
+    A pass reads as many columns of every row as its widest row has tokens; masks and positions are made from what each
+    row holds. Where all rows hold alike the model makes its own masks, as for a single row.
+
+    Args:
+        rows: that run at first. slots: that may run together.
+        capacity: tokens that any of these rows may come to.
+        wanted: of `LiveTarget`.
+    """
+
+    shares_passes = True
+    stateful = False
+
+    def __init__(self, model: PreTrainedModel, *, rows: int, capacity: int, slots: int, **wanted: Any) -> None:
+        super().__init__(model, **wanted)
+        config = model.config.get_text_config(decoder=True)
+        self.slot_cache = SlotCache(config, rows=rows, slots=max(slots, rows), capacity=capacity)
+        self.windows = windows(model)
+        self.adds_masks = config._attn_implementation in ADDED
+        self.inputs: list[ModelInputs | None] = [None] * rows
+        """What passes after prefill take beside tokens; for a row that runs alone."""
+
+    @property
+    def held(self) -> list[int]:
+        return self.slot_cache.held
+
+    @property
+    def reread(self) -> int:
+        return 0
+
+    def prefill(self, tokens: Tensor, counts: Sequence[int], *, last: bool, **inputs: Any) -> TargetOutput:
+        if last:
+            tokens = tokens[:, : counts[0]]
+        return of_prefill(self._read(tokens, counts, logits_to_keep=1, **inputs))
+
+    def verify(self, tokens: Tensor, counts: Sequence[int]) -> TargetOutput:
+        return self._read(tokens, counts, logits_to_keep=0)
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        cache = self.slot_cache
+        cache.held = [held - count for held, count in zip(cache.held, counts, strict=True)]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.slot_cache.keep(rows)
+        self.inputs = [self.inputs[row] for row in rows]
+
+    def join(self, other: SlotTarget) -> None:
+        self.slot_cache.join(other.slot_cache)
+        self.inputs = [*self.inputs, *other.inputs]
+
+    def cache(self, row: int) -> DynamicCache:
+        return self.slot_cache.row(row)
+
+    def _read(self, tokens: Tensor, counts: Sequence[int], *, logits_to_keep: int, **inputs: Any) -> TargetOutput:
+        prepared = self._prepared(tokens, counts, inputs)
+        output = self._run(prepared, logits_to_keep)
+        cache = self.slot_cache
+        cache.held = [held + count for held, count in zip(cache.held, counts, strict=True)]
+        return self._output(output, tokens.device)
+
+    def _run(self, prepared: Pass, logits_to_keep: int) -> Any:
+        """The pass itself: everything that it needs has been made before."""
+        self.slot_cache.begin(prepared.reading)
+        return self._call(
+            prepared.tokens,
+            self.slot_cache,
+            logits_to_keep=logits_to_keep,
+            states=self._wanted,
+            **prepared.inputs,
+        )
+
+    def _prepared(self, tokens: Tensor, counts: Sequence[int], inputs: dict[str, Any]) -> Pass:
+        width, device = tokens.shape[1], tokens.device
+        reading = self.slot_cache.place(width, counts, device)
+        start = reading.start
+        (row, *others) = self.inputs
+        if row is not None and not others and start:
+            inputs.update(row.at(start, width))
+        if self.counts_positions and "position_ids" not in inputs:
+            positions = reading.places
+            if positions is None:
+                positions = torch.arange(reading.end - width, reading.end, device=device)[None]
+            if self.positions is not None:
+                positions = positions.clamp(max=self.positions - 1)  # of padding: the table ends there
+            inputs["position_ids"] = positions
+        if reading.places is not None:
+            inputs["attention_mask"] = self._masks(reading.places, reading)
+        return Pass(tokens, reading, inputs)
+
+    def _masks(self, places: Tensor, reading: Reading) -> Any:
+        """The mask of all layers, or one by kind of layer where there are several kinds."""
+        made: dict[str, Tensor] = {}
+        for kind, window in self.windows.items():
+            reached = window is not None and reading.end > window
+            seen = causal(places, reading.first(window), reading.end, window if reached else None)
+            made[kind] = added(seen, self.model.dtype) if self.adds_masks else seen
+        return made if len(made) > 1 else next(iter(made.values()))
+
+
+def windows(model: PreTrainedModel) -> dict[str, int | None]:
+    """Kinds of attention layers, as the model's masks are called, with their windows."""
+    kinds, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    return {kind: option.get("sliding_window") for kind, option in zip(kinds, options, strict=True) if kind != "dummy"}
+
+
+def may_share_passes(model: PreTrainedModel) -> bool:
+    """Whether rows of different lengths may be read together: whether masks and attention are of the known kinds.
+
+    Layers that compute attention by code of their own may hide keys by it, beyond lengths that anybody tries.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds, options = get_layer_types_and_kwargs(config)
+    layers = {(kind, option.get("sliding_window")) for kind, option in zip(kinds, options, strict=True)}
+    attention = {kind for kind, _ in layers} - {"dummy"}
+    return (
+        config is model.config
+        and bool(attention)
+        and attention <= KINDS
+        and len(layers - {("dummy", None)}) == len(attention)  # one window for all layers of a kind
+        and config._attn_implementation in BOOLEAN | ADDED
+        and model._supports_attention_backend
+    )
