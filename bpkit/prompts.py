@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,28 @@ from bpkit import assets
 
 DEFAULT_DOMAIN = "prompts"
 DEFAULT_LIMIT = 20
+BATCH_SIZE = 8
+"""Prompts that run at once, where nobody says."""
 _EXAMPLE = '{"prompt": "Once upon a time", "domain": "stories"}'
+
+
+OWN_OPTIONS: dict[str, type] = {"max_new_tokens": int, "seed": int, "stream_id": int, "stop_strings": list}
+"""What a line of a prompt file may decide for its prompt alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt; `id` is unique among those it comes with."""
+    """A prompt; `id` is unique among those it comes with. `options` are those of `OWN_OPTIONS` that it came with."""
 
     id: str
     domain: str
     text: str
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def read_prompts(file: Path, column: str = "prompt") -> list[Prompt]:
-    """Read JSONL with `prompt` (or another key) and optional `id` and `domain`; or, from `.txt`, a prompt on each line.
+    """Read JSONL with `prompt` (or another key) and optional `id`, `domain` and options of its own (`OWN_OPTIONS`); or,
+    from `.txt`, a prompt on each line.
 
     Raises:
         ValueError: a bad line, naming file, line and what to write there.
@@ -93,8 +101,16 @@ def _prompt(where: str, number: int, row: Any, column: str) -> Prompt:
     for key in ("id", "domain"):
         if key in row and not isinstance(row[key], (str, int)):
             raise ValueError(f"{where}: '{key}' must be a text, not {row[key]!r}; or leave it out")
+    options = {name: row[name] for name in OWN_OPTIONS if row.get(name) is not None}
+    for name, value in options.items():
+        if not isinstance(value, OWN_OPTIONS[name]) or isinstance(value, bool):
+            kind = "a list of texts" if OWN_OPTIONS[name] is list else "a whole number"
+            raise ValueError(f"{where}: '{name}' must be {kind}, not {value!r}; or leave it out")
     return Prompt(
-        id=str(row.get("id", f"line-{number}")), domain=str(row.get("domain", DEFAULT_DOMAIN)), text=row[column]
+        id=str(row.get("id", f"line-{number}")),
+        domain=str(row.get("domain", DEFAULT_DOMAIN)),
+        text=row[column],
+        options=options,
     )
 
 

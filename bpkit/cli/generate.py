@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -13,8 +14,9 @@ import typer
 
 from bpkit.cli import options
 from bpkit.cli.errors import when_interrupted
-from bpkit.cli.terminal import say
+from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
+from bpkit.prompts import BATCH_SIZE, Prompt, read_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 256
 STEPS_IN_A_LINE = 20
+_many = partial(typer.Option, rich_help_panel="Many prompts")
 
 
 @options.takes(
@@ -48,6 +51,26 @@ def generate(
             "this the text is taken as it is.",
         ),
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        _many(
+            help="Decode all prompts of this file side by side: JSONL with `prompt`, and if you like `id` and what that "
+            "prompt alone has: `max_new_tokens`, `seed`, `stream_id`, `stop_strings`.",
+            metavar="FILE",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        _many(
+            help="Where their texts go, JSONL in the order of the prompts. What is there already is kept.",
+            metavar="FILE",
+        ),
+    ] = None,
+    batch_size: Annotated[int, _many(help="Prompts that run at once.", min=1)] = BATCH_SIZE,
+    prefill_chunk: Annotated[
+        int | None,
+        _many(help="Tokens of a prompt that are read between two steps of those that run.", metavar="N", min=1),
+    ] = None,
     *,
     config: Config,
     stop: Annotated[
@@ -66,10 +89,19 @@ def generate(
 
     `echo "Question: What is 7 times 8?" | bpkit generate --temperature 0.7 --seed 1 --observe jsonl:path=steps.jsonl`
 
+    `bpkit generate --prompts questions.jsonl --batch-size 8 --out texts.jsonl`
+
     `bpkit generate --chat "Why is the sky blue?" --target Qwen/Qwen3-4B --drafter z-lab/Qwen3-4B-DFlash-b16`
 
     Next: `bpkit bench` compares policies on many prompts.
     """
+    if (prompts is None) != (out is None):
+        raise ValueError("--prompts FILE and --out FILE belong together: many prompts, and where their texts go")
+    if prompts is not None and out is not None:
+        if prompt is not None or file is not None:
+            raise ValueError("give one prompt, or --prompts FILE, not both")
+        write_texts(read_prompts(prompts), out, config, stop, chat, batch_size=batch_size, prefill_chunk=prefill_chunk)
+        return
     text = read_prompt(prompt, file)
     from bpkit.cli.models import load_decoder
 
@@ -83,6 +115,33 @@ def generate(
         say("")
         for line in describe(result, seconds):
             say(line)
+
+
+def write_texts(
+    prompts: list[Prompt], out: Path, config: Config, stop: list[str] | None, chat: bool, **batch: Any
+) -> None:
+    """The texts of many prompts into a file. Raises ValueError after all others ended, if some failed."""
+    from bpkit.cli.generate_many import TextFile, generate_all
+    from bpkit.cli.models import load_decoder
+
+    wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS)
+    if stop:
+        wanted["stop_strings"] = stop
+    seed = config.sampling.seed or 0
+    runtime = {name: getattr(config.runtime, name) for name in ("rule", "dtype")}
+    settings = {"target": config.target, "seed": seed, "chat": chat, **wanted, **runtime}
+    if config.runtime.rule == "rejection":  # the texts depend on them as well
+        settings |= {"drafter": config.drafter, "policy": config.policy}
+    file = TextFile(out, prompts, settings)
+    kept = f"What was decoded is in {out}; the same command goes on from there."
+    with when_interrupted(kept), closing(load_decoder(config, observers=config.observers or ())) as decoder:
+        ready = {prompt.id: in_chat(decoder, prompt.text) if chat else prompt.text for prompt in prompts}
+        with progress_bar() as bar:
+            failed = generate_all(decoder, prompts, ready, file, bar, seed=seed, **wanted, **batch)
+    say(f"wrote {out}: {len(prompts) - len(failed)} texts")
+    if failed:
+        shown = "; ".join(f"{name}: {why}" for name, why in list(failed.items())[:5])
+        raise ValueError(f"{len(failed)} of {len(prompts)} prompts failed, and the others are in {out}: {shown}")
 
 
 def in_chat(decoder: SpeculativeDecoder, text: str) -> Tensor:

@@ -54,6 +54,7 @@ from bpkit.decode.text import RowText, RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
 from bpkit.decode.verify import RULES
 from bpkit.policy import Policy, PolicyError
+from bpkit.prompts import BATCH_SIZE
 from bpkit.registry.resolve import PolicyLike, written
 from bpkit.types import (
     OF_THE_DRAFTED_TOKEN,
@@ -66,8 +67,6 @@ from bpkit.types import (
 )
 
 PromptLike = str | Tensor | Mapping[str, Any]
-BATCH_SIZE = 8
-"""Rows that run at once, where nobody says."""
 
 
 class SpeculativeDecoder:
