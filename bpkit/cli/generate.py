@@ -54,8 +54,8 @@ def generate(
     prompts: Annotated[
         Path | None,
         _many(
-            help="Decode all prompts of this file side by side: JSONL with `prompt`, and if you like `id` and what that "
-            "prompt alone has: `max_new_tokens`, `seed`, `stream_id`, `stop_strings`.",
+            help="Decode all prompts of this file side by side: JSONL with `prompt`, and if you like `id` and what "
+            "that prompt alone has: `max_new_tokens`, `seed`, `stream_id`, `stop_strings`.",
             metavar="FILE",
         ),
     ] = None,

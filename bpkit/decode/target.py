@@ -33,9 +33,11 @@ class TargetOutput:
     last_hidden: Tensor | None
     known: Mapping[Feature, Tensor] | None = None
 
-    def features_of(self, count: int) -> Tensor | None:
-        """Features of the first `count` positions, those that stand."""
-        return None if self.features is None else self.features[:, :count]
+    def features_of(self, counts: Sequence[int]) -> list[Tensor] | None:
+        """Features of the first positions of each row, those that stand: of each [count, layers * hidden]."""
+        if self.features is None:
+            return None
+        return [self.features[row, :count] for row, count in enumerate(counts)]
 
     def last(self) -> TargetOutput:
         """Only the last position."""
@@ -50,8 +52,10 @@ class TargetOutput:
 class TargetSession(Protocol):
     """A target that reads the texts of some rows, in their order: live, or out of a trace."""
 
-    held: list[int]
-    """Tokens that the memory of each row holds."""
+    @property
+    def held(self) -> list[int]:
+        """Tokens that the memory of each row holds."""
+        ...
 
     @property
     def positions(self) -> int | None:

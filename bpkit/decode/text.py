@@ -121,7 +121,7 @@ class RunningText:
         """Take in the rows of another text after one's own."""
         self.rows += other.rows
         self.counts += other.counts
-        self.newest = padded([*self.newest.split(1), *other.newest.split(1)])
+        self.newest = padded([newest[None] for text in (self, other) for newest in text.newest])
         self.anchor = torch.cat([self.anchor, other.anchor])
 
 
