@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from bpkit.assets import shipped
 from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.pretrained import device_of, hub_options, move, refuse_other_weights, working_dtype
 from bpkit.decode.sampling import Draw
-from bpkit.decode.text import RunningText
+from bpkit.decode.slots import SlotCache
+from bpkit.decode.text import RunningText, padded
 from bpkit.draft.dflash_checks import refuse_unfit, refuse_unknown_layout
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
 from bpkit.draft.vocabulary import embedding_rows
@@ -90,30 +91,87 @@ class BlockDiffusionDrafter:
 class BlockDiffusionSession:
     """Keys and values of the context features, and features that wait to enter them.
 
-    While block size 1 is chosen the drafter is not called: features wait, and the next draft takes them all in. That
-    draft costs one forward over (waiting positions + block) instead of (acceptance length + block).
+    While no row drafts the drafter is not called: features wait, and the next draft takes them all in. That draft costs
+    one forward over (waiting positions + block) instead of (acceptance length + block).
+
+    Rows share a pass, each with its own number of waiting features and its own block size: both are padded, and what is
+    padding is hidden from every other position. A row that does not draft while others do is read along.
     """
 
     def __init__(self, drafter: BlockDiffusionDrafter, text: RunningText) -> None:
         self.drafter, self.text = drafter, text
-        self.cache = DynamicCache()
-        self.unread: list[Tensor] = []
+        self.cache = SlotCache(len(text.rows), text.max_length)
+        self.waiting: list[list[Tensor]] = [[] for _ in text.rows]
 
-    def advance(self, features: Tensor | None) -> None:
+    def advance(self, features: Sequence[Tensor] | None) -> None:
         assert features is not None
-        self.unread.append(features)
+        for waiting, more in zip(self.waiting, features, strict=True):
+            waiting.append(more)
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        (size,) = block_size
-        context = self.unread[0] if len(self.unread) == 1 else torch.cat(self.unread, dim=1)
-        self.unread = []
-        anchor = self.text.newest[:, -1:]
-        masks = anchor.new_full((1, size - 1), self.drafter.model.config.mask_token_id)
-        hidden = self.drafter.model(
-            noise_embeds=self.drafter.embed(torch.cat([anchor, masks], dim=1)),
-            context_hidden_states=context,
+        hidden, read = self._denoise(block_size)
+        counts = [size - 1 for size in block_size]
+        tokens, scores = draw(self.drafter.score(hidden[:, 1:]), counts)
+        return Proposal(tokens, scores, hidden[:, 1:], counts, read)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.cache.keep(rows)
+        self.waiting = [self.waiting[row] for row in rows]
+
+    def join(self, other: BlockDiffusionSession) -> None:
+        # Their prompts are read before: in one pass with the others', all rows would be padded to the longest.
+        nothing = [waiting[0][:0].clone() for waiting in other.waiting]
+        other._denoise([1] * len(nothing))
+        self.cache.join(other.cache)
+        self.waiting += [[none] for none in nothing]
+
+    def _denoise(self, block_size: Sequence[int]) -> tuple[Tensor, int]:
+        """Read what waits and pass each row's block through the model.
+
+        Returns:
+            hidden states of the blocks, [rows, largest block, hidden], and how much was read of the row that had most.
+        """
+        context = [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
+        read, anchor = [len(features) for features in context], self.text.anchor
+        masks = anchor.new_full((1, max(block_size) - 1), self.drafter.model.config.mask_token_id)
+        hidden: Tensor = self.drafter.model(
+            noise_embeds=self.drafter.embed(torch.cat([anchor, masks.expand(len(read), -1)], dim=1)),
+            context_hidden_states=padded([features[None] for features in context]),
             past_key_values=self.cache,
-        ).last_hidden_state[:, 1:]
-        self.cache.crop(-size)
-        tokens, scores = draw(self.drafter.score(hidden))
-        return Proposal(tokens, scores, hidden, read=context.shape[1])
+            **side_by_side(self.cache.lengths, read, block_size, self.drafter.model.device),
+        ).last_hidden_state
+        self.cache.advance(read)
+        self.waiting = [[] for _ in read]
+        return hidden, max(read)
+
+
+def side_by_side(
+    held: Sequence[int], read: Sequence[int], block_size: Sequence[int], device: torch.device
+) -> dict[str, Tensor]:
+    """What a `DFlashModel` is told of rows in one padded pass.
+
+    Its source is [context, padded to the longest | block, padded to the largest], which each row writes into its slot
+    after the `held` places of earlier context. So a row's block begins later in its slot than in its text.
+
+    Args:
+        held: places of earlier context of each row. read: positions of new context.
+
+    Returns:
+        `attention_mask`, `position_ids` and `key_positions` of `DFlashModel.forward`; nothing where no row is padded
+        and all begin at the same place.
+    """
+    if all(len(set(counts)) == 1 for counts in (held, read, block_size)):
+        return {}
+    context, block = max(read), max(block_size)
+    begin, new, size = torch.tensor([held, read, block_size], device=device)[..., None]
+    place = torch.arange(max(held) + context + block, device=device)
+    in_block = place - begin - context
+    seen = (place < begin + new) | ((in_block >= 0) & (in_block < size))
+    column = torch.arange(context + block, device=device) - context
+    # Padding stands where the last position of the block does and sees what that sees: nothing attends to no key.
+    own = torch.where(column < 0, column + context, new + column.minimum(size - 1))
+    return {
+        "attention_mask": seen[:, None, None],
+        "position_ids": begin + own,
+        "key_positions": torch.where(in_block < 0, place, begin + new + in_block),
+    }

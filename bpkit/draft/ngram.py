@@ -5,15 +5,15 @@ Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding, as also in t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bpkit.decode.drafter import GoOn, Proposal
+from bpkit.decode.drafter import EachRow, GoOn, Proposal
 from bpkit.decode.sampling import Draw
-from bpkit.decode.text import RunningText
+from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.config import NGRAM_BLOCK_SIZE
 from bpkit.types import NGRAM, Feature, work_of
 
@@ -41,16 +41,15 @@ class NgramDrafter:
         """Make one; `path` and `target` are not needed."""
         return cls(**options)
 
-    def begin(self, text: RunningText) -> NgramSession:
-        return NgramSession(self.sizes, text)
+    def begin(self, text: RunningText) -> EachRow:
+        return EachRow(text, partial(NgramSession, self.sizes))
 
 
 class NgramSession:
-    """For each n-gram of the text where its last occurrence ends. The one at the very end is left out."""
+    """For each n-gram of a row's text where its last occurrence ends. The one at the very end is left out."""
 
-    def __init__(self, sizes: range, text: RunningText) -> None:
-        self.sizes = sizes
-        (self.tokens,) = text.tokens
+    def __init__(self, sizes: range, text: RowText) -> None:
+        self.sizes, self.tokens = sizes, text.tokens
         self.indexed = 1
         """Up to where n-grams may end that are in `ends`."""
         self.ends: dict[tuple[int, ...], int] = {}
@@ -63,11 +62,11 @@ class NgramSession:
                     self.ends[tuple(self.tokens[end - size : end])] = end
         self.indexed = len(self.tokens)
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
         found: list[int] = []
         for size in self.sizes:
             end = self.ends.get(tuple(self.tokens[-size:])) if size <= len(self.tokens) else None
             if end is not None:
-                found = self.tokens[end : end + block_size[0] - 1]
+                found = self.tokens[end : end + block_size - 1]
                 break
-        return Proposal(torch.tensor([found], dtype=torch.long), None, None)
+        return Proposal(torch.tensor([found], dtype=torch.long), None, None, [len(found)])

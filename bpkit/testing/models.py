@@ -181,23 +181,24 @@ class AgreeableSession(AutoregressiveSession):
     drafter: AgreeableDrafter
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        (begin,), (size,) = self.text.length, block_size
-        self.drafter.drafts += 1
-        coins = uniform(self.drafter.seed, begin, 0, size, 1, torch.device("cpu"), salt=0)[:, 0].tolist()
-        places = iter(range(size))
+        self.drafter.drafts += sum(size > 1 for size in block_size)
+        coins = torch.stack([self._coins(begin, max(block_size)) for begin in self.text.length])
+        places = iter(range(max(block_size)))
 
-        def asked(latest: Proposal) -> bool:
+        def asked(latest: Proposal) -> list[bool]:
             assert go_on is not None
-            return go_on(self._spoiled(latest, [coins[next(places)]]))
+            return go_on(self._spoiled(latest, coins[:, next(places), None]))
 
         made = super().draft(block_size, draw, None if go_on is None else asked)
-        return self._spoiled(made, coins)
+        return self._spoiled(made, coins[:, : made.tokens.shape[1]])
 
-    def _spoiled(self, made: Proposal, coins: Sequence[float]) -> Proposal:
+    def _coins(self, begin: int, count: int) -> Tensor:
+        """float32 [count] for a block that begins at a position."""
+        return uniform(self.drafter.seed, begin, 0, count, 1, torch.device("cpu"), salt=0)[:, 0]
+
+    def _spoiled(self, made: Proposal, coins: Tensor) -> Proposal:
         assert made.scores is not None
-        tokens, scores = made.tokens.clone(), made.scores.clone()
-        for place in range(tokens.shape[1]):
-            if coins[place] < self.drafter.corruption:
-                tokens[:, place] = (tokens[:, place] + 1) % scores.shape[-1]
-                scores[:, place] = scores[:, place].roll(1, dims=-1)
+        wrong = (coins < self.drafter.corruption).to(made.tokens.device)
+        tokens = torch.where(wrong, (made.tokens + 1) % made.scores.shape[-1], made.tokens)
+        scores = torch.where(wrong[..., None], made.scores.roll(1, dims=-1), made.scores)
         return dataclasses.replace(made, tokens=tokens, scores=scores)

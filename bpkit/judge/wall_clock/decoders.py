@@ -170,8 +170,14 @@ class NoDrafter:
     def begin(self, text: RunningText) -> NoDrafter:
         return self
 
-    def advance(self, features: Tensor | None) -> None:
-        """Nothing to remember."""
+    def advance(self, features: Sequence[Tensor] | None) -> None:
+        """Nothing to remember, of any row."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Nothing to forget."""
+
+    def join(self, other: NoDrafter) -> None:
+        """Nothing to take in."""
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         raise NotImplementedError("block size 1 never asks for a draft")

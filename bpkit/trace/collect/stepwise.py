@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bpkit.decode.drafter import Drafter, DrafterSession, Proposal
-from bpkit.decode.sampling import Draw
-from bpkit.decode.text import RunningText
+from bpkit.decode.sampling import Draw, Sampler, Samplers
+from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.trace.collect.drafts import Drafts, Finished
 
@@ -20,29 +21,33 @@ def trace_step_by_step(drafter: Drafter, finished: Finished) -> Drafts:
         return drafts
     for row in range(finished.rows):
         for column, block_size in enumerate(finished.block_sizes):
-            session, _ = _session_at(drafter, finished, row)
-            proposal = session.draft([block_size], _draw(finished, row), None)
+            session, text = _session_at(drafter, finished, row)
+            proposal = session.draft([block_size], _draw(finished, text), None)
             _put(drafts, row, column, proposal)
     return drafts
 
 
 def _session_at(drafter: Drafter, finished: Finished, row: int) -> tuple[DrafterSession, RunningText]:
     """A fresh session that knows what is decided before the draft of a row, handed over as the loop does."""
-    first, features = finished.prompt_length, finished.features
-    text = RunningText(finished.ids[:, :first])
+    first = finished.prompt_length
+    text = RunningText([RowText(finished.ids[:, :first], finished.ids.shape[1] + finished.width)])
     session = drafter.begin(text)
     _append(text, finished, 1)
-    session.advance(None if features is None else features[:, :first])
+    session.advance(_features(finished, 0, first))
     if row > 0:
         _append(text, finished, row)
-        session.advance(None if features is None else features[:, first : first + row])
+        session.advance(_features(finished, first, first + row))
     return session, text
 
 
 def _append(text: RunningText, finished: Finished, count: int) -> None:
     (length,) = text.length
     ids = finished.ids[:, length : length + count]
-    text.append(ids, ids.cpu())
+    text.append(ids, ids[:, -1:], ids.tolist())
+
+
+def _features(finished: Finished, first: int, end: int) -> list[Tensor] | None:
+    return None if finished.features is None else [finished.features[0, first:end]]
 
 
 def _look_up(drafter: NgramDrafter, finished: Finished, drafts: Drafts) -> None:
@@ -52,24 +57,25 @@ def _look_up(drafter: NgramDrafter, finished: Finished, drafts: Drafts) -> None:
         if row > 0:
             _append(text, finished, 1)
             session.advance(None)
-        tokens = session.draft([finished.width + 1], _draw(finished, row), None).tokens[0]
+        proposal = session.draft([finished.width + 1], _draw(finished, text), None)
+        tokens, (count,) = proposal.tokens[0], proposal.counts
         for column, block_size in enumerate(finished.block_sizes):
-            length = min(len(tokens), block_size - 1)
+            length = min(count, block_size - 1)
             drafts.tokens[row, column, :length] = tokens[:length]
 
 
 def _put(drafts: Drafts, row: int, column: int, proposal: Proposal) -> None:
     """Enter one proposal, measured by its own scores."""
-    tokens, scores, hidden = proposal.tokens[0], proposal.scores, proposal.hidden
-    where = slice(row, row + 1), slice(column, column + 1), slice(0, len(tokens))
-    if scores is None or len(tokens) == 0:
+    (count,), scores, hidden = proposal.counts, proposal.scores, proposal.hidden
+    tokens = proposal.tokens[0, :count]
+    where = slice(row, row + 1), slice(column, column + 1), slice(0, count)
+    if scores is None or count == 0:
         drafts.tokens[where] = tokens
     else:
-        drafts.put(
-            where, lambda piece: (scores[0, piece].float(), tokens[piece]), None if hidden is None else hidden[0]
-        )
+        states = None if hidden is None else hidden[0, :count]
+        drafts.put(where, lambda piece: (scores[0, piece].float(), tokens[piece]), states)
 
 
-def _draw(finished: Finished, row: int) -> Draw:
-    """What the drafter draws with at a row; its first token stands for output position `row + 1`."""
-    return Draw(finished.processors, finished.noise, row + 1, finished.before(row))
+def _draw(finished: Finished, text: RunningText) -> Draw:
+    """What the drafter draws with after the text."""
+    return Draw(Samplers([Sampler(text.rows[0], finished.processors, finished.noise)]))

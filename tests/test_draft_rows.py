@@ -1,0 +1,200 @@
+"""Rows that draft together draft what each would alone, whatever their sizes, and whoever comes and goes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList
+from transformers.generation import RepetitionPenaltyLogitsProcessor
+
+from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal
+from bpkit.decode.noise import GumbelNoise
+from bpkit.decode.sampling import Draw, Processors, Sampler, Samplers
+from bpkit.decode.text import RowText, RunningText
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
+from bpkit.draft.ngram import NgramDrafter
+from bpkit.testing import TinyPair
+
+CLOSE = 2e-4
+LARGEST = 8
+TOKENS = 60
+"""Token ids that texts are made of; few, so that n-grams come again."""
+
+
+class Row:
+    """A row whose text goes on by itself: in a batch of changing rows, and in a session of its own."""
+
+    def __init__(self, pair: TinyPair, drafter: Drafter, number: int, rng: random.Random) -> None:
+        self.drafter, self.rng, self.number = drafter, rng, number
+        self.vocab = len(pair.tokenizer)
+        prompt = torch.tensor([[rng.randrange(TOKENS) for _ in range(rng.choice((1, 3, 9, 25)))]])
+        self.texts = [RowText(prompt, 120) for _ in range(2)]
+        self.alone = RunningText([self.texts[1]])
+        self.session = drafter.begin(self.alone)
+        processors = [RepetitionPenaltyLogitsProcessor(1.2)] if number % 3 == 2 else []
+        self.samplers = [
+            Sampler(
+                text,
+                Processors(LogitsProcessorList(processors)),  # type: ignore[arg-type]
+                GumbelNoise(5, number, self.vocab, prompt.device) if number % 2 else None,
+            )
+            for text in self.texts
+        ]
+
+    @property
+    def text(self) -> RowText:
+        """Its text in the batch."""
+        return self.texts[0]
+
+    def features(self, count: int) -> Tensor:
+        """Any will do: [count, layers * hidden]."""
+        generator = torch.Generator().manual_seed(self.rng.randrange(10**6))
+        return torch.randn(count, 64 * len(self.drafter.feature_layers), generator=generator)
+
+    def decided(self, drafted: Sequence[int]) -> list[int]:
+        """Some of the drafted tokens, and another."""
+        return [*drafted[: self.rng.choice((0, len(drafted), self.rng.randint(0, len(drafted))))], self.anchor()]
+
+    def anchor(self) -> int:
+        return self.rng.randrange(TOKENS)
+
+
+class Batch:
+    """Rows that run together."""
+
+    def __init__(self, drafter: Drafter, rows: list[Row]) -> None:
+        self.drafter, self.rows = drafter, rows
+        self.text = RunningText([row.text for row in rows])
+        self.session: DrafterSession = drafter.begin(self.text)
+        self.advance([[row.anchor()] for row in rows], prompts=True)
+
+    def advance(self, tokens: list[list[int]], *, prompts: bool = False) -> None:
+        """Append tokens to each row, here and in its session alone."""
+        read = [row.text.length if prompts else len(own) for row, own in zip(self.rows, tokens, strict=True)]
+        features = [row.features(count) for row, count in zip(self.rows, read, strict=True)]
+        append(self.text, tokens)
+        reads = bool(self.drafter.feature_layers)
+        self.session.advance(features if reads else None)
+        for row, own, seen in zip(self.rows, tokens, features, strict=True):
+            append(row.alone, [own])
+            row.session.advance([seen] if reads else None)
+
+    def join(self, other: Batch) -> None:
+        self.rows += other.rows
+        self.text.join(other.text)
+        self.session.join(other.session)
+
+    def keep(self, places: list[int]) -> None:
+        self.rows = [self.rows[place] for place in places]
+        self.text.keep(places)
+        self.session.keep(places)
+
+    def draft(self, sizes: list[int], go_on: Callable[[Sequence[Row]], GoOn] | None) -> list[list[int]]:
+        """Draft together and alone; the same tokens are drafted, of each row."""
+        if max(sizes) == 1:
+            return [[] for _ in sizes]
+        asked = go_on(self.rows) if go_on else None
+        made = self.session.draft(sizes, Draw(Samplers([row.samplers[0] for row in self.rows])), asked)
+        assert len(made.counts) == made.tokens.shape[0] == len(sizes)
+        drafted = []
+        for place, (row, size) in enumerate(zip(self.rows, sizes, strict=True)):
+            count = made.counts[place]
+            drafted.append(made.tokens[place, :count].tolist())
+            if size == 1:
+                assert count == 0
+                continue
+            draw = Draw(Samplers([row.samplers[1]]))
+            alone = row.session.draft([size], draw, go_on([row]) if go_on else None)
+            same_draft(made, place, alone)
+        return drafted
+
+
+def append(text: RunningText, tokens: list[list[int]]) -> None:
+    """Append them, with something behind those of the shorter rows."""
+    width = max(map(len, tokens)) + 2
+    ids = torch.tensor([own + [3] * (width - len(own)) for own in tokens])
+    text.append(ids, torch.tensor([own[-1:] for own in tokens]), tokens)
+
+
+def same_draft(made: Proposal, place: int, alone: Proposal) -> None:
+    (count,) = alone.counts
+    assert made.counts[place] == count
+    assert made.tokens[place, :count].tolist() == alone.tokens[0, :count].tolist()
+    for ours, theirs in ((made.scores, alone.scores), (made.hidden, alone.hidden)):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None and count:
+            a, b = ours[place, :count], theirs[0, :count]
+            assert (a - b).nan_to_num().abs().max() < CLOSE
+            assert a.isfinite().equal(b.isfinite())
+
+
+def run(drafter: Drafter, pair: TinyPair, seed: int, go_on: Callable[[Sequence[Row]], GoOn] | None = None) -> int:
+    """Rows come and go for some steps; how many drafts of two rows or more were compared."""
+    rng, numbers, compared = random.Random(seed), iter(range(1000)), 0
+
+    def rows(count: int) -> list[Row]:
+        return [Row(pair, drafter, next(numbers), rng) for _ in range(count)]
+
+    batch = Batch(drafter, rows(rng.randint(1, 3)))
+    for _ in range(12):
+        happens = rng.random()
+        if happens < 0.25 and len(batch.rows) < 5:
+            batch.join(Batch(drafter, rows(rng.randint(1, 2))))
+        elif happens < 0.45 and len(batch.rows) > 1:
+            batch.keep(rng.sample(range(len(batch.rows)), len(batch.rows) - 1))
+        sizes = [rng.choice((1, 2, 3, LARGEST, rng.randint(1, LARGEST))) for _ in batch.rows]
+        drafted = batch.draft(sizes, go_on)
+        compared += sum(map(bool, drafted)) > 1
+        batch.advance([row.decided(own) for row, own in zip(batch.rows, drafted, strict=True)])
+    return compared
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "sliding, causal": {"layer_types": ["sliding_attention", "full_attention"]},
+    "sliding": {"layer_types": ["sliding_attention"] * 2, "is_causal": False},
+    "causal": {"is_causal": True},
+    "eager sliding": {"layer_types": ["sliding_attention", "full_attention"], "attn_implementation": "eager"},
+}
+
+
+def dflash(pair: TinyPair, *, layer_types: Sequence[str] = ("full_attention",) * 2, **config: Any) -> Drafter:
+    """A drafter of two layers, whose random weights are large enough for its window to matter."""
+    usual = pair.drafter_model.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = DFlashModel(
+            DFlashConfig(
+                hidden_size=usual.hidden_size,
+                intermediate_size=usual.intermediate_size,
+                num_attention_heads=usual.num_attention_heads,
+                num_key_value_heads=usual.num_key_value_heads,
+                head_dim=usual.head_dim,
+                vocab_size=usual.vocab_size,
+                block_size=usual.block_size,
+                mask_token_id=usual.mask_token_id,
+                target_layer_ids=usual.target_layer_ids,
+                num_hidden_layers=2,
+                initializer_range=0.3,
+                layer_types=list(layer_types),
+                use_sliding_window="sliding_attention" in layer_types,
+                sliding_window=5,
+                **config,
+            )
+        )
+    return BlockDiffusionDrafter(model.float().eval(), pair.target)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_blocks_of_rows_are_those_of_each_alone(pair: TinyPair, variant: str) -> None:
+    drafter = dflash(pair, **VARIANTS[variant])
+    with torch.inference_mode():
+        assert sum(run(drafter, pair, seed) for seed in range(3)) > 12
+
+
