@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bpkit import SpeculativeDecoder
-from bpkit.decode.drafter import GoOn, Proposal
+from bpkit.decode.drafter import EachRow, GoOn, Proposal
 from bpkit.decode.sampling import Draw
-from bpkit.decode.text import RunningText
+from bpkit.decode.text import RowText, RunningText
 from bpkit.types import NGRAM, Feature, work_of
 from tests.tiny_architectures import model_types, tiny_causal_lm
 
@@ -44,22 +45,22 @@ class ScriptedDrafter:
     def __init__(self, text: list[int], prompt_length: int, wrong: Collection[int], vocab_size: int) -> None:
         self.text, self.prompt_length, self.wrong, self.vocab_size = text, prompt_length, wrong, vocab_size
 
-    def begin(self, text: RunningText) -> ScriptedSession:
-        return ScriptedSession(self, text)
+    def begin(self, text: RunningText) -> EachRow:
+        return EachRow(text, partial(ScriptedSession, self))
 
 
 class ScriptedSession:
-    def __init__(self, drafter: ScriptedDrafter, text: RunningText) -> None:
+    def __init__(self, drafter: ScriptedDrafter, text: RowText) -> None:
         self.drafter, self.text = drafter, text
 
     def advance(self, features: Tensor | None) -> None:
         """The text knows."""
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        told, (begin,) = self.drafter, self.text.position
-        right = told.text[begin : begin + block_size[0] - 1]
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        told, begin = self.drafter, self.text.position
+        right = told.text[begin : begin + block_size - 1]
         tokens = [(token + (begin + i in told.wrong)) % told.vocab_size for i, token in enumerate(right)]
-        return Proposal(torch.tensor([tokens], dtype=torch.long), None, None)
+        return Proposal(torch.tensor([tokens], dtype=torch.long), None, None, [len(tokens)])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -199,18 +199,16 @@ class Informed:
 class InformedSession:
     def __init__(self, session: DrafterSession, text: list[int]) -> None:
         self.session, self.text = session, text
-
-    def advance(self, features: Tensor | None) -> None:
-        self.session.advance(features)
+        self.advance, self.keep, self.join = session.advance, session.keep, session.join
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        first = draw.position
+        (first,) = draw.position
         proposal = self.session.draft(block_size, draw, go_on)
         tokens = proposal.tokens.clone()
         for i in range(tokens.shape[1]):
             if (first + i) % WRONG_EVERY and first + i < len(self.text):
                 tokens[0, i] = self.text[first + i]
-        return Proposal(tokens, proposal.scores, proposal.hidden)
+        return replace(proposal, tokens=tokens)
 
 
 @dataclass

@@ -14,8 +14,8 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Qwe
 from bpkit import Context, Draft, Policy, SpeculativeDecoder
 from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.decode.request import Request
-from bpkit.decode.sampling import Draw, Processors
-from bpkit.decode.text import RunningText
+from bpkit.decode.sampling import Draw, Processors, Sampler, Samplers
+from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
 from bpkit.draft.block_diffusion import BlockDiffusionSession
 from bpkit.draft.ngram import NgramDrafter
@@ -55,6 +55,7 @@ class Watched:
         self.sessions: list[DrafterSession] = []
         self.drafts: list[tuple[int, Proposal]] = []
         self.advanced: list[tuple[Tensor, Tensor | None]] = []
+        """What was appended to the text, and features of what was read to decide it, [1, count, ...] each."""
         for name in ("name", "kind", "trained_block_size", "max_block_size", "feature_layers", "provides", "work"):
             setattr(self, name, getattr(drafter, name))
 
@@ -66,9 +67,11 @@ class Watched:
 class WatchedSession:
     def __init__(self, watched: Watched, text: RunningText) -> None:
         self.watched, self.text = watched, text
+        self.keep, self.join = watched.sessions[-1].keep, watched.sessions[-1].join
 
-    def advance(self, features: Tensor | None) -> None:
-        self.watched.advanced.append((self.text.newest, features))
+    def advance(self, features: Sequence[Tensor] | None) -> None:
+        (count,) = self.text.counts
+        self.watched.advanced.append((self.text.newest[:, :count], None if features is None else features[0][None]))
         self.watched.sessions[-1].advance(features)
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
@@ -205,12 +208,12 @@ def test_the_block_diffusion_cache_holds_the_context_features_of_the_decided_tok
     for record in opened:
         session = session_of(opened.request.drafter)
         assert isinstance(session, BlockDiffusionSession)
-        waiting = torch.cat(session.unread, dim=1)
-        drafted = session_of(opened.request.target).length - waiting.shape[1]
+        waiting = torch.cat(session.waiting[0])
+        drafted = opened.ids.shape[1] - 1 - len(waiting)
         # What the drafter has read, and what waits, together are the decided tokens without the anchor.
         features = features_of(pair, opened.ids[:, :-1])
-        assert (waiting - features[:, drafted:]).abs().max() < CLOSE
-        assert session.cache.get_seq_length() == drafted
+        assert (waiting - features[0, drafted:]).abs().max() < CLOSE
+        assert session.cache.held == [drafted]
         assert session.text.anchor.equal(opened.ids[:, -1:])
         if drafted:
             wanted = DynamicCache()
@@ -221,11 +224,11 @@ def test_the_block_diffusion_cache_holds_the_context_features_of_the_decided_tok
                     past_key_values=wanted,
                 )
             wanted.crop(-1)
-            check_same_cache(session.cache, wanted)
+            check_same_cache(session.cache.row(0), wanted)
         drew = isinstance(record, Step) and int(record.block_size) > 1
         assert drafted == (before.shape[1] - 1 if drew else drafted_before)
         before, drafted_before = opened.ids, drafted
-    assert session_of(opened.request.drafter).cache.get_seq_length() > 0
+    assert session_of(opened.request.drafter).cache.held[0] > 0
 
 
 def counted_calls(model: PreTrainedModel) -> tuple[list[int], Any]:
@@ -263,20 +266,20 @@ def test_drafting_resumes_after_steps_of_size_1_as_if_it_had_never_paused(pair: 
     # The same decided tokens, read one by one by a drafter that drafted all along, and at once by one that paused.
     ids = pair.ids("def f(a, b):\n    return a + b")
     features, cut = features_of(pair, ids), 12
-    text = RunningText(ids[:, :cut])
+    text = row_text(ids[:, :cut])
     steady, pausing = pair.block_diffusion().begin(text), pair.block_diffusion().begin(text)
-    text.append(ids[:, cut : cut + 1], ids[:, cut : cut + 1])
+    append(text, ids[:, cut : cut + 1])
     for session in (steady, pausing):
-        session.advance(features[:, :cut])
+        session.advance([features[0, :cut]])
     with torch.inference_mode():
         for end in range(cut + 1, ids.shape[1]):
-            steady.draft([1 + end % 5 + 1], no_noise(ids[:, :end]), None)
-            text.append(ids[:, end : end + 1], ids[:, end : end + 1])
+            steady.draft([1 + end % 5 + 1], no_noise(text), None)
+            append(text, ids[:, end : end + 1])
             for session in (steady, pausing):
-                session.advance(features[:, end - 1 : end])
-        one, other = (session.draft([8], no_noise(ids), None) for session in (steady, pausing))
+                session.advance([features[0, end - 1 : end]])
+        one, other = (session.draft([8], no_noise(text), None) for session in (steady, pausing))
     assert_same_proposal(one, other)
-    check_same_cache(steady.cache, pausing.cache)
+    check_same_cache(steady.cache.row(0), pausing.cache.row(0))
 
 
 def session_of(timed: Any) -> Any:
@@ -284,8 +287,18 @@ def session_of(timed: Any) -> Any:
     return timed.session
 
 
-def no_noise(prefix: Tensor) -> Draw:
-    return Draw(Processors(LogitsProcessorList()), None, 0, prefix)
+def row_text(prompt: Tensor) -> RunningText:
+    """The text of one row, prompt int64 [1, length]."""
+    return RunningText([RowText(prompt, 200)])
+
+
+def append(text: RunningText, tokens: Tensor) -> None:
+    """Append tokens int64 [1, count] to the text of one row."""
+    text.append(tokens, tokens[:, -1:], tokens.tolist())
+
+
+def no_noise(text: RunningText) -> Draw:
+    return Draw(Samplers([Sampler(row, Processors(LogitsProcessorList()), None) for row in text.rows]))
 
 
 def assert_same_proposal(one: Proposal, other: Proposal) -> None:
@@ -317,12 +330,12 @@ def test_every_draft_equals_that_of_a_fresh_session_given_the_same_tokens(
     for record in opened:
         if len(watched.drafts) > compared:
             block_size, proposal = watched.drafts[compared]
-            text = RunningText(ids[:, :-1])
+            text = row_text(ids[:, :-1])
             fresh = drafter.begin(text)
-            text.append(ids[:, -1:], ids[:, -1:])
-            fresh.advance(features_of(pair, ids[:, :-1]) if drafter.feature_layers else None)
+            append(text, ids[:, -1:])
+            fresh.advance([features_of(pair, ids[:, :-1])[0]] if drafter.feature_layers else None)
             with torch.inference_mode():
-                again = fresh.draft([block_size], no_noise(ids), None)
+                again = fresh.draft([block_size], no_noise(text), None)
             if kind == "n-gram":
                 assert proposal.tokens.equal(again.tokens)
             else:
@@ -339,13 +352,13 @@ def test_the_autoregressive_cache_holds_only_tokens_that_stand(pair: TinyPair) -
     for _ in opened:
         session = session_of(opened.request.drafter)
         assert isinstance(session, AutoregressiveSession)
-        assert session.unread is not None
-        read = session.cache.get_seq_length()
-        assert session.unread.equal(opened.ids[:, read:])
+        (read,) = session.held
+        assert session.reader.held == [read]
+        assert read < opened.ids.shape[1]
         if read:
-            check_same_cache(session.cache, fresh_cache(pair.assistant, opened.ids[:, :read]))
+            check_same_cache(session.reader.cache(0), fresh_cache(pair.assistant, opened.ids[:, :read]))
     assert isinstance(session, AutoregressiveSession)
-    assert session.cache.get_seq_length() > 20
+    assert session.held[0] > 20
 
 
 def test_features_given_to_the_drafter_are_those_of_the_tokens_that_were_read(pair: TinyPair) -> None:

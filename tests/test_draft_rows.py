@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
@@ -41,7 +41,7 @@ class Row:
         self.samplers = [
             Sampler(
                 text,
-                Processors(LogitsProcessorList(processors)),  # type: ignore[arg-type]
+                Processors(LogitsProcessorList(processors)),
                 GumbelNoise(5, number, self.vocab, prompt.device) if number % 2 else None,
             )
             for text in self.texts
@@ -198,3 +198,17 @@ def test_blocks_of_rows_are_those_of_each_alone(pair: TinyPair, variant: str) ->
         assert sum(run(drafter, pair, seed) for seed in range(3)) > 12
 
 
+def going_on(rows: Sequence[Row]) -> GoOn:
+    """Goes on by what was drafted, and not for ever."""
+    return lambda latest: [token % 3 > 0 for token in latest.tokens[:, -1].tolist()]
+
+
+@pytest.mark.parametrize("early", [None, going_on], ids=["whole drafts", "ended early"])
+def test_tokens_of_rows_are_those_of_each_alone(pair: TinyPair, early: Callable[[Sequence[Row]], GoOn] | None) -> None:
+    for drafter in (pair.autoregressive(), pair.agreeable(0.3)):
+        with torch.inference_mode():
+            assert sum(run(drafter, pair, seed, early) for seed in range(3)) > 12
+
+
+def test_ngrams_of_rows_are_those_of_each_alone(pair: TinyPair) -> None:
+    assert sum(run(NgramDrafter(), pair, seed) for seed in range(6)) > 6

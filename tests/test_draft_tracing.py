@@ -150,9 +150,7 @@ class Watched:
 class WatchedSession:
     def __init__(self, watched: Watched, session: DrafterSession) -> None:
         self.watched, self.session = watched, session
-
-    def advance(self, features: Tensor | None) -> None:
-        self.session.advance(features)
+        self.advance, self.keep, self.join = session.advance, session.keep, session.join
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         self.watched.proposals.append(self.session.draft(block_size, draw, go_on))

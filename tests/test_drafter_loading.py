@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,11 @@ from transformers import (
 )
 
 from bpkit import SpeculativeDecoder
-from bpkit.decode.drafter import Proposal
+from bpkit.decode.drafter import EachRow, Proposal
 from bpkit.decode.pretrained import device_of, load_causal_lm, move, position_limit
 from bpkit.decode.resolve_drafter import resolve_drafter
-from bpkit.decode.sampling import Draw, Processors
-from bpkit.decode.text import RunningText
+from bpkit.decode.sampling import Draw, Processors, Sampler, Samplers
+from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashModel
@@ -167,14 +166,14 @@ def test_a_prompt_that_is_longer_than_the_assistant_reads_is_decoded_without_it(
 class Always(NgramDrafter):
     """Proposes the same token as often as it is asked for."""
 
-    def begin(self, text: RunningText) -> Always:  # type: ignore[override]
-        return self
+    def begin(self, text: RunningText) -> EachRow:
+        return EachRow(text, lambda row: self)
 
     def advance(self, features: Tensor | None) -> None:
         """Nothing to remember."""
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: object) -> Proposal:
-        return Proposal(torch.full((1, block_size[0] - 1), 5), None, None)
+    def draft(self, block_size: int, draw: Draw, go_on: object) -> Proposal:
+        return Proposal(torch.full((1, block_size - 1), 5), None, None, [block_size - 1])
 
 
 @pytest.mark.parametrize("spare", [0, 1, 3])
@@ -221,26 +220,26 @@ def test_an_assistant_with_states_drafts_what_it_would_draft_from_scratch(pair: 
     session, text = begun(drafter, ids)
     with torch.inference_mode():
         for accepted in (0, 2, 4, 1, 0):
-            drafted = session.draft([5], no_noise(ids), None).tokens
-            fresh, _ = begun(drafter, ids)
-            assert drafted.equal(fresh.draft([5], no_noise(ids), None).tokens)
+            drafted = session.draft([5], no_noise(text), None).tokens
+            fresh, same = begun(drafter, ids)
+            assert drafted.equal(fresh.draft([5], no_noise(same), None).tokens)
             decided = torch.cat([drafted[:, :accepted], torch.tensor([[7]])], dim=1)
-            text.append(decided, decided)
+            text.append(decided, decided[:, -1:], decided.tolist())
             session.advance(None)
             ids = torch.cat([ids, decided], dim=1)
 
 
 def begun(drafter: AutoregressiveDrafter, ids: Tensor) -> tuple[AutoregressiveSession, RunningText]:
     """A session that knows these tokens, and its text."""
-    text = RunningText(ids[:, :-1])
+    text = RunningText([RowText(ids[:, :-1], 200)])
     session = drafter.begin(text)
-    text.append(ids[:, -1:], ids[:, -1:])
+    text.append(ids[:, -1:], ids[:, -1:], ids[:, -1:].tolist())
     session.advance(None)
     return session, text
 
 
-def no_noise(ids: Tensor) -> Draw:
-    return Draw(Processors(LogitsProcessorList()), None, 0, ids)
+def no_noise(text: RunningText) -> Draw:
+    return Draw(Samplers([Sampler(row, Processors(LogitsProcessorList()), None) for row in text.rows]))
 
 
 def test_an_assistant_that_keeps_no_keys_and_values_is_refused(pair: TinyPair) -> None:

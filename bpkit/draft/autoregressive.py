@@ -8,18 +8,22 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bpkit.assets import shipped
 from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.pretrained import device_of, input_device, inside, load_causal_lm, move, position_limit
 from bpkit.decode.sampling import Draw
-from bpkit.decode.serving import served_by
-from bpkit.decode.stateful import Snapshot, StatefulTarget, cache_argument, new_cache
+from bpkit.decode.serving import served_by, session_class
+from bpkit.decode.stateful import cache_argument
+from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText
 from bpkit.draft.config import ASSISTANT_BLOCK_SIZE
 from bpkit.draft.vocabulary import embedding_rows, fetch_tokenizer, refuse_another_tokenizer
 from bpkit.types import AUTOREGRESSIVE, Feature, work_of
+
+SHORT = 32
+"""Unread tokens up to which rows read different counts of them in one pass, with logits of all."""
 
 
 class AutoregressiveDrafter:
@@ -38,13 +42,14 @@ class AutoregressiveDrafter:
         block_size: int = ASSISTANT_BLOCK_SIZE,
     ) -> None:
         refuse_another_tokenizer(model, target, name)
-        served = served_by(inside(model))
-        if isinstance(served, str) or cache_argument(inside(model)) != "past_key_values":
+        self.inner = inside(model)
+        served = served_by(self.inner)
+        if isinstance(served, str) or cache_argument(self.inner) != "past_key_values":
             why = served if isinstance(served, str) else "it has a cache of its own kind"
             raise ValueError(
                 f"drafter {name} ({type(model).__name__}) cannot take back drafted tokens: {why}; use another assistant"
             )
-        self.stateful = issubclass(served, StatefulTarget)
+        self.stateful = served.stateful
         self.model, self.name = model.eval(), name
         self.trained_block_size, self.max_block_size = block_size, max(32, 2 * block_size)
         self.last_index = model.config.get_text_config().num_hidden_layers
@@ -74,6 +79,14 @@ class AutoregressiveDrafter:
     def begin(self, text: RunningText) -> AutoregressiveSession:
         return AutoregressiveSession(self, text)
 
+    def reader(self, rows: int, capacity: int) -> TargetSession:
+        """What reads texts of up to `capacity` tokens with the assistant."""
+        kind = session_class(self.inner)
+        session = kind(self.inner, rows=rows, slots=rows, capacity=capacity, feature_layers=(), keep_hidden=True)
+        if self.model is not self.inner:
+            session.wrapper = self.model
+        return session
+
     def own(self, tokens: Tensor) -> Tensor:
         """Token ids as the assistant reads them; of those that only the target has, its last id. int64, same shape."""
         tokens = tokens.to(device_of(self._embedding, self.model))
@@ -102,68 +115,114 @@ class AutoregressiveDrafter:
             )
         return max(0, self.positions - length + 1)
 
-    def nothing(self) -> Proposal:
+    def nothing(self, rows: int) -> Proposal:
         """A proposal of no tokens."""
         width, hidden = self._width, self.model.config.get_text_config().hidden_size
         of = partial(torch.empty, device=device_of(self._target_embedding, self.target))
-        return Proposal(of((1, 0), dtype=torch.long), of((1, 0, width)), of((1, 0, hidden), dtype=self.model.dtype))
+        return Proposal(
+            of((rows, 0), dtype=torch.long),
+            of((rows, 0, width)),
+            of((rows, 0, hidden), dtype=self.model.dtype),
+            [0] * rows,
+        )
 
 
 class AutoregressiveSession:
-    """The assistant's KV cache and the decided tokens that it has not read yet (the anchor is the last)."""
+    """The assistant reads the text, its own drafts included, and is taken back where they do not stand.
+
+    Rows share passes: in the first each reads what it has not read yet, in the others what it drafted last. A row that
+    has drafted all that it should reads nothing more; one that does not draft while others do is read along.
+    """
 
     def __init__(self, drafter: AutoregressiveDrafter, text: RunningText) -> None:
         self.drafter, self.text = drafter, text
-        self.snapshot: Snapshot | None = None
-        """Of the states as they are before the tokens that are drafted, for an assistant that has states."""
-        if drafter.stateful:
-            self.cache = new_cache(drafter.model)
-        else:
-            self.cache = DynamicCache(config=drafter.model.config.get_text_config())
-            self.cache.activate_past_recording()
-        self.unread = text.newest
-        self.drafted = 0
+        self.reader = drafter.reader(len(text.rows), text.max_length + drafter.max_block_size)
+        self.held = [0] * len(text.rows)
+        """Tokens that were read of each row: of its text, and of the draft that follows."""
 
-    def advance(self, features: Tensor | None) -> None:
-        tokens = self.text.newest
-        if self.drafted == 0:
-            self.unread = torch.cat([self.unread, tokens], dim=1)
-            return
-        # The cache holds the drafted tokens but the last one: keep those that stand.
-        held = self.drafted - 1
-        stands = min(held, tokens.shape[1] - 1)
-        if self.snapshot is None:
-            self.cache.crop(-(held - stands))
-        elif stands < held:  # those that stand are read again
-            self.snapshot.restore(held)
-            stands = 0
-        self.unread, self.drafted = tokens[:, stands:], 0
+    def advance(self, features: Sequence[Tensor] | None) -> None:
+        # Drafted tokens that do not stand were read at the place of the anchor or behind it.
+        stand = [min(held, length - 1) for held, length in zip(self.held, self.text.length, strict=True)]
+        self.reader.rollback([held - left for held, left in zip(self.held, stand, strict=True)])
+        self.held = stand
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        count, waited = block_size[0] - 1, self.unread.shape[1]
-        if self.drafter.positions is not None:
-            count = self.drafter.room(self.cache.get_seq_length() + waited, count)
-        if count == 0:
-            return self.drafter.nothing()
-        read = self.unread
+        drafter, length = self.drafter, self.text.length
+        left = [drafter.room(at, size - 1) if size > 1 else 0 for at, size in zip(length, block_size, strict=True)]
+        """Tokens that each row may still draft."""
+        if max(left) == 0:
+            return drafter.nothing(len(left))
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
-        for _ in range(count):
-            output = self.drafter.model(
-                input_ids=self.drafter.own(read),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-                output_hidden_states=[self.drafter.last_index],
-            )
-            if not steps and self.drafter.stateful:
-                self.snapshot = self.snapshot or Snapshot(self.cache)
-                self.snapshot.keep()
-                self.snapshot.take()
-            # Some architectures have no `logits_to_keep`.
-            read, scores = draw(self.drafter.score(output.logits[:, -1:]))
-            steps.append((read, scores, output.hidden_states[self.drafter.last_index][:, -1:]))
-            if go_on is not None and len(steps) < count and not go_on(Proposal(*steps[-1])):
+        counts, waited = [0] * len(left), max(map(len, self._unread()))
+        logits, hidden = self._read_text()
+        while True:
+            drafts = [int(count > 0) for count in left]
+            tokens, scores = draw(drafter.score(logits), drafts)
+            steps.append((tokens, scores, hidden))
+            counts = [count + more for count, more in zip(counts, drafts, strict=True)]
+            left = [max(0, count - 1) for count in left]
+            if go_on is not None and max(left) > 0:
+                more = go_on(Proposal(tokens, scores, hidden, drafts))
+                left = [count if goes_on else 0 for count, goes_on in zip(left, more, strict=True)]
+            if max(left) == 0:
                 break
-        self.drafted = len(steps)
+            logits, hidden = self._read(drafter.own(tokens), [int(count > 0) for count in left])
         tokens, scores, hidden = (torch.cat(values, dim=1) for values in zip(*steps, strict=True))
-        return Proposal(tokens, scores, hidden, waited)
+        return Proposal(tokens, scores, hidden, counts, waited)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.reader.keep(rows)
+        self.held = [self.held[row] for row in rows]
+
+    def join(self, other: AutoregressiveSession) -> None:
+        # Their prompts are read before: in one pass with the others', all rows would be padded to the longest.
+        other._read_early([True] * len(other.held))
+        self.reader.join(other.reader)
+        self.held += other.held
+
+    def _unread(self) -> list[list[int]]:
+        """Tokens of each row that the assistant has not read; none if it has too few positions for them."""
+        limit = self.drafter.positions
+        return [
+            row.tokens[held:] if limit is None or row.length <= limit else []
+            for row, held in zip(self.text.rows, self.held, strict=True)
+        ]
+
+    def _read_text(self) -> tuple[Tensor, Tensor]:
+        """Read all that is unread; logits and hidden states after each row's last token, [rows, 1, ...]."""
+        unread, stateful = self._unread(), self.drafter.stateful
+        counts = [len(row) for row in unread]
+        if len(set(counts)) == 1 and not stateful:
+            return self._note(self.reader.prefill(self._ids(unread), counts, last=True), counts)
+        # Of long texts logits are wanted at the end alone, and states are kept from the first anchor on.
+        long = [count > SHORT and not stateful for count in counts]
+        self._read_early([early or held == 0 for early, held in zip(long, self.held, strict=True)])
+        unread = self._unread()
+        counts = [len(row) for row in unread]
+        logits, hidden = self._read(self._ids(unread), counts)
+        rows = torch.arange(len(counts), device=logits.device)
+        last = torch.tensor(counts, device=logits.device).sub(1).clamp(min=0)
+        return logits[rows, last][:, None], hidden[rows, last][:, None]
+
+    def _read_early(self, rows: Sequence[bool]) -> None:
+        """Read what is unread of some rows, but for the last token."""
+        unread = [row[:-1] if early else [] for row, early in zip(self._unread(), rows, strict=True)]
+        counts = [len(row) for row in unread]
+        if max(counts) > 0:
+            self._note(self.reader.prefill(self._ids(unread), counts, last=False), counts)
+
+    def _read(self, tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Read tokens int64 [rows, width], `counts` of each row."""
+        return self._note(self.reader.verify(tokens, counts), counts)
+
+    def _note(self, output: TargetOutput, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Count what was read; logits and hidden states."""
+        assert output.last_hidden is not None
+        self.held = [held + count for held, count in zip(self.held, counts, strict=True)]
+        return output.logits, output.last_hidden
+
+    def _ids(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Tokens of each row as the assistant reads them, int64 [rows, longest]."""
+        width = max(map(len, tokens))
+        padded = [[*row, *[0] * (width - len(row))] for row in tokens]
+        return self.drafter.own(torch.tensor(padded))

@@ -13,7 +13,7 @@ from bpkit.assets import shipped
 from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.pretrained import device_of, hub_options, move, refuse_other_weights, working_dtype
 from bpkit.decode.sampling import Draw
-from bpkit.decode.slots import SlotCache
+from bpkit.decode.slots import Reading, SlotCache
 from bpkit.decode.text import RunningText, padded
 from bpkit.draft.dflash_checks import refuse_unfit, refuse_unknown_layout
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
@@ -94,13 +94,14 @@ class BlockDiffusionSession:
     While no row drafts the drafter is not called: features wait, and the next draft takes them all in. That draft costs
     one forward over (waiting positions + block) instead of (acceptance length + block).
 
-    Rows share a pass, each with its own number of waiting features and its own block size: both are padded, and what is
-    padding is hidden from every other position. A row that does not draft while others do is read along.
+    Rows share a pass, each with its own number of waiting features and its own block size: both are padded, and padding
+    is written where no row looks. A row that does not draft while others do is read along.
     """
 
     def __init__(self, drafter: BlockDiffusionDrafter, text: RunningText) -> None:
         self.drafter, self.text = drafter, text
-        self.cache = SlotCache(len(text.rows), text.max_length)
+        rows, capacity = len(text.rows), text.max_length + drafter.max_block_size
+        self.cache = SlotCache(drafter.model.config, rows=rows, slots=rows, capacity=capacity)
         self.waiting: list[list[Tensor]] = [[] for _ in text.rows]
 
     def advance(self, features: Sequence[Tensor] | None) -> None:
@@ -132,46 +133,52 @@ class BlockDiffusionSession:
             hidden states of the blocks, [rows, largest block, hidden], and how much was read of the row that had most.
         """
         context = [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
-        read, anchor = [len(features) for features in context], self.text.anchor
-        masks = anchor.new_full((1, max(block_size) - 1), self.drafter.model.config.mask_token_id)
-        hidden: Tensor = self.drafter.model(
-            noise_embeds=self.drafter.embed(torch.cat([anchor, masks.expand(len(read), -1)], dim=1)),
+        read, anchor, model = [len(features) for features in context], self.text.anchor, self.drafter.model
+        masks = anchor.new_full((len(read), max(block_size) - 1), model.config.mask_token_id)
+        reading, inputs = _padded_pass(self.cache, read, block_size, model.device)
+        self.cache.begin(reading)
+        hidden: Tensor = model(
+            noise_embeds=self.drafter.embed(torch.cat([anchor, masks], dim=1)),
             context_hidden_states=padded([features[None] for features in context]),
             past_key_values=self.cache,
-            **side_by_side(self.cache.lengths, read, block_size, self.drafter.model.device),
+            **inputs,
         ).last_hidden_state
-        self.cache.advance(read)
+        self.cache.held = [held + count for held, count in zip(self.cache.held, read, strict=True)]
         self.waiting = [[] for _ in read]
         return hidden, max(read)
 
 
-def side_by_side(
-    held: Sequence[int], read: Sequence[int], block_size: Sequence[int], device: torch.device
-) -> dict[str, Tensor]:
-    """What a `DFlashModel` is told of rows in one padded pass.
+def _padded_pass(
+    cache: SlotCache, read: Sequence[int], block_size: Sequence[int], device: torch.device
+) -> tuple[Reading, dict[str, Any]]:
+    """Where a pass over rows writes, and what a `DFlashModel` is told of it.
 
-    Its source is [context, padded to the longest | block, padded to the largest], which each row writes into its slot
-    after the `held` places of earlier context. So a row's block begins later in its slot than in its text.
+    Its source is [context, padded to the longest | block, padded to the largest]. Each row writes its own of both after
+    the context that it holds, without a gap, so that columns of the cache are positions of the text.
 
     Args:
-        held: places of earlier context of each row. read: positions of new context.
-
-    Returns:
-        `attention_mask`, `position_ids` and `key_positions` of `DFlashModel.forward`; nothing where no row is padded
-        and all begin at the same place.
+        read: positions of new context of each row.
     """
-    if all(len(set(counts)) == 1 for counts in (held, read, block_size)):
-        return {}
-    context, block = max(read), max(block_size)
-    begin, new, size = torch.tensor([held, read, block_size], device=device)[..., None]
-    place = torch.arange(max(held) + context + block, device=device)
-    in_block = place - begin - context
-    seen = (place < begin + new) | ((in_block >= 0) & (in_block < size))
-    column = torch.arange(context + block, device=device) - context
-    # Padding stands where the last position of the block does and sees what that sees: nothing attends to no key.
-    own = torch.where(column < 0, column + context, new + column.minimum(size - 1))
-    return {
-        "attention_mask": seen[:, None, None],
-        "position_ids": begin + own,
-        "key_positions": torch.where(in_block < 0, place, begin + new + in_block),
+    context, width = max(read), max(block_size)
+    if all(len(set(counts)) == 1 for counts in (cache.held, read, block_size)):
+        return cache.place(context + width, [context + width] * len(read), device), {}
+    held, new, size = torch.tensor([cache.held, read, block_size], device=device)[..., None]
+    column = torch.arange(context + width, device=device)
+    in_block = column - context
+    own = torch.where(in_block < 0, column, new + in_block)
+    counts = torch.where(in_block < 0, column < new, in_block < size)
+    ends = [sum(row) for row in zip(cache.held, read, block_size, strict=True)]
+    reading = Reading(
+        rows=len(read),
+        start=None,
+        places=torch.where(counts, held + own, cache.capacity),
+        row_indices=torch.arange(len(read), device=device)[:, None],
+        lengths=(min(cache.held), max(cache.held)),
+        end=max(ends),
+    )
+    return reading, {
+        "attention_mask": (torch.arange(reading.end, device=device) < held + new + size)[:, None, None],
+        # Padding has the position of the block's last token and sees what that sees: no query is left without a key.
+        "position_ids": held + own.minimum(new + size - 1),
+        "key_end": reading.end,
     }

@@ -25,6 +25,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
+from bpkit.decode.masks import added
+
 
 @strict
 class DFlashConfig(Qwen3Config):
@@ -84,14 +86,15 @@ class DFlashAttention(Qwen3Attention):
         context: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        positions: tuple[Tensor, Tensor] | None,
+        places: tuple[Tensor, int] | None,
         past_key_values: Cache | None,
     ) -> Tensor:
         """Returns like hidden_states.
 
         Args:
             hidden_states: [batch, block, hidden]. context: [batch, new context, hidden].
-            positions: of the block and of all keys, int64 [batch, block], [batch, keys]; by default keys are in order.
+            places: positions of the block, int64 [batch, block], and the one after the last key's; by default the block
+                is the last keys.
         """
         batch, width, _ = hidden_states.shape
         source = torch.cat([context, hidden_states], dim=1)
@@ -103,42 +106,34 @@ class DFlashAttention(Qwen3Attention):
         key = key * cos + rotate_half(key) * sin
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        causal = self.sliding_window is not None if self.config.is_causal is None else self.config.is_causal
-        if self.sliding_window is not None or causal:
-            of_block, of_keys = positions or _in_order(width, key)
-            attention_mask = _window_mask(of_block, of_keys, self.sliding_window, causal, attention_mask)
+        attention_mask = self._mask(query, key, places, attention_mask)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if attend is eager_attention_forward and attention_mask is not None and attention_mask.dtype == torch.bool:
-            hidden = torch.zeros_like(attention_mask, dtype=query.dtype)  # it adds masks to its scores
-            attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+            attention_mask = added(attention_mask, query.dtype)
         output, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling)
         return self.o_proj(output.reshape(batch, width, -1))  # type: ignore[no-any-return]
 
-
-def _in_order(width: int, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of a block of `width` and of all keys, [1, width] and [1, keys], where the block is the last keys."""
-    keys = torch.arange(key.shape[-2], device=key.device)[None]
-    return keys[:, -width:], keys
-
-
-def _window_mask(block: Tensor, keys: Tensor, window: int | None, causal: bool, given: Tensor | None) -> Tensor:
-    """True where a key may be seen: less than `window` positions away, and not ahead if `causal`.
-
-    Args:
-        block, keys: positions, int64 [batch, block], [batch, keys].
-        given: what else must hold, as the model takes it.
-
-    Returns:
-        [batch, 1, block, keys], like `given` bool or additive.
-    """
-    ahead = keys[:, None] - block[..., None]
-    visible = ahead.abs() < window if window is not None else torch.ones_like(ahead, dtype=torch.bool)
-    if causal:
-        visible &= ahead <= 0
-    visible = visible[:, None]
-    if given is None:
-        return visible
-    return visible & given if given.dtype == torch.bool else given.masked_fill(~visible, float("-inf"))
+    def _mask(
+        self, query: Tensor, key: Tensor, places: tuple[Tensor, int] | None, given: Tensor | None
+    ) -> Tensor | None:
+        """What is given, without keys outside of the window and, in a causal layer, without those ahead."""
+        causal = self.sliding_window is not None if self.config.is_causal is None else self.config.is_causal
+        if self.sliding_window is None and not causal:
+            return given
+        count = key.shape[2]
+        keys = torch.arange(count, device=key.device)
+        block = keys[None, -query.shape[2] :]
+        if places is not None:
+            block, end = places
+            keys = keys + (end - count)
+        ahead = (keys - block[..., None])[:, None]
+        visible = ahead.abs() < (self.sliding_window or count)
+        if causal:
+            visible &= ahead <= 0
+        if given is None:
+            return visible
+        given = given[..., -count:]
+        return visible & given if given.dtype == torch.bool else given.masked_fill(~visible, float("-inf"))
 
 
 class DFlashLayer(Qwen3DecoderLayer):
@@ -178,7 +173,7 @@ class DFlashModel(Qwen3PreTrainedModel):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        key_positions: Tensor | None = None,
+        key_end: int | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Denoise a block in one pass.
@@ -191,8 +186,8 @@ class DFlashModel(Qwen3PreTrainedModel):
             attention_mask: bool or additive [batch, 1, block, keys], or 1/0 [batch, keys]; by default all is seen.
             past_key_values: keys and values of the earlier context. This call appends those of the new context
                 *and of the block*: crop the block off again.
-            key_positions: positions of all keys, those in the cache and the new ones, int64 [batch, keys], where they
-                are not in order; sliding windows and causal layers go by them. By default the block is the last keys.
+            key_end: given if blocks end at different keys: columns of the cache are positions then, and this is their
+                count. Sliding and causal layers go by it. By default the block is the last keys.
 
         Returns:
             `last_hidden_state`, [batch, block, hidden], for the target's head.
@@ -206,7 +201,7 @@ class DFlashModel(Qwen3PreTrainedModel):
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
         hidden = noise_embeds.to(place)
-        positions = None if key_positions is None else (position_ids[:, -hidden.shape[1] :], key_positions)
+        places = None if key_end is None else (position_ids[:, -hidden.shape[1] :], key_end)
         rotary = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
             hidden = layer(
@@ -214,7 +209,7 @@ class DFlashModel(Qwen3PreTrainedModel):
                 context=context,
                 rotary=rotary,
                 attention_mask=attention_mask,
-                positions=positions,
+                places=places,
                 past_key_values=past_key_values,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
