@@ -13,7 +13,7 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Qwe
 
 from bpkit import Context, Draft, Policy, SpeculativeDecoder
 from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal
-from bpkit.decode.request import Request
+from bpkit.decode.rows import Rows
 from bpkit.decode.sampling import Draw, Processors, Sampler, Samplers
 from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
@@ -81,19 +81,16 @@ class WatchedSession:
 
 
 class Opened:
-    """A generation whose request lies open: iterate over it, and look at `request` between its steps."""
+    """A generation that lies open: iterate over it, and look at `rows` between its steps."""
 
     def __init__(self, decoder: SpeculativeDecoder, prompt: Tensor, count: int, **options: Any) -> None:
-        self.request: Request = None  # type: ignore[assignment]
-        make = decoder._request
-
-        def make_and_keep(*args: Any) -> Request:
-            self.request = make(*args)
-            return self.request
-
-        decoder._request = make_and_keep  # type: ignore[method-assign,assignment]
         self.run = decoder.run(prompt, max_new_tokens=count, eos_token_id=None, **options)
         self.ids = prompt
+
+    @property
+    def rows(self) -> Rows:
+        """The one that runs."""
+        return self.run.running.rows
 
     def __iter__(self) -> Iterator[Record]:
         for record in self.run:
@@ -151,8 +148,8 @@ def test_the_targets_cache_holds_the_decided_tokens_without_the_anchor_after_eve
     opened = Opened(decoder, pair.ids(PROMPT), 24, temperature=temperature, seed=1)
     records = 0
     for _ in opened:
-        check_same_cache(opened.request.target.cache, fresh_cache(pair.target, opened.ids[:, :-1]))
-        assert session_of(opened.request.target).length == opened.ids.shape[1] - 1
+        check_same_cache(opened.rows.target.cache(0), fresh_cache(pair.target, opened.ids[:, :-1]))
+        assert opened.rows.target.held == [opened.ids.shape[1] - 1]
         records += 1
     assert records > 2
     assert opened.ids.shape[1] == pair.ids(PROMPT).shape[1] + 24
@@ -206,7 +203,7 @@ def test_the_block_diffusion_cache_holds_the_context_features_of_the_decided_tok
     opened = Opened(decoder, pair.ids(PROMPT), 24, temperature=0)
     before, drafted_before = opened.ids, 0
     for record in opened:
-        session = session_of(opened.request.drafter)
+        session = session_of(opened.rows.drafter)
         assert isinstance(session, BlockDiffusionSession)
         waiting = torch.cat(session.waiting[0])
         drafted = opened.ids.shape[1] - 1 - len(waiting)
@@ -228,7 +225,7 @@ def test_the_block_diffusion_cache_holds_the_context_features_of_the_decided_tok
         drew = isinstance(record, Step) and int(record.block_size) > 1
         assert drafted == (before.shape[1] - 1 if drew else drafted_before)
         before, drafted_before = opened.ids, drafted
-    assert session_of(opened.request.drafter).cache.held[0] > 0
+    assert session_of(opened.rows.drafter).cache.held[0] > 0
 
 
 def counted_calls(model: PreTrainedModel) -> tuple[list[int], Any]:
@@ -350,7 +347,7 @@ def test_the_autoregressive_cache_holds_only_tokens_that_stand(pair: TinyPair) -
     decoder = SpeculativeDecoder(pair.target, pair.autoregressive(), SCRIPTS["cut short"], strict=True)
     opened = Opened(decoder, pair.ids(PROMPT), 30, temperature=0)
     for _ in opened:
-        session = session_of(opened.request.drafter)
+        session = session_of(opened.rows.drafter)
         assert isinstance(session, AutoregressiveSession)
         (read,) = session.held
         assert session.reader.held == [read]
