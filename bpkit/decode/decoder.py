@@ -47,7 +47,6 @@ from bpkit.decode.result import Generation, Piece, Run, RunMany, Running
 from bpkit.decode.rows import Rows, Shared
 from bpkit.decode.sampling import Processors, Sampler, Samplers
 from bpkit.decode.serving import session_class
-from bpkit.decode.stateful import StatefulTarget
 from bpkit.decode.stopping import Stopping, end_tokens, length_limit
 from bpkit.decode.streaming import TextPieces
 from bpkit.decode.text import RowText, RunningText
@@ -127,7 +126,7 @@ class SpeculativeDecoder:
             vocab_size=config.vocab_size,
             verify_rule=rule,
             device=str(input_device(self.model)),
-            stateful=issubclass(session_class(self.model), StatefulTarget),
+            stateful=session_class(self.model).stateful,
             work=self._drafter_work(),
         )
         self.policy, self.policy_name = self._bound(policy), written(policy)

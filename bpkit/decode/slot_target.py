@@ -59,7 +59,7 @@ class SlotTarget(LiveTarget):
         self.windows = windows(model)
         self.adds_masks = config._attn_implementation in ADDED
         self.inputs: list[ModelInputs | None] = [None] * rows
-        """What passes after prefill take beside tokens; for a row that runs alone."""
+        """What passes after prefill take beside tokens, of each row."""
 
     @property
     def held(self) -> list[int]:
@@ -113,10 +113,7 @@ class SlotTarget(LiveTarget):
     def _prepared(self, tokens: Tensor, counts: Sequence[int], inputs: dict[str, Any]) -> Pass:
         width, device = tokens.shape[1], tokens.device
         reading = self.slot_cache.place(width, counts, device)
-        start = reading.start
-        (row, *others) = self.inputs
-        if row is not None and not others and start:
-            inputs.update(row.at(start, width))
+        inputs.update(self._following(width))
         if self.counts_positions and "position_ids" not in inputs:
             positions = reading.places
             if positions is None:
@@ -127,6 +124,21 @@ class SlotTarget(LiveTarget):
         if reading.places is not None:
             inputs["attention_mask"] = self._masks(reading.places, reading)
         return Pass(tokens, reading, inputs)
+
+    def _following(self, width: int) -> dict[str, Tensor]:
+        """What the rows' own inputs are at the next `width` tokens, [rows, width].
+
+        Raises:
+            ValueError: an input that some rows have and others lack.
+        """
+        given = [
+            row.at(held, width) if row is not None and held else {}
+            for row, held in zip(self.inputs, self.held, strict=True)
+        ]
+        for name in {name for row in given for name in row}:
+            if not all(name in row for row in given):
+                raise ValueError(f"{name}: rows with it and rows without cannot share a pass; decode them one by one")
+        return {name: torch.cat([row[name] for row in given]) for name in given[0]}
 
     def _masks(self, places: Tensor, reading: Reading) -> Any:
         """The mask of all layers, or one by kind of layer where there are several kinds."""
