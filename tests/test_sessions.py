@@ -18,7 +18,6 @@ from bpkit.decode.masks import added, causal
 from bpkit.decode.row_by_row import CachedRows, StatefulRows
 from bpkit.decode.serving import served_by, session_class
 from bpkit.decode.slot_target import SlotTarget
-from bpkit.decode.slots import SlotLayer
 from bpkit.decode.stateful import StatefulTarget
 from bpkit.decode.target import TargetOutput
 from tests.tiny_architectures import REPEATING, WINDOW, repeating_causal_lm, tiny_causal_lm
@@ -105,11 +104,12 @@ class Reader:
         for text, found in zip(self.texts, self.found, strict=True):
             with torch.inference_mode():
                 whole = self.model(torch.tensor([text]), output_hidden_states=True)
-            for name, wanted in (
-                ("logits", whole.logits),
-                ("features", self._features(whole)),
-                ("last_hidden", whole.hidden_states and whole.hidden_states[-1]),
-            ):
+            truth: dict[str, Any] = {
+                "logits": whole.logits,
+                "features": self._features(whole),
+                "last_hidden": whole.hidden_states and whole.hidden_states[-1],
+            }
+            for name, wanted in truth.items():
                 for place, output in enumerate(found):
                     value = getattr(output, name)
                     if value is not None:
@@ -297,7 +297,8 @@ def test_rows_share_passes_where_they_can_and_have_their_own_elsewhere() -> None
 
 def test_a_pass_of_shared_rows_is_one_call_of_the_model() -> None:
     model = repeating_causal_lm("llama")
-    kind, calls = session_class(model), []
+    kind: Any = session_class(model)
+    calls: list[None] = []
     model.register_forward_pre_hook(lambda *_: calls.append(None))
     session = kind(model, rows=3, capacity=30, slots=3, feature_layers=(), keep_hidden=False)
     with torch.inference_mode():
@@ -316,7 +317,7 @@ def test_masks_show_what_lies_before_a_query(window: int | None) -> None:
         assert bool(seen[row, 0, column, key - 1]) == (0 <= back < (window or 99))
     scores = added(seen, torch.float16)
     assert (scores == 0).equal(seen)
-    assert scores[~seen].unique().tolist() == [torch.finfo(torch.float16).min]
+    assert set(scores[~seen].tolist()) == {torch.finfo(torch.float16).min}
 
 
 @pytest.mark.parametrize("width", [1, 4, 12])
