@@ -53,7 +53,7 @@ def step(rows: Rows, policy: GuardedPolicy) -> Step:
     draft = rows.draft(policy.select(rows.context))
     width = rows.width(draft, policy.truncate(draft))
     output = rows.verify(draft, width)
-    decided = rows.settle(output.last(), rows.rule.verify(output.logits, draft, width))
+    decided = rows.settle(output, rows.rule.verify(output.logits, draft, width))
     rows.advance(output, decided, width)
     record = rows.step(draft, width, decided)
     policy.observe(record)
