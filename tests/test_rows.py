@@ -296,10 +296,10 @@ def test_a_faulty_policy_costs_speed_only(pair: TinyPair) -> None:
 
     decoder = SpeculativeDecoder(pair.target, pair.agreeable(), "fixed:3", tokenizer=pair.tokenizer)
     faulty = decoder.with_policy(Forgets())
-    prompts = [f"x = {place}" for place in range(4)]
+    prompts = [{"prompt": f"x = {place}", "max_new_tokens": 4 + 5 * place} for place in range(4)]
     with pytest.warns(UserWarning, match="its rows cannot join others"):
-        made = faulty.generate(prompts, batch_size=2, max_new_tokens=10, temperature=0.0)
-    right = decoder.generate(prompts, batch_size=2, max_new_tokens=10, temperature=0.0)
+        made = faulty.generate(prompts, batch_size=2, temperature=0.0)
+    right = decoder.generate(prompts, batch_size=2, temperature=0.0)
     assert [one.text for one in made] == [one.text for one in right]
     assert any(one.fallbacks for one in made)
 
