@@ -449,40 +449,46 @@ class SpeculativeDecoder:
             next_number(), text, sampler, stopping, generator, seed, stream_id, temperature=temperature, inputs=inputs
         )
 
+    def rows(self, prompt: str | Tensor, **options: Any) -> Rows:
+        """What the loop works on, made but not begun: for calling its pieces by hand; takes what `generate` takes."""
+        decoder, requests = self._prepared(prompt, options)
+        return decoder._rows(decoder._shared(), requests, len(requests))
+
+    def _shared(self) -> Shared:
+        watch = Stopwatch(GuardedClock(self.clock))
+        return Shared(TimedPolicy(self.policy, self.spec, watch, strict=self.strict), watch, self.spec, self._wants())
+
     def _running(self, requests: Iterable[Request], *, most: int = 1, chunk: int | None = None) -> Running:
         """Rows that begin when somebody asks for the first record."""
-        watch = Stopwatch(GuardedClock(self.clock))
-        policy = TimedPolicy(self.policy, self.spec, watch, strict=self.strict)
-        shared = Shared(policy, watch, self.spec, self._wants())
-        running = Running(policy, watch, self.observers, self._observed)
-        admission = Admission(
-            running.watched(requests),
-            functools.partial(self._rows, shared, running),
-            most=most,
-            together=session_class(self.model).shares_passes,
-            chunk=chunk,
-        )
-        running.records = decode(admission, policy)
+        shared = self._shared()
+        running = Running(shared.policy, shared.watch, self.observers, self._observed)
+
+        def begin(requests: list[Request], slots: int) -> Rows:
+            running.rows = self._rows(shared, requests, slots)
+            return running.rows
+
+        together = session_class(self.model).shares_passes
+        admission = Admission(running.watched(requests), begin, most=most, together=together, chunk=chunk)
+        running.records = decode(admission, shared.policy)
         return running
 
-    def _rows(self, shared: Shared, running: Running, requests: list[Request], slots: int) -> Rows:
+    def _rows(self, shared: Shared, requests: list[Request], slots: int) -> Rows:
         """Sessions for requests that begin together."""
         if self.rule == "rejection" and self.spec.work.passes != "one":
             # What such drafters know of a position depends on the tokens drafted before it; see GuardedPolicy.
             shared.policy.stepwise |= any(request.seed is not None for request in requests)
         text = RunningText([request.text for request in requests])
-        capacity = text.max_length + self.spec.max_block_size
         session = session_class(self.model)(
             self.model,
             rows=len(requests),
-            capacity=capacity,
+            capacity=text.max_length + self.spec.max_block_size,
             slots=slots,
             feature_layers=self.drafter.feature_layers,
             keep_hidden=bool(shared.wants & {Feature.PREFILL_HIDDEN, Feature.LAST_HIDDEN}),
         )
         session.wrapper = self.target if self.target is not self.model else None
         session.inputs = [request.inputs for request in requests]
-        running.rows = Rows(
+        return Rows(
             requests,
             text,
             TimedTarget(session, shared.watch),
@@ -491,7 +497,6 @@ class SpeculativeDecoder:
             shared,
             requests[0].generator,
         )
-        return running.rows
 
     def _batch(self, ids: Tensor, requests: list[Request], config: GenerationConfig) -> Any:
         """Decode the rows of a caller's batch; what transformers returns of them. Raises RowFailure after all ended."""
