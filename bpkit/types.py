@@ -372,6 +372,8 @@ class Prefill:
 
     def row(self, place: int) -> Prefill:
         """The record of one row, of whom the time is all rows'."""
+        if len(self.row_ids) <= 1:
+            return self
         return Prefill(self.tokens[place : place + 1], self.seconds, *_of_row(self, place))
 
 
@@ -411,6 +413,8 @@ class Step:
 
     def row(self, place: int) -> Step:
         """The record of one row, of whom the time and the faults are all rows'."""
+        if len(self.row_ids) <= 1:
+            return self
         at = slice(place, place + 1)
         counts = {name: getattr(self, name)[at] for name in _COUNTS}
         tokens = self.tokens[at, : int(self.num_accepted[place]) + 1]

@@ -174,11 +174,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative_prompt_ids": ({"negative_prompt_ids": torch.tensor([[1, 2]])}, "negative_prompt_ids"),
     "negative mask": ({"negative_prompt_attention_mask": torch.ones(1, 2)}, "negative_prompt_attention_mask"),
     "synced_gpus": ({"synced_gpus": True}, "synced_gpus"),
-    "left padding": ({"attention_mask": torch.tensor([[0] * 3 + [1] * 21])}, "attention mask hides tokens"),
+    "a hole in the mask": ({"attention_mask": torch.tensor([[1] * 3 + [0] + [1] * 20])}, "attention mask hides tokens"),
     "an unknown keyword": ({"block_siez": 3}, "block_siez"),
     "images": ({"pixel_values": torch.zeros(1, 3, 4, 4)}, "pixel_values"),
     "arguments of kernels": ({"cu_seq_lens_q": torch.tensor([0, 24])}, "cu_seq_lens_q"),
-    "several return sequences": ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
 }
 
 

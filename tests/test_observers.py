@@ -438,13 +438,13 @@ def test_without_being_asked_the_log_holds_no_tokens(pair: TinyPair, tmp_path: P
 def test_each_line_is_there_before_the_next_step(pair: TinyPair, tmp_path: Path) -> None:
     file = tmp_path / "steps.jsonl"
     for count, _ in enumerate(decoder_of(pair, f"jsonl:{file}").run("x = ", **WANTED), start=1):
-        assert len(lines(file)) == count
+        assert sum(line["event"] != "end" for line in lines(file)) == count
 
 
 def test_a_log_is_appended_to_by_observers_that_can_be_told_apart(pair: TinyPair, tmp_path: Path) -> None:
     file = tmp_path / "steps.jsonl"
     decoders = [decoder_of(pair, f"jsonl:{file}") for _ in range(2)]
-    runs = [decoder.run("x", max_new_tokens=6) for decoder in decoders]
+    runs = [decoder.run("x", max_new_tokens=40) for decoder in decoders]
     for run in (*runs, *runs):
         next(run)
     runs[0].finish()

@@ -226,8 +226,9 @@ class CachedTarget(LiveTarget):
 
     def rollback(self, count: int) -> None:
         """Drop the last tokens."""
-        self.past.crop(-count)
-        self.length -= count
+        if self.length:  # a window that holds nothing yet cannot be cropped
+            self.past.crop(-count)
+            self.length -= count
 
     def _pass(self, tokens: Tensor, logits_to_keep: int, states: Sequence[int], **inputs: Any) -> Any:
         count = tokens.shape[1]
