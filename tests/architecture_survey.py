@@ -23,15 +23,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from bpkit import SpeculativeDecoder
 from bpkit.decode.drafter import EachRow, GoOn, Proposal
 from bpkit.decode.sampling import Draw
+from bpkit.decode.serving import session_class
 from bpkit.decode.text import RowText, RunningText
 from bpkit.types import NGRAM, Feature, work_of
 from tests.tiny_architectures import model_types, tiny_causal_lm
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
-CROPPED, SNAPSHOTS, REFUSED, UNTRIED = "cropped", "snapshots", "refused", "not tried"
+TOGETHER, CROPPED, SNAPSHOTS, REFUSED, UNTRIED = "together", "cropped", "snapshots", "refused", "not tried"
 PROMPT = torch.tensor([[5, 9, 13, 17, 5, 9, 13, 17, 5, 9, 13, 21, 22, 5, 9, 13, 17, 5, 9, 30, 31, 5, 9, 13]])
 NEW_TOKENS = 20
+LENGTHS = (24, 1, 11)
+"""Of prompts that run beside each other."""
 
 
 class ScriptedDrafter:
@@ -93,6 +96,14 @@ def survey(model_type: str) -> Outcome:
     for decoding in (decoder, decoder.with_policy("fixed:4", "ngram")):
         found = decoding.generate(PROMPT, max_new_tokens=NEW_TOKENS, temperature=0, eos_token_id=None)
         assert found.tokens[0].tolist() == expected, f"{model_type} with drafter {decoding.drafter.name}"
+    prompts = [PROMPT[:, :length] for length in LENGTHS]
+    many = decoder.with_policy("fixed:4", "ngram").generate(
+        prompts, batch_size=2, max_new_tokens=NEW_TOKENS, temperature=0, eos_token_id=None
+    )
+    for prompt, found in zip(prompts, many, strict=True):
+        assert found.tokens[0].tolist() == greedy(model, prompt, NEW_TOKENS), f"{model_type} beside other rows"
+    if session_class(model).shares_passes:
+        return Outcome(TOGETHER)
     return Outcome(SNAPSHOTS if decoder.spec.stateful else CROPPED)
 
 
@@ -128,9 +139,11 @@ def lists(found: dict[str, Outcome]) -> str:
             BEGIN,
             f"With transformers {transformers.__version__}, which has {len(found)} types of causal language models.",
             "",
-            f"**Served with snapshots** ({len(names(SNAPSHOTS))}): {text(SNAPSHOTS)}.",
+            f"**Rows share passes** ({len(names(TOGETHER))}): {text(TOGETHER)}.",
             "",
-            f"**Served by cropping the cache** ({len(names(CROPPED))}): {text(CROPPED)}.",
+            f"**Row by row, by cropping the cache** ({len(names(CROPPED))}): {text(CROPPED)}.",
+            "",
+            f"**Row by row, with snapshots** ({len(names(SNAPSHOTS))}): {text(SNAPSHOTS)}.",
             "",
             f"**Refused** ({len(names(REFUSED))}):",
             "",
@@ -151,8 +164,9 @@ def on_page(page: str) -> dict[str, str]:
     part = page[page.index(BEGIN) : page.index(END)]
     found: dict[str, str] = {}
     for title, how in (
-        ("Served with snapshots", SNAPSHOTS),
-        ("Served by cropping", CROPPED),
+        ("Rows share passes", TOGETHER),
+        ("Row by row, by cropping", CROPPED),
+        ("Row by row, with snapshots", SNAPSHOTS),
         ("Refused", REFUSED),
         ("Not tried", UNTRIED),
     ):

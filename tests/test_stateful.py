@@ -254,6 +254,7 @@ def test_a_target_that_forgets_its_states_is_refused_by_name(kind: str, dtype: t
     [
         ("openai-gpt", "takes no cache"),
         ("xlnet", "takes no cache"),
+        ("moshi", "its cache forgets what its masks would show"),
         ("cpmant", "does not read a few tokens in several passes"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +18,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
 
 from bpkit.decode.pretrained import input_device
 from bpkit.decode.row_by_row import CachedRows, RowByRow, StatefulRows
@@ -67,6 +74,8 @@ def _find(model: PreTrainedModel) -> type[Sessions] | str:
     if cache_argument(model) is None:
         return "it takes no cache from which rejected tokens could be dropped"
     try:
+        if _hides_by_forgetting(model):
+            return "its cache forgets what its masks would show, so that what a token sees depends on the pass"
         cropped, certain = _crops(model)
         weight = next(model.parameters())
         untried = weight.is_meta or isinstance(weight, FakeTensor)
@@ -81,6 +90,17 @@ def _find(model: PreTrainedModel) -> type[Sessions] | str:
     if isinstance(kind, str):
         return kind
     return SlotTarget if may_share_passes(model) and (untried or _shares(model)) else CachedRows
+
+
+def _hides_by_forgetting(model: PreTrainedModel) -> bool:
+    """Whether a sliding window is in the cache alone: queries of one pass then see as far back as the first (Moshi)."""
+    if not type(model).__module__.startswith("transformers."):
+        return False
+    kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    modules = {type(part).__module__ for part in model.modules()}
+    return "sliding_attention" in kinds and not any(
+        hasattr(sys.modules.get(name), "create_sliding_window_causal_mask") for name in modules
+    )
 
 
 def _crops(model: PreTrainedModel) -> tuple[bool, bool]:
