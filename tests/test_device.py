@@ -17,8 +17,7 @@ from bpkit.decode.clock import ClockFaultWarning, CostClock, WallClock
 from bpkit.decode.drafter import Drafter, Proposal
 from bpkit.decode.features import draft_features
 from bpkit.decode.host import to_host
-from bpkit.decode.target import CachedTarget
-from bpkit.decode.text import RunningText
+from bpkit.decode.slot_target import SlotTarget
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
 from bpkit.registry.discovery import registry
@@ -131,8 +130,9 @@ def test_texts_on_the_device_are_those_of_the_host(pair: TinyPair, device: Simul
 def test_what_a_target_gives_on_several_devices_comes_to_that_of_its_tokens(
     pair: TinyPair, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = CachedTarget(pair.target, RunningText(pair.ids(PROMPT)), feature_layers=(0, 2), keep_hidden=True)
-    original = session._pass
+    ids = pair.ids(PROMPT)
+    session = SlotTarget(pair.target, rows=1, capacity=64, slots=1, feature_layers=(0, 2), keep_hidden=True)
+    original = session._call
 
     def split(*given: Any, **more: Any) -> Any:
         output = original(*given, **more)
@@ -142,9 +142,9 @@ def test_what_a_target_gives_on_several_devices_comes_to_that_of_its_tokens(
         ]
         return output
 
-    monkeypatch.setattr(session, "_pass", split)
+    monkeypatch.setattr(session, "_call", split)
     with torch.inference_mode():
-        output = session.prefill()
+        output = session.prefill(ids, [ids.shape[1]], last=True)
     assert output.features is not None
     assert output.last_hidden is not None
     assert {output.logits.device.type, output.features.device.type, output.last_hidden.device.type} == {"cpu"}

@@ -201,11 +201,11 @@ def test_every_option_of_a_generation_config_was_looked_at() -> None:
     """A new one in transformers fails here: give it a row above, or refuse it."""
     tried = {name for options in (*GREEDY.values(), *SAMPLED.values()) for name in options}
     tried |= {name for options, _ in REFUSED.values() for name in options}
-    elsewhere = (  # in tests/test_transformers.py, tests/test_processors.py, or in this file
+    elsewhere = (  # in tests/test_transformers.py, test_processors.py, test_rows.py, or in this file
         "max_length max_new_tokens stop_strings do_sample num_beams use_cache forced_bos_token_id token_healing "
         "watermarking_config output_attentions output_hidden_states output_scores output_logits "
         "return_dict_in_generate pad_token_id bos_token_id prompt_lookup_num_tokens assistant_early_exit "
-        "speculation_type constraints force_words_ids num_beam_groups"
+        "speculation_type constraints force_words_ids num_beam_groups num_return_sequences"
     ).split()
     without_effect = (  # on decoding with a dynamic cache, without beams and without an assistant
         "cache_config max_cache_len decoder_start_token_id is_assistant num_assistant_tokens_schedule "

@@ -19,8 +19,8 @@ from bpkit import Context, DecoderSpec, Draft, Feature, Policy, PolicyError, Spe
 from bpkit.decode import noise as noise_module
 from bpkit.decode.drafter import Drafter
 from bpkit.decode.noise import ACCEPT_SALT, DRAFT_SALT, POLICY_SALT, TARGET_SALT, GumbelNoise, uniform
-from bpkit.decode.sampling import Processors, choose
-from bpkit.decode.text import RunningText
+from bpkit.decode.sampling import Processors, Sampler, Samplers, noisy
+from bpkit.decode.text import RowText
 from bpkit.decode.verify import Coupled, Rejection
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.policy import State
@@ -136,7 +136,7 @@ def drawn(keys: Sequence[tuple[int, int, int]]) -> NDArray[np.int64]:
     for seed, stream, position in keys:
         noise = GumbelNoise(seed, stream, len(P), CPU)
         noise.forget_before(position)  # a fresh one would make the noise of all positions before as well
-        tokens.append(int(choose(P.log()[None, None], noise, position)))
+        tokens.append(int(noisy(P.log()[None, None], noise, position).argmax()))
     return np.array(tokens)
 
 
@@ -219,18 +219,18 @@ def test_the_uses_of_the_noise_do_not_depend_on_each_other(salts: tuple[int, int
     assert joint_of_bins(one, other) > ENOUGH
 
 
-def text_of(prompt_length: int, output_length: int) -> RunningText:
-    """Zeros."""
-    text, output = RunningText(torch.zeros(1, prompt_length, dtype=torch.long)), torch.zeros(1, output_length).long()
-    text.append(output, output)
-    return text
+def one_row(prompt_length: int, output_length: int, noise: GumbelNoise) -> Samplers:
+    """The sampler of a text of zeros."""
+    text = RowText(torch.zeros(1, prompt_length, dtype=torch.long), 100)
+    text.append([0] * output_length)
+    return Samplers([Sampler(text, Processors(LogitsProcessorList()), noise)])
 
 
 def test_the_draft_is_drawn_with_the_noise_that_the_target_will_use(pair: TinyPair) -> None:
     noise = GumbelNoise(5, 1, 100, CPU)
-    rule = Coupled(text_of(4, 5), Processors(LogitsProcessorList()), noise)
+    rule = Coupled(one_row(4, 5, noise))
     logits = torch.randn(1, 3, 100, generator=torch.Generator().manual_seed(0))
-    tokens, _ = rule.draw()(logits)
+    tokens, _ = rule.draw([4])(logits)
     wanted = (logits[0] + GumbelNoise(5, 1, 100, CPU).at(5, 3)).argmax(dim=-1)
     assert tokens[0].equal(wanted)
 
@@ -247,15 +247,14 @@ DISAGREEING = {
 
 def two_tokens(rule: Rejection, p: Tensor, q: Tensor, width: int) -> tuple[int, int]:
     """The first two tokens of decoding from p with drafts from q, `width` tokens at a time."""
-    text, none = rule.text, torch.zeros(1, dtype=torch.long)
-    while text.length[0] < 3:
-        tokens, scores = rule.draw()(q.log().expand(1, width, -1))
+    text, none = rule.samplers.rows[0].text, torch.zeros(1, dtype=torch.long)
+    while text.length < 3:
+        tokens, scores = rule.draw([width + 1])(q.log().expand(1, width, -1))
         context = Context(SPEC, none, none, none, torch.Generator())
         draft = Draft(context, none, none, tokens, scores)
-        verdict = rule.verify(p.log().expand(1, width + 1, -1), draft, width)
-        decided = verdict.tokens[:, : int(verdict.num_accepted) + 1]
-        text.append(decided, decided)
-    return text.tokens[0][1], text.tokens[0][2]
+        verdict = rule.verify(p.log().expand(1, width + 1, -1), draft, [width])
+        text.append(verdict.tokens[0, : int(verdict.num_accepted) + 1].tolist())
+    return text.tokens[1], text.tokens[2]
 
 
 SPEC = DecoderSpec("target", "drafter", "block-diffusion", 8, 16, hidden_size=4, vocab_size=4, verify_rule="rejection")
@@ -270,7 +269,7 @@ def test_the_rejection_rule_draws_from_the_target_whatever_the_drafter_proposes(
     draws = 2500
     for seed in range(draws):
         noise = GumbelNoise(seed, 0, 4, CPU)
-        rule = Rejection(text_of(1, 0), Processors(LogitsProcessorList()), noise)
+        rule = Rejection(one_row(1, 0, noise))
         counts[two_tokens(rule, p, q, width)] += 1
     likely = [i for i in range(4) if p[i] > 1e-6]
     expected = draws * np.outer(p.double(), p.double())[np.ix_(likely, likely)]
@@ -284,11 +283,10 @@ def test_the_rejection_rule_drafts_a_position_anew_with_fresh_noise() -> None:
     # first attempt which tokens they were; with the same noise it would know the second attempt before it decides.
     logits, same, seeds = torch.zeros(1, 3, 50), 0, 300
     for seed in range(seeds):
-        text = text_of(1, 2)
-        rule = Rejection(text, Processors(LogitsProcessorList()), GumbelNoise(seed, 0, 50, CPU))
-        first, _ = rule.draw()(logits)
-        text.append(text.anchor, text.anchor)
-        second, _ = rule.draw()(logits)
+        rule = Rejection(one_row(1, 2, GumbelNoise(seed, 0, 50, CPU)))
+        first, _ = rule.draw([4])(logits)
+        rule.samplers.rows[0].text.append([0])
+        second, _ = rule.draw([4])(logits)
         same += int((first[0, 1:] == second[0, :2]).sum())
     assert poisson.sf(same - 1, 2 * seeds / 50) > ENOUGH
 

@@ -306,7 +306,6 @@ def test_streaming_hands_out_text_before_the_end(pair: TinyPair) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "beams": ({"num_beams": 3}, r"num_beams=3.*use num_beams=1"),
-    "several sequences": ({"num_return_sequences": 2, "do_sample": True}, r"num_return_sequences=2"),
     "contrastive search": ({"penalty_alpha": 0.6, "top_k": 4}, r"penalty_alpha=0.6"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, r"prompt_lookup_num_tokens=3.*drafter='ngram'"),
     "early exit": ({"assistant_early_exit": 2}, r"assistant_early_exit=2"),
@@ -355,16 +354,20 @@ def test_an_object_that_cannot_be_honoured_is_refused_by_name(
         pair.target.generate(**inputs, custom_generate=decoder, max_new_tokens=8, **options)
 
 
-def test_a_batch_is_refused(pair: TinyPair, decoder: SpeculativeDecoder) -> None:
-    two = pair.ids("abcd").repeat(2, 1)
-    with pytest.raises(ValueError, match=r"batch size 2: .*one sequence at a time"):
-        pair.target.generate(two, custom_generate=decoder, max_new_tokens=4)
-
-
-def test_a_mask_with_padding_is_refused(pair: TinyPair, decoder: SpeculativeDecoder) -> None:
-    mask = torch.tensor([[0, 1, 1, 1]])
-    with pytest.raises(ValueError, match="attention mask hides tokens: pass the prompt without padding"):
-        pair.target.generate(pair.ids("abcd"), attention_mask=mask, custom_generate=decoder, max_new_tokens=4)
+def test_padding_on_the_left_is_no_part_of_the_prompt(pair: TinyPair, decoder: SpeculativeDecoder) -> None:
+    mask, options = torch.tensor([[0, 1, 1, 1]]), {"max_new_tokens": 8, "do_sample": False}
+    wanted = pair.target.generate(pair.ids("abcd"), attention_mask=mask, **options)
+    assert pair.target.generate(pair.ids("abcd"), attention_mask=mask, custom_generate=decoder, **options).equal(wanted)
+    for hidden in ([[1, 0, 1, 1]], [[1, 1, 1, 0]], [[0, 0, 0, 0]]):
+        with pytest.raises(ValueError, match="attention mask hides tokens: of a prompt only padding on its left"):
+            pair.target.generate(
+                pair.ids("abcd"), attention_mask=torch.tensor(hidden), custom_generate=decoder, max_new_tokens=4
+            )
+    positions = torch.tensor([[0, 3, 5, 20], [0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="position_ids"):
+        pair.target.generate(
+            pair.ids("abcd").repeat(2, 1), position_ids=positions, custom_generate=decoder, max_new_tokens=4
+        )
 
 
 def test_positions_that_plain_decoding_would_honour_are_refused_or_honoured(
@@ -508,7 +511,7 @@ def test_both_runtimes_draft_the_same_tokens_with_it(pair: TinyPair, monkeypatch
 
     def spying_too(self: Any, *args: Any) -> Any:
         proposal = draft(self, *args)
-        ours[args[1].prefix.shape[1]] = proposal.tokens[0].tolist()
+        ours[self.text.length[0]] = proposal.tokens[0].tolist()
         return proposal
 
     monkeypatch.setattr(session_type, "draft", spying_too)

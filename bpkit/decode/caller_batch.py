@@ -37,9 +37,20 @@ def left_padding(ids: Tensor, mask: Tensor | None) -> list[int]:
     return found
 
 
-def refuse_shared(rows: int, processors: LogitsProcessorList, model_kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for what cannot be told apart by row, where several rows or padded ones come together."""
-    inputs = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in _BY_ROW]
+def refuse_shared(padding: Sequence[int], processors: LogitsProcessorList, model_kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for what cannot be told apart by row, where several rows or padded ones come together.
+
+    Args:
+        padding: tokens of each row that are left padding.
+    """
+    rows = len(padding)
+    inputs = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)} - _BY_ROW
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:  # those that `generate` makes count the tokens that are no padding
+        usual = [list(range(positions.shape[-1] - pads)) for pads in padding]
+        own = to_host([positions])[0].expand(rows, -1) if positions.ndim == 2 else positions
+        if positions.ndim != 2 or [row[pads:].tolist() for row, pads in zip(own, padding, strict=True)] != usual:
+            inputs.add("position_ids")
     if inputs:
         raise ValueError(
             f"{', '.join(sorted(inputs))}: in a batch of {rows} rows, or with padding, only token ids can be told "

@@ -381,7 +381,7 @@ class SpeculativeDecoder:
         )
         if prepare:
             return decoder, requests
-        if len(requests) > 1:
+        if len(requests) > 1 or requests[0].text.padding:
             return decoder._batch(input_ids, requests, generation_config)
         run = Run(decoder._running(requests), requests[0])
         result = self._to_the_end(run)
@@ -405,7 +405,7 @@ class SpeculativeDecoder:
         rows, most = ids.shape[0], length_limit(criteria)
         padding, (host,) = left_padding(ids, model_kwargs.get("attention_mask")), to_host([ids])
         if rows > 1 or any(padding):
-            refuse_shared(rows, processors, model_kwargs)
+            refuse_shared(padding, processors, model_kwargs)
         seeds: list[int | None] = [None] * rows
         if config.do_sample:
             seeds = [*each_row(int(torch.randint(2**62, ())) if seed is None else seed, rows, "seed", step=0)]
