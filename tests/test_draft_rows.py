@@ -15,11 +15,15 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor
 from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.sampling import Draw, Processors, Sampler, Samplers
+from bpkit.decode.slots import SlotCache
 from bpkit.decode.text import RowText, RunningText
-from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter, padded_pass
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.testing import TinyPair
+from bpkit.testing.models import AgreeableDrafter
+from tests.tiny_architectures import tiny_causal_lm
 
 CLOSE = 2e-4
 LARGEST = 8
@@ -33,8 +37,8 @@ class Row:
     def __init__(self, pair: TinyPair, drafter: Drafter, number: int, rng: random.Random) -> None:
         self.drafter, self.rng, self.number = drafter, rng, number
         self.vocab = len(pair.tokenizer)
-        prompt = torch.tensor([[rng.randrange(TOKENS) for _ in range(rng.choice((1, 3, 9, 25)))]])
-        self.texts = [RowText(prompt, 120) for _ in range(2)]
+        prompt = torch.tensor([[rng.randrange(TOKENS) for _ in range(rng.choice((1, 3, 9, 25, 40)))]])
+        self.texts = [RowText(prompt, 300) for _ in range(2)]
         self.alone = RunningText([self.texts[1]])
         self.session = drafter.begin(self.alone)
         processors = [RepetitionPenaltyLogitsProcessor(1.2)] if number % 3 == 2 else []
@@ -51,6 +55,17 @@ class Row:
     def text(self) -> RowText:
         """Its text in the batch."""
         return self.texts[0]
+
+    def own_session(self) -> DrafterSession:
+        """One that serves this row alone: a fresh one, where the text is all that it needs to know."""
+        if self.drafter.feature_layers or isinstance(self.drafter, AgreeableDrafter):  # which read other tokens
+            return self.session
+        tokens = torch.tensor([self.text.tokens])
+        text = RunningText([RowText(tokens[:, :-1], 300)])
+        session = self.drafter.begin(text)
+        append(text, [self.text.tokens[-1:]])
+        session.advance(None)
+        return session
 
     def features(self, count: int) -> Tensor:
         """Any will do: [count, layers * hidden]."""
@@ -95,6 +110,15 @@ class Batch:
         self.text.keep(places)
         self.session.keep(places)
 
+    def room(self, row: Row) -> int:
+        """Tokens that an assistant has positions for; how far it reads, it must end there."""
+        limit = getattr(self.drafter, "positions", None)
+        if limit is None:
+            return LARGEST
+        assert isinstance(self.session, AutoregressiveSession)
+        assert max(self.session.held) <= limit
+        return max(0, limit - row.text.length + 1)
+
     def draft(self, sizes: list[int], go_on: Callable[[Sequence[Row]], GoOn] | None) -> list[list[int]]:
         """Draft together and alone; the same tokens are drafted, of each row."""
         if max(sizes) == 1:
@@ -109,8 +133,10 @@ class Batch:
             if size == 1:
                 assert count == 0
                 continue
-            draw = Draw(Samplers([row.samplers[1]]))
-            alone = row.session.draft([size], draw, go_on([row]) if go_on else None)
+            if asked is not None:
+                assert all(token % 3 for token in drafted[-1][:-1])
+                assert count == min(size - 1, self.room(row)) or drafted[-1][-1] % 3 == 0
+            alone = row.own_session().draft([size], Draw(Samplers([row.samplers[1]])), go_on([row]) if go_on else None)
             same_draft(made, place, alone)
         return drafted
 
@@ -142,12 +168,14 @@ def run(drafter: Drafter, pair: TinyPair, seed: int, go_on: Callable[[Sequence[R
         return [Row(pair, drafter, next(numbers), rng) for _ in range(count)]
 
     batch = Batch(drafter, rows(rng.randint(1, 3)))
-    for _ in range(12):
+    for _ in range(14):
         happens = rng.random()
         if happens < 0.25 and len(batch.rows) < 5:
             batch.join(Batch(drafter, rows(rng.randint(1, 2))))
         elif happens < 0.45 and len(batch.rows) > 1:
             batch.keep(rng.sample(range(len(batch.rows)), len(batch.rows) - 1))
+        elif happens > 0.9:
+            batch.advance([[row.anchor() for _ in range(rng.randint(1, 40))] for row in batch.rows])
         sizes = [rng.choice((1, 2, 3, LARGEST, rng.randint(1, LARGEST))) for _ in batch.rows]
         drafted = batch.draft(sizes, go_on)
         compared += sum(map(bool, drafted)) > 1
@@ -198,6 +226,20 @@ def test_blocks_of_rows_are_those_of_each_alone(pair: TinyPair, variant: str) ->
         assert sum(run(drafter, pair, seed) for seed in range(3)) > 12
 
 
+def test_a_pass_writes_what_counts_where_it_stands_in_the_text_and_padding_where_nobody_looks(pair: TinyPair) -> None:
+    cache = SlotCache(pair.drafter_model.config, rows=3, slots=3, capacity=50)
+    cache.held = [4, 0, 9]
+    reading, inputs = padded_pass(cache, [1, 3, 2], [2, 1, 4], torch.device("cpu"))
+    assert reading.places is not None
+    assert reading.places.tolist() == [
+        [4, 50, 50, 5, 6, 50, 50],
+        [0, 1, 2, 3, 50, 50, 50],
+        [9, 10, 50, 11, 12, 13, 14],
+    ]
+    assert (reading.lengths, reading.end, inputs["key_end"]) == ((0, 9), 15, 15)
+    assert inputs["attention_mask"].sum(dim=-1).flatten().tolist() == [7, 4, 15]
+
+
 def going_on(rows: Sequence[Row]) -> GoOn:
     """Goes on by what was drafted, and not for ever."""
     return lambda latest: [token % 3 > 0 for token in latest.tokens[:, -1].tolist()]
@@ -208,6 +250,24 @@ def test_tokens_of_rows_are_those_of_each_alone(pair: TinyPair, early: Callable[
     for drafter in (pair.autoregressive(), pair.agreeable(0.3)):
         with torch.inference_mode():
             assert sum(run(drafter, pair, seed, early) for seed in range(3)) > 12
+
+
+ASSISTANTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"max_position_embeddings": 40},  # drafts of some rows end before those of others
+    "mistral": {},  # sliding windows
+    "gemma3_text": {},  # sliding and full ones
+    "bloom": {},  # rows have passes of their own
+    "qwen3_5_text": {},  # states
+}
+
+
+@pytest.mark.filterwarnings("ignore:drafter assistant has 40 positions")
+@pytest.mark.parametrize("model_type", ASSISTANTS)
+def test_assistants_of_many_kinds_draft_for_each_row_as_if_it_were_alone(pair: TinyPair, model_type: str) -> None:
+    model = tiny_causal_lm(model_type, vocab_size=len(pair.tokenizer), **ASSISTANTS[model_type])
+    drafter = AutoregressiveDrafter(model, pair.target)
+    with torch.inference_mode():
+        assert run(drafter, pair, 2, going_on) > 3
 
 
 def test_ngrams_of_rows_are_those_of_each_alone(pair: TinyPair) -> None:

@@ -219,11 +219,11 @@ def test_an_assistant_with_states_drafts_what_it_would_draft_from_scratch(pair: 
     ids = pair.ids(PROMPT)
     session, text = begun(drafter, ids)
     with torch.inference_mode():
-        for accepted in (0, 2, 4, 1, 0):
+        for accepted, waited in ((0, 0), (2, 0), (4, 0), (1, 40), (0, 0)):
             drafted = session.draft([5], no_noise(text), None).tokens
             fresh, same = begun(drafter, ids)
             assert drafted.equal(fresh.draft([5], no_noise(same), None).tokens)
-            decided = torch.cat([drafted[:, :accepted], torch.tensor([[7]])], dim=1)
+            decided = torch.cat([drafted[:, :accepted], torch.tensor([[7] + [11, 12] * waited])], dim=1)
             text.append(decided, decided[:, -1:], decided.tolist())
             session.advance(None)
             ids = torch.cat([ids, decided], dim=1)

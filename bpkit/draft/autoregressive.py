@@ -194,9 +194,10 @@ class AutoregressiveSession:
         counts = [len(row) for row in unread]
         if len(set(counts)) == 1 and not stateful:
             return self._note(self.reader.prefill(self._ids(unread), counts, last=True), counts)
-        # Of long texts logits are wanted at the end alone, and states are kept from the first anchor on.
-        long = [count > SHORT and not stateful for count in counts]
-        self._read_early([early or held == 0 for early, held in zip(long, self.held, strict=True)])
+        # Of long texts logits are wanted at the end alone. States go back to where several tokens were read last.
+        self._read_early(
+            [count > SHORT and (held == 0 or not stateful) for count, held in zip(counts, self.held, strict=True)]
+        )
         unread = self._unread()
         counts = [len(row) for row in unread]
         logits, hidden = self._read(self._ids(unread), counts)

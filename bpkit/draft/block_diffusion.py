@@ -135,7 +135,7 @@ class BlockDiffusionSession:
         context = [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
         read, anchor, model = [len(features) for features in context], self.text.anchor, self.drafter.model
         masks = anchor.new_full((len(read), max(block_size) - 1), model.config.mask_token_id)
-        reading, inputs = _padded_pass(self.cache, read, block_size, model.device)
+        reading, inputs = padded_pass(self.cache, read, block_size, model.device)
         self.cache.begin(reading)
         hidden: Tensor = model(
             noise_embeds=self.drafter.embed(torch.cat([anchor, masks], dim=1)),
@@ -148,7 +148,7 @@ class BlockDiffusionSession:
         return hidden, max(read)
 
 
-def _padded_pass(
+def padded_pass(
     cache: SlotCache, read: Sequence[int], block_size: Sequence[int], device: torch.device
 ) -> tuple[Reading, dict[str, Any]]:
     """Where a pass over rows writes, and what a `DFlashModel` is told of it.
