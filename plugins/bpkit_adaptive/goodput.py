@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
+from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State, fade
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Step
 
@@ -37,7 +38,7 @@ class GoodputConfig(PolicyConfig):
     discount: float = Field(default=0.95, gt=0, le=1, description="weight of the past after each step")
     prior: float = Field(default=0.7, ge=0, le=1, description="acceptance rate to expect before any is seen")
     prior_weight: float = Field(default=2.0, gt=0, description="drafted tokens that the prior counts for")
-    across_requests: bool = Field(default=False, description="begin a request with what the last one learned")
+    across_requests: bool = Field(default=False, description="begin a request with what those before it learned")
     slope: float = Field(
         default=0.05, ge=0, description="cost of a further position, in plain steps, where there is no cost model"
     )
@@ -45,6 +46,9 @@ class GoodputConfig(PolicyConfig):
 
 class GoodputMemory(PolicyMemory):
     """Discounted counts by position in the draft: how often it was tested, and how often accepted."""
+
+    fading = frozenset({"accepted", "tested"})
+    bounds = (0.0, math.inf)
 
     accepted: Counts = []
     tested: Counts = []
@@ -77,10 +81,13 @@ class Goodput(RememberingPolicy[GoodputMemory]):
         self.width = self.sizes[-1] - 1  # the longest draft
         self._costs: dict[int, list[float]] = {}
 
-    def begin(self, context: Context) -> State:
-        # float64 [batch, longest draft]; the memory may be of shorter or longer ones.
+    def known(self) -> GoodputMemory:
+        """The memory, which may be of shorter or longer drafts, for drafts up to the longest."""
         counts = {name: [*known[: self.width], *[0.0] * (self.width - len(known))] for name, known in self.memory}
-        return GoodputMemory(**counts).rows(context)
+        return GoodputMemory(**counts)
+
+    def begin(self, context: Context) -> State:
+        return self.known().rows(context)  # float64 [batch, longest draft]
 
     def select(self, state: State, context: Context) -> Tensor:
         rows = zip(state["accepted"].tolist(), state["tested"].tolist(), context.context_length.tolist(), strict=True)
@@ -122,10 +129,11 @@ class Goodput(RememberingPolicy[GoodputMemory]):
         tested = (accepted + 1).minimum(step.verify_length)  # what follows the first wrong token was not tested
         for name, count in (("accepted", accepted), ("tested", tested)):
             state[name] = state[name] * self.config.discount + (place < count[:, None])
+        fade(state, self.config.discount)
 
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
-            self.memory = GoodputMemory.mean_of(state)
+            self.memory = self.known().after(state)
 
 
 def _priced(cost: CostModel | None, block_size: int) -> bool:

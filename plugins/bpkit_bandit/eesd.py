@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -38,11 +40,13 @@ class EesdConfig(PolicyConfig):
     block_sizes: BlockSizes = Field(
         default=tuple(range(1, 17)), description="a drawn size that is not among these becomes the next smaller one"
     )
-    across_requests: bool = Field(default=False, description="begin a request with the counts of the last one")
+    across_requests: bool = Field(default=False, description="begin a request with the counts of those before it")
 
 
 class EesdMemory(PolicyMemory):
     """The counts of accepted and rejected tokens: the parameters of the Beta distribution."""
+
+    bounds = (sys.float_info.min, math.inf)  # neither is ever 0
 
     accepted: Count
     rejected: Count
@@ -101,4 +105,4 @@ class Eesd(RememberingPolicy[EesdMemory]):
 
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
-            self.memory = EesdMemory.mean_of(state)
+            self.memory = self.memory.after(state)
