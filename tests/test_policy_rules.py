@@ -268,11 +268,12 @@ def test_eesd_counts_are_those_of_the_beta_distribution() -> None:
         assert state["rejected"].tolist() == [rejected, 1 + 1]
 
 
-def test_eesd_draws_the_length_that_its_counts_say() -> None:
+@pytest.mark.parametrize("rows", [1, 4000])
+def test_eesd_draws_the_length_that_its_counts_say(rows: int) -> None:
     """Each token is drafted with the mean of the Beta distribution: a geometric length, cut at the end."""
     policy = bound(Eesd(accepted=3, rejected=1), decoder(largest=6))
-    state, now = policy.begin(context(4000)), context(4000)
-    drawn = Counter(policy.select(state, now).tolist())
+    state, now = policy.begin(context(rows)), context(rows)
+    drawn = Counter(size for _ in range(4000 // rows) for size in policy.select(state, now).tolist())
     for size in (2, 3, 4, 5):
         assert drawn[size] / 4000 == pytest.approx(0.75 ** (size - 2) * 0.25, abs=0.03)
     assert drawn[6] / 4000 == pytest.approx(0.75**4, abs=0.03)
@@ -282,6 +283,7 @@ def test_eesd_forgoes_the_draft_only_if_allowed() -> None:
     for allowed, smallest in ((True, 1), (False, 2)):
         policy = bound(Eesd(accepted=1, rejected=50, no_draft=allowed))
         assert min(policy.select(policy.begin(context(50)), context(50)).tolist()) == smallest
+        assert policy.select(policy.begin(context()), context()).tolist() == [smallest]
 
 
 def test_eesd_rounds_down_to_a_listed_size() -> None:
