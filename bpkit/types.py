@@ -246,6 +246,23 @@ class CostModel(Protocol):
         ...
 
 
+class BatchCostModel(CostModel, Protocol):
+    """A cost model that prices steps of several rows, too."""
+
+    def batch_seconds(self, phase: str, size: int, context_length: int, rows: int, positions: int) -> float:
+        """Cost of one of `PHASES` for all rows of a step together; for one row what `seconds` says.
+
+        Rows share passes that are as large as the largest of them.
+
+        Args:
+            size, context_length: as in `seconds`, of the widest and of the longest row.
+            rows: that run.
+            positions: of all rows, without padding: draft sizes for `draft`, verified positions for `verify`. Other
+                phases do not look at it.
+        """
+        ...
+
+
 @dataclass(slots=True)
 class Context:
     """What is known before a draft. Counts are on the host; see `ON_THE_HOST` for where features are.

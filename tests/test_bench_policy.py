@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,22 @@ from bpkit_forecast.policy import VECTORS, Forecast, ForecastConfig
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from bpkit.cli.bench_policy import batch_sizes
+from bpkit.cli.bench_policy import batch_sizes, chosen
 from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, backends_of, decide
+from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, backends_of, decide, whole_step
 from bpkit.judge.latency.measure import agreement, measure_pair
-from bpkit.judge.latency.questions import Recorder, batches
+from bpkit.judge.latency.questions import Question, Recorder, batches
 from bpkit.judge.latency.report import sentences
 from bpkit.judge.latency.timing import BLOCK, interleave, percentile, ratio
-from bpkit.policy import State
+from bpkit.policy import Policy, State
 from bpkit.progress import NoProgress
 from bpkit.prompts import Prompt
 from bpkit.registry.discovery import registry
 from bpkit.registry.policy_folder import shipped_folders
 from bpkit.trace.collect import TraceOptions, Tracer
-from bpkit.types import Context, Feature
+from bpkit.types import Context, Draft, DraftWork, Feature, Step
+from tests.random_rows import random_context, random_draft, random_step
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -135,13 +137,29 @@ def test_batches_hold_every_row_once_and_are_filled_from_the_first(recorder: Rec
     assert large.context[Feature.LAST_HIDDEN].shape[0] == 8
 
 
-@pytest.mark.slow
-def test_drafts_of_a_batch_have_one_width(recorder: Recorder) -> None:
-    for batch in batches(recorder.of("truncate"), 2):
-        assert batch.draft is not None
-        assert batch.draft.tokens.shape == batch.draft[Feature.DRAFT_PROBABILITY].shape
-        assert batch.draft.context is batch.context
-        assert batch.draft.draft_length.tolist() == [batch.draft.tokens.shape[1]] * 2
+def test_rows_of_unlike_drafts_become_one_batch_with_padding() -> None:
+    random, wants = torch.Generator().manual_seed(0), (Feature.DRAFT_PROBABILITY, Feature.DRAFT_HIDDEN)
+    rows = []
+    for length in (3, 0, 1):
+        context = random_context(1, [Feature.LAST_HIDDEN], random)
+        draft = random_draft(context, torch.tensor([length + 1]), [length], wants, random)
+        step = random_step(draft, draft.draft_length, 0.1, random)
+        rows.append(Question(context, context, draft if length else None, step))
+    [batch] = batches(rows, 3)
+    assert batch.draft is not None
+    assert batch.step is not None
+    assert batch.draft.context is batch.context
+    assert batch.draft.draft_length.tolist() == batch.step.draft_length.tolist() == [3, 0, 1]
+    assert batch.draft.block_size.tolist() == [4, 1, 2]
+    assert batch.draft.tokens.shape == (3, 3)
+    for name in wants:
+        made = batch.draft[name]
+        assert made[:, :1].count_nonzero(dim=tuple(range(1, made.ndim))).bool().tolist() == [True, False, True]
+        assert not made[2, 1:].any()
+        assert rows[0].draft is not None
+        assert torch.equal(made[0], rows[0].draft[name][0])
+    assert batch.step.seconds.total == pytest.approx(0.3)
+    assert batch.step.num_accepted.tolist() == [int(row.step.num_accepted) for row in rows if row.step]
 
 
 # Backends
@@ -149,9 +167,9 @@ def test_drafts_of_a_batch_have_one_width(recorder: Recorder) -> None:
 
 @pytest.mark.slow
 def test_both_backends_decide_alike(backends: Backends, recorder: Recorder) -> None:
-    assert backends.methods == ("select", "truncate")
+    assert backends.methods == ("select", "truncate", "step")
     assert backends.asks
-    for method in backends.methods:
+    for method in (core.method for core in backends.cores.values()):
         with torch.inference_mode():
             made = [batch for size in (1, 8) for batch in batches(recorder.of(method), size)]
             found = agreement(backends, method, made)
@@ -179,8 +197,45 @@ def test_a_policy_without_networks_runs_in_torch_alone(decoder: SpeculativeDecod
     made = backends_of("threshold:0.5", decoder)
     assert set(made.policies) == {TORCH}
     assert "not exportable" in (made.why_not or "")
-    assert "truncate" in made.methods
+    assert made.methods == ("select", "extend", "truncate", "step")
     assert made.asks
+    assert backends_of("goodput", decoder).methods == ("begin", "select", "observe", "step")
+
+
+def test_a_step_asks_for_all_that_the_loop_does() -> None:
+    asked = []
+
+    class Told(Policy):
+        wants = frozenset({Feature.DRAFT_PROBABILITY})
+
+        def select(self, state: State, context: Context) -> torch.Tensor:
+            asked.append("select")
+            return context.full(4)
+
+        def extend(self, state: State, draft: Draft) -> torch.Tensor:
+            asked.append(f"extend {draft.tokens.shape[1]}")
+            return draft.draft_length > 0
+
+        def truncate(self, state: State, draft: Draft) -> torch.Tensor:
+            asked.append(f"truncate {draft.draft_length.tolist()}")
+            return draft.draft_length
+
+        def observe(self, state: State, step: Step) -> None:
+            asked.append("observe")
+
+    random = torch.Generator().manual_seed(0)
+    context = random_context(2, Told.wants, random)
+    draft = random_draft(context, context.full(4), [1, 3], Told.wants, random)
+    question = Question(context, context, draft, random_step(draft, draft.draft_length, 0.1, random))
+    whole_step(Told(), question)({})
+    assert asked == ["select", "truncate [1, 3]", "observe"]
+    asked.clear()
+    one_by_one = replace(context.spec, work=DraftWork("tokens", "each"))
+    context.spec = one_by_one
+    whole_step(Told(), question)({})
+    assert asked == ["select", "extend 1", "extend 2", "extend 3", "truncate [1, 3]", "observe"]
+    whole_step(Told(), replace(question, draft=None))({})
+    assert asked[-2:] == ["select", "observe"]
 
 
 # Figures
@@ -243,20 +298,25 @@ def test_the_command_writes_every_figure(
     assert report["machine"]["onnxruntime"]
     assert report["settings"]["threads"] == {"decisions": 1, "models": 1}
     methods = report["policies"][str(policy_folder)]["methods"]
-    assert set(methods) == {"select", "truncate"}
+    assert list(methods) == ["select", "truncate", "step"]
     for entry in methods.values():
         for backend in (TORCH, ONNXRUNTIME):
             of = entry[backend]
             assert set(of["p50_us"]) == set(of["p99_us"]) == {"1", "8"}
             assert of["calls"] == {"1": 20, "8": 20}
-            assert 0 < of["p50_us"]["1"] <= of["p99_us"]["1"]
+            assert 0 < of["min_us"]["1"] <= of["p50_us"]["1"] <= of["p99_us"]["1"]
+            # Of one block each, the median over pairs of blocks is that of the blocks.
+            assert of["largest_over_smallest"]["value"] == pytest.approx(of["p50_us"]["8"] / of["p50_us"]["1"])
+            assert of["largest_over_smallest"]["of_min"] == pytest.approx(of["min_us"]["8"] / of["min_us"]["1"])
             assert of["share_of_step"] == pytest.approx(of["p50_us"]["1"] / 1e3 / report["pair"]["step_ms"]["p50"])
             assert of["in_loop"]["calls"] > 0
-        assert entry["agreement"]["agree"] + entry["agreement"]["near_ties"] == entry["agreement"]["rows"]
+        if entry is not methods["step"]:
+            assert entry["agreement"]["agree"] + entry["agreement"]["near_ties"] == entry["agreement"]["rows"]
         assert set(entry["torch_over_onnxruntime"]) == {"1", "8"}
     assert ONNXRUNTIME not in report["policies"]["threshold"]["methods"]["truncate"]
     assert any("threshold: torch only" in sentence for sentence in sentences(report))
-    for word in ("forecast", "same decisions", "A prefill takes"):
+    assert list(report["policies"]["threshold"]["methods"]) == ["select", "truncate", "step"]
+    for word in ("forecast", "same decisions", "A prefill takes", "8/1"):
         assert word in result.stdout
 
 
@@ -298,6 +358,13 @@ def test_bad_input_is_a_paragraph_and_exit_code_2(run: Run, arguments: list[str]
     assert result.exit_code == 2
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_every_policy_that_is_registered_can_be_timed(decoder: SpeculativeDecoder) -> None:
+    found = {each.name: each for each in chosen(["goodput"], decoder, "cpu", None, every=True)}
+    untrained = {name for name in registry().policies if not shipped_folders(name)} - {"onnx"}
+    assert set(found) == untrained, "those that ship were trained for another pair"
+    assert all("step" in each.methods for each in found.values())
 
 
 def test_batch_sizes_and_the_policies_that_ship() -> None:

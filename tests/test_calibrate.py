@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from bpkit.draft.ngram import NgramDrafter
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.trace.cost import CostError, CostTable, read_cost
-from bpkit.trace.cost.calibrate import CalibrationSettings, RandomSizes, calibrate
-from bpkit.trace.cost.estimate import TimedSteps, estimate, merged_ranges, trimmed, waiting_range
+from bpkit.trace.cost.calibrate import CalibrationSettings, calibrate
+from bpkit.trace.cost.estimate import estimate, merged_ranges, waiting_range
+from bpkit.trace.cost.held_out import held_out_error
+from bpkit.trace.cost.random_sizes import RandomSizes
+from bpkit.trace.cost.statistics import slope_within, trimmed
+from bpkit.trace.cost.timed import TimedSteps
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Seconds, Work, work_of
 
 LARGEST = 6
@@ -255,6 +260,126 @@ def test_drafts_are_told_apart_from_catching_up_where_one_hides_the_other() -> N
     assert figures.catch_up == pytest.approx({2: 0.003, 6: 0.02}, rel=1e-3)
 
 
+# Several rows
+
+PADDING_SAVES = {"draft": 0.0004, "verify": 0.003}
+
+
+def batch_step(rng: np.random.Generator, rows: int, *, bend: float = 0.0, noise: float = 0.0) -> tuple[Work, Seconds]:
+    """A step with rows of all sizes: stairs in width, a line in rows (but for a `bend`), padding cheaper."""
+    size = 0 if rng.random() < 0.15 else int(rng.integers(2, LARGEST + 1))
+    width = int(rng.integers(1, size + 1)) if size else 1
+    narrow = rng.random(rows) < rng.random()
+    narrow[rng.integers(rows)] = False
+    sizes = np.where(narrow, rng.integers(1, size + 1, rows), size) if size else np.zeros(rows, int)
+    widths = np.where(narrow, rng.integers(1, width + 1, rows), width)
+    work = Work(
+        draft_size=size,
+        waiting=int(rng.integers(1, 13)) if size else 0,
+        verify_width=width,
+        context_length=int(rng.integers(100, 400)),
+        rows=rows,
+        drafted=int(sizes[sizes > 1].sum()),
+        verified=int(widths.sum()),
+    )
+    return work, batch_seconds(work, bend, *np.exp(noise * rng.normal(size=3)).tolist())
+
+
+def batch_seconds(work: Work, bend: float = 0.0, *off: float) -> Seconds:
+    drafting, passing, other = off or (1.0, 1.0, 1.0)
+    rows, many = work.rows, 1 + bend * (work.rows in (3, 5, 6, 7))
+    draft = 0.0
+    if work.draft_size:
+        padding = rows * work.draft_size - work.drafted
+        draft = (
+            DRAFT[work.draft_size] * (1 + rows / 8) + CATCH_UP * (work.waiting > 8) - PADDING_SAVES["draft"] * padding
+        )
+    padding = rows * work.verify_width - work.verified
+    verify = VERIFY[work.verify_width] * (1 + rows / 4) * (1 + work.context_length / 1000)
+    return Seconds(
+        draft=many * drafting * draft,
+        verify=many * passing * (verify - PADDING_SAVES["verify"] * padding),
+        policy=DECISION,
+        rest=other * REST * (1 + rows / 10),
+    )
+
+
+def batch_steps(seed: int, count: int, rows: Sequence[int], **how: float) -> TimedSteps:
+    rng = np.random.default_rng(seed)
+    return TimedSteps.of([batch_step(rng, number, **how) for number in rows for _ in range(count)])
+
+
+def test_steps_of_several_rows_are_found_again_and_lie_on_lines_in_between() -> None:
+    cost = estimate(batch_steps(0, 1500, (1, 2, 4, 8), noise=0.02), LARGEST, work_of(BLOCK_DIFFUSION), (1, 2, 4, 8))
+    assert set(cost.rows) == {2, 4, 8}
+    for rows, figures in cost.rows.items():
+        assert figures.draft == pytest.approx({size: own * (1 + rows / 8) for size, own in DRAFT.items()}, rel=0.02)
+        assert figures.rest == pytest.approx(REST * (1 + rows / 10), rel=0.01)
+    assert cost.rows[8].padding.model_dump() == pytest.approx(PADDING_SAVES, rel=0.15)
+    rng = np.random.default_rng(1)
+    for rows in range(1, 9):
+        work, true = batch_step(rng, rows)
+        assert price(cost, work).total == pytest.approx(true.total - DECISION, rel=0.06)
+
+
+def test_one_row_is_not_touched_by_steps_of_others() -> None:
+    several, one = batch_steps(0, 300, (1, 2, 3), noise=0.1), batch_steps(0, 300, (1,), noise=0.1)
+    alone = estimate(one, LARGEST, work_of(BLOCK_DIFFUSION))
+    assert estimate(several, LARGEST, work_of(BLOCK_DIFFUSION), (1, 2)).model_copy(update={"rows": {}}) == alone
+    assert alone.rows == {}
+
+
+def test_padding_that_saves_nothing_for_sure_saves_nothing() -> None:
+    rng, timed = np.random.default_rng(0), []
+    for _ in range(800):
+        work, seconds = batch_step(rng, 4)
+        timed.append((work, Seconds(verify=VERIFY[work.verify_width] * rng.normal(1, 0.1), draft=seconds.draft)))
+    timed += [batch_step(rng, 1) for _ in range(300)]
+    cost = estimate(TimedSteps.of(timed), LARGEST, work_of(BLOCK_DIFFUSION), (4,))
+    assert cost.rows[4].padding.verify == 0.0
+    assert cost.rows[4].padding.draft == pytest.approx(PADDING_SAVES["draft"], rel=0.1)
+
+
+@pytest.mark.parametrize(("bend", "least", "most"), [(0.0, 0.0, 0.05), (0.25, 0.15, 0.3)])
+def test_the_error_of_what_was_held_out_is_told(bend: float, least: float, most: float) -> None:
+    """Numbers of rows that were not measured are on no line where the bend is: the error must say so."""
+    cost = estimate(batch_steps(0, 800, (1, 2, 4, 8), noise=0.1), LARGEST, work_of(BLOCK_DIFFUSION), (1, 2, 4, 8))
+    found = held_out_error(cost, batch_steps(1, 400, range(1, 9), noise=0.1, bend=bend))
+    assert found is not None
+    assert set(found.by_rows) == set(range(1, 9))
+    assert found.between_error is not None
+    assert least <= found.between_error < most
+    assert all(found.by_rows[rows] < 0.05 for rows in (1, 2, 4, 8))
+    assert found.mean_error == pytest.approx(np.average(list(found.by_rows.values())), abs=0.02)
+    assert (found.worst_error > 0.15, found.within_tenth < 0.7) == (bend > 0, bend > 0)
+    assert 0.8 * 3200 < found.steps <= 3200
+    assert f"{int(found.worst_mix.split()[0])} rows, width" in found.worst_mix
+    assert held_out_error(cost, batch_steps(1, 2, range(1, 9))) is None
+
+
+def test_too_few_steps_of_several_rows_are_no_table() -> None:
+    rng = np.random.default_rng(0)
+    steps = TimedSteps.of([batch_step(rng, rows) for rows, count in ((1, 400), (4, 5)) for _ in range(count)])
+    with pytest.raises(CostError, match="5 measured steps of 4 rows are too few to tell the costs up to block size 6"):
+        estimate(steps, LARGEST, work_of(BLOCK_DIFFUSION), (1, 4))
+    with pytest.raises(CostError, match="0 measured steps"):
+        estimate(steps, LARGEST, work_of(BLOCK_DIFFUSION), (1, 2))
+
+
+def test_slopes_among_like_steps_are_found_past_outliers() -> None:
+    rng = np.random.default_rng(0)
+    groups, x = rng.integers(0, 12, 3000), rng.normal(size=3000)
+    y = 10.0 * groups - 0.5 * x + rng.normal(size=3000) * 0.2 + 50 * (rng.random(3000) < 0.05)
+    slope, error = slope_within(groups, x, y)
+    assert slope == pytest.approx(-0.5, abs=0.02)
+    assert 0 < error < 0.02
+    both, _ = slope_within(groups, x, y + 3 * x**2, x**2)
+    assert both == pytest.approx(-0.5, abs=0.02)
+    assert slope_within(groups, x, y, 2 * x) == (0.0, float("inf"))
+    assert slope_within(groups, np.ones(3000), y) == (0.0, float("inf"))
+    assert slope_within(np.arange(5), x[:5], y[:5]) == (0.0, float("inf"))
+
+
 # The policy
 
 
@@ -282,6 +407,29 @@ def test_random_sizes_deal_every_size_and_width_and_runs_of_plain_steps() -> Non
     assert max(runs) > 16
     assert min(runs) == 1
     assert 0.1 < pairs[1, 1] / 6000 < 0.4
+
+
+def test_random_sizes_of_several_rows_share_the_widest_and_differ_below() -> None:
+    policy, numbers, rows = RandomSizes(largest=5), torch.Generator().manual_seed(0), 4
+    spec = DecoderSpec("target", "drafter", BLOCK_DIFFUSION, 5, 10, 8, 8)
+    counts = torch.full((rows,), 9)
+    context = Context(spec, counts, counts, counts, numbers)
+    state = policy.begin(context)
+    widest, shares, plain = Counter[tuple[int, int]](), [], []
+    for _ in range(4000):
+        size = policy.select(state, context)
+        kept = policy.truncate(state, Draft(context, size, size - 1, torch.zeros(rows, 4, dtype=torch.long)))
+        assert size.shape == kept.shape == (rows,)
+        assert ((kept >= 0) & (kept < size)).all()
+        width = kept + 1
+        widest[int(size.max()), int(width.max())] += 1
+        shares.append(float(width.sum()) / (rows * int(width.max())))
+        plain.append(int((size == 1).sum()))
+    assert set(widest) == {(1, 1), *((size, width) for size in range(2, 6) for width in range(1, size + 1))}
+    assert min(widest.values()) > 60
+    assert 0.5 < np.mean(np.array(shares) == 1.0) < 0.9
+    assert min(shares) < 0.45
+    assert set(plain) == set(range(rows + 1))  # rows without a draft beside others with one
 
 
 # The command

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bpkit import Policy, SpeculativeDecoder
-from bpkit.decode.clock import CostClock, price
+from bpkit.decode.clock import ClockFaultWarning, CostClock, GuardedClock, price
 from bpkit.policy import State
 from bpkit.testing import TinyPair
-from bpkit.trace.cost import CostError, CostTable, flat, linear, read_cost, write_cost
-from bpkit.trace.cost.estimate import TimedSteps
+from bpkit.trace.cost import CostError, CostTable, RowsTable, flat, linear, read_cost, write_cost
 from bpkit.trace.cost.presets import PRESETS
+from bpkit.trace.cost.table import Padding
+from bpkit.trace.cost.timed import TimedSteps
 from bpkit.types import PHASES, Context, CostModel, DecoderSpec, Seconds, Work
 
 
@@ -140,6 +143,140 @@ def test_a_copy_with_other_figures_prices_by_them() -> None:
     assert cost.seconds("draft", 2, 0) == 0.25
 
 
+# Several rows
+
+
+def of_rows(**more: Any) -> CostTable:
+    """With figures for 4 and 8 rows."""
+    four = RowsTable(
+        draft={2: 1.0, 8: 2.0},
+        catch_up={2: 0.25},
+        verify={1: {100: 2.0, 300: 4.0}, 8: 8.0},
+        rest=0.5,
+        padding=Padding(draft=0.0625, verify=0.125),
+    )
+    eight = RowsTable(draft={2: 3.0, 8: 4.0}, verify={1: 6.0, 8: 16.0}, rest=0.75, padding=Padding(verify=0.5))
+    return table(rows={8: eight, 4: four}, **more)
+
+
+@pytest.mark.parametrize(
+    ("phase", "size", "context_length", "rows", "positions", "seconds"),
+    [
+        ("verify", 1, 200, 4, 4, 3.0),  # given, and linear in context
+        ("verify", 5, 200, 4, 20, 8.0),  # stairs in width
+        ("verify", 8, 200, 4, 12, 8.0 - 20 * 0.125),  # 20 of 32 positions are padding
+        ("verify", 1, 200, 6, 6, 4.5),  # halfway from 4 to 8 rows
+        ("verify", 8, 200, 6, 40, 12.0 - 8 * 0.5),  # what padding saves is that of the larger number
+        ("verify", 8, 200, 2, 16, 4.0 + (8.0 - 4.0) / 3),  # a third of the way from one row
+        ("draft", 3, 0, 4, 12, 2.0),
+        ("draft", 3, 0, 4, 7, 2.0 - 5 * 0.0625),
+        ("draft", 1, 0, 4, 0, 0.0),
+        ("catch_up", 6, 0, 4, 0, 0.75),
+        ("catch_up", 6, 0, 8, 0, 0.0),
+        ("features", 6, 0, 8, 48, 0.0),
+        ("rest", 1, 0, 5, 0, 0.5 + 0.25 / 4),
+        ("verify", 8, 200, 8, 1, 0.0),  # padding cannot save more than everything
+        ("verify", 8, 200, 1, 8, 4.0),  # one row: as before
+    ],
+)
+def test_figures_of_several_rows(
+    phase: str, size: int, context_length: int, rows: int, positions: int, seconds: float
+) -> None:
+    cost = of_rows()
+    assert cost.batch_seconds(phase, size, context_length, rows, positions) == pytest.approx(seconds, rel=1e-14)
+    assert cost.array(phase, size, context_length, rows, positions) == pytest.approx(seconds, rel=1e-14)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_many_steps_of_rows_are_the_same_as_one_by_one(phase: str) -> None:
+    cost, rng = of_rows(), np.random.default_rng(0)
+    sizes, contexts, rows = rng.integers(1, 9, 200), rng.integers(1, 500, 200), rng.integers(1, 9, 200)
+    positions = rng.integers(rows, rows * sizes + 1)
+    found = cost.array(phase, sizes, contexts, rows, positions)
+    for place, asked in enumerate(zip(sizes, contexts, rows, positions, strict=True)):
+        assert found[place] == pytest.approx(cost.batch_seconds(phase, *map(int, asked)), rel=1e-13)
+    whole = cost.array(phase, sizes, contexts, rows)
+    assert whole.tolist() == cost.array(phase, sizes, contexts, rows, rows * sizes).tolist()
+
+
+@given(
+    draft_size=st.integers(0, 8),
+    waiting=st.integers(1, 40),
+    width=st.integers(1, 8),
+    context_length=st.integers(1, 900),
+    features=st.booleans(),
+    reread=st.integers(0, 20),
+)
+def test_one_row_costs_what_it_did_before_there_were_several(
+    draft_size: int, waiting: int, width: int, context_length: int, features: bool, reread: int
+) -> None:
+    """Bit for bit, and by the three arguments that a cost model of one row has."""
+
+    class OneRow:
+        def seconds(self, phase: str, size: int, context_length: int) -> float:
+            return of_one.seconds(phase, size, context_length)
+
+    of_one = table(verify={1: {100: 1.0, 300: 2.1}, 2: 1.3, 28: {100: 2.7, 200: 4.1, 400: 3.3}})
+    draft_size *= draft_size > 1
+    work = Work(draft_size, waiting if draft_size else 0, width, context_length, features, reread)
+    expected = price(of_one, work)
+    assert price(of_one.model_copy(update={"rows": of_rows().rows}), work) == expected
+    assert price(OneRow(), work) == expected
+
+
+def test_a_step_of_rows_is_priced_phase_by_phase() -> None:
+    work = Work(8, 4, 8, 200, rows=4, drafted=20, verified=12)
+    spent = price(of_rows(), work)
+    assert spent == Seconds(draft=2.0 - 12 * 0.0625 + 0.5, verify=8.0 - 20 * 0.125, rest=0.5)
+    again = price(of_rows(verify={1: 1.0, 40: 1.0}), Work(0, 0, 1, 200, reread=3, rows=4, verified=4))
+    assert again.verify == 8.0  # three positions of each row are read again with it
+
+
+def test_more_rows_than_there_are_figures_for_are_told_with_what_mends_it() -> None:
+    for ask in (of_rows().batch_seconds, of_rows().array):
+        with pytest.raises(CostError, match=r"'irregular' cannot price a step of 9 rows: it goes up to 8. .*--batch"):
+            ask("verify", 1, 100, 9, 9)
+    with pytest.raises(CostError, match=r"a step of 2 rows: it has figures for one row only\. .*'rows'"):
+        price(table(), Work(0, 0, 1, 100, rows=2, verified=2))
+    with pytest.raises(CostError, match=r"no verify cost for verify width 9 in steps of 4 rows: .* 'rows.4.verify'"):
+        of_rows(verify={1: 1.0, 9: 1.0}).batch_seconds("verify", 9, 100, 3, 9)
+    for preset in PRESETS.values():
+        with pytest.raises(CostError, match="figures for one row only"):
+            price(preset, Work(16, 1, 16, 100, rows=3, drafted=48, verified=48))
+
+
+def test_a_cost_model_of_one_row_is_asked_for_no_more() -> None:
+    class OneRow:
+        def seconds(self, phase: str, size: int, context_length: int) -> float:
+            return 1.0
+
+    several, measured = Work(0, 0, 1, 9, rows=3, verified=3), Seconds(verify=0.25)
+    with pytest.raises(ValueError, match=r"OneRow prices steps of one row, and this step had 3: .*batch_seconds"):
+        price(OneRow(), several)
+    guarded = GuardedClock(CostClock(OneRow()))
+    with pytest.warns(ClockFaultWarning, match="this step had 3"):
+        assert guarded.charge(measured, several) == measured
+    assert guarded.charge(measured, Work(0, 0, 1, 9)).total == 2.0
+
+
+def test_derived_tables_count_the_positions_of_all_rows() -> None:
+    steep, even = linear(of_rows(), 0.25), flat(of_rows())
+    for rows, width, padding in ((1, 5, 0), (2, 8, 3), (5, 4, 11), (8, 8, 0), (8, 1, 0)):
+        work = Work(width, 3, width, 70, rows=rows, drafted=rows * width, verified=rows * width - padding)
+        assert price(steep, work).total == pytest.approx(2.0 * (1 + 0.25 * (work.verified - 1)))
+        assert price(even, work).total == 2.0
+    for derived in (steep, even):
+        with pytest.raises(CostError, match="it goes up to 8"):
+            price(derived, Work(0, 0, 1, 70, rows=9, verified=9))
+
+
+def test_a_table_of_rows_is_copied_and_goes_to_other_processes() -> None:
+    cost = of_rows()
+    assert cost.step(8, 200, rows=4) == 2.0 + 8.0 + 0.5
+    assert pickle.loads(pickle.dumps(cost)).step(8, 200, rows=4) == cost.step(8, 200, rows=4)
+    assert cost.model_copy(update={"rows": {4: RowsTable(verify={8: 1.0})}}).step(8, 200, rows=4) == 1.0
+
+
 # What it says
 
 
@@ -208,6 +345,34 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["schema_version"] == 1
 
 
+def test_rows_are_written_where_there_are_any(tmp_path: Path) -> None:
+    one, several = tmp_path / "one.json", tmp_path / "several.json"
+    write_cost(table(), one)
+    write_cost(of_rows(), several)
+    keys = [
+        "schema_version",
+        "name",
+        "description",
+        "source",
+        "unit",
+        "draft",
+        "catch_up",
+        "features",
+        "verify",
+        "rest",
+    ]
+    assert list(json.loads(one.read_text())) == [*keys, "spread", "measured"]
+    assert list(json.loads(several.read_text())) == [*keys, "rows", "spread", "measured"]
+    assert read_cost(several) == of_rows()
+    assert read_cost(several).batch_seconds("verify", 8, 200, 6, 40) == 8.0
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "docs/benchmarks").glob("costs*.json")))
+def test_files_of_one_row_are_read_and_written_as_they_were(file: Path, tmp_path: Path) -> None:
+    write_cost(read_cost(file), tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == file.read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -229,6 +394,10 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         ('{"verify": {"1": 1}, "rest": -1}', "rest must not be negative"),
         ('{"verify": {"1": 1}, "drafts": {}}', "drafts is not a key of a cost model; the keys are: .*draft, catch_up"),
         ('{"verify": {"1": 1}, "schema_version": 9}', "schema_version is another than this version of bpkit knows"),
+        ('{"verify": {"1": 1}, "rows": {"1": {"verify": {"1": 1}}}}', "rows.1: keys must be whole numbers from 2"),
+        ('{"verify": {"1": 1}, "rows": {"4": {"rest": 1}}}', "rows.4.verify is missing"),
+        ('{"verify": {"1": 1}, "rows": {"4": {"verify": {"1": 0}}}}', "rows.4.verify.1 must be above 0"),
+        ('{"verify": {"1": 1}, "rows": {"4": {"verify": {"1": 1}, "name": "x"}}}', "rows.4.name is not a key of"),
         ('{"verify": {"1": 1}', "is not valid JSON .* looks like"),
         ("[1, 2]", "must hold an object such as .* not a list"),
     ],

@@ -246,6 +246,15 @@ def test_exp3_memory_survives_json_and_a_broken_clock_teaches_nothing() -> None:
         Exp3(block_sizes="1+2").load_state_dict(stored)
 
 
+def test_exp3_takes_a_draw_for_one_step_whatever_the_rows() -> None:
+    policy, state = bound(Exp3(block_sizes="1+4", reward="tokens")), State()
+    policy.select(state, context(3))
+    policy.observe(state, step([3, 3, 3], [3, 1, 1], 0.3, block_size=[4, 4, 4]))
+    assert policy.memory.losses[4] == pytest.approx((0 + 0.5 + 0.5) / 3 / 0.5)
+    assert (policy.memory.rounds, policy.memory.tokens) == (1, 8)
+    assert policy.memory.seconds == pytest.approx(0.3)
+
+
 # eesd -----------------------------------------------------------------------------------------------------------
 
 
@@ -259,11 +268,12 @@ def test_eesd_counts_are_those_of_the_beta_distribution() -> None:
         assert state["rejected"].tolist() == [rejected, 1 + 1]
 
 
-def test_eesd_draws_the_length_that_its_counts_say() -> None:
+@pytest.mark.parametrize("rows", [1, 4000])
+def test_eesd_draws_the_length_that_its_counts_say(rows: int) -> None:
     """Each token is drafted with the mean of the Beta distribution: a geometric length, cut at the end."""
     policy = bound(Eesd(accepted=3, rejected=1), decoder(largest=6))
-    state, now = policy.begin(context(4000)), context(4000)
-    drawn = Counter(policy.select(state, now).tolist())
+    state, now = policy.begin(context(rows)), context(rows)
+    drawn = Counter(size for _ in range(4000 // rows) for size in policy.select(state, now).tolist())
     for size in (2, 3, 4, 5):
         assert drawn[size] / 4000 == pytest.approx(0.75 ** (size - 2) * 0.25, abs=0.03)
     assert drawn[6] / 4000 == pytest.approx(0.75**4, abs=0.03)
@@ -273,6 +283,7 @@ def test_eesd_forgoes_the_draft_only_if_allowed() -> None:
     for allowed, smallest in ((True, 1), (False, 2)):
         policy = bound(Eesd(accepted=1, rejected=50, no_draft=allowed))
         assert min(policy.select(policy.begin(context(50)), context(50)).tolist()) == smallest
+        assert policy.select(policy.begin(context()), context()).tolist() == [smallest]
 
 
 def test_eesd_rounds_down_to_a_listed_size() -> None:
@@ -360,6 +371,24 @@ def test_tapout_picks_by_ucb1() -> None:
         accepted = outcomes.randint(0, verified)
         policy.observe(state, step([verified], [accepted], block_size=[8]))
         rewards[place].append(policy.blend(accepted, verified))
+
+
+def test_tapout_does_not_blame_a_rule_for_rows_without_a_draft_beside_others() -> None:
+    policy, state = bound(TapOut(rules="fixed@5")), policy_state(0, 0)
+    policy.observe(state, step([4, 0], [2, 0], drafted=[4, 0]))
+    assert (policy.arms[0].pulls, policy.arms[0].tokens) == (1, policy.blend(2, 4))
+    policy.observe(state, step([0, 0], [0, 0], drafted=[0, 0]))
+    assert policy.arms[0].pulls == 3, "as each of them alone"
+
+
+def test_tapout_cuts_each_row_by_its_own_rule() -> None:
+    policy = bound(TapOut(rules="confidence@0.8+svip@0.5+fixed"))
+    rows = draft([[0.9, 0.7, 0.9]] * 3, [[0.1, 0.1, 0.9]] * 3)
+    assert policy.truncate(policy_state(0, 1, 2), rows).tolist() == [1, 2, 3]
+
+
+def policy_state(*rules: int) -> State:
+    return {"rule": torch.tensor(rules)}
 
 
 @pytest.mark.parametrize("bandit", ["ucb1", "thompson"])

@@ -14,6 +14,8 @@ from bpkit.cli.errors import require
 from bpkit.cli.outputs import Outputs, portable
 from bpkit.cli.terminal import say
 from bpkit.config import Config
+from bpkit.export.core import Exportable
+from bpkit.export.policy import Onnx
 from bpkit.policy import PolicyError
 from bpkit.prompts import Prompt
 from bpkit.registry.discovery import registry
@@ -48,6 +50,9 @@ def bench_policy(
             autocompletion=completion.policies,
         ),
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Time every policy that is registered and serves the pair, beside POLICY.")
+    ] = False,
     batch: Annotated[str, _timing(help="Batch sizes.", metavar="SIZES")] = DEFAULT_BATCHES,
     calls: Annotated[int, _timing(help="Timed calls of each method, backend and batch size.", min=20)] = DEFAULT_CALLS,
     warm_up: Annotated[int, _timing(help="Calls before them.", min=1)] = 100,
@@ -70,19 +75,22 @@ def bench_policy(
     files: Outputs,
     config: Config,
 ) -> None:
-    """Time a policy's decisions, in torch and in onnxruntime.
+    """Time a policy's decisions, in torch and, where it can be exported, in onnxruntime.
 
-    p50 and p99 by batch size, on what live decoding asks. A policy is exported on the fly; both backends are asked in
-    turn, a few calls each, in one process. Beside the latencies: how many decisions are the same, and what share of a
-    prefill and of a step of the pair a decision takes.
+    p50 and p99 by batch size, on what live decoding asks: of each method, and of all that a step asks. A policy is
+    exported on the fly; both backends are asked in turn, a few calls each, in one process. Beside the latencies: what a
+    large batch takes over a small one, how many decisions are the same, and what share of a prefill and of a step of
+    the pair a decision takes.
 
     `bpkit bench policy --json latency.json --plot latency.png`
 
-    `bpkit bench policy forecast:truncate=true onnx:exported/forecast --calls 4000`
+    `bpkit bench policy goodput forecast:truncate=true onnx:exported/forecast --calls 4000`
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, extra="export", purpose="A comparison with onnxruntime")
     sizes = batch_sizes(batch)
+    named = [resolve_policy(spec) for spec in policies or []]  # a mistyped one is told before any weights are read
+    if every or not named or any(isinstance(policy, Exportable | Onnx) for policy in named):
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            require(package, extra="export", purpose="A comparison with onnxruntime")
     from bpkit.cli.models import load_decoder
     from bpkit.judge.latency.measure import LatencySettings, bench_latency
     from bpkit.judge.latency.report import plot_latency, print_latency_report
@@ -96,11 +104,9 @@ def bench_policy(
         block_size=block_size,
         provider=provider,
     )
-    for spec in policies or []:
-        resolve_policy(spec)  # a mistyped policy is told before any weights are read
     with files.pending() as bar:
         decoder = load_decoder(config, "fixed")
-        timed = chosen(policies or [], decoder, provider, weights)
+        timed = chosen(policies or [], decoder, provider, weights, every=every)
         report = bench_latency(decoder, timed, texts, settings, bar)
     files.deliver({"command": portable(sys.argv[1:]), **report}, print_latency_report, plot_latency)
 
@@ -117,14 +123,22 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def chosen(specs: list[str], decoder: SpeculativeDecoder, provider: str, weights: Path | None) -> list[Backends]:
-    """The policies that were named; else every trained one that ships and serves this pair."""
+def chosen(
+    specs: list[str], decoder: SpeculativeDecoder, provider: str, weights: Path | None, *, every: bool = False
+) -> list[Backends]:
+    """The policies that were named, and `every` registered one; where none is, every trained one that ships.
+
+    Of those that were not named, the ones that serve this pair.
+    """
     from bpkit.judge.latency.backends import backends_of
 
-    if specs:
-        return [backends_of(s, decoder, provider=provider, weights=weights) for s in dict.fromkeys(specs)]
-    found = []
-    for spec in filter(shipped_folders, sorted(registry().policies)):
+    found = [backends_of(s, decoder, provider=provider, weights=weights) for s in dict.fromkeys(specs)]
+    if specs and not every:
+        return found
+    others = sorted(registry().policies)
+    for spec in (name for name in others if every or shipped_folders(name)):
+        if spec in specs or spec == "onnx":  # which needs a folder
+            continue
         try:
             found.append(backends_of(spec, decoder, provider=provider))
         except PolicyError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -124,14 +125,35 @@ class ClockFaultWarning(UserWarning):
 
 
 def price(cost: CostModel, work: Work) -> Seconds:
-    """What a cost model says of a step, decision time left out."""
-    at = work.context_length
+    """What a cost model says of a step of one row or of many, decision time left out.
+
+    Raises:
+        ValueError: the step has several rows, and the cost model has no `batch_seconds` (see `BatchCostModel`). A cost
+            model may raise what it likes where it has no figure.
+    """
+    seconds, rows, at = _asked(cost, work.rows), work.rows, work.context_length
     draft = 0.0
     if work.draft_size > 1:
-        draft = cost.seconds("draft", work.draft_size, at) + cost.seconds("catch_up", work.waiting, at)
+        draft = seconds("draft", work.draft_size, at, work.drafted) + seconds("catch_up", work.waiting, at, 0)
         if work.features:
-            draft += cost.seconds("features", work.draft_size, at)
-    committing = commits(work.reread, work.verify_width)
-    passes = [work.reread, work.verify_width] if committing else [work.reread + work.verify_width]
-    verify = sum(cost.seconds("verify", width, at) for width in passes)
-    return Seconds(draft=draft, verify=verify, rest=cost.seconds("rest", 1, at))
+            draft += seconds("features", work.draft_size, at, work.drafted)
+    width, reread = work.verify_width, work.reread
+    if commits(reread, width):
+        passes = [(reread, rows * reread), (width, work.verified)]
+    else:
+        passes = [(reread + width, rows * reread + work.verified)]
+    verify = sum(seconds("verify", wide, at, positions) for wide, positions in passes)
+    return Seconds(draft=draft, verify=verify, rest=seconds("rest", 1, at, 0))
+
+
+def _asked(cost: CostModel, rows: int) -> Callable[[str, int, int, int], float]:
+    """Cost of a phase by its name, size, context length and positions without padding."""
+    if rows == 1:
+        return lambda phase, size, at, _: cost.seconds(phase, size, at)
+    of_rows: Callable[[str, int, int, int, int], float] | None = getattr(cost, "batch_seconds", None)
+    if of_rows is None:
+        raise ValueError(
+            f"cost model {type(cost).__name__} prices steps of one row, and this step had {rows}: give it a method "
+            "batch_seconds(phase, size, context_length, rows, positions) (bpkit.types.BatchCostModel)"
+        )
+    return lambda phase, size, at, positions: of_rows(phase, size, at, rows, positions)

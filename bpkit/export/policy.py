@@ -104,16 +104,20 @@ class Onnx(Policy):
         return {str(name): value for name, value in features.items() if name not in ON_THE_HOST and not value.is_cpu}
 
     def begin(self, context: Context) -> State:
-        return self._ask("begin", context, {}) if "begin" in self.inputs else {}
+        made = self._ask("begin", context, {}) if "begin" in self.inputs else {}
+        return {**self._kept_by_select(context.batch_size), **made}
 
     def select(self, state: State, context: Context) -> Tensor:
         drafts = self.loaded.description.drafts
         if drafts is not None:
             return context.full(drafts)
         if "select" in self.inputs:
-            state.update(self._ask("select", context, state))
-        block_size: Tensor = state["block_size"]
-        return block_size
+            made = self._ask("select", context, state)
+            block_size: Tensor = made.pop(DECIDES["select"])
+            state.update(made)
+            return block_size
+        chosen: Tensor = state[DECIDES["begin"]]
+        return chosen
 
     def extend(self, state: State, draft: Draft) -> Tensor:
         if "extend" not in self.inputs:
@@ -139,6 +143,19 @@ class Onnx(Policy):
         kept = {name.removeprefix("next_"): value for name, value in outputs.items()}
         wanted = {DECIDES[method], *self.loaded.description.state}
         return {name: value for name, value in kept.items() if name in wanted}
+
+    def _kept_by_select(self, rows: int) -> State:
+        """What `select` will keep of each request, as zeros: requests that begin and those that run have one state."""
+        import torch
+
+        description, state = self.loaded.description, State()
+        for network in description.networks.values():
+            for output in network.outputs if network.method == "select" else ():
+                name = output.name.removeprefix("next_")
+                if name in description.state:
+                    axes = [axis for axis in output.shape if isinstance(axis, int)]  # all but the batch
+                    state[name] = torch.zeros(rows, *axes, dtype=getattr(torch, output.dtype))
+        return state
 
     def _curves(self, cost: CostModel | None) -> Any:
         description = self.loaded.description

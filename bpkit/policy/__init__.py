@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bpkit.policy.memory import PolicyMemory, RememberingPolicy
+from bpkit.policy.memory import PolicyMemory, RememberingPolicy, fade
 from bpkit.policy.policy import Policy, PolicyConfig, PolicyError, State, overrides, validated
 from bpkit.policy.stop_rules import StopRule
 
@@ -14,6 +14,7 @@ __all__ = [
     "RememberingPolicy",
     "State",
     "StopRule",
+    "fade",
     "overrides",
     "validated",
 ]

@@ -56,11 +56,15 @@ class Policy:
     Any decision gives the same text; a policy can only change the speed. Nothing about a single request may
     live on `self`: it belongs into the dict that `begin` returns, which the runtime hands to every later call.
 
+    A row of the batch is one running request. Each call decides for all rows that it is handed; requests begin and end
+    between steps, and rows of the state come, go and change places with them. So a row is decided for by itself.
+
     Class attributes:
         Config: a `PolicyConfig` with the options and their defaults.
         wants: features the policy reads. Required: write `wants = frozenset()` if there are none.
         wants_optional: features it uses where the drafter can provide them.
-        joint: True if rows of a batch share a budget, so that a row's decision may depend on the others.
+        joint: True if rows of a batch share a budget: a row's decision may then depend on the others, though not on
+            their order. `select` and `truncate` are handed all running rows of the step, as always.
     """
 
     Config: ClassVar[type[PolicyConfig]] = PolicyConfig
@@ -117,7 +121,11 @@ class Policy:
         return {name: value.cpu() for name, value in self.predict(known.features).items()}
 
     def begin(self, context: Context) -> State:
-        """A request starts, after prefill. Returns its state, tensors with the batch axis first."""
+        """Requests start, after prefill: the rows of `context` and no others.
+
+        Returns:
+            Their state: tensors with the batch axis first, under every name that later calls write.
+        """
         return {}
 
     def select(self, state: State, context: Context) -> Tensor:
@@ -133,10 +141,10 @@ class Policy:
         return draft.draft_length
 
     def observe(self, state: State, step: Step) -> None:
-        """A step ended; learn from it."""
+        """A step of all running rows ended; learn from it. The time of a step is of all rows together."""
 
     def end(self, state: State) -> None:
-        """The request ended by itself; a chance to save what was learned."""
+        """Requests ended by themselves, whose rows of the state these are; a chance to save what was learned."""
 
     def state_dict(self) -> dict[str, Any]:
         """Memory across requests as plain JSON values; empty if there is none."""

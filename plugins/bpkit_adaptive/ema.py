@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
+from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State, fade
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Step
 
@@ -33,11 +33,14 @@ class EmaConfig(PolicyConfig):
     up: float = Field(default=0.0, description="added to the average that is needed to climb")
     down: float = Field(default=-0.25, description="added to the average at which to descend")
     start: int | None = Field(default=None, ge=1, description="first block size; by default the trained one, if listed")
-    across_requests: bool = Field(default=True, description="begin a request where the last one ended")
+    across_requests: bool = Field(default=True, description="begin a request where those before it ended")
 
 
 class EmaMemory(PolicyMemory):
     """Where a row is: its block size, the moving average of accepted tokens, and the steps so far."""
+
+    fading = frozenset({"average"})
+    latest = frozenset({"block_size"})  # sizes have no mean
 
     block_size: Annotated[int, Field(ge=1)] | None = None
     average: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -62,55 +65,61 @@ class Ema(RememberingPolicy[EmaMemory]):
     config: EmaConfig
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        import torch  # here, so that options can be listed without it
+
         self.ladder = [size for size in self.config.block_sizes if size <= decoder.max_block_size]
         start = self.config.start or decoder.trained_block_size
         self.start = start if start in self.ladder else self.ladder[len(self.ladder) // 2]
+        *lower, _ = lengths = [size - 1 for size in self.ladder]
+        self.sizes, self.lengths = torch.tensor(self.ladder), torch.tensor(lengths)
+        # An average above these does not fall to the rung, and climbs from it: float64 [rungs - 1], ascending.
+        falls = [(length - 0.5 if length else 0.5) + self.config.down for length in lower]
+        climbs = [length - 0.5 + self.config.up for length in lower]
+        self.falls, self.climbs = (torch.tensor(rule, dtype=torch.float64) for rule in (falls, climbs))
+
+    def known(self) -> EmaMemory:
+        """The memory as this ladder takes it up; without one, SGLang's beginning: one less than the draft length."""
+        known = self.memory
+        return EmaMemory(
+            block_size=known.block_size if known.block_size in self.ladder else self.start,
+            average=self.start - 2 if known.average is None else known.average,
+            steps=known.steps,
+        )
 
     def begin(self, context: Context) -> State:
-        known = self.memory
-        # SGLang's neutral beginning: one less than the draft length.
-        average = self.start - 2 if known.average is None else known.average
-        return {
-            "block_size": context.full(known.block_size if known.block_size in self.ladder else self.start),
-            "average": context.full(0).double() + average,
-            "steps": context.full(known.steps),
-        }
+        return self.known().rows(context)
 
     def select(self, state: State, context: Context) -> Tensor:
         block_size: Tensor = state["block_size"]
         return block_size
 
     def observe(self, state: State, step: Step) -> None:
-        average = state["average"]
-        blended = average + self.config.alpha * (step.num_accepted - average)
-        state["average"] = blended.where(step.verify_length > 0, average)
+        average, alpha, verified = state["average"], self.config.alpha, step.verify_length > 0
+        blended = average + alpha * (step.num_accepted - average)
+        state["average"] = blended.where(verified, average)
+        fade(state, 1 - alpha, verified)
         state["steps"] = state["steps"] + 1
         late = state["steps"] - self.config.warmup
         due = (late > 0) & (late % self.config.interval == 0)
         if due.any():
-            rows = zip(state["block_size"].tolist(), state["average"].tolist(), due.tolist(), strict=True)
-            moved = [self._moved(size, average) if now else (size, average) for size, average, now in rows]
-            sizes, averages = zip(*moved, strict=True)
-            state["block_size"] = state["block_size"].new_tensor(sizes)
-            state["average"] = state["average"].new_tensor(averages)
+            self._move(state, due)
 
-    def _moved(self, block_size: int, average: float) -> tuple[int, float]:
-        """The block size of the next steps, and the average, which only a first draft ever changes."""
-        lengths = [size - 1 for size in self.ladder]
-        first = place = self.ladder.index(block_size)
-        if lengths[place] == 0:
-            place = min(place + 1, len(lengths) - 1)
-            return self.ladder[place], average if average >= 0 else lengths[place] - 1.0
-        while place > 0 and average <= (lengths[place - 1] - 0.5 if lengths[place - 1] else 0.5) + self.config.down:
-            place -= 1
-        if place == first:
-            while place < len(lengths) - 1 and average > lengths[place] - 0.5 + self.config.up:
-                place += 1
-        return self.ladder[place], average
+    def _move(self, state: State, due: Tensor) -> None:
+        """Where the rows go that are due: bool [batch]."""
+        average, place = state["average"], _above(state["block_size"], self.sizes)
+        fallen, climbed = place.minimum(_above(average, self.falls)), place.maximum(_above(average, self.climbs))
+        probing = place == 0
+        moved = fallen.where(fallen < place, climbed).where(~probing, min(1, len(self.ladder) - 1))
+        state["block_size"] = self.sizes[moved].where(due, state["block_size"])
+        unknown = due & probing & (average < 0)  # nothing was drafted yet
+        state["average"] = (self.lengths[moved] - 1.0).where(unknown, average)
+        fade(state, 0.0, unknown)
 
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
-            # Rows of one batch end together here; the middle one stands for them, because sizes have no mean.
-            rows = sorted(zip(*(state[name].tolist() for name in ("average", "block_size", "steps")), strict=True))
-            average, block_size, steps = rows[len(rows) // 2]
-            self.memory = EmaMemory(block_size=block_size, average=average, steps=steps)
+            self.memory = self.known().after(state)
+
+
+def _above(values: Tensor, steps: Tensor) -> Tensor:
+    """How many of ascending `steps` each value is above: int64 [batch]."""
+    return (values[:, None] > steps).sum(dim=1)

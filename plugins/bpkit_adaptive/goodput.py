@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 
-from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
+from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State, fade
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Step
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 COST_CONTEXT = 64
 """Costs are looked up once for so many context lengths: they change slowly, and a lookup costs a decision's time."""
+
+COUNTS = ("accepted", "tested")
+"""What a row keeps, by position."""
 
 Counts = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
@@ -37,7 +42,7 @@ class GoodputConfig(PolicyConfig):
     discount: float = Field(default=0.95, gt=0, le=1, description="weight of the past after each step")
     prior: float = Field(default=0.7, ge=0, le=1, description="acceptance rate to expect before any is seen")
     prior_weight: float = Field(default=2.0, gt=0, description="drafted tokens that the prior counts for")
-    across_requests: bool = Field(default=False, description="begin a request with what the last one learned")
+    across_requests: bool = Field(default=False, description="begin a request with what those before it learned")
     slope: float = Field(
         default=0.05, ge=0, description="cost of a further position, in plain steps, where there is no cost model"
     )
@@ -45,6 +50,9 @@ class GoodputConfig(PolicyConfig):
 
 class GoodputMemory(PolicyMemory):
     """Discounted counts by position in the draft: how often it was tested, and how often accepted."""
+
+    fading = frozenset(COUNTS)
+    bounds = (0.0, math.inf)
 
     accepted: Counts = []
     tested: Counts = []
@@ -74,32 +82,42 @@ class Goodput(RememberingPolicy[GoodputMemory]):
         self.cost = cost
         drafted = [b for b in self.config.block_sizes if 1 < b <= decoder.max_block_size and _priced(cost, b)]
         self.sizes = [1, *drafted]
+        self.choices = np.array(self.sizes)
         self.width = self.sizes[-1] - 1  # the longest draft
         self._costs: dict[int, list[float]] = {}
 
-    def begin(self, context: Context) -> State:
-        # float64 [batch, longest draft]; the memory may be of shorter or longer ones.
+    def known(self) -> GoodputMemory:
+        """The memory, which may be of shorter or longer drafts, for drafts up to the longest."""
         counts = {name: [*known[: self.width], *[0.0] * (self.width - len(known))] for name, known in self.memory}
-        return GoodputMemory(**counts).rows(context)
+        return GoodputMemory(**counts)
+
+    def begin(self, context: Context) -> State:
+        return self.known().rows(context)  # float64 [batch, longest draft]
 
     def select(self, state: State, context: Context) -> Tensor:
-        rows = zip(state["accepted"].tolist(), state["tested"].tolist(), context.context_length.tolist(), strict=True)
-        chosen = [self.best(self.rates(accepted, tested), self.costs(length)) for accepted, tested, length in rows]
-        return context.full(chosen[0]) if len(chosen) == 1 else context.position.new_tensor(chosen)
+        lengths = context.context_length.tolist()
+        if len(lengths) == 1:  # plain numbers take a fifth of the time of arrays
+            rates = self.rates(*(state[name][0].tolist() for name in COUNTS))
+            worth = self.worth(rates, self.costs(lengths[0]))
+            return context.full(self.sizes[worth.index(max(worth))])
+        rates = self.rates(*([*np.ascontiguousarray(state[name].numpy().T)] for name in COUNTS))
+        worth = self.worth(rates, [*np.array([self.costs(length) for length in lengths]).T])
+        return context.position.new_tensor(self.choices[np.argmax(worth, axis=0)])
 
-    def rates(self, accepted: Sequence[float], tested: Sequence[float]) -> list[float]:
-        """a_1 .. a_width of the formula."""
+    # Of one row, or of all at once: each value below is a number, or an array with one for each row.
+
+    def worth(self, rates: Sequence[Any], costs: Sequence[Any]) -> list[Any]:
+        """Expected tokens over cost, by `sizes`, as `costs` are."""
+        expected = [*accumulate(accumulate(rates, mul), initial=1.0)]  # tokens of a step, by drafted tokens
+        return [expected[size - 1] / cost for size, cost in zip(self.sizes, costs, strict=True)]
+
+    def rates(self, accepted: Sequence[Any], tested: Sequence[Any]) -> list[Any]:
+        """a_1 .. a_width of the formula, from counts by position."""
         rate, weight, found = self.config.prior, self.config.prior_weight, []
         for hits, tries in zip(accepted, tested, strict=True):
             rate = (hits + weight * rate) / (tries + weight)
             found.append(rate)
         return found
-
-    def best(self, rates: Sequence[float], costs: Sequence[float]) -> int:
-        """The block size with the most expected tokens over cost; the smallest of several. `costs` go with `sizes`."""
-        expected = [*accumulate(accumulate(rates, mul), initial=1.0)]  # tokens of a step, by drafted tokens
-        worth = [expected[size - 1] / cost for size, cost in zip(self.sizes, costs, strict=True)]
-        return self.sizes[worth.index(max(worth))]
 
     def costs(self, context_length: int) -> list[float]:
         """What a step of each of `sizes` costs at about this context length."""
@@ -120,12 +138,13 @@ class Goodput(RememberingPolicy[GoodputMemory]):
 
         place, accepted = torch.arange(self.width), step.num_accepted
         tested = (accepted + 1).minimum(step.verify_length)  # what follows the first wrong token was not tested
-        for name, count in (("accepted", accepted), ("tested", tested)):
+        for name, count in zip(COUNTS, (accepted, tested), strict=True):
             state[name] = state[name] * self.config.discount + (place < count[:, None])
+        fade(state, self.config.discount)
 
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
-            self.memory = GoodputMemory.mean_of(state)
+            self.memory = self.known().after(state)
 
 
 def _priced(cost: CostModel | None, block_size: int) -> bool:

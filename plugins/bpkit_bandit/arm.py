@@ -38,14 +38,15 @@ class Arm:
     seconds_squared: Sum = 0.0
     tokens_seconds: Sum = 0.0
 
-    def add(self, tokens: float, seconds: float) -> None:
-        self.pulls += 1
-        self.count += 1
-        self.tokens += tokens
-        self.tokens_squared += tokens * tokens
-        self.seconds += seconds
-        self.seconds_squared += seconds * seconds
-        self.tokens_seconds += tokens * seconds
+    def add(self, tokens: float, seconds: float, rows: int = 1) -> None:
+        """Count a step of a row, or of several rows that were alike."""
+        self.pulls += rows
+        self.count += rows
+        self.tokens += rows * tokens
+        self.tokens_squared += rows * tokens * tokens
+        self.seconds += rows * seconds
+        self.seconds_squared += rows * seconds * seconds
+        self.tokens_seconds += rows * tokens * seconds
 
     def forget(self, discount: float) -> None:
         """Make all that was counted weigh `discount` times as much."""

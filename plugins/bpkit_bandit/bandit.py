@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -92,9 +93,10 @@ class Learner(RememberingPolicy[BanditMemory]):
         if self.config.discount < 1:
             for arm in self.arms.values():
                 arm.forget(self.config.discount)
-        for block_size, tokens in zip(step.block_size.tolist(), step.acceptance_length.tolist(), strict=True):
+        alike = Counter(zip(step.block_size.tolist(), step.acceptance_length.tolist(), strict=True))
+        for (block_size, tokens), rows in alike.items():
             if block_size in self.arms:  # the runtime may have used another size than was asked for
-                self.arms[block_size].add(tokens, seconds)
+                self.arms[block_size].add(tokens, seconds, rows)
         self._unsaved_steps += 1
         if self.config.memory and self._unsaved_steps >= self.config.save_every:
             self.save()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -14,6 +16,8 @@ from bpkit.types import Context, CostModel, DecoderSpec, Step
 if TYPE_CHECKING:
     from torch import Tensor
 
+SURE = 1 - 1e-12
+"""Chances are taken to be at most that, for their logarithm to divide by."""
 Count = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -38,11 +42,13 @@ class EesdConfig(PolicyConfig):
     block_sizes: BlockSizes = Field(
         default=tuple(range(1, 17)), description="a drawn size that is not among these becomes the next smaller one"
     )
-    across_requests: bool = Field(default=False, description="begin a request with the counts of the last one")
+    across_requests: bool = Field(default=False, description="begin a request with the counts of those before it")
 
 
 class EesdMemory(PolicyMemory):
     """The counts of accepted and rejected tokens: the parameters of the Beta distribution."""
+
+    bounds = (sys.float_info.min, math.inf)  # neither is ever 0
 
     accepted: Count
     rejected: Count
@@ -68,29 +74,39 @@ class Eesd(RememberingPolicy[EesdMemory]):
         return EesdMemory(accepted=self.config.accepted, rejected=self.config.rejected)
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
-        smallest = 1 if self.config.no_draft else 2
-        sizes = [b for b in self.config.block_sizes if smallest <= b <= decoder.max_block_size]
-        self.sizes = sizes or [min(smallest, decoder.max_block_size)]
+        import torch  # here, so that options can be listed without it
+
+        self.smallest = 1 if self.config.no_draft else 2
+        sizes = [b for b in self.config.block_sizes if self.smallest <= b <= decoder.max_block_size]
+        self.sizes = sizes or [min(self.smallest, decoder.max_block_size)]
+        drawn = range(max(self.sizes[-1], self.smallest) + 1)
+        below = [[size for size in self.sizes if size <= most] for most in drawn]
+        self.listed = torch.tensor([known[-1] if known else self.sizes[0] for known in below])
+        """By the size that was drawn, that or the next smaller one that is listed."""
 
     def begin(self, context: Context) -> State:
         return self.memory.rows(context)
 
     def select(self, state: State, context: Context) -> Tensor:
-        import torch  # here, so that options can be listed without it
+        import torch
 
-        generator = context.generator
-        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-        draws = random.Random(seed)  # has a Beta distribution, in a microsecond
-        counts = zip(state["accepted"].tolist(), state["rejected"].tolist(), strict=True)
-        chosen = [self.draw(alpha, beta, draws) for alpha, beta in counts]
-        return context.full(chosen[0]) if len(chosen) == 1 else context.position.new_tensor(chosen)
+        generator, rows = context.generator, context.batch_size
+        if rows == 1:
+            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+            draws = random.Random(seed)  # has a Beta distribution, in a microsecond
+            return self.listed[[self.draw(float(state["accepted"]), float(state["rejected"]), draws)]]
+        # Each theta serves one token: that is drafted with the mean of its distribution, so that lengths are geometric.
+        mean = state["accepted"] / (state["accepted"] + state["rejected"])
+        drawn = torch.rand(rows, generator=generator, device=generator.device, dtype=torch.float64)
+        further = (drawn.log() / mean.clamp(max=SURE).log()).clamp(max=len(self.listed))
+        return self.listed[(self.smallest + further.long()).clamp(max=len(self.listed) - 1)]
 
     def draw(self, alpha: float, beta: float, draws: random.Random) -> int:
-        """A block size."""
-        size = 1 if self.config.no_draft else 2
+        """A block size, listed or not."""
+        size = self.smallest
         while size < self.sizes[-1] and draws.random() < draws.betavariate(alpha, beta):
             size += 1
-        return max((known for known in self.sizes if known <= size), default=self.sizes[0])
+        return size
 
     def observe(self, state: State, step: Step) -> None:
         rejected = step.verify_length - step.num_accepted
@@ -101,4 +117,4 @@ class Eesd(RememberingPolicy[EesdMemory]):
 
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
-            self.memory = EesdMemory.mean_of(state)
+            self.memory = self.memory.after(state)

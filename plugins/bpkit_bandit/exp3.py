@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
+from collections import Counter
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -60,7 +61,8 @@ class Exp3(RememberingPolicy[Exp3Memory]):
     far, has loss = 1/2 - (T - R S) / B, kept within [0, 1]: the size with the least loss is the one with the most
     tokens per second, as a ratio of sums. With `reward=tokens` it is 1 - T / B, as in the paper.
 
-    B is far above what two sizes usually differ by, hence `learning_rate`. One draw serves all rows of a batch.
+    B is far above what two sizes usually differ by, hence `learning_rate`. One draw serves all rows of a batch, and is
+    one step: its loss is the mean over the rows, its tokens and seconds are those of all.
     """
 
     Config = Exp3Config
@@ -83,8 +85,13 @@ class Exp3(RememberingPolicy[Exp3Memory]):
         total = sum(weights)
         return [weight / total for weight in weights]
 
-    def select(self, state: State, context: Context) -> Tensor:
+    def begin(self, context: Context) -> State:
         import torch  # here, so that options can be listed without it
+
+        return {"chance": torch.ones(context.batch_size, dtype=torch.float64)}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        import torch
 
         chances = self.probabilities()
         generator = context.generator
@@ -96,7 +103,7 @@ class Exp3(RememberingPolicy[Exp3Memory]):
 
     def observe(self, state: State, step: Step) -> None:
         sizes, tokens = step.block_size.tolist(), step.acceptance_length.tolist()
-        seconds = row_seconds(step)
+        seconds, alike = row_seconds(step), Counter(zip(sizes, tokens, state["chance"].tolist(), strict=True))
         if self.config.reward == "time" and not seconds:
             return
         memory, kept = self.memory, self.config.discount
@@ -105,9 +112,9 @@ class Exp3(RememberingPolicy[Exp3Memory]):
         memory.rounds = memory.rounds * kept + 1
         memory.tokens = memory.tokens * kept + sum(tokens)
         memory.seconds = memory.seconds * kept + seconds * len(sizes)
-        for size, count, chance in zip(sizes, tokens, state["chance"].tolist(), strict=True):
+        for (size, count, chance), rows in alike.items():
             if size in memory.losses:  # the runtime may have used another size than was asked for
-                memory.losses[size] += self.loss(count, seconds) / (chance * len(sizes))
+                memory.losses[size] += self.loss(count, seconds) * rows / (chance * len(sizes))
 
     def loss(self, tokens: float, seconds: float) -> float:
         """Of one row in one step, 0 .. 1."""

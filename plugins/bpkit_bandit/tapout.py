@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -173,6 +174,9 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
         self.usable = fits or list(range(len(self.rules)))
         self.longest = max(1, max(self.sizes[place] for place in self.usable) - 1)
 
+    def begin(self, context: Context) -> State:
+        return {"rule": context.full(0)}
+
     def select(self, state: State, context: Context) -> Tensor:
         place = self._pick(context)
         state["rule"] = context.full(place)
@@ -188,20 +192,27 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
         return upper_bound(arms, self.usable, least, exploration, scaled=self.config.reward == "time")
 
     def trusted(self, state: State, draft: Draft) -> Tensor:
-        places = set(state["rule"].tolist())
-        # Rows of different steps may have been put together; then nothing is cut.
-        return self.rules[places.pop()].trusted(draft) if len(places) == 1 else whole(draft, None)
+        rule: Tensor = state["rule"]
+        first, *others = set(rule.tolist())
+        trusted: Tensor = self.rules[first].trusted(draft)
+        for place in others:  # only where rows of different steps were put together
+            trusted = self.rules[place].trusted(draft).where(rule[:, None] == place, trusted)
+        return trusted
 
     def observe(self, state: State, step: Step) -> None:
         arms, timed, seconds = self.arms, self.config.reward == "time", row_seconds(step)
         if timed and not seconds:
             return
-        rows = zip(state["rule"].tolist(), step.num_accepted.tolist(), step.verify_length.tolist(), strict=True)
-        for place, accepted, verified in rows:
+        rule, accepted, verified = state["rule"], step.num_accepted, step.verify_length
+        drafted = step.draft_length > 0
+        if not timed and drafted.any():  # rows that had no draft say nothing of a rule that cut the drafts of others
+            rule, accepted, verified = rule[drafted], accepted[drafted], verified[drafted]
+        alike = Counter(zip(rule.tolist(), accepted.tolist(), verified.tolist(), strict=True))
+        for (place, stood, of), rows in alike.items():
             if timed:
-                arms[place].add(accepted + 1, seconds)
+                arms[place].add(stood + 1, seconds, rows)
             else:
-                arms[place].add(self.blend(accepted, verified), 1.0)
+                arms[place].add(self.blend(stood, of), 1.0, rows)
 
     def blend(self, accepted: int, verified: int) -> float:
         """The published reward, 0 .. 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import Field
@@ -73,17 +74,17 @@ class Forecast(LearnedPolicy):
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         super().bind(decoder, cost)
+        from bpkit.export.inputs import CurveRows
         from bpkit_forecast.networks import Truncation
 
+        self.verify_seconds = CurveRows(self.gains.curves, attrgetter("verify"))
         after = cast("After", self.networks["after"]).cpu()  # of numbers that are on the host
         self.truncation = Truncation(after, self.facts, self.gains.columns, self.config.rate)
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
         if not self.config.truncate:
             return draft.draft_length
-        import torch
-
-        verify = torch.tensor([self.gains.curves(n).verify for n in draft.context.context_length.tolist()])
+        verify = self.verify_seconds(draft.context.context_length)
         confidence = draft[Feature.DRAFT_PROBABILITY], draft[Feature.DRAFT_ENTROPY]
         gains = self.truncation.gains(*confidence, draft.block_size, draft.draft_length, verify, self.gains.rho)
         return gains.argmax(dim=1)

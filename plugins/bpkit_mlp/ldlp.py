@@ -162,6 +162,9 @@ class LdlpThreshold(Ldlp):
         wished = self.config.block_size or decoder.trained_block_size
         return max(size for size in self.usable(decoder) if size <= max(wished, 2))
 
+    def begin(self, context: Context) -> State:
+        return {"forecast": context.full(0)}
+
     def select(self, state: State, context: Context) -> Tensor:
         forecast = state["forecast"] = self.forecast(context)
         return self.decision.size_for(forecast)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State, StopRule
+from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State, StopRule, fade
 from bpkit.policy.stop_rules import high_entropy_bound, low_entropy, sure
 from bpkit.sizes import BlockSize
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
@@ -152,12 +152,15 @@ class AdaEdlConfig(PolicyConfig):
     rate_memory: Share = Field(default=0.5, description="weight of the past in the share of accepted tokens (beta_1)")
     threshold_memory: Share = Field(default=0.9, description="weight of the past in the threshold (beta_2)")
     nudge: float = Field(default=0.01, ge=0, description="move of the threshold, before smoothing (epsilon)")
-    across_requests: bool = Field(default=False, description="begin a request where the last one ended")
+    across_requests: bool = Field(default=False, description="begin a request where those before it ended")
     block_size: BlockSize = None
 
 
 class AdaEdlMemory(PolicyMemory):
-    """What outlives a request: the threshold and the running share of accepted tokens."""
+    """What outlives a request: the threshold, which moves step by step, and the running share of accepted tokens."""
+
+    fading = frozenset({"acceptance"})
+    bounds = (0.0, 1.0)
 
     threshold: Share
     acceptance: Share
@@ -197,6 +200,7 @@ class AdaEdl(RememberingPolicy[AdaEdlMemory], StopRule):
         now = step.num_accepted.double() / step.verify_length  # NaN, and not used, where nothing was verified
         kept = self.config.rate_memory
         acceptance = (kept * past + (1 - kept) * now).where(verified, past)
+        fade(state, kept, verified)
         nudged = (threshold + self.config.nudge).where(acceptance <= self.config.target, threshold - self.config.nudge)
         kept = self.config.threshold_memory
         moved = (kept * threshold + (1 - kept) * nudged).clamp(0, 1)
@@ -204,4 +208,4 @@ class AdaEdl(RememberingPolicy[AdaEdlMemory], StopRule):
 
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
-            self.memory = AdaEdlMemory.mean_of(state)
+            self.memory = self.memory.after(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +17,12 @@ from bpkit.export.policy import Onnx, OnnxConfig
 from bpkit.export.schema import Golden
 from bpkit.export.session import open_session
 from bpkit.export.write import description
-from bpkit.judge.latency.questions import Question
+from bpkit.judge.latency.questions import TIMED, Question, Timed
+from bpkit.judge.latency.timing import Ask
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy, PolicyError, State, overrides, validated
 from bpkit.registry.resolve import parse_spec, resolve_policy
-from bpkit.types import DecoderSpec, Feature
+from bpkit.types import DecoderSpec, Draft, Feature
 
 TORCH, ONNXRUNTIME = "torch", "onnxruntime"
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
@@ -53,10 +54,16 @@ class Backends:
     why_not: str | None = None
 
     @property
-    def methods(self) -> tuple[Method, ...]:
-        """What is timed: what the networks decide, or what the policy defines."""
+    def methods(self) -> tuple[Timed, ...]:
+        """What is timed: what the networks decide, or what the policy defines; what it learns; and whole steps."""
         own = self.policies[TORCH]
-        return tuple(m for m in DECIDES if (m in self.cores if self.cores else overrides(own, m)))
+        decides = self.cores or [method for method in DECIDES if overrides(own, method)]
+        also = [name for name in ("observe", "step") if name == "step" or overrides(own, name)]
+        return tuple(method for method in TIMED if method in (*decides, *also))
+
+    def serving(self, method: Timed) -> dict[str, Policy]:
+        """The backends that have this method."""
+        return {name: self.policies[name] for name in ([TORCH] if method == "observe" else self.policies)}
 
     @property
     def wants(self) -> frozenset[Feature]:
@@ -128,15 +135,44 @@ def decide(policy: Policy, method: Method, question: Question) -> Tensor:
     return made
 
 
-def prepared(policy: Policy, method: Method, question: Question) -> State:
+def prepared(policy: Policy, method: Timed, question: Question) -> State:
     """The state that `method` finds."""
     state = {} if method == "begin" else policy.begin(question.begin)
-    if method in ("extend", "truncate") and question.context is not None:
+    if method in ("extend", "truncate", "observe") and question.context is not None:
         policy.select(state, question.context)
     return state
 
 
-def ask(policy: Policy, method: Method, state: State, question: Question) -> Any:
-    """One call of a method: the state for `begin`, the decision for the others."""
-    source = question.source(method)
-    return policy.begin(question.begin) if method == "begin" else getattr(policy, method)(state, source)
+def ask(policy: Policy, method: Timed, state: State, question: Question) -> Any:
+    """One call of a method: the state for `begin`, the decision for others, nothing for `observe`."""
+    source: Any = question.source(method)
+    return policy.begin(source) if method == "begin" else getattr(policy, method)(state, source)
+
+
+def asker(policy: Policy, method: Timed, made: Sequence[Question]) -> Ask:
+    """Calls a method of the policy, or all that a step asks of it, with the batches in turn."""
+    states = [prepared(policy, method, batch) for batch in made]
+    if method == "step":
+        steps = [whole_step(policy, batch) for batch in made]
+        return lambda number: steps[number % len(made)](states[number % len(made)])
+    return lambda number: ask(policy, method, states[number % len(made)], made[number % len(made)])
+
+
+def whole_step(policy: Policy, question: Question) -> Callable[[State], None]:
+    """All that a step asks of a policy, in the order of the loop; it is given the state."""
+    context, draft, step = question.context, question.draft, question.step
+    assert context is not None
+    assert step is not None
+    grown: list[Draft] = []
+    if draft is not None and overrides(policy, "extend") and context.spec.work.may_end_early:
+        grown = [draft.first(count) for count in range(1, draft.tokens.shape[1] + 1)]
+
+    def go(state: State) -> None:
+        policy.select(state, context)
+        for so_far in grown:
+            policy.extend(state, so_far)
+        if draft is not None:
+            policy.truncate(state, draft)
+        policy.observe(state, step)
+
+    return go

@@ -6,23 +6,24 @@ The JSON of a latency bench:
     settings           models, prompts, batch sizes, calls, threads, provider, seconds that it took
     pair               block_size (the fastest fixed one), tokens_per_second by size, prefill_ms and step_ms
     policies           NAME -> asks (whether torch asks the networks at all), why_not (no onnxruntime, or null), methods
-                       METHOD (those that the loop asked) -> rows (distinct questions), torch, and, where the policy is
-                       exportable, onnxruntime, torch_over_onnxruntime (ratios by batch) and agreement
+                       METHOD (those that the loop asked; `step` is all of a step) -> rows (distinct questions), torch,
+                       and, where the policy is exportable, onnxruntime, torch_over_onnxruntime (ratios by batch) and
+                       agreement
 
-A backend: `p50_us`, `p99_us` and `calls` by batch, `share_of_prefill` and `share_of_step` (p50 at the smallest batch
-over the pair's p50), and `in_loop`: the same of single decisions in the live loop, where the models' weights fill the
-caches.
+A backend: `p50_us`, `p99_us`, `min_us` and `calls` by batch; `largest_over_smallest`, what the largest batch takes over
+the smallest: the median over neighbouring blocks, and `of_min`, the ratio of the shortest calls; `share_of_prefill` and
+`share_of_step` (p50 at the smallest batch over the pair's p50); and `in_loop`: the same of single decisions in the live
+loop, where the models' weights fill the caches.
 Agreement: `rows`, `agree`, `near_ties` (rows that differ, with a margin below the network's tolerance).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,11 +33,11 @@ from bpkit.export.core import Core, Method
 from bpkit.files import utc
 from bpkit.installation.distribution import onnxruntimes
 from bpkit.installation.machine import describe_machine
-from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, ask, decide, prepared
-from bpkit.judge.latency.questions import Question, Recorder, batches
-from bpkit.judge.latency.timing import Ask, interleave, percentile, ratio
+from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, asker, decide, prepared
+from bpkit.judge.latency.questions import Question, Recorder, Timed, batches
+from bpkit.judge.latency.timing import Nanoseconds, interleave, percentile, ratio
 from bpkit.judge.wall_clock.threads import threads_restored, use_threads
-from bpkit.policy import Policy, PolicyError
+from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
 from bpkit.types import Prefill
@@ -121,15 +122,15 @@ class _Bench:
         methods = [method for method in backends.methods if recorders[TORCH].seconds[method]]
         if not methods:
             raise PolicyError(
-                f"policy {backends.name!r} decided nothing on {len(self.prompts)} prompts: it defines none of begin, "
-                "select, extend and truncate, or outputs end at once (--limit, --max-new-tokens)"
+                f"policy {backends.name!r} was asked nothing on {len(self.prompts)} prompts: outputs end at once; name "
+                "other prompts, or more of them or of --max-new-tokens"
             )
-        self.progress.start(f"{backends.name}: timing", len(methods) * len(self.settings.batch_sizes))
-        return {
-            "asks": backends.asks,
-            "why_not": backends.why_not,
-            "methods": {method: self.method(backends, method, recorders) for method in methods},
-        }
+        self.progress.start(f"{backends.name}: timing", len(methods))
+        timed = {}
+        for method in methods:
+            timed[method] = self.method(backends, method, recorders)
+            self.progress.tick()
+        return {"asks": backends.asks, "why_not": backends.why_not, "methods": timed}
 
     def record(self, backends: Backends, backend: str) -> Recorder:
         """Decode the prompts under a backend of the policy."""
@@ -144,31 +145,38 @@ class _Bench:
         return recorder
 
     @torch.inference_mode()
-    def method(self, backends: Backends, method: Method, recorders: dict[str, Recorder]) -> dict[str, Any]:
-        """The entry of one of its methods."""
-        rows, settings = recorders[TORCH].of(method), self.settings
-        made = {str(size): batches(rows, size) for size in settings.batch_sizes}
-        spent = {}
-        for size, of_size in made.items():
-            asks = {backend: asker(policy, method, of_size) for backend, policy in backends.policies.items()}
-            device = self.decoder.target.device
-            spent[size] = interleave(asks, calls=settings.calls, warm_up=settings.warm_up, device=device)
-            self.progress.tick()
+    def method(self, backends: Backends, method: Timed, recorders: dict[str, Recorder]) -> dict[str, Any]:
+        """The entry of one of its methods, or of whole steps."""
+        rows, settings, serving = recorders[TORCH].of(method), self.settings, backends.serving(method)
+        made = {size: batches(rows, size) for size in settings.batch_sizes}
+        asks = {(name, size): asker(policy, method, made[size]) for size in made for name, policy in serving.items()}
+        device = self.decoder.target.device
+        spent = interleave(asks, calls=settings.calls, warm_up=settings.warm_up, device=device)
         found: dict[str, Any] = {"rows": len(rows)}
-        for backend, recorder in recorders.items():
-            times = {size: each[backend] for size, each in spent.items()}
-            p50 = {size: percentile(each, 50) for size, each in times.items()}
-            found[backend] = {
-                "p50_us": p50,
-                "p99_us": {size: percentile(each, 99) for size, each in times.items()},
-                "calls": {size: each.size for size, each in times.items()},
-                **self.shares(p50[str(min(settings.batch_sizes))]),
-                "in_loop": self.in_loop(recorder.seconds[method]),
-            }
-        if ONNXRUNTIME in recorders:
-            found["torch_over_onnxruntime"] = {s: ratio(each[TORCH], each[ONNXRUNTIME]) for s, each in spent.items()}
-            found["agreement"] = agreement(backends, method, [b for each in made.values() for b in each])
+        for name in serving:
+            of_size = {size: spent[name, size] for size in made}
+            found[name] = {**self.figures(of_size), "in_loop": self.in_loop(recorders[name].seconds[method])}
+        if ONNXRUNTIME in serving:
+            pairs = {str(size): ratio(spent[TORCH, size], spent[ONNXRUNTIME, size]) for size in made}
+            found["torch_over_onnxruntime"] = pairs
+            if method != "step":  # its decisions are compared by method
+                questions = [batch for each in made.values() for batch in each]
+                found["agreement"] = agreement(backends, cast("Method", method), questions)
         return found
+
+    def figures(self, spent: Mapping[int, Nanoseconds]) -> dict[str, Any]:
+        """What calls took, by batch size, and what the largest batch takes over the smallest."""
+        smallest, largest = spent[min(spent)], spent[max(spent)]
+        percentiles = {
+            f"p{which}_us": {str(size): percentile(each, which) for size, each in spent.items()} for which in (50, 99)
+        }
+        return {
+            **percentiles,
+            "min_us": {str(size): percentile(each, 0) for size, each in spent.items()},
+            "calls": {str(size): each.size for size, each in spent.items()},
+            "largest_over_smallest": {**ratio(largest, smallest), "of_min": float(largest.min() / smallest.min())},
+            **self.shares(percentile(smallest, 50)),
+        }
 
     def shares(self, p50_us: float) -> dict[str, float]:
         """Of a prefill and of a step."""
@@ -180,13 +188,6 @@ class _Bench:
             return None
         p50, p99 = (1e6 * float(np.percentile(seconds, which)) for which in (50, 99))
         return {"p50_us": p50, "p99_us": p99, "calls": len(seconds), **self.shares(p50)}
-
-
-def asker(policy: Policy, method: Method, made: Sequence[Question]) -> Ask:
-    """Calls a method of the policy, with the batches in turn."""
-    questions = [partial(ask, policy, method, prepared(policy, method, batch), batch) for batch in made]
-    count = len(questions)
-    return lambda number: questions[number % count]()
 
 
 def agreement(backends: Backends, method: Method, made: Sequence[Question]) -> dict[str, int]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bpkit.decode.clock import WallClock
-from bpkit.export.core import DECIDES, Method
 from bpkit.policy import Policy, PolicyConfig, State
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Seconds, Step
 
 Answer = TypeVar("Answer")
+Timed = Literal["begin", "select", "extend", "truncate", "observe", "step"]
+"""Methods of a policy, and all that a step asks of it: `select`, `extend` for each token, `truncate`, `observe`."""
+TIMED: tuple[Timed, ...] = get_args(Timed)
 
 
 @dataclass
@@ -25,10 +27,11 @@ class Question:
     begin: Context
     context: Context | None = None
     draft: Draft | None = None
+    step: Step | None = None
 
-    def source(self, method: Method) -> Context | Draft:
+    def source(self, method: Timed) -> Context | Draft | Step:
         """What the method is handed."""
-        source = self.begin if method == "begin" else self.context if method == "select" else self.draft
+        source = {"begin": self.begin, "select": self.context, "observe": self.step}.get(method, self.draft)
         assert source is not None
         return source
 
@@ -40,7 +43,8 @@ class Recorder(Policy):
         wants: features to keep that the policy itself does not read.
 
     Attributes:
-        begun, steps: of every request its beginning and its steps. seconds: of each call, by method.
+        begun, steps: of every request its beginning and its steps. seconds: of each call, by method, and of the calls
+            of each step together.
     """
 
     wants = frozenset()
@@ -52,7 +56,7 @@ class Recorder(Policy):
         self.wants_optional = policy.wants_optional  # type: ignore[misc]
         self.begun: list[Question] = []
         self.steps: list[Question] = []
-        self.seconds: dict[Method, list[float]] = {method: [] for method in DECIDES}
+        self.seconds: dict[Timed, list[float]] = {method: [] for method in TIMED}
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         self.policy.bind(decoder, cost)
@@ -63,6 +67,7 @@ class Recorder(Policy):
 
     def select(self, state: State, context: Context) -> Tensor:
         self.steps.append(Question(self.begun[-1].begin, replace(context, features=_cloned(context.features))))
+        self.seconds["step"].append(0.0)
         return self._timed("select", context, lambda: self.policy.select(state, context))
 
     def extend(self, state: State, draft: Draft) -> Tensor:
@@ -75,29 +80,30 @@ class Recorder(Policy):
         return self._timed("truncate", draft.context, lambda: self.policy.truncate(state, draft))
 
     def observe(self, state: State, step: Step) -> None:
-        self.policy.observe(state, step)
+        self.steps[-1].step = step
+        self._timed("observe", self.steps[-1].begin, lambda: self.policy.observe(state, step))
 
     def end(self, state: State) -> None:
         self.policy.end(state)
 
-    def of(self, method: Method) -> list[Question]:
+    def of(self, method: Timed) -> list[Question]:
         """The rows that a method can be asked about."""
         if method == "begin":
             return self.begun
         if method == "select":
             return [Question(row.begin, row.context) for row in self.steps]
-        # Those with the commonest draft length: drafts of other widths make no batch.
-        by_width: defaultdict[int, list[Question]] = defaultdict(list)
-        for question in self.steps:
-            if question.draft is not None:
-                by_width[question.draft.tokens.shape[1]].append(question)
-        return max(by_width.values(), key=len, default=[])
+        if method in ("extend", "truncate"):
+            return [row for row in self.steps if row.draft is not None]
+        return [row for row in self.steps if row.step is not None]
 
-    def _timed(self, method: Method, context: Context, ask: Callable[[], Answer]) -> Answer:
+    def _timed(self, method: Timed, context: Context, ask: Callable[[], Answer]) -> Answer:
         now = WallClock(context.position.device, wait=True).now
         started = now()
         answer = ask()
-        self.seconds[method].append(now() - started)
+        spent = now() - started
+        self.seconds[method].append(spent)
+        if method != "begin":
+            self.seconds["step"][-1] += spent
         return answer
 
 
@@ -109,26 +115,52 @@ def batches(rows: Sequence[Question], size: int) -> list[Question]:
 
 
 def joined(rows: Sequence[Question]) -> Question:
-    """One batch of rows of one kind, drafts of one width."""
+    """One batch of rows of one kind; drafts and the tokens of steps are padded to the longest."""
     begin = _contexts([row.begin for row in rows])
-    if rows[0].context is None:
+    contexts = [row.context for row in rows if row.context is not None]
+    if not contexts:
         return Question(begin)
-    context = _contexts([row.context for row in rows if row.context is not None])
-    if rows[0].draft is None:
-        return Question(begin, context)
-    drafts = [row.draft for row in rows if row.draft is not None]
-    return Question(begin, context, Draft(context, **_together(drafts, "block_size", "draft_length", "tokens")))
+    context = _contexts(contexts)
+    steps = [row.step for row in rows if row.step is not None]
+    return Question(begin, context, _drafts(context, [row.draft for row in rows]), _steps(steps) if steps else None)
 
 
 def _contexts(contexts: Sequence[Context]) -> Context:
-    return replace(contexts[0], **_together(contexts, "position", "remaining", "context_length"))
+    counts = _together(contexts, "position", "remaining", "context_length")
+    names = contexts[0].features
+    features = {name: torch.cat([each.features[name] for each in contexts]) for name in names}
+    return replace(contexts[0], **counts, features=features, running=len(contexts))
 
 
-def _together(rows: Sequence[Context] | Sequence[Draft], *names: str) -> dict[str, Any]:
-    """These attributes of all rows, and their features."""
-    features = [row.features for row in rows]
-    joined = {name: torch.cat([each[name] for each in features]) for name in features[0]}
-    return {"features": joined, **{name: torch.cat([getattr(row, name) for row in rows]) for name in names}}
+def _drafts(context: Context, drafts: Sequence[Draft | None]) -> Draft | None:
+    """Those of all rows, of which some may have none; None if nobody drafted."""
+    like = next((draft for draft in drafts if draft is not None), None)
+    if like is None:
+        return None
+    nothing = replace(like.first(0), block_size=torch.ones_like(like.block_size))
+    each = [draft or nothing for draft in drafts]
+    features = {name: _padded([draft.features[name] for draft in each]) for name in like.features}
+    tokens = _padded([draft.tokens for draft in each])
+    return Draft(context, **_together(each, "block_size", "draft_length"), tokens=tokens, features=features)
+
+
+def _steps(steps: Sequence[Step]) -> Step:
+    """One step of all rows: the time is theirs together."""
+    counts = _together(steps, "block_size", "draft_length", "verify_length", "num_accepted", "position")
+    seconds = sum((step.seconds for step in steps), Seconds())
+    ties = tuple(count for step in steps for count in step.near_ties)
+    return replace(steps[0], **counts, tokens=_padded([s.tokens for s in steps]), seconds=seconds, near_ties=ties)
+
+
+def _together(rows: Sequence[Any], *names: str) -> dict[str, Any]:
+    """These attributes of all rows."""
+    return {name: torch.cat([getattr(row, name) for row in rows]) for name in names}
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """[1, width, ...] each, as one, with zeros up to the widest."""
+    widest = max(row.shape[1] for row in rows)
+    return torch.cat([F.pad(row, (0, 0) * (row.ndim - 2) + (0, widest - row.shape[1])) for row in rows])
 
 
 def _cloned(features: Mapping[Feature, Tensor]) -> dict[Feature, Tensor]:

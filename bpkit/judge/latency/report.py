@@ -34,7 +34,8 @@ def latency_table(report: dict[str, Any]) -> Table:
     """A row for each backend of each method."""
     sizes = [str(size) for size in report["settings"]["batch_sizes"]]
     batches = [f"batch {size}" for size in sizes]
-    head = ["policy", "method", "backend", *batches, "in the loop", "% of a\nprefill", "% of a\nstep"]
+    over = f"{sizes[-1]}/{sizes[0]}"
+    head = ["policy", "method", "backend", *batches, over, "in the loop", "% of a\nprefill", "% of a\nstep"]
     rows = []
     for name, method, entry in methods(report):
         for backend in (TORCH, ONNXRUNTIME):
@@ -45,7 +46,8 @@ def latency_table(report: dict[str, Any]) -> Table:
             pairs = [f"{of['p50_us'][size]:.1f} / {of['p99_us'][size]:.1f}" for size in sizes]
             in_loop = f"{loop['p50_us']:.1f} / {loop['p99_us']:.1f}" if loop else "-"
             shares = [f"{100 * of[f'share_of_{what}']:.2f}" for what in ("prefill", "step")]
-            rows.append(TableRow([name, method, backend, *pairs, in_loop, *shares]))
+            times = f"{of['largest_over_smallest']['value']:.1f}x"
+            rows.append(TableRow([name, method, backend, *pairs, times, in_loop, *shares]))
     return Table("decision latency, p50 / p99 in microseconds", head, [rows])
 
 
@@ -57,9 +59,10 @@ def comparison_table(report: dict[str, Any]) -> Table:
     for name, method, entry in methods(report):
         if ONNXRUNTIME not in entry:
             continue
-        found, ratios = entry["agreement"], [entry["torch_over_onnxruntime"][size] for size in sizes]
+        found, ratios = entry.get("agreement"), [entry["torch_over_onnxruntime"][size] for size in sizes]
         said = [f"{ratio['value']:.2f}x {bracketed(ratio['interval'], '.2f')}" for ratio in ratios]
-        rows.append(TableRow([name, method, *said, f"{found['agree']:,}/{found['rows']:,}", str(found["near_ties"])]))
+        same = [f"{found['agree']:,}/{found['rows']:,}", str(found["near_ties"])] if found else ["", ""]
+        rows.append(TableRow([name, method, *said, *same]))
     return Table("torch over onnxruntime (95%)", head, [rows])
 
 
@@ -69,10 +72,13 @@ def sentences(report: dict[str, Any]) -> list[str]:
     load = machine["load_average"]
     busy = f", load average {load:.1f} at the start" if load is not None else ""
     runtime = ", ".join(f"{name} {version}" for name, version in machine["onnxruntime"].items()) or "none"
+    least, most = min(settings["batch_sizes"]), max(settings["batch_sizes"])
     said = [
+        "`step` is all that a step asks: select, extend after each token where the drafter asks, truncate, observe. "
+        f"{most}/{least}: what a call for {most} rows takes over one for {least}, the median over neighbouring blocks.",
         f"A prefill takes {pair['prefill_ms']['p50']:.2f} ms and a step of fixed:{pair['block_size']} "
         f"{pair['step_ms']['p50']:.2f} ms (medians of {pair['prefill_ms']['count']} and {pair['step_ms']['count']}, "
-        f"{settings['threads']['models']} thread(s)); shares are of the p50 at batch {min(settings['batch_sizes'])}.",
+        f"{settings['threads']['models']} thread(s)); shares are of the p50 at batch {least}.",
         f"At least {settings['calls']:,} calls each after {settings['warm_up']} to warm up, the backends in turn in "
         f"one process, {settings['threads']['decisions']} thread; questions of {len(settings['prompts'])} prompts. "
         "Caches are warm: in the loop, where the models run in between, a decision takes longer.",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from bpkit.judge.statistics import interval, resample
 Ask = Callable[[int], Any]
 """The call of that number: it may choose its inputs by it."""
 Nanoseconds = NDArray[np.int64]
+Name = TypeVar("Name", bound=Hashable)
 BLOCK = 20
 """Calls of one function before it is the next one's turn."""
 
 
-def interleave(asks: Mapping[str, Ask], *, calls: int, warm_up: int, device: torch.device) -> dict[str, Nanoseconds]:
+def interleave(asks: Mapping[Name, Ask], *, calls: int, warm_up: int, device: torch.device) -> dict[Name, Nanoseconds]:
     """Time `calls` calls of each, rounded up to whole blocks: int64 [blocks, BLOCK] by name.
 
     Args:
@@ -28,7 +29,7 @@ def interleave(asks: Mapping[str, Ask], *, calls: int, warm_up: int, device: tor
     """
     for ask in asks.values():
         _block(ask, 0, warm_up, device)
-    blocks: dict[str, list[Nanoseconds]] = {name: [] for name in asks}
+    blocks: dict[Name, list[Nanoseconds]] = {name: [] for name in asks}
     for number in range(-(-calls // BLOCK)):
         order = list(asks)
         for name in order if number % 2 == 0 else order[::-1]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bpkit.trace.cost.figures import CostError
 from bpkit.trace.cost.files import read_cost, write_cost
 from bpkit.trace.cost.presets import flat, linear
-from bpkit.trace.cost.table import CostError, CostTable
+from bpkit.trace.cost.table import CostTable, RowsTable
 
-__all__ = ["CostError", "CostTable", "flat", "linear", "read_cost", "write_cost"]
+__all__ = ["CostError", "CostTable", "RowsTable", "flat", "linear", "read_cost", "write_cost"]

@@ -10,67 +10,23 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bpkit.decode.clock import Clock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.files import utc
 from bpkit.installation.machine import describe_machine
-from bpkit.policy import Policy, State
+from bpkit.policy import Policy
 from bpkit.prompts import Prompt
-from bpkit.trace.cost.estimate import TimedSteps, estimate, worst_cell
+from bpkit.trace.cost.estimate import estimate, worst_cell
+from bpkit.trace.cost.random_sizes import RandomSizes
 from bpkit.trace.cost.table import CostTable, Measured
-from bpkit.types import OF_THE_DISTRIBUTION, Context, DecoderSpec, Draft, Feature, Seconds, Work
+from bpkit.trace.cost.timed import TimedSteps
+from bpkit.types import OF_THE_DISTRIBUTION, DecoderSpec, Feature, Seconds, Work
 
-CHANCE_OF_PLAIN_STEPS, MOST_PLAIN_STEPS = 0.03, 32
 REQUESTS_BETWEEN_LOOKS = 10
 
 Progress = Callable[[str, int, int], None]
 """Is told what is going on, requests done in this round, and requests of a round."""
-
-
-class RandomSizes(Policy):
-    """Draws block size and verify width at random, so that every size is timed amid all others.
-
-    Block sizes are drawn evenly. Half of the drafts are verified whole, so that no width is rare, and of the others as
-    much as is drawn. Now and then comes a run of plain steps, its length even on a logarithmic scale: the draft after
-    it has much to catch up with.
-
-    Args:
-        largest: block size and verify width, from 2.
-    """
-
-    wants = frozenset()
-
-    def __init__(self, largest: int) -> None:
-        super().__init__()
-        self.largest = largest
-
-    def begin(self, context: Context) -> State:
-        return {"width": context.full(1), "plain_steps": context.full(0)}  # int64 [batch] both
-
-    def select(self, state: State, context: Context) -> Tensor:
-        drawn = [self._draw(left, context.generator) for left in state["plain_steps"].tolist()]
-        block_size: Tensor
-        block_size, state["width"], state["plain_steps"] = context.position.new_tensor(drawn).T
-        return block_size
-
-    def truncate(self, state: State, draft: Draft) -> Tensor:
-        verify_length: Tensor = (state["width"] - 1).minimum(draft.draft_length)
-        return verify_length
-
-    def _draw(self, plain_steps_left: int, generator: torch.Generator) -> tuple[int, int, int]:
-        """Block size, verify width, and how many plain steps are to come."""
-
-        def between(low: int, high: int) -> int:
-            return int(torch.randint(low, high + 1, (), generator=generator))
-
-        if plain_steps_left == 0 and float(torch.rand((), generator=generator)) < CHANCE_OF_PLAIN_STEPS:
-            plain_steps_left = int(MOST_PLAIN_STEPS ** float(torch.rand((), generator=generator)))
-        if plain_steps_left > 0:
-            return 1, 1, plain_steps_left - 1
-        block_size = between(2, self.largest)
-        return block_size, block_size if between(0, 1) else between(1, block_size), 0
 
 
 class RecordingClock:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bpkit.decode.reread import commits
-from bpkit.trace.cost.table import Cell, CostError, CostTable
-from bpkit.types import DraftWork, Seconds, Work
+from bpkit.trace.cost.figures import CostError
+from bpkit.trace.cost.statistics import cell_of, combined, slope_within, trimmed
+from bpkit.trace.cost.table import Cell, CostTable, Padding, RowsTable
+from bpkit.trace.cost.timed import Mask, TimedSteps
+from bpkit.types import DraftWork
 
-Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-
-TRIM = 0.1
 FEWEST = 40
 """Samples that a range of context lengths must have; one with fewer is merged with the next."""
 FEWEST_CATCHING_UP = 8
 ROUNDS_OF_FITTING = 50
+SURE = 3.0
+"""Standard errors that padding must save something by."""
 CHEAP = 0.01
 """A figure below this share of a plain step is not waited for: its spread hardly moves a step's."""
 _WAITING_LITTLE = 8
@@ -33,103 +32,80 @@ _WAITING: tuple[int, ...] = (
 """Waiting positions: one by one at first, then ranges that end here."""
 
 
-@dataclass(frozen=True)
-class TimedSteps:
-    """Timed steps as columns, each [steps]; see `Work` and `Seconds` for what they are."""
+def estimate(steps: TimedSteps, largest: int, work: DraftWork, batch_sizes: Sequence[int] = (1,)) -> CostTable:
+    """The figures for block sizes and verify widths up to `largest`, at one row and at each of `batch_sizes`.
 
-    draft_size: NDArray[np.int64]
-    waiting: NDArray[np.int64]
-    width: NDArray[np.int64]
-    context_length: NDArray[np.int64]
-    features: Mask
-    draft: Floats
-    verify: Floats
-    policy: Floats
-    rest: Floats
-
-    @classmethod
-    def of(cls, timed: list[tuple[Work, Seconds]]) -> TimedSteps:
-        """Columns of a list of steps, without those of two target passes. Tokens that are read again widen a pass."""
-        timed = [(w, s) for w, s in timed if not commits(w.reread, w.verify_width)]
-        done = [(w.draft_size, w.waiting, w.verify_width + w.reread, w.context_length, w.features) for w, _ in timed]
-        spent = [(s.draft, s.verify, s.policy, s.rest) for _, s in timed]
-        draft_size, waiting, width, context_length, features = np.array(done, np.int64).reshape(-1, 5).T
-        seconds = np.array(spent, np.float64).reshape(-1, 4).T
-        return cls(draft_size, waiting, width, context_length, features > 0, *seconds)
-
-    def __len__(self) -> int:
-        return len(self.width)
-
-    @property
-    def drafted(self) -> Mask:
-        return self.draft_size > 0
-
-    @property
-    def measured(self) -> Floats:
-        """Seconds of each step that a cost model answers for: all but the policy's."""
-        return self.draft + self.verify + self.rest
-
-    @cached_property
-    def rest_of_plain(self) -> Floats:
-        """What plain steps took beside the target's pass. Where there was none, steps that verified one position."""
-        plain = (self.width == 1) & ~self.drafted
-        found: Floats = self.rest[plain if plain.any() else self.width == 1]
-        return found
-
-    @cached_property
-    def verified(self) -> Floats:
-        """Seconds of the target's pass, and of what the rest of a step took longer than in plain steps.
-
-        Sampling and checking go by the verified positions, as the pass does; a table has but one figure for the rest.
-        """
-        return self.verify + self.rest - trimmed(self.rest_of_plain)[0]
-
-    def modelled(self, cost: CostTable) -> Floats:
-        """What a table says of `measured`."""
-        drafts = np.where(
-            self.drafted, cost.array("draft", self.draft_size) + cost.array("catch_up", self.waiting), 0.0
-        )
-        return drafts + cost.array("verify", self.width, self.context_length) + cost.rest
-
-
-def estimate(steps: TimedSteps, largest: int, work: DraftWork) -> CostTable:
-    """The figures for block sizes and verify widths up to `largest`.
+    Steps of other numbers of rows are not looked at.
 
     Raises:
         CostError: too little was measured to say what the largest block or a plain step costs.
     """
+    return CostTable(
+        name="measured",
+        **_tables(steps.of_rows(1), largest, work),
+        rows={rows: _of_rows(steps.of_rows(rows), largest, work) for rows in sorted(batch_sizes) if rows > 1},
+    )
+
+
+def _of_rows(steps: TimedSteps, largest: int, work: DraftWork) -> RowsTable:
+    """The figures of steps of one number of rows: those that they would have had without padding."""
+    padding = Padding(draft=_saved_by_padding(steps, "draft"), verify=_saved_by_padding(steps, "verify"))
+    filled = replace(
+        steps,
+        draft=steps.draft + padding.draft * steps.draft_padding,
+        verify=steps.verify + padding.verify * steps.verify_padding,
+    )
+    return RowsTable(**_tables(filled, largest, work), padding=padding)
+
+
+def _saved_by_padding(steps: TimedSteps, phase: Literal["draft", "verify"]) -> float:
+    """Seconds that a padded position takes less than another, among passes of one size; 0 if that is not sure."""
+    if phase == "draft":
+        steps = steps.part(steps.drafted)
+        size, padding, other, seconds = steps.draft_size, steps.draft_padding, steps.waiting, steps.draft
+    else:
+        size, padding, other, seconds = steps.width, steps.verify_padding, steps.context_length, steps.verify
+    slope, error = slope_within(size, padding.astype(np.float64), seconds, other.astype(np.float64))
+    return _rounded(-slope) if -slope > SURE * error else 0.0
+
+
+def _tables(steps: TimedSteps, largest: int, work: DraftWork) -> dict[str, Any]:
+    """The tables of steps that have one number of rows, with their spread."""
+    known = (steps.width == 1).any()
     drafts, catch_up = draft_cells(steps)
     if work.passes == "none" and drafts and drafts[-1].size < largest:
         # It may never have found as much, and what it does is next to free.
         drafts.append(drafts[-1].model_copy(update={"size": largest}))
-    widths, contexts = verify_cells(steps)
+    widths, contexts = verify_cells(steps) if known else ([], [])
     if largest not in {cell.size for cell in drafts} or not {1, largest} <= {cell.size for cell in widths}:
+        of_rows = f" of {rows} rows" if (rows := steps.rows.max(initial=1)) > 1 else ""
         raise CostError(
-            f"{len(steps)} measured steps are too few to tell the costs up to block size {largest}: give more prompts, "
-            "more new tokens or more time, or a smaller largest block size"
+            f"{len(steps)} measured steps{of_rows} are too few to tell the costs up to block size {largest}: give more "
+            "prompts, more new tokens or more time, or a smaller largest block size"
         )
     features = list(feature_cells(steps))
-    rest = _cell("rest", 1, steps.rest_of_plain)
+    rest = cell_of("rest", 1, steps.rest_of_plain)
     verify: dict[int, float | dict[int, float]] = {
         width.size: {c.context_length or 0: _rounded(c.seconds) for c in contexts if c.size == width.size}
         for width in widths
     }
-    return CostTable(
-        name="measured",
-        draft=_figures(drafts),
-        catch_up=_figures(catch_up),
-        features=_figures(features),
-        verify=verify,
-        rest=_rounded(rest.seconds),
-        spread=(*drafts, *catch_up, *features, *widths, *contexts, rest),
-    )
+    return {
+        "draft": _figures(drafts),
+        "catch_up": _figures(catch_up),
+        "features": _figures(features),
+        "verify": verify,
+        "rest": _rounded(rest.seconds),
+        "spread": (*drafts, *catch_up, *features, *widths, *contexts, rest),
+    }
 
 
 def worst_cell(steps: TimedSteps, largest: int) -> Cell | None:
-    """The figure that is known least, of drafts by block size and target passes by width.
+    """The figure that is known least, of drafts by block size and target passes by width, at one number of rows.
 
     None while something has not been measured at all, but for what drafters that may draft less did not do.
     """
+    if not (steps.width == 1).any():
+        return None
     widths, drafts = verify_cells(steps)[0], draft_cells(steps)[0]
     if not drafts or not {1, largest} <= {cell.size for cell in widths}:
         return None
@@ -143,15 +119,19 @@ def worst_cell(steps: TimedSteps, largest: int) -> Cell | None:
 def draft_cells(steps: TimedSteps) -> tuple[list[Cell], list[Cell]]:
     """What drafts take by block size, and catching up by waiting positions: a draft's time is the sum of its two.
 
-    Both are fitted to all drafts in turn (backfitting), with nothing to catch up at one waiting position. A cell of
-    catching up has the largest number of waiting positions of its samples as its size.
+    Both are fitted to all drafts in turn (backfitting), with nothing to catch up at one waiting position. Of several
+    rows one hardly ever waits so little, as the one that waits most counts: there it is the tenth of the drafts that
+    waited least. A cell of catching up has the largest number of waiting positions of its samples as its size.
     """
     drafted = steps.drafted
     sizes, waiting, seconds = steps.draft_size[drafted], steps.waiting[drafted], steps.draft[drafted]
-    near = waiting <= 1
+    least, little = 1, _WAITING_LITTLE
+    if len(waiting) and steps.rows.max() > 1:
+        least, little = max(1, int(np.quantile(waiting, 0.1))), max(little, int(np.quantile(waiting, 0.9)))
+    near = waiting <= least
     if not near.any():
         return [], []
-    by_size = list(_each(sizes, waiting <= _WAITING_LITTLE))
+    by_size = list(_each(sizes, waiting <= little))
     places = np.flatnonzero(~near)
     by_waiting = [places[part] for part in merged_ranges(waiting[places], waiting_range, FEWEST_CATCHING_UP)]
     own, longer = np.zeros(len(seconds)), np.zeros(len(seconds))
@@ -160,11 +140,11 @@ def draft_cells(steps: TimedSteps) -> tuple[list[Cell], list[Cell]]:
             own[sizes == size] = trimmed((seconds - longer)[here])[0]
         for there in by_waiting:
             longer[there] = trimmed((seconds - own)[there])[0]
-    anchor = _cell("", 1, (seconds - own)[near])  # how well the level that all sizes share is known
-    cells = [_cell("draft", size, (seconds - longer)[here]) for size, here in by_size]
+    anchor = cell_of("", 1, (seconds - own)[near])  # how well the level that all sizes share is known
+    cells = [cell_of("draft", size, (seconds - longer)[here]) for size, here in by_size]
     return (
-        [cell.model_copy(update={"standard_error": _combined([cell, anchor], [1.0, 1.0])}) for cell in cells],
-        [_cell("catch_up", int(waiting[there].max()), (seconds - own)[there]) for there in by_waiting],
+        [cell.model_copy(update={"standard_error": combined([cell, anchor], [1.0, 1.0])}) for cell in cells],
+        [cell_of("catch_up", int(waiting[there].max()), (seconds - own)[there]) for there in by_waiting],
     )
 
 
@@ -173,13 +153,13 @@ def feature_cells(steps: TimedSteps) -> Iterator[Cell]:
     for size, here in _each(steps.draft_size, steps.drafted):
         with_them, without = here & steps.features, here & ~steps.features
         if with_them.any() and without.any():
-            more, less = _cell("features", size, steps.policy[with_them]), _cell("", size, steps.policy[without])
+            more, less = cell_of("features", size, steps.policy[with_them]), cell_of("", size, steps.policy[without])
             yield Cell(
                 phase="features",
                 size=size,
                 count=more.count + less.count,
                 seconds=more.seconds - less.seconds,
-                standard_error=_combined([more, less], [1.0, 1.0]),
+                standard_error=combined([more, less], [1.0, 1.0]),
             )
 
 
@@ -193,13 +173,13 @@ def verify_cells(steps: TimedSteps) -> tuple[list[Cell], list[Cell]]:
     for width, here in _each(steps.width, steps.width > 0):
         at, seconds = steps.context_length[here], steps.verified[here]
         parts = [
-            _cell("verify", width, seconds[part], context_length=round(float(at[part].mean())))
+            cell_of("verify", width, seconds[part], context_length=round(float(at[part].mean())))
             for part in merged_ranges(at, lambda c: c.bit_length(), FEWEST)
         ]
         shares = [part.count / len(seconds) for part in parts]
         mean = sum(share * part.seconds for share, part in zip(shares, parts, strict=True))
-        pooled = {"seconds": mean, "standard_error": _combined(parts, shares)}
-        widths.append(_cell("verify", width, seconds).model_copy(update=pooled))
+        pooled = {"seconds": mean, "standard_error": combined(parts, shares)}
+        widths.append(cell_of("verify", width, seconds).model_copy(update=pooled))
         contexts += parts
     return widths, contexts
 
@@ -239,48 +219,6 @@ def merged_ranges(numbers: NDArray[np.int64], range_of: Callable[[int], int], fe
 def _each(sizes: NDArray[np.int64], among: Mask) -> Iterator[tuple[int, Mask]]:
     for size in np.unique(sizes[among]).tolist():
         yield size, among & (sizes == size)
-
-
-# Statistics
-
-
-def trimmed(seconds: Floats) -> tuple[float, float | None]:
-    """10% trimmed mean and its standard error (Tukey & McLaughlin 1963); None for a single sample.
-
-    >>> mean, error = trimmed(np.array([1.0] * 9 + [100.0]))
-    >>> mean, error
-    (1.0, 0.0)
-    """
-    count = len(seconds)
-    cut = min(math.ceil(TRIM * count), (count - 1) // 2)
-    ordered = np.sort(seconds)
-    mean = float(ordered[cut : count - cut].mean())
-    if count < 2:
-        return mean, None
-    winsorized = np.clip(ordered, ordered[cut], ordered[count - cut - 1])
-    return mean, float(winsorized.std(ddof=1)) / ((1 - 2 * cut / count) * math.sqrt(count))
-
-
-def _cell(phase: str, size: int, seconds: Floats, context_length: int | None = None) -> Cell:
-    (trimmed_mean, error), mean = trimmed(seconds), float(seconds.mean())
-    low, high = np.quantile(seconds, [0.25, 0.75]).tolist()
-    return Cell(
-        phase=phase,
-        size=size,
-        context_length=context_length,
-        count=len(seconds),
-        seconds=trimmed_mean,
-        standard_error=error,
-        variation=float(seconds.std(ddof=1)) / mean if len(seconds) > 1 and mean > 0 else None,
-        quartiles=(low, high),
-    )
-
-
-def _combined(cells: list[Cell], weights: list[float]) -> float | None:
-    """Standard error of a weighted sum; None if one of them is not known."""
-    errors = [cell.standard_error for cell in cells]
-    known = [weight * error for weight, error in zip(weights, errors, strict=True) if error is not None]
-    return math.hypot(*known) if len(known) == len(cells) else None
 
 
 def _figures(cells: list[Cell]) -> dict[int, float]:

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from bpkit.files import write_json
+from bpkit.trace.cost.figures import CostError
 from bpkit.trace.cost.presets import PRESETS
-from bpkit.trace.cost.table import CostError, CostTable
+from bpkit.trace.cost.table import CostTable
 
 EXAMPLE = '{"verify": {"1": 1.0, "2": 1.1, "4": 1.3}}'
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bpkit.trace.cost.table import CostTable
+from bpkit.trace.cost.table import CostTable, Padding, RowsTable
 
 _DFLASH = CostTable(
     name="dflash-h200-qwen3-4b",
@@ -25,12 +25,18 @@ PRESETS = {_DFLASH.name: _DFLASH}
 
 
 def flat(cost: CostTable) -> CostTable:
-    """Every step costs the same, what verifying one position does: then tokens/s and acceptance length coincide."""
+    """Every step costs the same, what verifying one position does, of however many rows it is.
+
+    Then tokens/s and acceptance length coincide. Both derived models price as many rows as `cost` does.
+    """
     return _derived(cost, "flat", 0.0, "Every step costs what a target pass over one position does; drafts are free.")
 
 
 def linear(cost: CostTable, slope: float = 0.1) -> CostTable:
-    """A target pass over v positions costs `1 + slope * (v - 1)` times one over a single position; drafts are free."""
+    """A target pass over v positions costs `1 + slope * (v - 1)` times one over a single position; drafts are free.
+
+    The positions of all rows count together, those that are padding do not.
+    """
     said = f"A target pass over v positions costs 1 + {slope:g} (v - 1) times one over a single position."
     return _derived(cost, "linear", slope, f"{said} Drafts are free.")
 
@@ -38,7 +44,16 @@ def linear(cost: CostTable, slope: float = 0.1) -> CostTable:
 def _derived(cost: CostTable, name: str, slope: float, description: str) -> CostTable:
     plain = cost.seconds("verify", 1, cost.middle_context)
     widths = range(1, max(cost.largest_width, cost.largest_block_size or 1) + 1)
-    verify: dict[int, float | dict[int, float]] = {v: plain * (1 + slope * (v - 1)) for v in widths}
+
+    def verify(rows: int) -> dict[int, float | dict[int, float]]:
+        return {v: plain * (1 + slope * (rows * v - 1)) for v in widths}
+
+    most = cost.largest_rows  # numbers of rows in between lie on the line
+    padding = Padding(verify=slope * plain)
     return CostTable(
-        name=name, description=f"{description} One position: as in {cost.name!r}.", unit=cost.unit, verify=verify
+        name=name,
+        description=f"{description} One position: as in {cost.name!r}.",
+        unit=cost.unit,
+        verify=verify(1),
+        rows={most: RowsTable(verify=verify(most), padding=padding)} if most > 1 else {},
     )

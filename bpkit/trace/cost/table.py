@@ -14,9 +14,18 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    field_validator,
+    model_serializer,
+)
 
-from bpkit.types import PHASES
+from bpkit.trace.cost.figures import CostError, StepFigures
 
 
 def _shape(value: Any) -> str:
@@ -27,63 +36,12 @@ _Free = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 _Paid = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 _Size = Annotated[int, Field(ge=1)]
 _BlockSize = Annotated[int, Field(ge=2)]
+_Many = Annotated[int, Field(ge=2)]
 _ByContext = Annotated[dict[Annotated[int, Field(ge=0)], _Paid], Field(min_length=1)]
 _Verify = Annotated[
     Annotated[_Paid, Tag("one figure")] | Annotated[_ByContext, Tag("by context length")], Discriminator(_shape)
 ]
-
-
-class CostError(ValueError):
-    """A cost model cannot be read, or does not say what was asked; the message names the place and how to mend it."""
-
-
-class Figures:
-    """Figures of one phase, sorted once and asked often: stairs by size, lines by context length.
-
-    A size between two given ones takes the next larger one's figure. Without any, everything is free. A figure is one
-    number, or numbers by context length: linear in between, constant outside.
-
-    Args:
-        free_below: smaller sizes cost nothing.
-        in_proportion_above: whether larger sizes than the largest cost proportionally more; else they have no figure.
-    """
-
-    def __init__(
-        self, given: Mapping[int, float | dict[int, float]], *, free_below: int, in_proportion_above: bool = False
-    ) -> None:
-        self.sizes = sorted(given)
-        by_context = [given[size] for size in self.sizes]
-        self.curves = [sorted(by.items()) if isinstance(by, dict) else [(0, by)] for by in by_context]
-        self.free_below, self.in_proportion_above = free_below, in_proportion_above
-
-    def at(self, size: int, context_length: int) -> float:
-        """The figure of a size, which is no larger than the largest given or in proportion to it."""
-        if size < self.free_below or not self.sizes:
-            return 0.0
-        place = bisect_left(self.sizes, size)
-        if place == len(self.sizes):
-            return self.curves[-1][0][1] * (size / self.sizes[-1])
-        curve = self.curves[place]
-        after = bisect_left(curve, (context_length,))
-        if after == 0 or after == len(curve):
-            return curve[max(after - 1, 0)][1]
-        (earlier, low), (later, high) = curve[after - 1 : after + 1]
-        return low + (high - low) / (later - earlier) * (context_length - earlier)
-
-    def array(self, sizes: NDArray[Any], context_lengths: NDArray[Any]) -> NDArray[np.float64]:
-        """`at` of every size and context length, two arrays of one shape: float64 of that shape."""
-        if not self.sizes:
-            return np.zeros(sizes.shape)
-        place = np.minimum(np.searchsorted(self.sizes, sizes), len(self.sizes) - 1)
-        found = np.array([curve[0][1] for curve in self.curves], np.float64)[place]
-        for column, curve in enumerate(self.curves):
-            if len(curve) > 1:
-                here = place == column
-                contexts, values = zip(*curve, strict=True)
-                found[here] = np.interp(context_lengths[here], contexts, values)
-        if self.in_proportion_above:
-            found = np.where(sizes > self.sizes[-1], found * (sizes / self.sizes[-1]), found)
-        return np.where(sizes < self.free_below, 0.0, found)
+_VerifyTable = Annotated[dict[_Size, _Verify], Field(min_length=1)]
 
 
 class Cell(BaseModel):
@@ -117,6 +75,42 @@ class Cell(BaseModel):
         return self.standard_error / abs(self.seconds)
 
 
+class HeldOut(BaseModel):
+    """How far a cost model that was fitted to other steps is from steps of several rows that it has not seen.
+
+    A *mix* is what like steps have in common: number of rows, padded width (1, 2, 3-4, 5-8, ...), whether more or less
+    than half of the padded positions were verified, and the doubling of the context length. Its error is that of its
+    mean price: measured over modelled, a 10% trimmed mean over its steps, less 1.
+
+    Attributes:
+        steps, mixes: that were compared.
+        mean_error: of the mixes' errors, without sign.
+        worst_error, worst_mix: of the mix that was furthest off.
+        within_tenth: share of the mixes whose error was below 10%.
+        step_error: median over single steps, without sign: the machine's noise is part of it.
+        by_rows: mean error of mixes, by number of rows; the numbers that no table was fitted to are among them.
+        between_error: mean error of the mixes of those numbers, None if there were none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int
+    mixes: int
+    mean_error: float
+    worst_error: float
+    worst_mix: str
+    within_tenth: float
+    step_error: float
+    by_rows: dict[int, float]
+    between_error: float | None
+
+
+def _without_empty(model: BaseModel, handler: SerializerFunctionWrapHandler, *names: str) -> dict[str, Any]:
+    """A model as it is written, without some of its fields where they say nothing."""
+    written: dict[str, Any] = handler(model)
+    return {name: value for name, value in written.items() if value or name not in names}
+
+
 class Measured(BaseModel):
     """What a measured table was measured on, and how.
 
@@ -130,6 +124,7 @@ class Measured(BaseModel):
         worst_spread: largest relative standard error of the figures that were waited for.
         modelled_over_measured: the table's price of all measured steps, over the time that they took.
         drift: how much slower than the table's price the second half of the steps was than the first.
+        held_out: of tables for several rows, how well they price what they were not fitted to.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -153,10 +148,48 @@ class Measured(BaseModel):
     worst_spread: float
     modelled_over_measured: float
     drift: float
+    held_out: HeldOut | None = None
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_empty(self, handler, "held_out")
+
+
+class Padding(BaseModel):
+    """What a position that only fills up a row of a padded pass costs less than one that is asked for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    draft: _Free = 0.0
+    verify: _Free = 0.0
+
+
+class RowsTable(BaseModel):
+    """What steps of some number of rows cost; see `CostTable`, whose tables these are for more than one row.
+
+    The rows of a step share passes as large as the largest of them. So sizes, waiting positions and context lengths
+    are those of the widest and of the longest row, and figures hold where all rows are as wide: of others, each
+    position that is there only to fill up takes off what `padding` says.
+
+    Attributes:
+        draft, catch_up, features, verify, rest: seconds of all rows together.
+        padding: by phase; 0 where a pass over padding costs what one over tokens does.
+        spread: of tables that were measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    draft: dict[_BlockSize, _Free] = {}
+    catch_up: dict[_Size, _Free] = {}
+    features: dict[_BlockSize, _Free] = {}
+    verify: _VerifyTable
+    rest: _Free = 0.0
+    padding: Padding = Padding()
+    spread: tuple[Cell, ...] = ()
 
 
 class CostTable(BaseModel):
-    """A `bpkit.types.CostModel` as a table, and the schema of a cost file. All figures are in `unit`.
+    """A `bpkit.types.BatchCostModel` as a table, and the schema of a cost file. All figures are in `unit`.
 
     Attributes:
         draft: by block size (autoregressive and n-gram drafters: drafted tokens plus one), one position waiting.
@@ -166,9 +199,11 @@ class CostTable(BaseModel):
         verify: by verified positions, anchor included; each one figure, or figures by context length, linear in
             between and constant outside.
         rest: everything else in a step.
+        rows: the same tables for steps of several rows, by how many run; empty if it prices one row only.
         spread, measured: of tables that were measured. source: of published figures.
 
-    A table that is left out costs nothing. Sizes between two given ones cost what the next larger one does.
+    A table that is left out costs nothing. Sizes between two given ones cost what the next larger one does. A step of
+    a number of rows between two given ones costs what the line between their prices says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -181,8 +216,9 @@ class CostTable(BaseModel):
     draft: dict[_BlockSize, _Free] = {}
     catch_up: dict[_Size, _Free] = {}
     features: dict[_BlockSize, _Free] = {}
-    verify: Annotated[dict[_Size, _Verify], Field(min_length=1)]
+    verify: _VerifyTable
     rest: _Free = 0.0
+    rows: dict[_Many, RowsTable] = {}
     spread: tuple[Cell, ...] = ()
     measured: Measured | None = None
 
@@ -193,58 +229,106 @@ class CostTable(BaseModel):
             raise ValueError("needs width 1, the cost of a step without drafting")
         return verify
 
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_empty(self, handler, "rows")
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> CostTable:
         """A copy, other figures included: nothing that was looked up before is kept."""
         copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("_figures", None)
+        for looked_up in ("_figures", "_figures_of_rows"):
+            copied.__dict__.pop(looked_up, None)
         return copied
 
     # The CostModel protocol
 
     def seconds(self, phase: str, size: int, context_length: int) -> float:
-        """Cost of one of `PHASES`. Raises CostError for a size above the largest that the table gives."""
-        if phase == "rest":
-            return self.rest
-        return self._reaching(phase, size, size).at(size, context_length)
+        """Cost of one of `PHASES` for one row. Raises CostError for a size above the largest that the table gives."""
+        return self._figures.seconds(phase, size, context_length)
 
-    def array(self, phase: str, sizes: ArrayLike, context_lengths: ArrayLike = 0) -> NDArray[np.float64]:
-        """`seconds` of many sizes and context lengths: float64, of the shape that both broadcast to.
+    def batch_seconds(self, phase: str, size: int, context_length: int, rows: int, positions: int) -> float:
+        """Cost of one of `PHASES` for all rows of a step; see `BatchCostModel`.
 
-        Raises CostError, as `seconds`.
+        Raises:
+            CostError: a size, or a number of rows, above the largest that the table gives.
         """
-        wanted, contexts = np.broadcast_arrays(np.asarray(sizes), np.asarray(context_lengths))
-        if phase == "rest" or not wanted.size:
-            return np.full(wanted.shape, self.rest)
-        return self._reaching(phase, int(wanted.min()), int(wanted.max())).array(wanted, contexts)
+        if rows == 1:
+            return self.seconds(phase, size, context_length)
+        low, high, share = self._around(rows)
+        lower, upper = (figures.seconds(phase, size, context_length) for figures in (low, high))
+        saved = self._saved(phase, high.rows)
+        if saved:
+            return max(lower + share * (upper - lower) - saved * (rows * size - positions), 0.0)
+        return lower + share * (upper - lower)
+
+    def array(
+        self,
+        phase: str,
+        sizes: ArrayLike,
+        context_lengths: ArrayLike = 0,
+        rows: ArrayLike = 1,
+        positions: ArrayLike | None = None,
+    ) -> NDArray[np.float64]:
+        """`batch_seconds` of many at once: float64, of the shape that all arguments broadcast to.
+
+        Args:
+            positions: that are no padding; None if there is no padding.
+
+        Raises CostError, as `batch_seconds`.
+        """
+        counts = np.asarray(rows)
+        if counts.ndim == 0 and counts == 1:
+            return self._figures.array(phase, *np.broadcast_arrays(np.asarray(sizes), np.asarray(context_lengths)))
+        asked = np.asarray(sizes) * counts if positions is None else np.asarray(positions)
+        size, at, count, asked = np.broadcast_arrays(np.asarray(sizes), np.asarray(context_lengths), counts, asked)
+        found = np.zeros(size.shape)
+        for number in np.unique(count).tolist():
+            here = count == number
+            if number == 1:
+                found[here] = self._figures.array(phase, size[here], at[here])
+                continue
+            low, high, share = self._around(number)
+            lower, upper = (figures.array(phase, size[here], at[here]) for figures in (low, high))
+            saved = self._saved(phase, high.rows) * (number * size[here] - asked[here])
+            found[here] = np.maximum(lower + share * (upper - lower) - saved, 0.0)
+        return found
 
     @cached_property
-    def _figures(self) -> dict[str, Figures]:
+    def _figures(self) -> StepFigures:
         """Sorted once: `seconds` is called several times in every step."""
-        return {
-            "draft": Figures(self.draft, free_below=2),
-            "catch_up": Figures(self.catch_up, free_below=min(self.catch_up, default=1), in_proportion_above=True),
-            "features": Figures(self.features, free_below=2),
-            "verify": Figures(self.verify, free_below=1),
-        }
+        return StepFigures(self, self.name)
 
-    def _reaching(self, phase: str, smallest: int, largest: int) -> Figures:
-        """The figures of a phase. Raises CostError if there are none for sizes from the smallest to the largest."""
-        figures = self._figures.get(phase)
-        if figures is None:
-            raise CostError(f"there is no phase {phase!r} of a step; the phases are: {', '.join(PHASES)}")
-        if phase == "verify" and smallest < 1:
-            raise CostError(f"a step verifies at least the anchor: there is no verify width {smallest}")
-        if figures.sizes and largest > figures.sizes[-1] and not figures.in_proportion_above:
-            what = "verify width" if phase == "verify" else "block size"
+    @cached_property
+    def _figures_of_rows(self) -> tuple[list[int], list[StepFigures]]:
+        """Numbers of rows, from 1, and the figures of each."""
+        counts = sorted(self.rows)
+        return [1, *counts], [self._figures, *(StepFigures(self.rows[n], self.name, n) for n in counts)]
+
+    def _around(self, rows: int) -> tuple[StepFigures, StepFigures, float]:
+        """The figures below and above a number of rows, and how far it is on the way. Raises CostError above all."""
+        counts, figures = self._figures_of_rows
+        place = bisect_left(counts, rows)
+        if place == len(counts):
+            given = f"it goes up to {counts[-1]}" if self.rows else "it has figures for one row only"
             raise CostError(
-                f"cost model {self.name!r} has no {phase} cost for {what} {largest}: it gives "
-                f"{', '.join(map(str, figures.sizes))}. Add a figure for {largest} or more to its {phase!r}, measure "
-                f"again with `bpkit calibrate --max-block-size {largest}`, or keep policies to block size "
-                f"{figures.sizes[-1]}"
+                f"cost model {self.name!r} cannot price a step of {rows} rows: {given}. Measure it with `bpkit "
+                f"calibrate --batch-sizes 1,..,{rows}`, or add figures for {rows} rows or more to its 'rows'"
             )
-        return figures
+        if counts[place] == rows:
+            return figures[place], figures[place], 0.0
+        low, high = counts[place - 1], counts[place]
+        return figures[place - 1], figures[place], (rows - low) / (high - low)
+
+    def _saved(self, phase: str, rows: int) -> float:
+        """What a padded position costs less; between two given numbers of rows, as at the larger."""
+        return float(getattr(self.rows[rows].padding, phase, 0.0))
 
     # What it says, at a context length in the middle if none is given
+
+    @property
+    def largest_rows(self) -> int:
+        """The largest number of rows that has a cost."""
+        return max(self.rows, default=1)
 
     @property
     def largest_width(self) -> int:
@@ -274,7 +358,15 @@ class CostTable(BaseModel):
         """
         return self.step(block_size, context_length) / self.step(1, context_length)
 
-    def step(self, block_size: int, context_length: int | None = None) -> float:
-        """Cost of a step with one position waiting whose whole draft is verified; block size 1 is a plain step."""
+    def step(self, block_size: int, context_length: int | None = None, rows: int = 1) -> float:
+        """Cost of a step with one position waiting whose whole draft is verified; block size 1 is a plain step.
+
+        Args:
+            rows: that all draft a block of this size.
+        """
         at = self.middle_context if context_length is None else context_length
-        return self.seconds("draft", block_size, at) + self.seconds("verify", block_size, at) + self.rest
+
+        def seconds(phase: str, size: int) -> float:
+            return self.batch_seconds(phase, size, at, rows, rows * size)
+
+        return seconds("draft", block_size) + seconds("verify", block_size) + seconds("rest", 1)
