@@ -112,7 +112,7 @@ class Batch:
 
     def room(self, row: Row) -> int:
         """Tokens that an assistant has positions for; how far it reads, it must end there."""
-        limit = getattr(self.drafter, "positions", None)
+        limit: int | None = getattr(self.drafter, "positions", None)
         if limit is None:
             return LARGEST
         assert isinstance(self.session, AutoregressiveSession)

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 from bpkit import Context, Draft, Feature, Policy, PolicyConfig, SpeculativeDecoder, Step
 from bpkit.decode import loop
 from bpkit.decode.drafter import Drafter
+from bpkit.decode.result import Generation, RowFailure
 from bpkit.decode.rows import Rows
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
@@ -216,8 +217,12 @@ def test_every_policy_gives_the_text_of_each_row(reference: Reference, held: lis
 def test_a_long_prompt_does_not_stop_the_others(pair: TinyPair) -> None:
     decoder = SpeculativeDecoder(pair.target, pair.agreeable(), "fixed:3", tokenizer=pair.tokenizer)
     long = "long " * 60
-    rows = [{"prompt": "x", "max_new_tokens": 60}, {"prompt": "y", "max_new_tokens": 2}, {"prompt": long}]
-    wanted = {"batch_size": 2, "max_new_tokens": 8, "temperature": 0.0}
+    rows: list[dict[str, Any]] = [
+        {"prompt": "x", "max_new_tokens": 60},
+        {"prompt": "y", "max_new_tokens": 2},
+        {"prompt": long},
+    ]
+    wanted: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 8, "temperature": 0.0}
     whole, chunked = decoder.generate(rows, **wanted), decoder.generate(rows, prefill_chunk=32, **wanted)
     assert [one.tokens.tolist() for one in whole] == [one.tokens.tolist() for one in chunked]
 
@@ -231,7 +236,8 @@ def test_a_long_prompt_does_not_stop_the_others(pair: TinyPair) -> None:
 
 def test_prompts_are_asked_for_when_there_is_room(pair: TinyPair) -> None:
     decoder = SpeculativeDecoder(pair.target, NgramDrafter(), "fixed:2", tokenizer=pair.tokenizer)
-    asked, running = [], set()
+    asked: list[int] = []
+    running: set[int] = set()
 
     def prompts() -> Iterator[str]:
         for place in range(7):
@@ -275,6 +281,7 @@ def test_a_row_that_fails_names_itself_and_the_others_go_on(pair: TinyPair, draf
     rows[3] = {"prompt": ""}
     made = decoder.generate(rows, batch_size=3, **wanted)
     assert str(made[1].error) == "prompt 1: RuntimeError: no more than 11 tokens"
+    assert isinstance(made[1].error, RowFailure)
     assert isinstance(made[1].error.__cause__, RuntimeError)
     assert made[1].tokens.tolist()[0] == right[1].tokens.tolist()[0][: made[1].tokens.shape[1]]
     assert "prompt 3: ValueError: the prompt is empty" in str(made[3].error)
@@ -288,8 +295,8 @@ def test_a_faulty_policy_costs_speed_only(pair: TinyPair) -> None:
 
         wants = frozenset()
 
-        def begin(self, context: Context) -> State:
-            return {"sizes": [1] * context.batch_size}  # type: ignore[dict-item]
+        def begin(self, context: Context) -> Any:
+            return {"sizes": [1] * context.batch_size}
 
         def select(self, state: State, context: Context) -> Tensor:
             return torch.tensor(state["sizes"]) + 2
@@ -310,7 +317,7 @@ def test_records_tell_rows_apart(pair: TinyPair) -> None:
     with decoder.run_many(
         ["x = 1", "y", "z" * 40, "1, 2, 1, 2"], batch_size=2, max_new_tokens=11, temperature=0
     ) as runs:
-        results = {}
+        results: dict[int, Generation] = {}
         for record in runs:
             for place, row in runs.rows_of(record):
                 tokens.setdefault(place, []).extend(row.tokens[0].tolist())
