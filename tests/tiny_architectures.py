@@ -11,6 +11,7 @@ import copy
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -251,15 +252,15 @@ def tiny_causal_lm(model_type: str, *, seed: int = 0, spread: float = 3.0, **val
         MemoryError: the smallest config that we know is too large.
     """
     config = tiny_config(_TEXT.get(model_type, model_type), **values)
+    kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     with torch.device("meta"):
-        count = sum(weight.numel() for weight in MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).parameters())
+        count = sum(weight.numel() for weight in kind(config).parameters())
     if count > LARGEST:
         raise MemoryError(f"{count:,} parameters at its smallest")
-    return _made(config, seed, spread=spread)
+    return _made(kind, config, seed, spread=spread)
 
 
-def _made(config: PreTrainedConfig, seed: int, *, spread: float = 1.0, repeating: bool = False) -> PreTrainedModel:
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+def _made(kind: Any, config: PreTrainedConfig, seed: int, *, spread: float = 1.0, repeating: bool = False) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model: PreTrainedModel = kind(config).float().eval()
@@ -299,7 +300,7 @@ def repeating_causal_lm(model_type: str, *, seed: int = 0, layers: int = 2, **va
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    return _made(config, seed, repeating=True)
+    return _made(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, seed, repeating=True)
 
 
 def _repeat(model: PreTrainedModel) -> None:
