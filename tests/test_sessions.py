@@ -17,7 +17,8 @@ from bpkit.decode.attention import NAME, grouped_sdpa, use_grouped_attention
 from bpkit.decode.masks import added, causal
 from bpkit.decode.row_by_row import CachedRows, StatefulRows
 from bpkit.decode.serving import served_by, session_class
-from bpkit.decode.slot_target import SlotTarget
+from bpkit.decode.slot_target import Pass, SlotTarget
+from bpkit.decode.slots import Reading
 from bpkit.decode.stateful import StatefulTarget
 from bpkit.decode.target import TargetOutput
 from tests.tiny_architectures import REPEATING, WINDOW, repeating_causal_lm, tiny_causal_lm
@@ -263,6 +264,44 @@ def test_nothing_is_allocated_or_moved_after_the_first_pass() -> None:
     reader.check()
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_a_pass_runs_over_buffers_that_stay_where_they_are(kind: str) -> None:
+    """As a captured pass would: all of the slots is read at every length, and only numbers in the buffers change."""
+    model = repeating_causal_lm(kind)
+    width, capacity = 4, 40
+    static, usual = (
+        SlotTarget(model, rows=2, capacity=capacity, slots=2, feature_layers=(), keep_hidden=False) for _ in range(2)
+    )
+    tokens, places = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
+    rows = torch.arange(2)[:, None]
+    reading = Reading(2, None, places, rows, (0, capacity), capacity + 1)
+    masks = static._masks(places, reading)
+    inputs = {"attention_mask": masks, "position_ids": places}
+    prepared = Pass(tokens, reading, inputs)
+    with torch.inference_mode():
+        generator = torch.Generator().manual_seed(0)
+        for counts, wrong in (([4, 2], [0, 0]), ([3, 4], [2, 1]), ([1, 4], [0, 0]), ([4, 0], [3, 0]), ([2, 2], [0, 0])):
+            tokens.copy_(torch.randint(2, VOCABULARY, (2, width), generator=generator))
+            places.copy_(torch.tensor(static.held)[:, None] + torch.arange(width))
+            now = static._masks(places, reading)
+            for buffer, value in zip(
+                *([*m.values()] if isinstance(m, dict) else [m] for m in (masks, now)), strict=True
+            ):
+                buffer.copy_(value)
+            found = static._run(prepared, 0).logits
+            static.slot_cache.held = [held + count for held, count in zip(static.held, counts, strict=True)]
+            expected = usual.verify(tokens, counts).logits
+            for row, count in enumerate(counts):
+                torch.testing.assert_close(found[row, :count], expected[row, :count], rtol=1e-3, atol=1e-3)
+            static.rollback(wrong)
+            usual.rollback(wrong)
+            assert static.held == usual.held
+
+
+def each(masks: Any) -> list[Tensor]:
+    return list(masks.values()) if isinstance(masks, dict) else [masks]
+
+
 def test_padding_needs_no_room() -> None:
     """Rows of 2 and 20 tokens whose slots end where the texts do, and GPT-2's table of positions as well."""
     model = tiny_causal_lm("gpt2", n_positions=20)
@@ -293,6 +332,23 @@ def test_rows_share_passes_where_they_can_and_have_their_own_elsewhere() -> None
     flash = tiny_causal_lm("llama")
     flash.config._attn_implementation = "flash_attention_2"
     assert served_by(flash) is CachedRows
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_moe", "deepseek_v3"])
+def test_rounding_of_narrow_types_is_no_difference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpkit.decode.serving.SMALL", 0)  # no copy in float32
+    assert served_by(tiny_causal_lm(kind, spread=1.0).to(torch.bfloat16)) is SlotTarget
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_that_are_wrong_are_found(shift: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(places: Tensor, *rest: Any) -> Tensor:
+        return causal(places + shift, *rest)
+
+    monkeypatch.setattr("bpkit.decode.serving.SMALL", 0)
+    monkeypatch.setattr("bpkit.decode.slot_target.causal", shifted)
+    assert served_by(tiny_causal_lm("qwen3").to(dtype)) is CachedRows
 
 
 def test_a_pass_of_shared_rows_is_one_call_of_the_model() -> None:

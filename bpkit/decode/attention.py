@@ -17,6 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "bpkit_sdpa"
+SPECIAL = ("position_bias", "softcap", "cache")
+"""Options that `sdpa` of transformers takes into account, or refuses."""
 FOLDED = 8
 """Queries of a row up to which they are folded; measured with 3 queries a group."""
 
@@ -32,7 +34,8 @@ def grouped_sdpa(
 ) -> tuple[Tensor, None]:
     """query: [batch, heads, width, dim]; key, value: [batch, key/value heads, length, dim]."""
     (batch, heads, width, _), kept = query.shape, key.shape[1]
-    if attention_mask is None or heads == kept or attention_mask.shape[1] != 1:
+    special = any(options.get(name) is not None for name in SPECIAL)
+    if attention_mask is None or heads == kept or attention_mask.shape[1] != 1 or special:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
