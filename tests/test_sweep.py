@@ -50,7 +50,7 @@ def rows(figure: str = "acceptance_length") -> list[dict[str, Any]]:
     return [{"prompt": p, "block_size": b, figure: v} for p, curve in TABLE.items() for b, v in curve.items()]
 
 
-# Reading
+# FigureReading
 
 
 LAYOUTS: dict[str, tuple[str, object]] = {

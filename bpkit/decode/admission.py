@@ -15,7 +15,7 @@ ALIKE = 32
 """Prompts whose lengths differ by no more, or by no more than a quarter, are read together: the shorter are padded."""
 
 
-class Prompts:
+class PromptGroup:
     """Prompts that are read together, a chunk at a time.
 
     The last token of all is read in the same pass. Where prompts differ in length, all others are read before it, so
@@ -75,7 +75,7 @@ class Admission:
         begin: makes sessions for requests that begin together, with room for so many rows.
         most: rows that may run at once.
         together: whether prompts of several lengths can be read in one pass.
-        chunk: as in `Prompts`.
+        chunk: as in `PromptGroup`.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Admission:
         self.requests: Iterator[Request] = iter(requests)
         self.begin, self.most, self.together = begin, most, together
         self.chunk = chunk if together else None
-        self.reading: list[Prompts] = []
+        self.reading: list[PromptGroup] = []
         self.exhausted = False
 
     def read(self, running: int) -> Iterator[tuple[Rows, TargetOutput, list[Tensor] | None]]:
@@ -125,7 +125,7 @@ class Admission:
         for group in self._groups(admitted):
             # The first rows take in all others.
             slots = len(group) if running or self.reading else self.most
-            self.reading.append(Prompts(self.begin(group, slots), self.chunk))
+            self.reading.append(PromptGroup(self.begin(group, slots), self.chunk))
 
     def _groups(self, requests: list[Request]) -> list[list[Request]]:
         """Requests that are read together: of similar lengths, each in the order of arrival."""

@@ -8,7 +8,6 @@ from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State, fade
@@ -82,7 +81,9 @@ class Goodput(RememberingPolicy[GoodputMemory]):
         self.cost = cost
         drafted = [b for b in self.config.block_sizes if 1 < b <= decoder.max_block_size and _priced(cost, b)]
         self.sizes = [1, *drafted]
-        self.choices = np.array(self.sizes)
+        import numpy  # here, so that options can be listed without it
+
+        self.numpy, self.choices = numpy, numpy.array(self.sizes)
         self.width = self.sizes[-1] - 1  # the longest draft
         self._costs: dict[int, list[float]] = {}
 
@@ -100,6 +101,7 @@ class Goodput(RememberingPolicy[GoodputMemory]):
             rates = self.rates(*(state[name][0].tolist() for name in COUNTS))
             worth = self.worth(rates, self.costs(lengths[0]))
             return context.full(self.sizes[worth.index(max(worth))])
+        np = self.numpy
         rates = self.rates(*([*np.ascontiguousarray(state[name].numpy().T)] for name in COUNTS))
         worth = self.worth(rates, [*np.array([self.costs(length) for length in lengths]).T])
         return context.position.new_tensor(self.choices[np.argmax(worth, axis=0)])

@@ -38,7 +38,7 @@ class TableValue:
 
 
 @dataclass(frozen=True)
-class Reading:
+class FigureReading:
     """What is known while a file is read."""
 
     path: Path
@@ -70,7 +70,7 @@ def listed(names: Sequence[object]) -> str:
     return ", ".join(str(name) for name in names)
 
 
-def _number(reading: Reading, value: object, where: str) -> float:
+def _number(reading: FigureReading, value: object, where: str) -> float:
     """A finite number. In CSV it is a text that says one."""
     try:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -85,7 +85,7 @@ def _number(reading: Reading, value: object, where: str) -> float:
     return number
 
 
-def _size(reading: Reading, value: object, where: str) -> int:
+def _size(reading: FigureReading, value: object, where: str) -> int:
     """A block size: a whole number, or a text that says one."""
     text = str(value).strip()
     if isinstance(value, (bool, float)) or not text.isascii() or not text.isdigit():
@@ -93,7 +93,7 @@ def _size(reading: Reading, value: object, where: str) -> int:
     return int(text)
 
 
-def _name(reading: Reading, value: object, where: str) -> str:
+def _name(reading: FigureReading, value: object, where: str) -> str:
     """A prompt's id: a text or a whole number."""
     if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
         raise reading.fail(f"{where}: the prompt needs an id, a text or a whole number, not {value!r}")
@@ -109,7 +109,7 @@ def _domain(value: object) -> str | None:
 Found = tuple[Iterator[TableValue], str]
 
 
-def json_cells(reading: Reading, text: str) -> Found:
+def json_cells(reading: FigureReading, text: str) -> Found:
     """Cells of a JSON file, and the figure they are of."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def json_cells(reading: Reading, text: str) -> Found:
     raise reading.fail('it holds no table; write {"prompt-a": {"8": 5.1, "16": 6.5}, ...}')
 
 
-def _objects(reading: Reading, rows: Sequence[object], what: str) -> list[Mapping[str, Any]]:
+def _objects(reading: FigureReading, rows: Sequence[object], what: str) -> list[Mapping[str, Any]]:
     """The elements of a JSON list, which must be objects."""
     kept: list[Mapping[str, Any]] = []
     for number, row in enumerate(rows, start=1):
@@ -143,7 +143,7 @@ def _objects(reading: Reading, rows: Sequence[object], what: str) -> list[Mappin
     return kept
 
 
-def _identity(reading: Reading, row: Mapping[str, Any], where: str) -> str:
+def _identity(reading: FigureReading, row: Mapping[str, Any], where: str) -> str:
     """The id of a row's prompt, under any of the names it goes by."""
     key = next((key for key in _IDS if key in row), None)
     if key is None:
@@ -151,7 +151,7 @@ def _identity(reading: Reading, row: Mapping[str, Any], where: str) -> str:
     return _name(reading, row[key], where)
 
 
-def _curve(reading: Reading, curve: object, prompt: str, domain: str | None, where: str) -> Iterator[TableValue]:
+def _curve(reading: FigureReading, curve: object, prompt: str, domain: str | None, where: str) -> Iterator[TableValue]:
     """The cells of {size: value}."""
     if not isinstance(curve, dict) or not curve:
         raise reading.fail(f'{where}: it needs values by block size, such as {{"8": 5.1, "16": 6.5}}, not {curve!r}')
@@ -163,7 +163,7 @@ def _curve(reading: Reading, curve: object, prompt: str, domain: str | None, whe
         yield TableValue(prompt, _size(reading, size, where), number, domain, here)
 
 
-def _published(reading: Reading, data: Mapping[str, Any]) -> Found:
+def _published(reading: FigureReading, data: Mapping[str, Any]) -> Found:
     """The layout of the published sweep: a list of prompts, each with its curve."""
     rows = _objects(reading, data["prompts"], "prompt")
     figure = reading.choose(sorted({key for row in rows for key in row})) if rows else reading.unnamed
@@ -184,7 +184,7 @@ def _published(reading: Reading, data: Mapping[str, Any]) -> Found:
     return cells(), figure
 
 
-def _rows(reading: Reading, data: Sequence[object]) -> Found:
+def _rows(reading: FigureReading, data: Sequence[object]) -> Found:
     """A list of {"prompt", "block_size", figure}."""
     rows = _objects(reading, data, "row")
     figure = reading.choose(sorted({key for row in rows for key in row})) if rows else reading.unnamed
@@ -201,7 +201,7 @@ def _rows(reading: Reading, data: Sequence[object]) -> Found:
     return cells(), figure
 
 
-def _mapping(reading: Reading, data: Mapping[str, Any]) -> Iterator[TableValue]:
+def _mapping(reading: FigureReading, data: Mapping[str, Any]) -> Iterator[TableValue]:
     """{prompt: {size: value}}."""
     for prompt, curve in data.items():
         yield from _curve(reading, curve, _name(reading, prompt, f"prompt {prompt!r}"), None, f"prompt {prompt!r}")
@@ -210,7 +210,7 @@ def _mapping(reading: Reading, data: Mapping[str, Any]) -> Iterator[TableValue]:
 # CSV
 
 
-def csv_cells(reading: Reading, text: str) -> Found:
+def csv_cells(reading: FigureReading, text: str) -> Found:
     """Cells of a CSV file, and the figure they are of."""
     lines = csv.reader(text.splitlines(keepends=True))
     header = [name.strip() for name in next(lines, [])]
@@ -234,7 +234,7 @@ def csv_cells(reading: Reading, text: str) -> Found:
     return _wide(reading, named, header), reading.unnamed
 
 
-def _long(reading: Reading, rows: Sequence[tuple[str, dict[str, str]]], figure: str) -> Iterator[TableValue]:
+def _long(reading: FigureReading, rows: Sequence[tuple[str, dict[str, str]]], figure: str) -> Iterator[TableValue]:
     for where, row in rows:
         here = f"{where}, column '{figure}'"
         yield TableValue(
@@ -246,7 +246,9 @@ def _long(reading: Reading, rows: Sequence[tuple[str, dict[str, str]]], figure: 
         )
 
 
-def _wide(reading: Reading, rows: Sequence[tuple[str, dict[str, str]]], header: Sequence[str]) -> Iterator[TableValue]:
+def _wide(
+    reading: FigureReading, rows: Sequence[tuple[str, dict[str, str]]], header: Sequence[str]
+) -> Iterator[TableValue]:
     columns = [name for name in header if name not in (*_IDS, "domain")]
     if not columns:
         raise reading.fail("line 1: no column for a block size; add one for each, such as `prompt,8,16`")

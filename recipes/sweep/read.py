@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.sweep.layouts import FIGURES, LONG, Reading, TableValue, csv_cells, json_cells, listed
+from recipes.sweep.layouts import FIGURES, LONG, FigureReading, TableValue, csv_cells, json_cells, listed
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_sweep(path: Path, *, figure: str | None = None) -> Sweep:
         raise ValueError(f"figure {figure!r} is not known; known are {listed(FIGURES)}")
     if not path.exists():
         raise FileNotFoundError(f"there is no sweep file {str(path)!r}")
-    reading = Reading(path, figure)
+    reading = FigureReading(path, figure)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -70,7 +70,7 @@ def read_sweep(path: Path, *, figure: str | None = None) -> Sweep:
     return _table(reading, list(found), name)
 
 
-def _table(reading: Reading, cells: list[TableValue], figure: str) -> Sweep:
+def _table(reading: FigureReading, cells: list[TableValue], figure: str) -> Sweep:
     """From cells to a table without gaps."""
     if not cells:
         raise reading.fail(f"it holds no prompts; write one line for each prompt and block size under {LONG}")
@@ -97,7 +97,7 @@ def _table(reading: Reading, cells: list[TableValue], figure: str) -> Sweep:
     )
 
 
-def _domains(reading: Reading, cells: list[TableValue], prompts: Sequence[str]) -> tuple[str, ...] | None:
+def _domains(reading: FigureReading, cells: list[TableValue], prompts: Sequence[str]) -> tuple[str, ...] | None:
     """The domain of each prompt, or None where no cell has one."""
     found: dict[str, str | None] = {}
     for cell in cells:
@@ -114,7 +114,7 @@ def _domains(reading: Reading, cells: list[TableValue], prompts: Sequence[str]) 
     return tuple(str(found[prompt]) for prompt in prompts)
 
 
-def _check(reading: Reading, cell: TableValue, figure: str) -> None:
+def _check(reading: FigureReading, cell: TableValue, figure: str) -> None:
     """Refuse what cannot be measured. A mean acceptance length lies between 1 and the block size."""
     if cell.size < 1:
         raise reading.fail(f"{cell.where}: block size {cell.size}; a block counts its anchor, so 1 is the least")
