@@ -19,7 +19,7 @@ from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, backends_of, decide, whole_step
 from bpkit.judge.latency.measure import agreement, measure_pair
-from bpkit.judge.latency.questions import Question, Recorder, batches
+from bpkit.judge.latency.questions import Question, Recorder, batches, mixed
 from bpkit.judge.latency.report import sentences
 from bpkit.judge.latency.timing import BLOCK, interleave, percentile, ratio
 from bpkit.policy import Policy, State
@@ -131,6 +131,8 @@ def test_batches_hold_every_row_once_and_are_filled_from_the_first(recorder: Rec
     expected = [int(row.context.context_length) for row in rows if row.context]
     assert lengths[: len(rows)].tolist() == expected
     assert lengths[len(rows) :].tolist() == expected[: len(lengths) - len(rows)]
+    assert sorted(map(id, mixed(rows))) == sorted(map(id, rows))
+    assert list(map(id, mixed(rows))) == list(map(id, mixed(rows))) != list(map(id, rows))
     [large] = batches(rows[:3], 8)
     assert large.begin.batch_size == 8
     assert large.context is not None

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from bpkit_bandit.eesd import Eesd
-from bpkit_threshold.specdecpp_networks import AcceptanceHead, Risk
 
 from bpkit.learn import TrainedPolicy
 from bpkit.policy import Policy, RememberingPolicy, State, overrides
@@ -126,20 +125,3 @@ def test_networks_see_nothing_of_padding(name: str) -> None:
     widths = policy.truncate(state, draft)
     draft.predictions = policy.predict(draft.features)
     assert policy.truncate(state, draft).tolist() == widths.tolist()
-
-
-@torch.inference_mode()
-def test_of_many_rows_the_head_is_asked_only_as_far_as_drafts_may_go_on() -> None:
-    torch.manual_seed(0)
-    head, asked = AcceptanceHead(8, 1), list[int]()
-    head.register_forward_pre_hook(lambda _, given: asked.append(given[0][..., 0].numel()))
-    risk = Risk(head, 0.9, keep_last=True, method="truncate")
-    for rows, halves in ((64, True), (2, False)):
-        hidden, length = 3 * torch.randn(rows, 7, 8), torch.randint(8, (rows,))
-        whole = risk.verify_length(risk.risk(risk.log_accepted(hidden)), length)
-        assert rows == 2 or {0, 2, 5} < set(whole.tolist())
-        asked.clear()
-        known = risk.risk(risk.until_stopped(hidden))
-        assert risk.verify_length(known, length).tolist() == whole.tolist()
-        assert (len(asked) == 2) == halves
-        assert sum(asked) < rows * 7 if halves else asked == [rows * 7]

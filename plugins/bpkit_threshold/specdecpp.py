@@ -74,7 +74,7 @@ class SpecDecPP(TrainedPolicy):
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         if Feature.DRAFT_HIDDEN not in features:
             return {}
-        return {"log_accepted": self.risk.until_stopped(features[Feature.DRAFT_HIDDEN].float())}
+        return {"log_accepted": self.risk.log_accepted(features[Feature.DRAFT_HIDDEN].float())}
 
     def select(self, state: State, context: Context) -> Tensor:
         return context.full(self.block_size)

@@ -11,9 +11,6 @@ from torch.nn import functional as F
 from bpkit.export.graph import clearance, count, running_product
 from bpkit.policy import PolicyError
 
-MANY = 128
-"""Drafted tokens of all rows together from which on the arithmetic of a head takes longer than its calls."""
-
 
 class ResidualBlock(nn.Module):
     """x + SiLU(W x + b)."""
@@ -67,22 +64,6 @@ class Risk(nn.Module):
     def log_accepted(self, draft_hidden: Tensor) -> Tensor:
         """Logarithm of the chance that each token is accepted if all before it are: float32 [batch, width]."""
         return F.logsigmoid(self.head(draft_hidden))
-
-    def until_stopped(self, draft_hidden: Tensor) -> Tensor:
-        """`log_accepted`, which the second half of a draft need not be asked about if it stops in the first.
-
-        What was not asked is -inf, at which the risk is 1. Asking in two halves means to look at the first before the
-        second, so it is done for many tokens on the CPU only: there, arithmetic takes longer than calls.
-        """
-        rows, width = draft_hidden.shape[:2]
-        if not draft_hidden.is_cpu or rows * width < MANY or width < 2:
-            return self.log_accepted(draft_hidden)
-        half = width // 2
-        first = self.log_accepted(draft_hidden[:, :half].contiguous())
-        going = self.risk(first)[:, -1] <= self.threshold
-        rest = first.new_full((rows, width - half), -torch.inf)
-        rest[going] = self.log_accepted(draft_hidden[going, half:])
-        return torch.cat([first, rest], dim=1)
 
     def risk(self, log_accepted: Tensor) -> Tensor:
         """Chance that one of the tokens so far is refused: float32 [batch, width]."""

@@ -34,7 +34,7 @@ from bpkit.files import utc
 from bpkit.installation.distribution import onnxruntimes
 from bpkit.installation.machine import describe_machine
 from bpkit.judge.latency.backends import ONNXRUNTIME, TORCH, Backends, asker, decide, prepared
-from bpkit.judge.latency.questions import Question, Recorder, Timed, batches
+from bpkit.judge.latency.questions import Question, Recorder, Timed, batches, mixed
 from bpkit.judge.latency.timing import Nanoseconds, interleave, percentile, ratio
 from bpkit.judge.wall_clock.threads import threads_restored, use_threads
 from bpkit.policy import PolicyError
@@ -147,7 +147,7 @@ class _Bench:
     @torch.inference_mode()
     def method(self, backends: Backends, method: Timed, recorders: dict[str, Recorder]) -> dict[str, Any]:
         """The entry of one of its methods, or of whole steps."""
-        rows, settings, serving = recorders[TORCH].of(method), self.settings, backends.serving(method)
+        rows, settings, serving = mixed(recorders[TORCH].of(method)), self.settings, backends.serving(method)
         made = {size: batches(rows, size) for size in settings.batch_sizes}
         asks = {(name, size): asker(policy, method, made[size]) for size in made for name, policy in serving.items()}
         device = self.decoder.target.device
