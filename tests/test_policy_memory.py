@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import PolicyError, PolicyMemory, RememberingPolicy, State, fade
 from bpkit.registry.resolve import resolve_policy
+from bpkit.testing import TinyPair
 from bpkit.types import Context
 from tests.records import bound, context, step
 
@@ -220,6 +222,25 @@ def test_what_is_learned_at_once_is_known_to_all_and_each_row_counts_once(spec: 
         alone.select(state, single)
         alone.observe(state, step([3], [accepted], 0.1, block_size=[4]))
     assert flat(known) == pytest.approx(flat(alone.state_dict()))
+
+
+@pytest.mark.parametrize("spec", ["eesd:across_requests=true", "ema:warmup=0,interval=1", "ucb"])
+def test_no_evidence_of_rows_that_come_and_go_is_lost(pair: TinyPair, spec: str) -> None:
+    decoder = SpeculativeDecoder(
+        pair.target, pair.block_diffusion(), resolve_policy(spec), tokenizer=pair.tokenizer, strict=True
+    )
+    made = decoder.generate(["def f(x):", "abc", "1, 2, 3, 4", "x"], max_new_tokens=12, batch_size=2)
+    steps = [each for result in made for each in result.steps]
+    known = decoder.policy.state_dict()
+    if spec.startswith("eesd"):
+        assert known["accepted"] == 1 + sum(int(each.num_accepted) for each in steps)
+        assert known["rejected"] == 1 + sum(int(each.verify_length - each.num_accepted) for each in steps)
+    elif spec.startswith("ema"):
+        assert known["steps"] == len(steps)
+    else:
+        assert sum(arm["pulls"] for arm in known["arms"].values()) == len(steps)
+        tokens = sum(arm["tokens"] for arm in known["arms"].values())
+        assert tokens == sum(int(each.acceptance_length) for each in steps)
 
 
 def flat(known: dict[str, Any]) -> dict[str, Any]:
