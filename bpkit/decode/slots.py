@@ -95,7 +95,7 @@ class SlotLayer(CacheLayerMixin):
         """Copy the first `length` columns of some slots to others."""
         for kept in (self.keys, self.values):
             if kept is not None and length:
-                at = torch.tensor([sources, targets], device=kept.device)
+                at = _sent([*sources, *targets], kept.device).view(2, -1)
                 kept[at[1], :, :length] = kept[at[0], :, :length]
 
     def grow(self, slots: int, capacity: int, rows: int, length: int) -> None:
@@ -125,6 +125,11 @@ def _write(kept: Tensor, new: Tensor, reading: Reading) -> None:
         assert reading.row_indices is not None
         places, rows = reading.places.to(kept.device), reading.row_indices.to(kept.device)
         kept.transpose(1, 2)[rows, places] = new.transpose(1, 2)
+
+
+def _sent(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of the host on a device, int64, without waiting for what the device still has to do."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 class SlotCache(Cache):
@@ -162,7 +167,7 @@ class SlotCache(Cache):
         start = most if fewest == most and most + width <= self.capacity else None
         places = rows = None
         if start is None:
-            held = torch.tensor(self.held, device=device)[:, None]
+            held = _sent(self.held, device)[:, None]
             places = (held + torch.arange(width, device=device)).clamp_(max=self.capacity)
             rows = torch.arange(len(self.held), device=device)[:, None]
         return Reading(len(self.held), start, places, rows, (fewest, most), end)
