@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from bpkit.decode.guard import kind_of
 from bpkit.learn.trained import TrainedPolicy
 from bpkit.policy import Policy, PolicyError
@@ -34,6 +36,7 @@ class CheckedPolicy:
         drafters: that serve it, by their names in the setup. left_out: the others, and why.
         saved: by drafter, what `state_dict` gave before the last `LATER` usual cases, through JSON and back, or what
             is wrong with it. recorders: by drafter, those of the usual recordings.
+        fails_in_batches: whether `rows` found something.
 
     Raises:
         PolicyError: there is no such policy, or none of the usual drafters serves it.
@@ -47,6 +50,7 @@ class CheckedPolicy:
         self._weights = FreshWeights(first) if isinstance(first, TrainedPolicy) else None
         self.saved: dict[str, dict[str, Any] | str] = {}
         self.recorders: dict[str, CallRecorder] = {}
+        self.fails_in_batches = False
         self._unbound: dict[str, Fault] = {}
         self._refused: dict[str, PolicyError] = {}
         self.drafters = [drafter for drafter in USUAL if self._serves(drafter)]
@@ -58,7 +62,7 @@ class CheckedPolicy:
         """A new policy that was not bound yet and knows nothing; with weights, if it has any, for this drafter."""
         return self._make() if self._weights is None else self._weights.policy(drafter)
 
-    def recorder(self, drafter: str, *, force: int | None = None) -> CallRecorder:
+    def recorder(self, drafter: str, *, force: Callable[[Tensor], Tensor] | None = None) -> CallRecorder:
         """A new policy at work with a drafter. Raises PolicyError if it cannot serve it."""
         return CallRecorder(setup.decoder(drafter, self.fresh(drafter)), drafter, force=force)
 

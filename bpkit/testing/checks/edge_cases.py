@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from bpkit.policy import PolicyError
 from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import CheckedPolicy
-from bpkit.testing.checks.recorder import CallRecorder
+from bpkit.testing.checks.recorder import CallRecorder, Recording
 from bpkit.testing.checks.report import Findings
-from bpkit.testing.checks.setup import LARGEST, NGRAM, PROMPTS, Case
+from bpkit.testing.checks.setup import LARGEST, NGRAM, PROMPTS, TOGETHER, Case
 from bpkit.testing.checks.usual import compare_with_plain
 
 REPEATING = "abcabcabcabc"
@@ -21,12 +23,11 @@ def survival(policy: CheckedPolicy, out: Findings) -> None:
     """Decode every edge case; a fault counts if the usual recordings did not have it already."""
     known = {(fault.method, fault.kind) for _, fault in policy.faults}
     tried = 0
-    for what, recorder, case in _cases(policy, out):
-        recording = recorder.record(case)
+    for what, recording in _recordings(policy, out):
         tried += 1
         fault = recording.fault
         if fault is None:
-            compare_with_plain(policy.name, recording, setup.plain(case), out)
+            compare_with_plain(policy.name, recording, setup.plain(recording.case), out)
         elif (fault.method, fault.kind) not in known:
             known.add((fault.method, fault.kind))
             out.fail(
@@ -37,24 +38,36 @@ def survival(policy: CheckedPolicy, out: Findings) -> None:
     out.said = f"{tried} edge cases"
 
 
-def _cases(policy: CheckedPolicy, out: Findings) -> Iterator[tuple[str, CallRecorder, Case]]:
-    """What is hard about it, a policy at work, and the case."""
+def _recordings(policy: CheckedPolicy, out: Findings) -> Iterator[tuple[str, Recording]]:
+    """What is hard about it, and what the policy made of it."""
     for drafter in policy.ends():
-        recorder = policy.recorder(drafter)
-        for what, case in _short(policy.seed):
-            yield what, recorder, case
+        yield from _alone_and_together(policy, policy.recorder(drafter), list(_short(policy.seed)))
         widest = Case(PROMPTS[3], 1.0, policy.seed, 7, max_new_tokens=8)
-        above = f"drafts of {LARGEST} positions, twice the trained block size, whatever `select` says"
-        yield above, policy.recorder(drafter, force=LARGEST), widest
-        yield "no drafts, whatever `select` says", policy.recorder(drafter, force=1), widest
+        above = policy.recorder(drafter, force=lambda sizes: torch.full_like(sizes, LARGEST))
+        yield (
+            f"drafts of {LARGEST} positions, twice the trained block size, whatever `select` says",
+            above.record(widest),
+        )
+        yield "no drafts, whatever `select` says", policy.recorder(drafter, force=torch.ones_like).record(widest)
     try:
         recorder = policy.recorder(NGRAM)
     except PolicyError as error:
         out.note(f"not tried with an n-gram drafter: {error}")
         return
-    for stream, text in enumerate((REPEATING, "qz", "aaaaaaaaaaaaaaaa")):
-        what = "an n-gram drafter, which proposes fewer tokens than asked, or none"
-        yield what, recorder, Case(text, 1.0, policy.seed, stream)
+    what = "an n-gram drafter, which proposes fewer tokens than asked, or none"
+    texts = enumerate((REPEATING, "qz", "aaaaaaaaaaaaaaaa"))
+    yield from _alone_and_together(policy, recorder, [(what, Case(t, 1.0, policy.seed, stream)) for stream, t in texts])
+
+
+def _alone_and_together(
+    policy: CheckedPolicy, recorder: CallRecorder, cases: list[tuple[str, Case]]
+) -> Iterator[tuple[str, Recording]]:
+    """One after the other and, if `rows` found nothing, in a batch."""
+    for what, case in cases:
+        yield what, recorder.record(case)
+    if not policy.fails_in_batches:
+        together = recorder.record_together([case for _, case in cases], TOGETHER)
+        yield from zip((what for what, _ in cases), together, strict=True)
 
 
 def _short(seed: int) -> Iterator[tuple[str, Case]]:

@@ -16,9 +16,7 @@ from bpkit.testing.checks.checked_policy import CheckedPolicy
 from bpkit.testing.checks.recorder import Recording, first_difference
 from bpkit.testing.checks.repeated import OTHER
 from bpkit.testing.checks.report import Findings, Skip
-
-TOGETHER = 3
-"""Usual cases that overlap. Among the usual ones they are the first, so that their random numbers are the same."""
+from bpkit.testing.checks.setup import TOGETHER
 
 
 def overlap(policy: CheckedPolicy, out: Findings) -> None:
@@ -29,7 +27,7 @@ def overlap(policy: CheckedPolicy, out: Findings) -> None:
             f"{policy.name} has a memory across requests (`state_dict`), which overlapping ones share; whether "
             "something of a single request is on `self` cannot be told apart from it"
         )
-    recorder, alone = policy.recorder(drafter), usual[:TOGETHER]
+    recorder, alone = policy.recorder(drafter), usual[:TOGETHER]  # the first, whose random numbers are the same
     seen = [_plain_values(recorder.policy)]  # after every record
     recordings = recorder.record_in_turn(
         [each.case for each in alone], lambda: seen.append(_plain_values(recorder.policy))

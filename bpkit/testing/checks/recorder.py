@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
@@ -11,12 +12,12 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
-import torch
+from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.guard import OutOfRange, PolicyFault, decision
 from bpkit.decode.result import Generation
-from bpkit.policy import overrides
+from bpkit.policy import Policy, overrides
 from bpkit.testing.checks.records import DECIDES, Given, NotedFeatures, copied, differences, most_of
 from bpkit.testing.checks.setup import Case
 from bpkit.testing.checks.surroundings import seed_everything
@@ -74,8 +75,9 @@ class Recording:
     """One generation.
 
     Attributes:
-        drafter: its name in the setup. calls: of the policy, in order.
+        drafter: its name in the setup. calls: of the policy for this request alone, in order.
         made: what was generated, or None if the policy's fault ended it, or if requests overlapped.
+        beside: whether it ran in a batch, beside others.
     """
 
     drafter: str
@@ -83,6 +85,7 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     made: Generation | None = None
     fault: Fault | None = None
+    beside: bool = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -95,7 +98,7 @@ class Recording:
         return [(call.method, call.answer) for call in self.calls if call.answer is not None]
 
     def __str__(self) -> str:
-        return f"drafter {self.drafter}, {self.case}"
+        return f"drafter {self.drafter}, {self.case}{', beside others in a batch' if self.beside else ''}"
 
 
 class Difference(NamedTuple):
@@ -129,7 +132,7 @@ class CallRecorder:
 
     Args:
         decoder: strict. drafter: name of its drafter, for messages.
-        force: block size that is drafted whatever `select` answers, as an engine with limits of its own might.
+        force: block sizes that are drafted by what `select` answers, as of an engine with limits of its own.
         blamed: errors in decoding that are the policy's; with tiny models any is, by what it left behind.
 
     Attributes:
@@ -142,7 +145,7 @@ class CallRecorder:
         decoder: SpeculativeDecoder,
         drafter: str,
         *,
-        force: int | None = None,
+        force: Callable[[Tensor], Tensor] | None = None,
         blamed: type[Exception] = Exception,
     ) -> None:
         self.decoder, self.policy, self.drafter = decoder, decoder.policy, drafter
@@ -153,9 +156,22 @@ class CallRecorder:
         self._calls: list[Call] = []
         self._handed: list[tuple[str, Given, Given]] = []
         self._inside = False
-        for method in ("begin", "predict", "select", "extend", "truncate", "observe", "end"):
-            if method in ("begin", "select", "end") or overrides(self.policy, method):
-                setattr(self.policy, method, functools.partial(self._call, method, getattr(self.policy, method)))
+        methods = ("begin", "predict", "select", "extend", "truncate", "observe", "end")
+        self._listening = {
+            method: functools.partial(self._call, method, getattr(self.policy, method))
+            for method in methods
+            if method in ("begin", "select", "end") or overrides(self.policy, method)
+        }
+        vars(self.policy).update(self._listening)
+
+    def policy_now(self) -> Policy:
+        """A copy of the policy that knows what it knows now, whose calls are not recorded."""
+        for method in self._listening:
+            del vars(self.policy)[method]
+        try:
+            return copy.deepcopy(self.policy)
+        finally:
+            vars(self.policy).update(self._listening)
 
     def record(self, case: Case, *, surroundings: int = 0) -> Recording:
         """Decode; a fault of the policy ends it and is noted. `surroundings` seeds the global generators meanwhile."""
@@ -167,6 +183,20 @@ class CallRecorder:
             recording.fault = _fault_behind(error)
         recording.calls = self._taken()
         return recording
+
+    def record_together(self, cases: Sequence[Case], most: int) -> list[Recording]:
+        """Decode requests in one batch, `most` at a time; the first fault ends them all. Calls are of several rows."""
+        seed_everything(0)
+        recordings = [Recording(self.drafter, case, beside=True) for case in cases]
+        prompts = [case.as_prompt() for case in cases]
+        try:
+            for recording, made in zip(recordings, self.decoder.generate(prompts, batch_size=most), strict=True):
+                recording.made = made
+        except self.blamed as error:
+            for recording in recordings:
+                recording.fault = _fault_behind(error)
+        self._taken()
+        return recordings
 
     def record_in_turn(self, cases: Sequence[Case], after: Callable[[], None]) -> list[Recording]:
         """Decode requests at the same time, a record of each in turn, `after` each; the first fault ends them all."""
@@ -217,7 +247,7 @@ class CallRecorder:
         if method in DECIDES:
             made.answer = decision(method, answer, most)
             if method == "select" and self.force is not None:
-                return torch.full_like(answer, self.force)
+                return self.force(answer)
         return answer
 
     def _hand_over(self, method: str, given: Given) -> Given:

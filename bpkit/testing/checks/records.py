@@ -1,4 +1,4 @@
-"""What a policy is handed, as data: copies of it, what differs from them, one record for several requests."""
+"""What a policy is handed, as data: copies of it, what differs from them, some of its rows."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from bpkit.types import Context, Draft, Feature, Step
 
 Given = Context | Draft | Step
 """What methods of a policy are handed, beside the state."""
 G = TypeVar("G", bound=Given)
-Asked = TypeVar("Asked", bound=Context | Draft)
 DECIDES = ("select", "extend", "truncate")
-FILL = 1
-"""What stands in the padding of a batch: a probability that tempts a policy to trust positions that are not there."""
 
 
 class NotedFeatures(UserDict[Feature, Tensor]):
@@ -54,29 +50,40 @@ def copied(given: G) -> G:
     return changed(given, Tensor.clone)
 
 
-def joined(given: Sequence[G]) -> G:
-    """Records of one request each as one of all, padded to the widest."""
+def some_rows(given: Context | Draft, places: Sequence[int], random: Tensor) -> Context | Draft:
+    """What is asked about some rows, in this order, without padding that they do not need.
 
-    def of(values: Sequence[Any]) -> Any:
-        first = values[0]
-        if any(value is None for value in values):
-            return None
-        if isinstance(first, Tensor):
-            each = [value[0] for value in values]
-            return pad_sequence(each, True, FILL) if first.ndim > 1 else torch.stack(each)
-        if isinstance(first, Mapping):
-            return {name: of([value[name] for value in values]) for name in first}
-        return joined(values) if isinstance(first, Context) else first
+    What `predict` made of the features beside other rows is left out, so that it is asked anew.
 
-    fields = dataclasses.fields(given[0])
-    return dataclasses.replace(given[0], **{e.name: of([getattr(one, e.name) for one in given]) for e in fields})
+    Args:
+        random: state of the generator that they get for their own.
+    """
+
+    def taken(value: Tensor) -> Tensor:
+        return value[list(places)]
+
+    context = changed(given if isinstance(given, Context) else given.context, taken)
+    context.row_ids = tuple(context.row_ids[place] for place in places)
+    context.generator, context.predictions = torch.Generator(), None
+    context.generator.set_state(random)
+    if isinstance(given, Context):
+        return context
+    draft = dataclasses.replace(changed(given, taken), context=context, predictions=None)
+    return draft.first(int(draft.draft_length.max()))
 
 
-def asked_anew(given: Asked, seed: int) -> Asked:
-    """With a generator of its own, and without what `predict` made of the features."""
-    if isinstance(given, Draft):
-        return dataclasses.replace(given, context=asked_anew(given.context, seed), predictions=None)
-    return dataclasses.replace(given, generator=torch.Generator().manual_seed(seed), predictions=None)
+def filled(draft: Draft) -> Draft:
+    """With ones in the padding: probabilities that tempt a policy to trust positions that are not there."""
+    behind = torch.arange(draft.tokens.shape[1]) >= draft.draft_length[:, None]
+
+    def fill(values: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+        return {
+            name: value.masked_fill(behind.view(*behind.shape, *[1] * (value.ndim - 2)), 1)
+            for name, value in values.items()
+        }
+
+    predictions = None if draft.predictions is None else fill(draft.predictions)
+    return dataclasses.replace(draft, features=fill(draft.features), predictions=predictions)
 
 
 def most_of(given: Context | Draft, largest: int) -> list[int]:
@@ -84,9 +91,16 @@ def most_of(given: Context | Draft, largest: int) -> list[int]:
     return [largest] * given.batch_size if isinstance(given, Context) else given.draft_length.tolist()
 
 
-def generator_of(given: Context | Draft) -> torch.Generator:
-    """The policy's random numbers."""
-    return given.generator if isinstance(given, Context) else given.context.generator
+def row_ids(given: Given) -> tuple[int, ...]:
+    """Of the rows, in their order."""
+    return given.context.row_ids if isinstance(given, Draft) else given.row_ids
+
+
+def random_of(given: Given) -> Tensor:
+    """The state of the policy's random numbers; of a step nothing."""
+    if isinstance(given, Step):
+        return torch.empty(0)
+    return (given.context if isinstance(given, Draft) else given).generator.get_state()
 
 
 def differences(before: Given, now: Given) -> list[tuple[str, str, str]]:

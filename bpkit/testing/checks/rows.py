@@ -1,9 +1,8 @@
 """Rows of a batch: a decision does not depend on the requests beside it, and the state of a request goes with it.
 
-Requests that were decoded one by one are laid side by side, in a batch that requests join and leave. Before every call
-the policy is copied, and the copy is asked about each request alone, with the state that the request has had alone:
-both must decide the same, given the same memory. docs/check.md has the rules that follow, and how decisions at random
-are compared.
+Requests are decoded in a batch that they join and leave. Before every call the policy is copied, and the copy is asked
+about each request alone, with the state that the request has had alone: both must decide the same, given the same
+memory. docs/check.md has the rules that follow, and how decisions at random are compared.
 """
 
 from __future__ import annotations
@@ -11,58 +10,66 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
-from bpkit.decode.guard import OutOfRange, decision
+from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.guard import OutOfRange, decision, kind_of
 from bpkit.policy import Policy, State, overrides
 from bpkit.testing.checks import setup
-from bpkit.testing.checks.batched_requests import (
-    BatchedRequest,
-    bad_state,
-    batched,
-    drafts_of,
-    side_by_side,
-    state_rows,
-    steps_of,
-    unlike,
-)
 from bpkit.testing.checks.checked_policy import CheckedPolicy
-from bpkit.testing.checks.recorder import raised
-from bpkit.testing.checks.records import DECIDES, asked_anew, changed, generator_of, most_of, shown
-from bpkit.testing.checks.report import Findings, Skip
-from bpkit.testing.checks.setup import LARGEST
+from bpkit.testing.checks.recorder import CallRecorder, raised
+from bpkit.testing.checks.records import (
+    DECIDES,
+    Given,
+    copied,
+    filled,
+    most_of,
+    random_of,
+    row_ids,
+    same,
+    shown,
+    some_rows,
+)
+from bpkit.testing.checks.report import Findings
+from bpkit.testing.checks.setup import LARGEST, TOGETHER, Case
 from bpkit.testing.checks.surroundings import seed_everything
-from bpkit.types import Context, Draft, Seconds, Step
+from bpkit.testing.checks.usual import compare_with_plain
+from bpkit.types import Draft, Seconds, Step
 
-SCRIPT = ((0, 1, 2), (0, 1, 2), (2, 0, 1), (2, 1), (2, 1, 3), (3, 2, 1), (3, 1), (1, 3, 4), (4, 3, 1), (4, 1), (1, 4))
-"""Which requests are in the batch at every step: first three, then in another order, then some leave and some join."""
+MAX_NEW_TOKENS = (12, 5, 8, 9, 6)
+"""Of the usual cases here, so that requests leave at different steps and others join."""
 SAMPLES, SIGMAS = 64, 5
 """Decisions at random are compared by their means, which may be so many standard errors apart."""
 
 
 def rows(policy: CheckedPolicy, out: Findings) -> None:
-    """Lay the usual recordings of every drafter side by side."""
+    """Decode the usual cases in a batch with every drafter."""
     compared = drawn = 0
-    for drafter, recordings in policy.clean().items():
-        requests = [request for each in recordings if (request := batched(each)).steps]
-        if len(requests) < 3:
-            continue
-        bound = setup.decoder(drafter, policy.fresh(drafter)).policy
-        batch = (BatchOfSharingRows if bound.joint else Batch)(bound, requests, drafter, out)
-        with torch.inference_mode(), contextlib.suppress(Stop):
-            batch.go_through()
-        compared, drawn = compared + batch.compared, drawn + batch.drawn
-        if batch.uncopyable:
+    lengths = zip(policy.cases, MAX_NEW_TOKENS, strict=True)
+    cases = [dataclasses.replace(case, max_new_tokens=most) for case, most in lengths]
+    for drafter in policy.clean():
+        decoder = setup.decoder(drafter, policy.fresh(drafter))
+        recorder = (SharingRowsRecorder if decoder.policy.joint else RowsRecorder)(decoder, drafter, cases, out)
+        recordings = recorder.record_together(cases, TOGETHER)
+        compared, drawn = compared + recorder.compared, drawn + recorder.drawn
+        if recorder.uncopyable:
             out.note(
-                f"{policy.name} cannot be copied ({batch.uncopyable}): it was itself asked about each request alone"
+                f"{policy.name} cannot be copied ({recorder.uncopyable}): it was itself asked about each request alone"
             )
+        fault = recordings[0].fault
+        if fault is not None and not out.failures:
+            did = f"decoded {len(cases)} requests, {TOGETHER} at a time, drafter {drafter}"
+            out.fail(did, f"{policy.name}.{fault.method} serves any number of requests at once", fault.text)
         if out.failures:
+            policy.fails_in_batches = True
             break  # other drafters would show the same
-    if not compared and not drawn and not out.failures:
-        raise Skip("too few requests had steps to be laid side by side")
+        for recording in recordings:
+            compare_with_plain(policy.name, recording, setup.plain(recording.case), out)
     out.said = f"{compared} decisions and states, of requests alone and in a batch that others join and leave"
     if drawn:
         out.note(f"{drawn} decisions drew for each row by itself: compared by the means of many draws, not one by one")
@@ -72,271 +79,272 @@ class Stop(Exception):
     """No more can be said of this batch."""
 
 
-class Batch:
-    """A batch of requests under one policy, and the same requests each alone.
+class Question(NamedTuple):
+    """What the policy is asked about a batch, as it was before it answered.
 
     Attributes:
-        present: requests in the batch, in order. state: theirs together. asked: requests of the call at hand.
-        compared: decisions and states. drawn: decisions that drew and differed. sampled: of these, method and request
+        state: of all rows. random: the state of the generator.
+        policy: a copy that knows what the policy knew, or itself if it cannot be copied.
+    """
+
+    method: str
+    given: Given
+    state: State
+    random: Tensor
+    policy: Policy
+
+    def of(self, places: Sequence[int], random: Tensor | None = None) -> Given:
+        """What is asked about some rows, with a generator of their own."""
+        if isinstance(self.given, Step):
+            return self.given.row(*places)
+        return some_rows(self.given, places, self.random if random is None else random)
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of which the answer counts: those that alone would be asked about, too."""
+        if not isinstance(self.given, Draft):
+            return list(range(len(row_ids(self.given))))
+        least = self.given.tokens.shape[1] if self.method == "extend" else 1
+        return [row for row, length in enumerate(self.given.draft_length.tolist()) if length >= least > 0]
+
+
+class RowsRecorder(CallRecorder):
+    """Beside every call of the runtime, asks copies of the policy about each row alone.
+
+    Args:
+        cases: to be decoded in one batch.
+
+    Attributes:
+        rows: ids of those in the call at hand. first: the lowest id. alone: the state that each has had alone.
+        time: the step at hand, from 1. cut: what is said of block sizes that were cut in it.
+        compared: decisions and states. drawn: decisions that drew and differed. sampled: of these, method and row
             that were asked many times.
-        cut: lengths to which drafts were cut for the question at hand.
         uncopyable: why the policy cannot be copied, if so.
     """
 
-    def __init__(self, policy: Policy, requests: Sequence[BatchedRequest], drafter: str, out: Findings) -> None:
-        self.policy, self.requests, self.drafter, self.out = policy, requests, drafter, out
-        self.present: list[BatchedRequest] = []
-        self.asked: list[BatchedRequest] = []
-        self.state: State = {}
+    def __init__(self, decoder: SpeculativeDecoder, drafter: str, cases: Sequence[Case], out: Findings) -> None:
+        super().__init__(decoder, drafter, force=self._cut if overrides(decoder.policy, "truncate") else None)
+        self.cases, self.out = cases, out
+        self.rows: tuple[int, ...] = ()
+        self.first = sys.maxsize
+        self.alone: dict[int, State] = {}
         self.time, self.compared, self.drawn = 0, 0, 0
-        self.cut: list[int] = []
-        self.sampled: set[tuple[str, setup.Case]] = set()
-        self.uncopyable = ""
+        self.sampled: set[tuple[str, int]] = set()
+        self.cut = self.uncopyable = ""
 
-    def go_through(self) -> None:
-        """Step by step, until no request has a step left. Raises Stop after a failure."""
-        for self.time, places in enumerate(SCRIPT):
-            wanted = [self.requests[place] for place in places if place < len(self.requests)]
-            self._arrange([request for request in wanted if request.done < len(request.steps)])
-            if not self.present:
-                return
-            self._step()
+    def _cut(self, sizes: Tensor) -> Tensor:
+        """Unlike sizes at every other step, so that there is padding even where `select` is constant."""
+        if self.time % 2 == 0:
+            sizes = torch.minimum(sizes, 2 + torch.arange(len(sizes)))
+            self.cut = f", block sizes cut to {sizes.tolist()}"
+        return sizes
 
-    # The batch changes
+    # The batch is asked
 
-    def _arrange(self, wanted: list[BatchedRequest]) -> None:
-        """Let requests leave, reorder the rest, and let new ones join at the end."""
-        staying = [request for request in wanted if request in self.present]
-        joining = [request for request in wanted if request not in self.present]
-        self.asked = [request for request in self.present if request not in wanted]
-        if self.asked:
-            self._call(self.policy, "end", self._rows_of(self.asked))
-        self.state = self._rows_of(staying)
-        if joining:
-            state = self._begin(joining)
-            if staying:  # names that only one of the two states has are lost
-                both = self.state.keys() & state.keys()
-                state = {name: torch.cat([self.state[name], state[name]]) for name in both}
-            self.state = state
-        self.present = self.asked = [*staying, *joining]
+    def _recorded(self, method: str, original: Callable[..., Any], *arguments: Any) -> Any:
+        if method == "end":
+            with self._blaming(method):
+                return super()._recorded(method, original, *arguments)
+        *states, given = arguments
+        self.rows = row_ids(given)
+        self.first = min(self.first, *self.rows)
+        if method == "select":
+            self.time, self.cut = self.time + 1, ""
+        if isinstance(given, Draft):
+            given = filled(given)
+        question = self._question(method, given, states)
+        with self._blaming(method):
+            seed_everything(self.time)
+            answer = super()._recorded(method, original, *states, given)
+        state = answer if method == "begin" else states[0]
+        wrong = bad_state(state, len(self.rows))
+        if wrong is not None:
+            expected = "a dict of tensors whose first axis is the batch, so that rows can leave and join"
+            self._fail(f"{self._did(method)} and looked at the state", expected, wrong)
+        self._compare_rows(question, state, random_of(given))
+        return answer
 
-    def _rows_of(self, requests: list[BatchedRequest]) -> State:
-        return state_rows(self.state, [self.present.index(request) for request in requests])
+    def _question(self, method: str, given: Given, states: list[State]) -> Question:
+        policy = self.policy
+        if not self.uncopyable:
+            try:
+                policy = self.policy_now()
+            except Exception as error:
+                self.uncopyable = f"{type(error).__name__}: {error}"
+        return Question(method, copied(given), copy.deepcopy(states[0]) if states else {}, random_of(given), policy)
 
-    def _begin(self, joining: list[BatchedRequest]) -> State:
-        """New requests begin: together, and each alone."""
-        self.asked = joining
-        copies = [self._copy() for _ in joining]
-        state: State = self._call(self.policy, "begin", side_by_side([each.begin for each in joining], self.time))
-        self._whole("begin", state)
-        for place, (request, alone) in enumerate(zip(joining, copies, strict=True)):
-            request.alone = self._call(alone, "begin", side_by_side([request.begin], self.time))
-            self._same_state("begin", request, state_rows(state, [place]))
-        return state
+    @property
+    def answer(self) -> list[int]:
+        """What the policy answered last, of all rows."""
+        answer = self._calls[-1].answer
+        assert answer is not None
+        return answer
 
-    # One step
+    # Each row is asked about
 
-    def _step(self) -> None:
-        contexts = [request.step.context for request in self.present]
-        self._decide("select", side_by_side(contexts, self.time), [side_by_side([c], self.time) for c in contexts])
-        together, alone = self._drafts([request.step.draft for request in self.present])
-        if together is not None:
-            if overrides(self.policy, "extend") and together.context.spec.work.may_end_early:
-                for count in (1, 3):
-                    begun = [None if d is None or int(d.draft_length) < count else d.first(count) for d in alone]
-                    self._decide("extend", together.first(count), begun)
-            if overrides(self.policy, "truncate"):
-                self._decide("truncate", together, alone)
-                self._cut_short()
-        seen = [request.step.step for request in self.present if request.step.step is not None]
-        if len(seen) == len(self.present):
-            self._observe(seen)
-        for request in self.present:
-            request.done += 1
+    def _compare_rows(self, question: Question, state: State, random: Tensor) -> None:
+        """What is decided of each row, and what its state is after it began and after a step."""
+        if question.method in DECIDES:
+            self._decided(question, state, drew=not torch.equal(question.random, random))
+        elif question.method == "begin":
+            for place, row in enumerate(self.rows):
+                self.alone[row] = self._ask(question, question.of([place]), {}, row)
+                self._same_state(question, place, state)
+        else:
+            self._observed(question, state)
 
-    def _drafts(self, drafts: Sequence[Draft | None]) -> tuple[Draft | None, list[Draft | None]]:
-        """Those of the requests at this step as one, and each by itself."""
-        contexts = [request.step.context for request in self.present]
-        each = [drafts_of([c], [d], self.time) for c, d in zip(contexts, drafts, strict=True)]
-        return drafts_of(contexts, drafts, self.time), each
-
-    def _cut_short(self) -> None:
-        """Ask `truncate` about drafts of unlike lengths, so that there is padding even where `select` is constant.
-
-        Policy and states are copies, which then are dropped: these drafts are not those that the steps tell of.
-        """
-        count = len(self.present)
-        together, alone = self._drafts(
-            [request.step.cut(1 + (place + self.time) % count) for place, request in enumerate(self.present)]
-        )
-        policy = self._copy()
-        if self.uncopyable or together is None or together.tokens.shape[1] == int(together.draft_length.min()):
-            return
-        other = copy.copy(self)
-        other.policy, other.state, other.cut = policy, copy.deepcopy(self.state), together.draft_length.tolist()
-        other.present = [dataclasses.replace(each, alone=copy.deepcopy(each.alone)) for each in self.present]
-        other._decide("truncate", together, alone)
-        self.compared, self.drawn = other.compared, other.drawn
-
-    def _decide(self, method: str, given: Context | Draft, alone: Sequence[Context | Draft | None]) -> None:
-        """Ask about the batch and about each request; None where it would not be asked alone."""
-        copies, unasked, state = [self._copy() for _ in alone], self._copy(), copy.deepcopy(self.state)
-        answer, drew = self._answer(self.policy, method, self.state, given)
-        self._whole(method, self.state)
-        for place, (request, policy, single) in enumerate(zip(self.present, copies, alone, strict=True)):
-            if single is None:
-                continue
-            state_alone = copy.deepcopy(request.alone)
-            [expected], _ = self._answer(policy, method, request.alone, single, request)
-            if answer[place] == expected:
+    def _decided(self, question: Question, state: State, *, drew: bool) -> None:
+        method, answers = question.method, self.answer
+        for place in question.counts:
+            row, before = self.rows[place], copy.deepcopy(self.alone[self.rows[place]])
+            [expected] = self._ask(question, question.of([place]), self.alone[row], row)
+            if answers[place] == expected:
                 self.compared += 1
             elif not drew:
-                got = f"in the batch it answered {answer[place]} for it"
-                self._differs(method, request, f"{expected}, as alone", got)
+                got = f"in the batch it answered {answers[place]} for it"
+                self._differs(method, row, f"{expected}, as alone", got)
             else:
                 self.drawn += 1
-                if (method, request.case) not in self.sampled:
-                    self.sampled.add((method, request.case))
-                    self._sample(method, request, unasked, (state, given, place), (state_alone, single, 0))
+                self.alone[row] = state_rows(state, [place])  # what was drawn may be in it
+                if (method, row) not in self.sampled:
+                    self.sampled.add((method, row))
+                    self._sample(question, place, before)
 
-    def _sample(
-        self, method: str, request: BatchedRequest, policy: Policy, *questions: tuple[State, Context | Draft, int]
-    ) -> None:
-        """Decisions at random: the same question many times over, together and alone, must give the same mean.
-
-        A question is a state, what is asked about, and the row whose answer counts.
-        """
-        draws: list[int] = []
-        for state, given, place in questions:
+    def _sample(self, question: Question, place: int, alone: State) -> None:
+        """Decisions at random: the same question many times over, together and alone, must give the same mean."""
+        row, draws = self.rows[place], list[int]()
+        for places, state in ((range(len(self.rows)), question.state), ([place], alone)):
             for _ in range(SAMPLES):
-                generator_of(given).manual_seed(len(draws))
-                asked = policy if self.uncopyable else copy.deepcopy(policy)
-                draws.append(self._answer(asked, method, copy.deepcopy(state), given)[0][place])
+                random = torch.Generator().manual_seed(len(draws)).get_state()
+                answers = self._ask(question, question.of(places, random), copy.deepcopy(state), row)
+                draws.append(answers[places.index(place)])
         ours, theirs = torch.tensor(draws, dtype=torch.float64).view(2, SAMPLES)
         error = float(((ours.var() + theirs.var()) / SAMPLES).sqrt())
         if abs(float(ours.mean() - theirs.mean())) > SIGMAS * error + 1e-9:
             self._differs(
-                method,
-                request,
+                question.method,
+                row,
                 f"decisions at random have the mean {float(theirs.mean()):.2f} of {SAMPLES} draws, as alone",
                 f"in the batch the mean is {float(ours.mean()):.2f}, more than {SIGMAS} standard errors away",
             )
 
-    def _observe(self, seen: Sequence[Step]) -> None:
-        """Feed a step back; the time of it is everyone's, or an equal part of it each one's."""
-        copies, whole = [self._copy() for _ in self.present], self._observe_together(seen)
-        part = Seconds(*(seconds / len(seen) for seconds in dataclasses.astuple(whole)))
-        for place, (request, policy) in enumerate(zip(self.present, copies, strict=True)):
-            before, mine = copy.deepcopy(request.alone), state_rows(self.state, [place])
-            self._call(policy, "observe", request.alone, steps_of([seen[place]], part))
-            if unlike(mine, request.alone) is not None:
-                self._call(self._copy(), "observe", before, steps_of([seen[place]], whole))
-                if unlike(mine, before) is None:
-                    request.alone = before
-            self._same_state("observe", request, mine)
+    def _observed(self, question: Question, state: State) -> None:
+        """The time of a step is everyone's, or an equal part of it each one's."""
+        for place, row in enumerate(self.rows):
+            step, before = cast("Step", question.of([place])), self.alone[row]
+            part = Seconds(*(seconds / len(self.rows) for seconds in dataclasses.astuple(step.seconds)))
+            for seconds in (step.seconds, part):
+                self.alone[row] = copy.deepcopy(before)
+                self._ask(question, dataclasses.replace(step, seconds=seconds), self.alone[row], row)
+                if unlike(state_rows(state, [place]), self.alone[row]) is None:
+                    break
+            self._same_state(question, place, state)
 
-    def _observe_together(self, seen: Sequence[Step]) -> Seconds:
-        whole = sum((step.seconds for step in seen), Seconds())
-        self._call(self.policy, "observe", self.state, steps_of(seen, whole))
-        self._whole("observe", self.state)
-        return whole
-
-    # What is expected
-
-    def _same_state(self, method: str, request: BatchedRequest, mine: State) -> None:
-        name = unlike(mine, request.alone)
+    def _same_state(self, question: Question, place: int, state: State) -> None:
+        row, mine = self.rows[place], state_rows(state, [place])
+        name = unlike(mine, self.alone[row])
         if name is not None:
-            had, got = (shown(state[name], 80) for state in (request.alone, mine))
+            had, got = (shown(each[name], 80) for each in (self.alone[row], mine))
             alone = f"state[{name!r}] = {had}, as alone"
-            self._differs(method, request, alone, f"in the batch its row of state[{name!r}] is {got}")
+            self._differs(question.method, row, alone, f"in the batch its row of state[{name!r}] is {got}")
         self.compared += 1
 
-    def _differs(self, method: str, request: BatchedRequest, expected: str, got: str) -> None:
+    def _ask(self, question: Question, given: Given, state: State, row: int | None) -> Any:
+        """What a copy of the policy answers about some rows, decisions as numbers; `row` is the one that is alone."""
+        method, policy = question.method, question.policy
+        if not self.uncopyable:
+            policy = copy.deepcopy(policy)
+        seed_everything(self.time)  # the same for everyone: other randomness is another check's
+        with self._blaming(method, row):
+            answer = getattr(policy, method)(*([] if method == "begin" else [state]), given)
+            if isinstance(given, Step) or method == "begin":
+                return answer
+            return decision(method, answer, most_of(given, LARGEST))
+
+    # What is said
+
+    def _differs(self, method: str, row: int, expected: str, got: str) -> None:
         self._fail(
-            f"{self._did(method)}; then called it for request {request.case.short} alone",
+            f"{self._did(method)}; then called it for request {self._case(row)} alone",
             f"for that request {expected}: rows of a batch are strangers",
             f"{got}. Keep to the row: reduce over the last axes only, mind `draft.draft_length` (what is "
-            "beyond it is padding), make every name of the state in `begin`; `joint = True` if rows share a budget",
+            "beyond it is padding), make every name of the state in `begin`; `context.running` says how many run; "
+            "`joint = True` if rows share a budget",
         )
 
-    def _whole(self, method: str, state: object) -> None:
-        """The state is a dict of tensors, batch axis first."""
-        wrong = bad_state(state, len(self.asked))
-        if wrong is not None:
-            expected = "a dict of tensors whose first axis is the batch, so that rows can leave and join"
-            self._fail(f"{self._did(method)} and looked at the state", expected, wrong)
+    @contextlib.contextmanager
+    def _blaming(self, method: str, row: int | None = None) -> Iterator[None]:
+        """What is raised inside is the policy's fault."""
+        try:
+            yield
+        except Exception as error:
+            name, text = f"{type(self.policy).__name__}.{method}", raised(error)
+            expected = f"{name} serves any number of requests at once: every tensor has a batch axis"
+            if isinstance(error, OutOfRange) and method == "truncate":
+                expected = f"{name} verifies 0 .. draft.draft_length of each row, whatever lengths the others have"
+                text += ": beyond draft.draft_length is padding; use torch.minimum(answer, draft.draft_length)"
+            then = "" if row is None else f"; then called it for request {self._case(row)} alone"
+            self._fail(f"{self._did(method)}{then}", expected, text)
 
     def _did(self, method: str) -> str:
-        listed = ", ".join(request.case.short for request in self.asked)
-        cut = f", the drafts cut to {self.cut} tokens" if self.cut else ""
-        name, step = type(self.policy).__name__, self.time + 1
-        return f"called {name}.{method} for a batch (step {step}, drafter {self.drafter}) of {listed}{cut}"
+        listed = ", ".join(map(self._case, self.rows))
+        name = type(self.policy).__name__
+        return f"called {name}.{method} for a batch (step {self.time}, drafter {self.drafter}) of {listed}{self.cut}"
+
+    def _case(self, row: int) -> str:
+        """Row ids follow the order of the cases."""
+        return self.cases[row - self.first].short
 
     def _fail(self, did: str, expected: str, got: str) -> None:
         self.out.fail(did, expected, got)
         raise Stop
 
-    # Calls
 
-    def _copy(self) -> Policy:
-        """A copy that knows what the policy knows now; the policy itself if it cannot be copied."""
-        if not self.uncopyable:
-            try:
-                return copy.deepcopy(self.policy)
-            except Exception as error:
-                self.uncopyable = f"{type(error).__name__}: {error}"
-        return self.policy
+class SharingRowsRecorder(RowsRecorder):
+    """Rows that share a budget: only their order must not matter."""
 
-    def _answer(
-        self, policy: Policy, method: str, state: State, given: Context | Draft, alone: BatchedRequest | None = None
-    ) -> tuple[list[int], bool]:
-        """The answer as numbers, and whether it drew."""
-        before = generator_of(given).get_state()
-        answer: list[int] = self._call(policy, method, state, given, alone=alone)
-        return answer, not torch.equal(before, generator_of(given).get_state())
-
-    def _call(self, policy: Policy, method: str, *arguments: Any, alone: BatchedRequest | None = None) -> Any:
-        """What a method returns; a decision as numbers. `alone` is the request that is asked about by itself."""
-        seed_everything(self.time)  # the same for everyone: other randomness is another check's
-        most = most_of(arguments[-1], LARGEST) if method in DECIDES else []
-        try:
-            answer = getattr(policy, method)(*arguments)
-            return decision(method, answer, most) if method in DECIDES else answer
-        except Exception as error:
-            name, text = f"{type(policy).__name__}.{method}", raised(error)
-            expected = f"{name} serves any number of requests at once: every tensor has a batch axis"
-            if isinstance(error, OutOfRange) and method == "truncate":
-                expected = f"{name} verifies 0 .. draft.draft_length of each row, whatever lengths the others have"
-                text += ": beyond draft.draft_length is padding; use torch.minimum(answer, draft.draft_length)"
-            then = "" if alone is None else f"; then called it for request {alone.case.short} alone"
-            self._fail(f"{self._did(method)}{then}", expected, text)
-
-
-class BatchOfSharingRows(Batch):
-    """Rows that share a budget: their order must not matter."""
-
-    def _decide(self, method: str, given: Context | Draft, alone: Sequence[Context | Draft | None]) -> None:
-        """Ask about the batch, and about the same batch the other way round."""
-        places = list(range(len(self.present)))[::-1]
-        policy, state = self._copy(), state_rows(self.state, places)
-        answer, drew = self._answer(self.policy, method, self.state, given)
-        self._whole(method, self.state)
-        reverse = asked_anew(changed(given, lambda value: value[places]), self.time)
-        other, _ = self._answer(policy, method, state, reverse)
-        expected = answer[::-1]
+    def _compare_rows(self, question: Question, state: State, random: Tensor) -> None:
+        """Ask about the same batch the other way round."""
+        if question.method not in DECIDES:
+            return
+        places, expected = range(len(self.rows))[::-1], self.answer[::-1]
+        other = self._ask(question, question.of(places), state_rows(question.state, places), None)
         if other == expected:
-            self.compared += len(answer)
-        elif drew:
-            self.drawn += len(answer)
+            self.compared += len(other)
+        elif not torch.equal(question.random, random):
+            self.drawn += len(other)
         else:
             self._fail(
-                f"{self._did(method)}, then for the same requests in reverse",
+                f"{self._did(question.method)}, then for the same requests in reverse",
                 f"the same decisions in reverse, {expected}: `joint = True` lets rows share, not know their places",
-                f"it answered {answer}, and in reverse {other}",
+                f"it answered {expected[::-1]}, and in reverse {other}",
             )
 
-    def _observe(self, seen: Sequence[Step]) -> None:
-        self._observe_together(seen)
 
-    def _same_state(self, method: str, request: BatchedRequest, mine: State) -> None:
-        """Rows that share may have states that do."""
+def state_rows(state: State, places: Sequence[int]) -> State:
+    """Some rows of a state, in this order."""
+    return {name: value[list(places)].clone() for name, value in state.items()}
+
+
+def bad_state(state: object, rows: int) -> str | None:
+    """What keeps a state from being moved row by row."""
+    if not isinstance(state, dict):
+        return f"the state is {kind_of(state)}, not a dict of tensors"
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            return f"state[{name!r}] is {kind_of(value)}, not a tensor: the runtime cannot move rows of it"
+        if value.ndim == 0 or value.shape[0] != rows:
+            return f"state[{name!r}] has shape {list(value.shape)} for {rows} requests: the batch axis comes first"
+    return None
+
+
+def unlike(one: State, other: State) -> str | None:
+    """The name of a tensor that differs by more than rounding, if there is one in both."""
+    for name in one.keys() & other.keys():
+        a, b = one[name], other[name]
+        if a.shape == b.shape and a.is_floating_point() and b.is_floating_point():
+            if not torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
+                return name
+        elif not same(a, b):
+            return name
+    return None

@@ -28,6 +28,8 @@ LARGEST = 2 * TRAINED_BLOCK_SIZE
 DFLASH, ASSISTANT, AGREEABLE, NGRAM = "block-diffusion", "autoregressive", "agreeable", "n-gram"
 USUAL = (DFLASH, ASSISTANT, AGREEABLE)
 """Drafters that a policy is checked with, if they give what it wants. The n-gram drafter is for edge cases."""
+TOGETHER = 3
+"""Requests that run at a time, where several do."""
 PROMPTS = ("x = 1", "def f(a, b):", "id,name\n1,Ada\n", "The sum is", "aaaa")
 
 COST = CostTable(
@@ -55,6 +57,10 @@ class Case:
     def options(self) -> dict[str, Any]:
         """Of `SpeculativeDecoder.generate`."""
         return {name: value for name, value in asdict(self).items() if name != "prompt" and value is not None}
+
+    def as_prompt(self) -> dict[str, Any]:
+        """As one of many prompts of `SpeculativeDecoder.generate`."""
+        return {"prompt": self.prompt, **self.options()}
 
     @property
     def short(self) -> str:
