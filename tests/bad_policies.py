@@ -397,6 +397,17 @@ class NetworkTooWide(LearnedPolicy):
 # Not bad
 
 
+class SizeInState(Four):
+    """Each request keeps a size of its own."""
+
+    def begin(self, context: Context) -> State:
+        return {"size": 2 + context.context_length % 7}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        size: Tensor = state["size"]
+        return size
+
+
 class Learned(LearnedPolicy):
     """In a file of one's own, with a network and no more."""
 

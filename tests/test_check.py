@@ -7,24 +7,29 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from bpkit import Policy, PolicyError
 from bpkit.cli.main import build_app
+from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.verify import Coupled, Verdict
 from bpkit.registry.discovery import registry
 from bpkit.testing import PolicyCheckError, check_policy, policy_checks
 from bpkit.testing.checks import checked_policy, setup
+from bpkit.testing.checks import report as check_report
 from bpkit.testing.checks.check import report_on
 from bpkit.testing.checks.fresh_weights import FreshWeights
 from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.setup import AGREEABLE, COST, DFLASH
+from bpkit.types import Draft
 
 bad: Any = importlib.import_module("bad_policies")  # beside this file, which is no package
 BAD_FILE = Path(bad.__file__)
@@ -118,7 +123,7 @@ def test_every_check_has_a_policy_that_fails_it() -> None:
 def test_other_tokens_than_those_of_plain_decoding_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Coupled.verify
 
-    def trusting(self: Coupled, logits: Any, draft: Any, width: Sequence[int]) -> Verdict:
+    def trusting(self: Coupled, logits: Tensor, draft: Draft, width: Sequence[int]) -> Verdict:
         verdict = original(self, logits, draft, width)
         if len(width) > 1 or width[0] < 2:
             return verdict
@@ -129,6 +134,61 @@ def test_other_tokens_than_those_of_plain_decoding_are_found(monkeypatch: pytest
     result = report_on("fixed:4", skip=set(NAMES) - {"lossless"})["lossless"]
     assert result.state == "failed"
     assert "tokens of plain decoding (`fixed:1`)" in str(result)
+
+
+def rows_of(policy: Any) -> check_report.Result:
+    return report_on(policy, skip=set(NAMES) - {"rows"})["rows"]
+
+
+def test_other_tokens_beside_others_than_alone_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Coupled.verify
+
+    def swapping(self: Coupled, logits: Tensor, draft: Draft, width: Sequence[int]) -> Verdict:
+        verdict = original(self, logits, draft, width)
+        return verdict if len(width) == 1 else verdict._replace(tokens=verdict.tokens.flip(0))
+
+    monkeypatch.setattr(Coupled, "verify", swapping)
+    monkeypatch.setattr(checked_policy, "USUAL", (DFLASH,))
+    result = rows_of("fixed:4")
+    assert result.state == "failed"
+    assert "at most 5 new tokens, beside others in a batch" in str(result)
+    assert "tokens of plain decoding (`fixed:1`)" in str(result)
+
+
+def test_state_that_does_not_move_with_its_row_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checked_policy, "USUAL", (DFLASH,))
+    assert rows_of(bad.SizeInState).state == "passed"
+    original = GuardedPolicy.keep
+    monkeypatch.setattr(GuardedPolicy, "keep", lambda self, rows: original(self, sorted(rows)))
+    result = rows_of(bad.SizeInState)
+    assert result.state == "failed"
+    assert "called SizeInState.select for a batch" in str(result)
+
+
+def test_requests_join_and_leave_and_their_order_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noting(bad.SizeInState):
+        batches: ClassVar[list[tuple[int, ...]]] = []
+
+        def select(self, state: Any, context: Any) -> Any:
+            if context.batch_size == context.running > 1:
+                self.batches.append(context.row_ids)
+            return super().select(state, context)
+
+    monkeypatch.setattr(checked_policy, "USUAL", (DFLASH,))
+    assert rows_of(Noting).state == "passed"
+    batches = [tuple(row - min(Noting.batches[0]) for row in rows) for rows in dict.fromkeys(Noting.batches)]
+    assert {row for rows in batches for row in rows} == {0, 1, 2, 3, 4}
+    assert any(list(rows) != sorted(rows) for rows in batches)
+
+
+def test_one_that_cannot_be_copied_is_asked_itself() -> None:
+    class Locked(bad.Four):
+        def bind(self, decoder: Any, cost: Any = None) -> None:
+            self.lock = threading.Lock()
+
+    result = rows_of(Locked)
+    assert result.state == "passed"
+    assert "Locked cannot be copied (TypeError" in result.notes[0]
 
 
 @pytest.mark.slow

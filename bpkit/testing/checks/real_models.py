@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import torch
@@ -14,7 +13,7 @@ from bpkit.policy import Policy
 from bpkit.prompts import Prompt
 from bpkit.testing.checks.recorder import CallRecorder, Recording
 from bpkit.testing.checks.report import Findings, Result
-from bpkit.testing.checks.setup import Case, plainly
+from bpkit.testing.checks.setup import TOGETHER, Case, plainly
 from bpkit.testing.checks.surroundings import undisturbed
 from bpkit.testing.checks.timing import beside_a_step, micro
 from bpkit.testing.checks.usual import compare_with_plain
@@ -48,8 +47,7 @@ def check_models(
     exact = decoder.target.dtype == torch.float32
     recordings: list[Recording] = []
     steps: list[float] = []
-    for (place, prompt), temperature in itertools.product(enumerate(prompts), TEMPERATURES):
-        recording = recorder.record(Case(prompt.text, temperature, seed, place, MAX_NEW_TOKENS))
+    for recording in _recordings(recorder, prompts, seed):
         if recording.made is None:
             assert recording.fault is not None
             out.fail(
@@ -59,7 +57,8 @@ def check_models(
             )
             return out.result(NAME, SUMMARY)
         compare_with_plain(name, recording, plainly(plain, recording.case), out, exact=exact)
-        steps += [step.seconds.total - step.seconds.policy for step in recording.made.steps]
+        if not recording.beside:
+            steps += [step.seconds.total - step.seconds.policy for step in recording.made.steps]
         recordings.append(recording)
         progress()
     if steps:
@@ -69,3 +68,13 @@ def check_models(
     tokens = sum(len(recording.tokens) for recording in recordings)
     out.said = f"{len(recordings)} generations, {tokens} tokens, target {spec.target}, drafter {spec.drafter}"
     return out.result(NAME, SUMMARY)
+
+
+def _recordings(recorder: CallRecorder, prompts: Sequence[Prompt], seed: int) -> Iterator[Recording]:
+    """Greedy ones alone, sampled ones in a batch."""
+    greedy, sampled = (
+        [Case(prompt.text, temperature, seed, place, MAX_NEW_TOKENS) for place, prompt in enumerate(prompts)]
+        for temperature in TEMPERATURES
+    )
+    yield from map(recorder.record, greedy)
+    yield from recorder.record_together(sampled, TOGETHER)

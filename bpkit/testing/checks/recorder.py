@@ -191,6 +191,8 @@ class CallRecorder:
         prompts = [case.as_prompt() for case in cases]
         try:
             for recording, made in zip(recordings, self.decoder.generate(prompts, batch_size=most), strict=True):
+                if made.error is not None:
+                    raise made.error
                 recording.made = made
         except self.blamed as error:
             for recording in recordings:

@@ -41,8 +41,8 @@ from bpkit.testing.checks.surroundings import seed_everything
 from bpkit.testing.checks.usual import compare_with_plain
 from bpkit.types import Draft, Seconds, Step
 
-MAX_NEW_TOKENS = (12, 5, 8, 9, 6)
-"""Of the usual cases here, so that requests leave at different steps and others join."""
+MAX_NEW_TOKENS = (5, 12, 8, 9, 6)
+"""Of the usual cases here, so that requests leave at different steps, others join and rows change places."""
 SAMPLES, SIGMAS = 64, 5
 """Decisions at random are compared by their means, which may be so many standard errors apart."""
 
@@ -79,7 +79,7 @@ class Stop(Exception):
     """No more can be said of this batch."""
 
 
-class Question(NamedTuple):
+class BatchCall(NamedTuple):
     """What the policy is asked about a batch, as it was before it answered.
 
     Attributes:
@@ -152,7 +152,7 @@ class RowsRecorder(CallRecorder):
             self.time, self.cut = self.time + 1, ""
         if isinstance(given, Draft):
             given = filled(given)
-        question = self._question(method, given, states)
+        call = self._before(method, given, states)
         with self._blaming(method):
             seed_everything(self.time)
             answer = super()._recorded(method, original, *states, given)
@@ -161,17 +161,17 @@ class RowsRecorder(CallRecorder):
         if wrong is not None:
             expected = "a dict of tensors whose first axis is the batch, so that rows can leave and join"
             self._fail(f"{self._did(method)} and looked at the state", expected, wrong)
-        self._compare_rows(question, state, random_of(given))
+        self._compare_rows(call, state, random_of(given))
         return answer
 
-    def _question(self, method: str, given: Given, states: list[State]) -> Question:
+    def _before(self, method: str, given: Given, states: list[State]) -> BatchCall:
         policy = self.policy
         if not self.uncopyable:
             try:
                 policy = self.policy_now()
             except Exception as error:
                 self.uncopyable = f"{type(error).__name__}: {error}"
-        return Question(method, copied(given), copy.deepcopy(states[0]) if states else {}, random_of(given), policy)
+        return BatchCall(method, copied(given), copy.deepcopy(states[0]) if states else {}, random_of(given), policy)
 
     @property
     def answer(self) -> list[int]:
@@ -182,22 +182,22 @@ class RowsRecorder(CallRecorder):
 
     # Each row is asked about
 
-    def _compare_rows(self, question: Question, state: State, random: Tensor) -> None:
+    def _compare_rows(self, call: BatchCall, state: State, random: Tensor) -> None:
         """What is decided of each row, and what its state is after it began and after a step."""
-        if question.method in DECIDES:
-            self._decided(question, state, drew=not torch.equal(question.random, random))
-        elif question.method == "begin":
+        if call.method in DECIDES:
+            self._decided(call, state, drew=not torch.equal(call.random, random))
+        elif call.method == "begin":
             for place, row in enumerate(self.rows):
-                self.alone[row] = self._ask(question, question.of([place]), {}, row)
-                self._same_state(question, place, state)
+                self.alone[row] = self._ask(call, call.of([place]), {}, row)
+                self._same_state(call, place, state)
         else:
-            self._observed(question, state)
+            self._observed(call, state)
 
-    def _decided(self, question: Question, state: State, *, drew: bool) -> None:
-        method, answers = question.method, self.answer
-        for place in question.counts:
+    def _decided(self, call: BatchCall, state: State, *, drew: bool) -> None:
+        method, answers = call.method, self.answer
+        for place in call.counts:
             row, before = self.rows[place], copy.deepcopy(self.alone[self.rows[place]])
-            [expected] = self._ask(question, question.of([place]), self.alone[row], row)
+            [expected] = self._ask(call, call.of([place]), self.alone[row], row)
             if answers[place] == expected:
                 self.compared += 1
             elif not drew:
@@ -208,50 +208,50 @@ class RowsRecorder(CallRecorder):
                 self.alone[row] = state_rows(state, [place])  # what was drawn may be in it
                 if (method, row) not in self.sampled:
                     self.sampled.add((method, row))
-                    self._sample(question, place, before)
+                    self._sample(call, place, before)
 
-    def _sample(self, question: Question, place: int, alone: State) -> None:
+    def _sample(self, call: BatchCall, place: int, alone: State) -> None:
         """Decisions at random: the same question many times over, together and alone, must give the same mean."""
         row, draws = self.rows[place], list[int]()
-        for places, state in ((range(len(self.rows)), question.state), ([place], alone)):
+        for places, state in ((range(len(self.rows)), call.state), ([place], alone)):
             for _ in range(SAMPLES):
                 random = torch.Generator().manual_seed(len(draws)).get_state()
-                answers = self._ask(question, question.of(places, random), copy.deepcopy(state), row)
+                answers = self._ask(call, call.of(places, random), copy.deepcopy(state), row)
                 draws.append(answers[places.index(place)])
         ours, theirs = torch.tensor(draws, dtype=torch.float64).view(2, SAMPLES)
         error = float(((ours.var() + theirs.var()) / SAMPLES).sqrt())
         if abs(float(ours.mean() - theirs.mean())) > SIGMAS * error + 1e-9:
             self._differs(
-                question.method,
+                call.method,
                 row,
                 f"decisions at random have the mean {float(theirs.mean()):.2f} of {SAMPLES} draws, as alone",
                 f"in the batch the mean is {float(ours.mean()):.2f}, more than {SIGMAS} standard errors away",
             )
 
-    def _observed(self, question: Question, state: State) -> None:
+    def _observed(self, call: BatchCall, state: State) -> None:
         """The time of a step is everyone's, or an equal part of it each one's."""
         for place, row in enumerate(self.rows):
-            step, before = cast("Step", question.of([place])), self.alone[row]
+            step, before = cast("Step", call.of([place])), self.alone[row]
             part = Seconds(*(seconds / len(self.rows) for seconds in dataclasses.astuple(step.seconds)))
             for seconds in (step.seconds, part):
                 self.alone[row] = copy.deepcopy(before)
-                self._ask(question, dataclasses.replace(step, seconds=seconds), self.alone[row], row)
+                self._ask(call, dataclasses.replace(step, seconds=seconds), self.alone[row], row)
                 if unlike(state_rows(state, [place]), self.alone[row]) is None:
                     break
-            self._same_state(question, place, state)
+            self._same_state(call, place, state)
 
-    def _same_state(self, question: Question, place: int, state: State) -> None:
+    def _same_state(self, call: BatchCall, place: int, state: State) -> None:
         row, mine = self.rows[place], state_rows(state, [place])
         name = unlike(mine, self.alone[row])
         if name is not None:
             had, got = (shown(each[name], 80) for each in (self.alone[row], mine))
             alone = f"state[{name!r}] = {had}, as alone"
-            self._differs(question.method, row, alone, f"in the batch its row of state[{name!r}] is {got}")
+            self._differs(call.method, row, alone, f"in the batch its row of state[{name!r}] is {got}")
         self.compared += 1
 
-    def _ask(self, question: Question, given: Given, state: State, row: int | None) -> Any:
+    def _ask(self, call: BatchCall, given: Given, state: State, row: int | None) -> Any:
         """What a copy of the policy answers about some rows, decisions as numbers; `row` is the one that is alone."""
-        method, policy = question.method, question.policy
+        method, policy = call.method, call.policy
         if not self.uncopyable:
             policy = copy.deepcopy(policy)
         seed_everything(self.time)  # the same for everyone: other randomness is another check's
@@ -303,19 +303,19 @@ class RowsRecorder(CallRecorder):
 class SharingRowsRecorder(RowsRecorder):
     """Rows that share a budget: only their order must not matter."""
 
-    def _compare_rows(self, question: Question, state: State, random: Tensor) -> None:
+    def _compare_rows(self, call: BatchCall, state: State, random: Tensor) -> None:
         """Ask about the same batch the other way round."""
-        if question.method not in DECIDES:
+        if call.method not in DECIDES:
             return
         places, expected = range(len(self.rows))[::-1], self.answer[::-1]
-        other = self._ask(question, question.of(places), state_rows(question.state, places), None)
+        other = self._ask(call, call.of(places), state_rows(call.state, places), None)
         if other == expected:
             self.compared += len(other)
-        elif not torch.equal(question.random, random):
+        elif not torch.equal(call.random, random):
             self.drawn += len(other)
         else:
             self._fail(
-                f"{self._did(question.method)}, then for the same requests in reverse",
+                f"{self._did(call.method)}, then for the same requests in reverse",
                 f"the same decisions in reverse, {expected}: `joint = True` lets rows share, not know their places",
                 f"it answered {expected[::-1]}, and in reverse {other}",
             )
