@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.decode.guard import OutOfRange, decision, kind_of
+from bpkit.decode.guard import OutOfRange, decision
 from bpkit.policy import Policy, State, overrides
 from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import CheckedPolicy
@@ -31,18 +31,19 @@ from bpkit.testing.checks.records import (
     most_of,
     random_of,
     row_ids,
-    same,
     shown,
     some_rows,
 )
 from bpkit.testing.checks.report import Findings
 from bpkit.testing.checks.setup import LARGEST, TOGETHER, Case
+from bpkit.testing.checks.states import bad_state, state_rows, unlike
 from bpkit.testing.checks.surroundings import seed_everything
 from bpkit.testing.checks.usual import compare_with_plain
 from bpkit.types import Draft, Seconds, Step
 
 MAX_NEW_TOKENS = (5, 12, 8, 9, 6)
 """Of the usual cases here, so that requests leave at different steps, others join and rows change places."""
+SERVES_ANY_NUMBER = "serves any number of requests at once: every tensor has a batch axis"
 SAMPLES, SIGMAS = 64, 5
 """Decisions at random are compared by their means, which may be so many standard errors apart."""
 
@@ -64,7 +65,7 @@ def rows(policy: CheckedPolicy, out: Findings) -> None:
         fault = recordings[0].fault
         if fault is not None and not out.failures:
             did = f"decoded {len(cases)} requests, {TOGETHER} at a time, drafter {drafter}"
-            out.fail(did, f"{policy.name}.{fault.method} serves any number of requests at once", fault.text)
+            out.fail(did, f"{policy.name}.{fault.method} {SERVES_ANY_NUMBER}", fault.text)
         if out.failures:
             policy.fails_in_batches = True
             break  # other drafters would show the same
@@ -117,8 +118,8 @@ class RowsRecorder(CallRecorder):
     Attributes:
         rows: ids of those in the call at hand. first: the lowest id. alone: the state that each has had alone.
         time: the step at hand, from 1. cut: what is said of block sizes that were cut in it.
-        compared: decisions and states. drawn: decisions that drew and differed. sampled: of these, method and row
-            that were asked many times.
+        compared: decisions and states of rows beside others. drawn: decisions that drew and differed.
+        sampled: of these, method and row that were asked many times.
         uncopyable: why the policy cannot be copied, if so.
     """
 
@@ -199,7 +200,7 @@ class RowsRecorder(CallRecorder):
             row, before = self.rows[place], copy.deepcopy(self.alone[self.rows[place]])
             [expected] = self._ask(call, call.of([place]), self.alone[row], row)
             if answers[place] == expected:
-                self.compared += 1
+                self.compared += len(self.rows) > 1
             elif not drew:
                 got = f"in the batch it answered {answers[place]} for it"
                 self._differs(method, row, f"{expected}, as alone", got)
@@ -247,7 +248,7 @@ class RowsRecorder(CallRecorder):
             had, got = (shown(each[name], 80) for each in (self.alone[row], mine))
             alone = f"state[{name!r}] = {had}, as alone"
             self._differs(call.method, row, alone, f"in the batch its row of state[{name!r}] is {got}")
-        self.compared += 1
+        self.compared += len(self.rows) > 1
 
     def _ask(self, call: BatchCall, given: Given, state: State, row: int | None) -> Any:
         """What a copy of the policy answers about some rows, decisions as numbers; `row` is the one that is alone."""
@@ -279,7 +280,7 @@ class RowsRecorder(CallRecorder):
             yield
         except Exception as error:
             name, text = f"{type(self.policy).__name__}.{method}", raised(error)
-            expected = f"{name} serves any number of requests at once: every tensor has a batch axis"
+            expected = f"{name} {SERVES_ANY_NUMBER}"
             if isinstance(error, OutOfRange) and method == "truncate":
                 expected = f"{name} verifies 0 .. draft.draft_length of each row, whatever lengths the others have"
                 text += ": beyond draft.draft_length is padding; use torch.minimum(answer, draft.draft_length)"
@@ -310,7 +311,7 @@ class SharingRowsRecorder(RowsRecorder):
         places, expected = range(len(self.rows))[::-1], self.answer[::-1]
         other = self._ask(call, call.of(places), state_rows(call.state, places), None)
         if other == expected:
-            self.compared += len(other)
+            self.compared += len(other) if len(other) > 1 else 0
         elif not torch.equal(call.random, random):
             self.drawn += len(other)
         else:
@@ -319,32 +320,3 @@ class SharingRowsRecorder(RowsRecorder):
                 f"the same decisions in reverse, {expected}: `joint = True` lets rows share, not know their places",
                 f"it answered {expected[::-1]}, and in reverse {other}",
             )
-
-
-def state_rows(state: State, places: Sequence[int]) -> State:
-    """Some rows of a state, in this order."""
-    return {name: value[list(places)].clone() for name, value in state.items()}
-
-
-def bad_state(state: object, rows: int) -> str | None:
-    """What keeps a state from being moved row by row."""
-    if not isinstance(state, dict):
-        return f"the state is {kind_of(state)}, not a dict of tensors"
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            return f"state[{name!r}] is {kind_of(value)}, not a tensor: the runtime cannot move rows of it"
-        if value.ndim == 0 or value.shape[0] != rows:
-            return f"state[{name!r}] has shape {list(value.shape)} for {rows} requests: the batch axis comes first"
-    return None
-
-
-def unlike(one: State, other: State) -> str | None:
-    """The name of a tensor that differs by more than rounding, if there is one in both."""
-    for name in one.keys() & other.keys():
-        a, b = one[name], other[name]
-        if a.shape == b.shape and a.is_floating_point() and b.is_floating_point():
-            if not torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
-                return name
-        elif not same(a, b):
-            return name
-    return None
