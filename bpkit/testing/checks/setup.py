@@ -20,6 +20,7 @@ from bpkit.prompts import Prompt
 from bpkit.testing.models import TRAINED_BLOCK_SIZE, tiny_pair
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.cost import CostTable
+from bpkit.trace.cost.table import RowsTable
 from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 
@@ -32,14 +33,22 @@ TOGETHER = 3
 """Requests that run at a time, where several do."""
 PROMPTS = ("x = 1", "def f(a, b):", "id,name\n1,Ada\n", "The sum is", "aaaa")
 
-COST = CostTable(
-    name="made up for checks",
-    draft={size: 0.004 + 0.0002 * size for size in range(2, LARGEST + 1)},
-    catch_up={1: 0.0, 2: 0.0001, 64: 0.005},
-    features={size: 0.0001 * size for size in range(2, LARGEST + 1)},
-    verify={width: {64: 0.010 + 0.0006 * width, 640: 0.012 + 0.0007 * width} for width in range(1, LARGEST + 2)},
-    rest=0.001,
-)
+
+def _tables(times: float) -> dict[str, Any]:
+    """Seconds of a step by phase, `times` those of one row."""
+    sizes, widths = range(2, LARGEST + 1), range(1, LARGEST + 2)
+    return {
+        "draft": {size: times * (0.004 + 0.0002 * size) for size in sizes},
+        "catch_up": {1: 0.0, 2: times * 0.0001, 64: times * 0.005},
+        "features": {size: times * 0.0001 * size for size in sizes},
+        "verify": {
+            width: {64: times * (0.010 + 0.0006 * width), 640: times * (0.012 + 0.0007 * width)} for width in widths
+        },
+        "rest": 0.001,
+    }
+
+
+COST = CostTable(name="made up for checks", **_tables(1), rows={TOGETHER: RowsTable(**_tables(1.5))})
 """Seconds that steps are said to take, so that a policy that learns from time decides the same on every machine."""
 
 
