@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bpkit.names import did_you_mean
 
@@ -55,6 +55,11 @@ class Sampling(_Section):
         return options
 
 
+def _switched(value: Any) -> Any:
+    """YAML reads `on` and `off` as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class Runtime(_Section):
     """Where and how the models run."""
 
@@ -65,6 +70,8 @@ class Runtime(_Section):
     """None: a GPU if there is one."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Of torch. `auto`: torch's own choice, and in the bench the best count that it finds."""
+    capture: Annotated[Literal["auto", "off", "on"], BeforeValidator(_switched)] = "auto"
+    """Whether passes are captured in CUDA graphs. `auto`: where there is CUDA and the models allow it."""
     cost: str | None = None
     """What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset."""
 

@@ -56,7 +56,7 @@ def load_decoder(
             config.target,
             config.drafter,
             chosen,
-            **config.runtime.model_dump(include={"dtype", "device", "rule"}),
+            **config.runtime.model_dump(include={"dtype", "device", "rule", "capture"}),
             cost=cost,
             observers=watchers,
         )

@@ -96,6 +96,10 @@ _COST = (
     "What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset "
     "(`bpkit calibrate --list-presets`)."
 )
+_CAPTURE = (
+    "Capture passes in CUDA graphs: `auto`, where there is CUDA and the models allow it; `off`; or `on`, which is an "
+    "error where they do not."
+)
 _OBSERVE = "Tell this observer of every step, as `bpkit observers` lists them: `jsonl:path=steps.jsonl`; repeat."
 RULE = {"rule": _runtime(str, _RULE, "RULE", completes=completion.rules)}
 COST = {"cost": _runtime(str, _COST, "FILE|PRESET", completes=completion.presets)}
@@ -103,6 +107,7 @@ PLACE = {
     "device": _runtime(str, "Such as `cpu` or `cuda`; by default a GPU if there is one.", "DEVICE"),
     "dtype": _runtime(str, _DTYPE, "DTYPE", completes=lambda: ["auto", "float32", "bfloat16", "float16"]),
 }
+CAPTURE = {"capture": _runtime(str, _CAPTURE, "MODE", completes=lambda: ["auto", "off", "on"])}
 
 
 def threads(said: str = _THREADS) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def seed(said: str) -> dict[str, Any]:
 
 
 OBSERVE = {"observe": _runtime(list[str], _OBSERVE, "SPEC", completes=completion.observers)}
-RUNTIME = RULE | PLACE | threads() | COST | OBSERVE
+RUNTIME = RULE | PLACE | CAPTURE | threads() | COST | OBSERVE
 
 
 # Options that commands name themselves.

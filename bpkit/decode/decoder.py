@@ -26,6 +26,7 @@ from bpkit.assets import model_name, shipped
 from bpkit.decode.admission import Admission
 from bpkit.decode.attention import use_grouped_attention
 from bpkit.decode.caller_batch import each_row, left_padding, of_row, refuse_shared, sequences
+from bpkit.decode.capture import Capture, Mode
 from bpkit.decode.clock import Clock, GuardedClock, WallClock
 from bpkit.decode.drafter import Drafter
 from bpkit.decode.host import to_host
@@ -85,6 +86,9 @@ class SpeculativeDecoder:
             it goes by a cost model.
         observers: told of every step (`bpkit observers` lists them): instances, or what
             `bpkit.decode.observers.resolve_observer` takes.
+        capture: whether passes are captured in CUDA graphs: `auto`, where there is CUDA and they can be; `off`; or
+            `on`, which refuses a target whose passes cannot be. Without a GPU `on` does all but the capture itself,
+            for tests. Or what another decoder of this target captures, its `capture`.
 
     Raises:
         PolicyError: unknown policy or option, or a policy that wants what this drafter cannot provide.
@@ -105,6 +109,7 @@ class SpeculativeDecoder:
         max_block_size: int | None = None,
         cost: CostModel | None = None,
         observers: Sequence[ObserverLike] | Observers = (),
+        capture: Mode | Capture = "auto",
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"there is no verify rule {rule!r}; the rules are: {', '.join(RULES)}")
@@ -129,6 +134,8 @@ class SpeculativeDecoder:
             stateful=session_class(self.model).stateful,
             work=self._drafter_work(),
         )
+        serves = session_class(self.model)
+        self.capture = capture if isinstance(capture, Capture) else Capture(capture, target, self.model, serves)
         self.policy, self.policy_name = self._bound(policy), written(policy)
         self._written_policy, self._written_drafter = policy, drafter
         self._kept = KeptDecoders()
@@ -196,6 +203,7 @@ class SpeculativeDecoder:
             max_block_size=self.spec.max_block_size if drafter is None else None,
             cost=self.cost if drafter is None else None,
             observers=self.observers,
+            capture=self.capture,
         )
 
     def _for_call(self, policy: PolicyLike | None, drafter: DrafterLike | None) -> SpeculativeDecoder:
@@ -488,11 +496,13 @@ class SpeculativeDecoder:
         )
         session.wrapper = self.target if self.target is not self.model else None
         session.inputs = [request.inputs for request in requests]
+        drafting = self.drafter.begin(text)
+        self.capture.attach(session, self.drafter, drafting)
         return Rows(
             requests,
             text,
             TimedTarget(session, shared.watch),
-            TimedDrafter(self.drafter.begin(text), shared.watch),
+            TimedDrafter(drafting, shared.watch),
             RULES[self.rule](Samplers([request.sampler for request in requests])),
             shared,
             requests[0].generator,

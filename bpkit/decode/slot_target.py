@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from bpkit.decode.attention import NAME
+from bpkit.decode.capture import Graphs, Input, counts_of
 from bpkit.decode.inputs import ModelInputs
 from bpkit.decode.masks import added, causal
 from bpkit.decode.slots import Reading, SlotCache
@@ -51,6 +52,8 @@ class SlotTarget(LiveTarget):
 
     shares_passes = True
     stateful = False
+    graphs: Graphs | None = None
+    """Passes that are captured, where some are."""
 
     def __init__(self, model: PreTrainedModel, *, rows: int, capacity: int, slots: int, **wanted: Any) -> None:
         super().__init__(model, **wanted)
@@ -75,7 +78,8 @@ class SlotTarget(LiveTarget):
         return of_prefill(self._read(tokens, counts, logits_to_keep=1, **inputs))
 
     def verify(self, tokens: Tensor, counts: Sequence[int]) -> TargetOutput:
-        return self._read(tokens, counts, logits_to_keep=0)
+        replayed = None if self.graphs is None else self._replay(self.graphs, tokens, counts)
+        return self._read(tokens, counts, logits_to_keep=0) if replayed is None else replayed
 
     def rollback(self, counts: Sequence[int]) -> None:
         cache = self.slot_cache
@@ -99,6 +103,34 @@ class SlotTarget(LiveTarget):
         cache.held = [held + count for held, count in zip(cache.held, counts, strict=True)]
         return self._output(output, tokens.device)
 
+    def _replay(self, graphs: Graphs, tokens: Tensor, counts: Sequence[int]) -> TargetOutput | None:
+        """The same out of a graph, or None where there is none for such a pass."""
+        beside_tokens = any(row is not None and row.following for row in self.inputs)
+        shape = None if beside_tokens else graphs.shape(self, tokens.shape[1])
+        if shape is None:
+            return None
+        cache = self.slot_cache
+        cache.refuse_overflow(counts)
+        replayed = graphs.run(
+            shape,
+            tuple(self._wanted),
+            [Input(tokens, (shape.rows, *shape.widths)), counts_of([cache.held], shape.rows, [0])],
+            lambda tokens, held: self._outputs(tokens, cache.reading(held[0], tokens.shape[1], shape.end)),
+            (tokens.shape[0], tokens.shape[1]),
+            lambda: self._outputs(tokens, cache.place(tokens.shape[1], counts, tokens.device))[0],
+        )
+        if replayed is None:
+            return None
+        cache.held = [held + count for held, count in zip(cache.held, counts, strict=True)]
+        logits, features, last_hidden = replayed
+        assert logits is not None
+        return TargetOutput(logits, features, last_hidden)
+
+    def _outputs(self, tokens: Tensor, reading: Reading) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits, features and last hidden states of a pass that reads nothing beside tokens."""
+        made = self._output(self._run(Pass(tokens, reading, self._inputs(reading, tokens, {})), 0), tokens.device)
+        return made.logits, made.features, made.last_hidden
+
     def _run(self, prepared: Pass, logits_to_keep: int) -> Any:
         """The pass itself: everything that it needs has been made before."""
         self.slot_cache.begin(prepared.reading)
@@ -111,19 +143,22 @@ class SlotTarget(LiveTarget):
         )
 
     def _prepared(self, tokens: Tensor, counts: Sequence[int], inputs: dict[str, Any]) -> Pass:
-        width, device = tokens.shape[1], tokens.device
-        reading = self.slot_cache.place(width, counts, device)
-        inputs.update(self._following(width))
+        reading = self.slot_cache.place(tokens.shape[1], counts, tokens.device)
+        inputs.update(self._following(tokens.shape[1]))
+        return Pass(tokens, reading, self._inputs(reading, tokens, inputs))
+
+    def _inputs(self, reading: Reading, tokens: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With positions and masks."""
         if self.counts_positions and "position_ids" not in inputs:
             positions = reading.places
             if positions is None:
-                positions = torch.arange(reading.end - width, reading.end, device=device)[None]
+                positions = torch.arange(reading.end - tokens.shape[1], reading.end, device=tokens.device)[None]
             if self.positions is not None:
                 positions = positions.clamp(max=self.positions - 1)  # of padding: the table ends there
             inputs["position_ids"] = positions
         if reading.places is not None:
             inputs["attention_mask"] = self._masks(reading.places, reading)
-        return Pass(tokens, reading, inputs)
+        return inputs
 
     def _following(self, width: int) -> dict[str, Tensor]:
         """What the rows' own inputs are at the next `width` tokens, [rows, width].

@@ -153,24 +153,40 @@ class SlotCache(Cache):
         super().__init__(layers=layers)
         self.slot_layers = [layer for layer in layers if isinstance(layer, SlotLayer)]
 
+    @property
+    def room(self) -> tuple[int, int]:
+        """Slots and their capacity; while it is the same, so are the addresses of what was written."""
+        return self.slots, self.capacity
+
+    @property
+    def written(self) -> bool:
+        """Whether a pass has written to it."""
+        return all(layer.is_initialized for layer in self.slot_layers)
+
     def place(self, width: int, counts: Sequence[int], device: torch.device) -> Reading:
         """Say where the next pass writes, of which `counts` tokens of each row count. Reads nothing from the device.
 
         Raises:
             ValueError: a row has more tokens than its slot has room for.
         """
+        self.refuse_overflow(counts)
         fewest, most = min(self.held), max(self.held)
+        end = min(most + width, self.capacity + 1)
+        if fewest == most and most + width <= self.capacity:
+            return Reading(len(self.held), most, None, None, (fewest, most), end)
+        return self.reading(_sent(self.held, device), width, end, (fewest, most))
+
+    def reading(self, held: Tensor, width: int, end: int, lengths: tuple[int, int] = (0, 0)) -> Reading:
+        """Of rows that hold so many tokens, int64 [rows], on the device. Without `lengths` any counts may be in it."""
+        places = (held[:, None] + torch.arange(width, device=held.device)).clamp_(max=self.capacity)
+        rows = torch.arange(len(held), device=held.device)[:, None]
+        return Reading(len(held), None, places, rows, lengths, end)
+
+    def refuse_overflow(self, counts: Sequence[int]) -> None:
+        """Raise ValueError if a row that reads so many tokens has more than its slot has room for."""
         longest = max(held + count for held, count in zip(self.held, counts, strict=True))
         if longest > self.capacity:
             raise ValueError(f"a row comes to {longest} tokens and its slot has room for {self.capacity}")
-        end = min(most + width, self.capacity + 1)
-        start = most if fewest == most and most + width <= self.capacity else None
-        places = rows = None
-        if start is None:
-            held = _sent(self.held, device)[:, None]
-            places = (held + torch.arange(width, device=device)).clamp_(max=self.capacity)
-            rows = torch.arange(len(self.held), device=device)[:, None]
-        return Reading(len(self.held), start, places, rows, (fewest, most), end)
 
     def begin(self, reading: Reading) -> None:
         """The next pass is this one."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bpkit.assets import shipped
+from bpkit.decode.capture import Graphs, Input, counts_of
 from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.pretrained import device_of, hub_options, move, refuse_other_weights, working_dtype
 from bpkit.decode.sampling import Draw
@@ -98,10 +99,13 @@ class BlockDiffusionSession:
     is written where no row looks. A row that does not draft while others do is read along.
     """
 
+    graphs: Graphs | None = None
+    """Passes that are captured, where some are."""
+
     def __init__(self, drafter: BlockDiffusionDrafter, text: RunningText) -> None:
         self.drafter, self.text = drafter, text
         rows, capacity = len(text.rows), text.max_length + drafter.max_block_size
-        self.cache = SlotCache(drafter.model.config, rows=rows, slots=rows, capacity=capacity)
+        self.slot_cache = SlotCache(drafter.model.config, rows=rows, slots=rows, capacity=capacity)
         self.waiting: list[list[Tensor]] = [[] for _ in text.rows]
 
     def advance(self, features: Sequence[Tensor] | None) -> None:
@@ -110,42 +114,94 @@ class BlockDiffusionSession:
             waiting.append(more)
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        hidden, read = self._denoise(block_size)
-        counts = [size - 1 for size in block_size]
-        tokens, scores = draw(self.drafter.score(hidden[:, 1:]), counts)
-        return Proposal(tokens, scores, hidden[:, 1:], counts, read)
+        context = self._context()
+        made = None if self.graphs is None else self._replay(self.graphs, context, block_size)
+        if made is None:
+            hidden = self._denoise(context, block_size)
+            made = hidden, self.drafter.score(hidden)
+        read, counts = self._took(context), [size - 1 for size in block_size]
+        hidden, logits = made
+        tokens, scores = draw(logits, counts)
+        return Proposal(tokens, scores, hidden, counts, max(read))
 
     def keep(self, rows: Sequence[int]) -> None:
-        self.cache.keep(rows)
+        self.slot_cache.keep(rows)
         self.waiting = [self.waiting[row] for row in rows]
 
     def join(self, other: BlockDiffusionSession) -> None:
         # Their prompts are read before: in one pass with the others', all rows would be padded to the longest.
-        nothing = [waiting[0][:0].clone() for waiting in other.waiting]
-        other._denoise([1] * len(nothing))
-        self.cache.join(other.cache)
-        self.waiting += [[none] for none in nothing]
+        context = other._context()
+        other._denoise(context, [1] * len(context))
+        other._took(context)
+        self.slot_cache.join(other.slot_cache)
+        self.waiting += [[features[:0].clone()] for features in context]
 
-    def _denoise(self, block_size: Sequence[int]) -> tuple[Tensor, int]:
-        """Read what waits and pass each row's block through the model.
+    def _context(self) -> list[Tensor]:
+        """Features of each row that wait, [count, layers * hidden]."""
+        return [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
+
+    def _took(self, context: Sequence[Tensor]) -> list[int]:
+        """Note that a pass has read these features; how many there were of each row."""
+        read = [len(features) for features in context]
+        self.slot_cache.held = [held + count for held, count in zip(self.slot_cache.held, read, strict=True)]
+        self.waiting = [[] for _ in read]
+        return read
+
+    def _denoise(self, context: Sequence[Tensor], block_size: Sequence[int]) -> Tensor:
+        """Pass each row's new context and block through the model.
 
         Returns:
-            hidden states of the blocks, [rows, largest block, hidden], and how much was read of the row that had most.
+            hidden states of the blocks without their anchors, [rows, largest block - 1, hidden].
         """
-        context = [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
-        read, anchor, model = [len(features) for features in context], self.text.anchor, self.drafter.model
-        masks = anchor.new_full((len(read), max(block_size) - 1), model.config.mask_token_id)
-        reading, inputs = padded_pass(self.cache, read, block_size, model.device)
-        self.cache.begin(reading)
+        read, device = [len(features) for features in context], self.drafter.model.device
+        reading, inputs = padded_pass(self.slot_cache, read, block_size, device)
+        features = padded([features[None] for features in context])
+        return self._pass(self.text.anchor, max(block_size), features, reading, inputs)
+
+    def _replay(
+        self, graphs: Graphs, context: Sequence[Tensor], block_size: Sequence[int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same out of a graph, with the target's logits; None where there is none for such a pass."""
+        read = [len(features) for features in context]
+        shape = graphs.shape(self, max(read), max(block_size))
+        if shape is None:
+            return None
+        cache, features, anchor = self.slot_cache, padded([features[None] for features in context]), self.text.anchor
+        most, width = shape.widths
+
+        def passed(anchor: Tensor, features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self._pass(anchor, width, features, *_own_places(cache, counts, most, width, shape.end))
+            return hidden, self.drafter.score(hidden)
+
+        replayed = graphs.run(
+            shape,
+            (),
+            [
+                Input(anchor, (shape.rows, 1)),
+                Input(features, (shape.rows, most, features.shape[2])),
+                counts_of([cache.held, read, block_size], shape.rows, fill=[0, 0, 1]),
+            ],
+            passed,
+            (len(read), max(block_size) - 1),
+        )
+        return cast("tuple[Tensor, Tensor] | None", replayed)
+
+    def _pass(self, anchor: Tensor, width: int, context: Tensor, reading: Reading, inputs: Mapping[str, Any]) -> Tensor:
+        """Hidden states of blocks without their anchors, [rows, width - 1, hidden].
+
+        Args:
+            anchor: int64 [rows, 1]. width: of the blocks. context: features, [rows, count, layers * hidden].
+        """
+        model = self.drafter.model
+        masks = anchor.new_full((len(anchor), width - 1), model.config.mask_token_id)
+        self.slot_cache.begin(reading)
         hidden: Tensor = model(
             noise_embeds=self.drafter.embed(torch.cat([anchor, masks], dim=1)),
-            context_hidden_states=padded([features[None] for features in context]),
-            past_key_values=self.cache,
+            context_hidden_states=context,
+            past_key_values=self.slot_cache,
             **inputs,
         ).last_hidden_state
-        self.cache.held = [held + count for held, count in zip(self.cache.held, read, strict=True)]
-        self.waiting = [[] for _ in read]
-        return hidden, max(read)
+        return hidden[:, 1:]
 
 
 def padded_pass(
@@ -162,23 +218,31 @@ def padded_pass(
     context, width = max(read), max(block_size)
     if all(len(set(counts)) == 1 for counts in (cache.held, read, block_size)):
         return cache.place(context + width, [context + width] * len(read), device), {}
-    held, new, size = torch.tensor([cache.held, read, block_size], device=device)[..., None]
-    column = torch.arange(context + width, device=device)
+    ends = [sum(row) for row in zip(cache.held, read, block_size, strict=True)]
+    counts = torch.tensor([cache.held, read, block_size], device=device)
+    return _own_places(cache, counts, context, width, max(ends), (min(cache.held), max(cache.held)))
+
+
+def _own_places(
+    cache: SlotCache, counts: Tensor, context: int, width: int, end: int, lengths: tuple[int, int] = (0, 0)
+) -> tuple[Reading, dict[str, Any]]:
+    """The same where rows differ.
+
+    Args:
+        counts: positions that each row holds, of its new context and of its block, int64 [3, rows], on the device.
+        context, width: to which the last two are padded. end: columns that are read.
+        lengths: as in `Reading`.
+    """
+    held, new, size = counts[..., None]
+    column = torch.arange(context + width, device=counts.device)
     in_block = column - context
     own = torch.where(in_block < 0, column, new + in_block)
-    counts = torch.where(in_block < 0, column < new, in_block < size)
-    ends = [sum(row) for row in zip(cache.held, read, block_size, strict=True)]
-    reading = Reading(
-        rows=len(read),
-        start=None,
-        places=torch.where(counts, held + own, cache.capacity),
-        row_indices=torch.arange(len(read), device=device)[:, None],
-        lengths=(min(cache.held), max(cache.held)),
-        end=max(ends),
-    )
+    real = torch.where(in_block < 0, column < new, in_block < size)
+    rows = torch.arange(len(held), device=counts.device)[:, None]
+    reading = Reading(len(held), None, torch.where(real, held + own, cache.capacity), rows, lengths, end)
     return reading, {
-        "attention_mask": (torch.arange(reading.end, device=device) < held + new + size)[:, None, None],
+        "attention_mask": (torch.arange(end, device=counts.device) < held + new + size)[:, None, None],
         # Padding has the position of the block's last token and sees what that sees: no query is left without a key.
         "position_ids": held + own.minimum(new + size - 1),
-        "key_end": reading.end,
+        "key_end": end,
     }

@@ -88,6 +88,8 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
             strict=True,
             max_block_size=like.spec.max_block_size,
             cost=like.cost,
+            # There are no graphs here. Where no real device is taken for this one, all but the capture can be run.
+            capture="off" if torch.cuda.is_available() else "on" if like.capture.mode == "on" else "off",
         )
 
     def count(self, decoder: SpeculativeDecoder, prompt: str | Tensor, **options: Any) -> DeviceReads:
