@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that share the tests. Each takes up to 3 GB.
 WORKERS ?= 2
 
-.PHONY: help demo test test-fast runtimes packages afternoon exported docs lint format clean
+.PHONY: help demo test test-fast gpu runtimes packages afternoon exported docs lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: $(VENV)/.ready  ## every test, in some seven minutes on two cores
 
 test-fast: $(VENV)/.ready  ## without the tests marked `slow`: under two minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
+
+gpu: $(VENV)/.ready  ## what a GPU gives: texts, step times, graphs; eight minutes, without network; tiny sizes on a CPU
+	$(BIN)/python -m recipes.gpu --json build/gpu.json
 
 runtimes: $(VENV)/.ready build/runtimes/.ready  ## try the exported policies in other runtimes (needs npm and g++)
 	BPKIT_RUNTIMES=all $(BIN)/python -m pytest tests/test_export_runtimes.py

@@ -25,6 +25,7 @@ from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from bpkit.decode.slots import STEP, SlotCache
@@ -136,19 +137,12 @@ class Capture:
             RuntimeError: it waits for the device or does something else that cannot be captured.
         """
         side, device, graph = self._side, self.model.device, torch.cuda.CUDAGraph()
-        current, checked = torch.cuda.current_stream(device), torch.cuda.get_sync_debug_mode()
+        current = torch.cuda.current_stream(device)
         # The outer context restores the stream where the capture fails.
         with torch.cuda.device(device), torch.cuda.stream(current):
             side.wait_stream(current)
-            with torch.cuda.stream(side):
-                run()  # libraries initialise themselves
-                try:  # what would make a capture fail is found before one has begun
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        torch.cuda.set_sync_debug_mode("error")
-                    run()
-                finally:
-                    torch.cuda.set_sync_debug_mode(checked)
+            with torch.cuda.stream(side), _NoWaiting():
+                run()  # libraries initialise themselves; what would make a capture fail is found before one has begun
             current.wait_stream(side)
             with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 outputs = run()
@@ -212,7 +206,9 @@ class Graphs:
                 graph = Graph(inputs, function, self.model.device, self.capture)
             except RuntimeError as error:
                 said = str(error).splitlines()
-                self._stop(f"{type(self.model).__name__} raised {type(error).__name__}: {said[0] if said else ''}")
+                self._stop(
+                    f"{type(self.model).__name__} cannot be captured: {said[0] if said else type(error).__name__}"
+                )
                 return None
             self.kept[shape, wanted] = graph
         rows, width = size
@@ -279,21 +275,21 @@ class Graph:
     def __init__(self, inputs: Sequence[Input], function: Function, device: torch.device, capture: Capture) -> None:
         self.buffers = [torch.zeros(one.shape, dtype=one.given.dtype, device=device) for one in inputs]
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.outputs: Outputs | None = None
+        self.outputs: Outputs
         self._fill(inputs)
         if capture.real:
             self.graph, self.outputs = capture.record(lambda: function(*self.buffers))
+        else:
+            with _NoWaiting():
+                self.outputs = function(*self.buffers)
 
     def replay(self, inputs: Sequence[Input], function: Function) -> Outputs:
         """The outputs, which the next replay overwrites."""
         self._fill(inputs)
-        if self.graph is not None and self.outputs is not None:
+        if self.graph is not None:
             self.graph.replay()
             return self.outputs
-        made = function(*self.buffers)
-        if self.outputs is None:
-            self.outputs = made
-        for kept, new in zip(self.outputs, made, strict=True):
+        for kept, new in zip(self.outputs, function(*self.buffers), strict=True):
             if kept is not None and new is not None:
                 kept.copy_(new)
         return self.outputs
@@ -304,6 +300,25 @@ class Graph:
             if given.device.type == "cpu" and buffer.device.type == "cuda" and torch.cuda.is_available():
                 given = given.pin_memory()  # else the copy waits for the device
             buffer[tuple(map(slice, given.shape))].copy_(given, non_blocking=True)
+
+
+class _NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises RuntimeError where the host waits for what the device has computed, inside a `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, result = func._schema.name.removeprefix("aten::"), func(*args, **(kwargs or {}))
+        devices = {value.device for value in (*args, result) if isinstance(value, Tensor)}
+        copies = name in ("_to_copy", "copy_") and len(devices) > 1
+        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in _WAITS or copies or by_mask:
+            raise RuntimeError(f"{name} waits for the device in the middle of a pass")
+        return result
+
+
+_WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2"}
 
 
 def counts_of(numbers: Sequence[Sequence[int]], rows: int, fill: Sequence[int]) -> Input:

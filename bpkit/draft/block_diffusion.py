@@ -239,7 +239,7 @@ def _own_places(
     own = torch.where(in_block < 0, column, new + in_block)
     real = torch.where(in_block < 0, column < new, in_block < size)
     rows = torch.arange(len(held), device=counts.device)[:, None]
-    reading = Reading(len(held), None, torch.where(real, held + own, cache.capacity), rows, lengths, end)
+    reading = Reading(len(held), None, (held + own).masked_fill(~real, cache.capacity), rows, lengths, end)
     return reading, {
         "attention_mask": (torch.arange(end, device=counts.device) < held + new + size)[:, None, None],
         # Padding has the position of the block's last token and sees what that sees: no query is left without a key.
