@@ -210,7 +210,7 @@ def test_the_block_diffusion_cache_holds_the_context_features_of_the_decided_tok
         # What the drafter has read, and what waits, together are the decided tokens without the anchor.
         features = features_of(pair, opened.ids[:, :-1])
         assert (waiting - features[0, drafted:]).abs().max() < CLOSE
-        assert session.cache.held == [drafted]
+        assert session.slot_cache.held == [drafted]
         assert session.text.anchor.equal(opened.ids[:, -1:])
         if drafted:
             wanted = DynamicCache()
@@ -221,11 +221,11 @@ def test_the_block_diffusion_cache_holds_the_context_features_of_the_decided_tok
                     past_key_values=wanted,
                 )
             wanted.crop(-1)
-            check_same_cache(session.cache.row(0), wanted)
+            check_same_cache(session.slot_cache.row(0), wanted)
         drew = isinstance(record, Step) and int(record.block_size) > 1
         assert drafted == (before.shape[1] - 1 if drew else drafted_before)
         before, drafted_before = opened.ids, drafted
-    assert session_of(opened.rows.drafter).cache.held[0] > 0
+    assert session_of(opened.rows.drafter).slot_cache.held[0] > 0
 
 
 def counted_calls(model: PreTrainedModel) -> tuple[list[int], Any]:
@@ -276,7 +276,7 @@ def test_drafting_resumes_after_steps_of_size_1_as_if_it_had_never_paused(pair: 
                 session.advance([features[0, end - 1 : end]])
         one, other = (session.draft([8], no_noise(text), None) for session in (steady, pausing))
     assert_same_proposal(one, other)
-    check_same_cache(steady.cache.row(0), pausing.cache.row(0))
+    check_same_cache(steady.slot_cache.row(0), pausing.slot_cache.row(0))
 
 
 def session_of(timed: Any) -> Any:
