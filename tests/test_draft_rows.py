@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
@@ -112,19 +112,23 @@ class Batch:
 
     def room(self, row: Row) -> int:
         """Tokens that an assistant has positions for; how far it reads, it must end there."""
-        limit: int | None = getattr(self.drafter, "positions", None)
+        assert isinstance(self.drafter, AutoregressiveDrafter)
+        assert isinstance(self.session, AutoregressiveSession)
+        limit = self.drafter.positions
         if limit is None:
             return LARGEST
-        assert isinstance(self.session, AutoregressiveSession)
         assert max(self.session.held) <= limit
         return max(0, limit - row.text.length + 1)
+
+    def draft_together(self, sizes: list[int], go_on: GoOn | None) -> Proposal:
+        return self.session.draft(sizes, Draw(Samplers([row.samplers[0] for row in self.rows])), go_on)
 
     def draft(self, sizes: list[int], go_on: Callable[[Sequence[Row]], GoOn] | None) -> list[list[int]]:
         """Draft together and alone; the same tokens are drafted, of each row."""
         if max(sizes) == 1:
             return [[] for _ in sizes]
         asked = go_on(self.rows) if go_on else None
-        made = self.session.draft(sizes, Draw(Samplers([row.samplers[0] for row in self.rows])), asked)
+        made = self.draft_together(sizes, asked)
         assert len(made.counts) == made.tokens.shape[0] == len(sizes)
         drafted = []
         for place, (row, size) in enumerate(zip(self.rows, sizes, strict=True)):
@@ -272,3 +276,49 @@ def test_assistants_of_many_kinds_draft_for_each_row_as_if_it_were_alone(pair: T
 
 def test_ngrams_of_rows_are_those_of_each_alone(pair: TinyPair) -> None:
     assert sum(run(NgramDrafter(), pair, seed) for seed in range(6)) > 6
+
+
+def one_row(drafter: Drafter, pair: TinyPair, model: nn.Module) -> list[dict[str, Any]]:
+    """What a drafter's model is called with while one row drafts 3 tokens, of which 1 stands, then all, then none."""
+    calls: list[dict[str, Any]] = []
+    hook = model.register_forward_pre_hook(lambda _, args, inputs: calls.append(inputs), with_kwargs=True)
+    batch = Batch(drafter, [Row(pair, drafter, 0, random.Random(1))])
+    with torch.inference_mode():
+        for stands in (1, 3, 0):
+            drafted = batch.draft_together([4], None).tokens[0].tolist()
+            batch.advance([[*drafted[:stands], 5]])
+    hook.remove()
+    return calls
+
+
+def test_a_row_alone_reads_what_it_always_read(pair: TinyPair) -> None:
+    """In counts that traces and cost models know, and without masks."""
+    blocks, assistant = pair.block_diffusion(), pair.autoregressive()
+    length = Row(pair, blocks, 0, random.Random(1)).text.length
+    calls = one_row(blocks, pair, blocks.model)
+    assert [call["context_hidden_states"].shape[1] for call in calls] == [length, 2, 4]
+    assert all(call.get("attention_mask") is None for call in calls)
+    calls = one_row(assistant, pair, assistant.model)
+    assert [call["input_ids"].shape[1] for call in calls] == [length + 1, 1, 1, 1, 1, 1, 2, 1, 1]
+    assert all(call.get("attention_mask") is None for call in calls)
+
+
+def test_a_row_that_joins_does_not_make_others_read_its_prompt(pair: TinyPair) -> None:
+    for drafter, model, name in (
+        (pair.block_diffusion(), pair.drafter_model, "context_hidden_states"),
+        (pair.autoregressive(), pair.assistant, "input_ids"),
+    ):
+        rng = random.Random(0)
+        running, new = (Batch(drafter, [Row(pair, drafter, i, rng) for i in range(2)]) for _ in range(2))
+        with torch.inference_mode():
+            running.advance([[7], [7]])
+            running.draft_together([3, 2], None)
+            running.advance([[7], [7]])
+            running.join(new)
+            widths: list[int] = []
+            hook = model.register_forward_pre_hook(
+                lambda _, args, inputs, name=name, widths=widths: widths.append(inputs[name].shape[1]), with_kwargs=True
+            )
+            running.draft_together([3, 2, 2, 4], None)
+            hook.remove()
+        assert max(widths) <= 2

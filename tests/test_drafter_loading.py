@@ -220,13 +220,18 @@ def test_an_assistant_with_states_drafts_what_it_would_draft_from_scratch(pair: 
     session, text = begun(drafter, ids)
     with torch.inference_mode():
         for accepted, waited in ((0, 0), (2, 0), (4, 0), (1, 40), (0, 0)):
-            drafted = session.draft([5], no_noise(text), None).tokens
+            made = session.draft([5], no_noise(text), None)
             fresh, same = begun(drafter, ids)
-            assert drafted.equal(fresh.draft([5], no_noise(same), None).tokens)
-            decided = torch.cat([drafted[:, :accepted], torch.tensor([[7] + [11, 12] * waited])], dim=1)
-            text.append(decided, decided[:, -1:], decided.tolist())
-            session.advance(None)
-            ids = torch.cat([ids, decided], dim=1)
+            scratch, drafted = fresh.draft([5], no_noise(same), None), made.tokens
+            assert drafted.equal(scratch.tokens)
+            assert made.hidden is not None
+            assert scratch.hidden is not None
+            assert (made.hidden - scratch.hidden).abs().max() < 1e-4
+            decided = torch.cat([drafted[:, :accepted], torch.tensor([[7]])], dim=1)
+            for tokens in (decided, *[torch.tensor([[11 + i % 3]]) for i in range(waited)]):
+                text.append(tokens, tokens[:, -1:], tokens.tolist())
+                session.advance(None)
+                ids = torch.cat([ids, tokens], dim=1)
 
 
 def begun(drafter: AutoregressiveDrafter, ids: Tensor) -> tuple[AutoregressiveSession, RunningText]:
