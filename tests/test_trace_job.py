@@ -22,21 +22,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from bpkit.cli import models as cli_models
 from bpkit.cli.main import build_app
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.decode.result import Run
+from bpkit.decode.result import Generation
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.prompts import Prompt, read_dataset, read_prompts
 from bpkit.testing import TinyPair, tiny_pair
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.collect.job import describe, run_job
 from bpkit.trace.collect.ray_workers import OnRay
-from bpkit.trace.collect.tracer import IndexedPrompt, Traces
-from bpkit.trace.collect.workers import Models, Processes, WorkerError
+from bpkit.trace.collect.tracer import Output, Traces
+from bpkit.trace.collect.workers import Models, Processes, Task, WorkerError
 from bpkit.trace.fingerprint import fingerprint_model
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store import parquet as tables
@@ -100,8 +99,9 @@ class EndsAtOnce(Tracer):
 
     short: frozenset[int] = frozenset()
 
-    def retrace(self, index: int, prompt: Prompt, run: Run, tokens: Tensor) -> PromptTrace:
-        return super().retrace(index, prompt, run, tokens[:, :1] if index in self.short else tokens)
+    def _output(self, index: int, prompt: Prompt, generation: Generation) -> Output:
+        output = super()._output(index, prompt, generation)
+        return replace(output, tokens=output.tokens[:, :1]) if index in self.short else output
 
 
 DRAFTERS: dict[str, Callable[[TinyPair], Any]] = {
@@ -711,11 +711,12 @@ class FakeActor:
         self.number, self.ready, self.dies_at = number, ready, dies_at
         self.run = types.SimpleNamespace(remote=self._run)
 
-    def _run(self, task: IndexedPrompt | None) -> Reference:
+    def _run(self, task: Task | None) -> Reference:
         if task is None:
-            return Reference(self.ready, None)
-        gone = FakeRay.exceptions.RayError("The actor died.\nlong story") if task[1].id == self.dies_at else None
-        return Reference(True, gone or (self.number, task[0]))
+            return Reference(self.ready, [])
+        died = any(prompt.id == self.dies_at for _, prompt in task)
+        gone = FakeRay.exceptions.RayError("The actor died.\nlong story") if died else None
+        return Reference(True, gone or [(self.number, index) for index, _ in task])
 
 
 class Reference:

@@ -20,6 +20,7 @@ from bpkit.testing import TinyPair
 from bpkit.trace.collect import TraceOptions, Tracer, pieces
 from bpkit.trace.collect.pieces import Positions, positions_at_once
 from bpkit.trace.collect.target_pass import target_pass
+from bpkit.trace.collect.tracer import Output
 from bpkit.trace.records import PromptTrace
 from bpkit.types import Feature
 from tests.tiny_architectures import REPEATING, disturbed, repeating_causal_lm, tiny_dflash
@@ -60,7 +61,9 @@ def traced(target: PreTrainedModel, drafter: Drafter, count: int, **options: Any
     tracer = Tracer(decoder, TraceOptions(block_sizes=(2, 4), max_new_tokens=count, features=FEATURES, **options))
     tokens = torch.randint(0, 90, (1, 4 + count), generator=torch.Generator().manual_seed(2))
     run = decoder.run(tokens[:, :4], max_new_tokens=count, **options["sampling"], seed=options["seed"])
-    return tracer.retrace(0, Prompt("a", "tiny", ""), run, tokens[:, 4:])
+    output = Output(0, Prompt("a", "tiny", ""), tokens[:, :4], tokens[:, 4:], run.request.sampler.processors)
+    (trace,) = tracer.retraced([output])
+    return trace
 
 
 @pytest.mark.parametrize("drafter", ["block-diffusion", "autoregressive"])

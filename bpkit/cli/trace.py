@@ -13,7 +13,7 @@ from bpkit.cli.errors import require, when_interrupted
 from bpkit.cli.outputs import command_line
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
-from bpkit.prompts import Prompt, choose_prompts, of_domains, read_dataset
+from bpkit.prompts import BATCH_SIZE, Prompt, choose_prompts, of_domains, read_dataset
 from bpkit.sizes import parse_sizes
 from bpkit.types import Feature
 
@@ -90,6 +90,9 @@ def trace(
             autocompletion=lambda: sorted(TO_BE_ADDED),
         ),
     ] = None,
+    batch_size: Annotated[
+        int, _work(help="Prompts that each process works on together. The trace is that of one at a time.", min=1)
+    ] = BATCH_SIZE,
     num_workers: Annotated[int, _work(help="Processes, each with its own models and one thread.", min=1)] = 1,
     ray: Annotated[
         str | None,
@@ -126,7 +129,7 @@ def trace(
         sizes = tuple(range(2, decoder.spec.trained_block_size + 1))
     settings = trace_options(config, sizes, wanted)
     manifest = describe(decoder, texts, settings, command=command_line())
-    workers = chosen_workers(decoder, config, settings, num_workers, ray)
+    workers = chosen_workers(decoder, config, settings, num_workers, ray, batch_size)
     kept = f"What was traced is in {out}; the same command goes on from there."
     with when_interrupted(kept), progress_bar() as bar:
         done = run_job(out, manifest, texts, workers, bar)
@@ -154,12 +157,17 @@ def trace_options(config: Config, sizes: tuple[int, ...], features: frozenset[Fe
 
 
 def chosen_workers(
-    decoder: SpeculativeDecoder, config: Config, settings: TraceOptions, num_workers: int, ray: str | None
+    decoder: SpeculativeDecoder,
+    config: Config,
+    settings: TraceOptions,
+    num_workers: int,
+    ray: str | None,
+    batch_size: int,
 ) -> Workers:
     """This process, several, or a Ray cluster."""
     from bpkit.trace.collect import Tracer
 
-    here = Tracer(decoder, settings)  # refuses what cannot be traced, whoever works
+    here = Tracer(decoder, settings, batch_size=batch_size)  # refuses what cannot be traced, whoever works
     if num_workers == 1 and ray is None:
         return here
     from bpkit.trace.collect.workers import Models, Processes
@@ -168,11 +176,11 @@ def chosen_workers(
     runtime = config.runtime
     models = Models(config.target, config.drafter, runtime.device, runtime.dtype, fingerprint_models(decoder))
     if ray is None:
-        return Processes(models, settings, num_workers)
+        return Processes(models, settings, num_workers, batch_size)
     require("ray", extra="ray", purpose="--ray")
     from bpkit.trace.collect.ray_workers import OnRay
 
-    return OnRay(models, settings, num_workers, address=ray)
+    return OnRay(models, settings, num_workers, ray, batch_size)
 
 
 def report(out: Path, manifest: Manifest) -> None:

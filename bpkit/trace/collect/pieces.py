@@ -17,7 +17,7 @@ VOCABULARY_BYTES = 256 * 2**20
 """What all arrays of positions x vocabulary may take together, however long the output is."""
 _OF_A_PIECE = 128
 """Bytes for each position and token at the widest moment, `match_probability`, with its sums in float64."""
-_MOST = 256
+_MOST = 128
 """More positions at a time are not faster."""
 
 
@@ -30,7 +30,7 @@ def positions_at_once(vocab_size: int) -> int:
     """Positions in a piece.
 
     >>> positions_at_once(4096), positions_at_once(151_936)
-    (256, 13)
+    (128, 13)
     """
     return min(_MOST, fitting(_OF_A_PIECE * vocab_size))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bpkit.trace.collect.tracer import IndexedPrompt, TraceOptions, Traces
-from bpkit.trace.collect.workers import Models, Worker, WorkerError, gone, share_out
+from bpkit.trace.collect.workers import Models, Task, Worker, WorkerError, gone, share_out, tasks_of
 from bpkit.trace.records import PromptTrace
 
 LOCAL = "local"
@@ -34,20 +34,22 @@ class OnRay:
     options: TraceOptions
     count: int
     address: str
+    batch_size: int = 1
 
     def traces(self, prompts: Sequence[IndexedPrompt]) -> Traces:
         """Trace each (index, prompt), as they come. Raises WorkerError."""
         if not prompts:
             return
+        tasks = tasks_of(prompts, self.batch_size, self.count)
         with _connected(self.address, self.count) as ray:
-            actors = [_Actor(ray, self._started(ray)) for _ in prompts[: self.count]]
+            actors = [_Actor(ray, self._started(ray)) for _ in tasks[: self.count]]
             try:
                 if not ray.wait([actor.give(None) for actor in actors], timeout=START_SECONDS)[0]:
                     raise WorkerError(
                         f"no worker could start within {START_SECONDS // 60} minutes; the cluster has "
                         f"{ray.cluster_resources()}"
                     )
-                yield from share_out(actors, prompts, lambda references: ray.wait(references)[0])
+                yield from share_out(actors, tasks, lambda references: ray.wait(references)[0])
             finally:
                 for actor in actors:
                     ray.kill(actor.actor)
@@ -59,7 +61,7 @@ class OnRay:
             # As many actors on each GPU as it takes; from one without a share, Ray may hide the GPUs.
             wanted["num_gpus"] = 1 / math.ceil(self.count / gpus) if gpus else 1
         models = replace(self.models, target=_absolute(self.models.target), drafter=_absolute(self.models.drafter))
-        return ray.remote(Worker).options(**wanted).remote(models, self.options)
+        return ray.remote(Worker).options(**wanted).remote(models, self.options, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,12 @@ class _Actor:
     ray: Any
     actor: Any
 
-    def give(self, task: IndexedPrompt | None) -> Any:
+    def give(self, task: Task | None) -> Any:
         return self.actor.run.remote(task)
 
-    def take(self, given: Any, task: IndexedPrompt | None) -> PromptTrace:
+    def take(self, given: Any, task: Task | None) -> list[PromptTrace]:
         try:
-            found: PromptTrace = self.ray.get(given)
+            found: list[PromptTrace] = self.ray.get(given)
         except self.ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise (cause if type(cause) is WorkerError else WorkerError(str(cause))) from None

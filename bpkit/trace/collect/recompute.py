@@ -6,7 +6,7 @@ import torch
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.prompts import Prompt
-from bpkit.trace.collect.tracer import TraceOptions, Tracer, generation_options
+from bpkit.trace.collect.tracer import Output, TraceOptions, Tracer, generation_options
 from bpkit.trace.fingerprint import fingerprint_models
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import offered, with_features
@@ -54,5 +54,6 @@ class Recompute:
         ids = torch.tensor(prompt.prompt_tokens).long()[None].to(device)
         tokens = torch.tensor(prompt.output_tokens).long()[None].to(device)
         run = self.decoder.run(ids, stream_id=prompt.index, **generation_options(options))
-        again = Prompt(prompt.id, prompt.domain, "")
-        return Tracer(self.decoder, options).retrace(prompt.index, again, run, tokens)
+        again = Output(prompt.index, Prompt(prompt.id, prompt.domain, ""), ids, tokens, run.request.sampler.processors)
+        (trace,) = Tracer(self.decoder, options).retraced([again])
+        return trace

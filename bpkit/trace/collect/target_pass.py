@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,35 +78,69 @@ class TargetPass:
 
 def target_pass(target: PreTrainedModel, feature_layers: tuple[int, ...], prompt: Tensor, tokens: Tensor) -> TargetPass:
     """Read prompt and output, int64 [1, length] each."""
-    layers = [i + 1 for i in feature_layers]
-    last, count = target.config.get_text_config().num_hidden_layers, tokens.shape[1]
-    read = partial(target, input_ids=torch.cat([prompt, tokens], dim=1)[:, :-1], use_cache=False)
-    output = read(logits_to_keep=1, output_hidden_states=[*layers, last])
-    states, hidden = output.hidden_states, output.hidden_states[last][0, -count:]
-    # A model may do something of its own after its head: then all logits at once, as it makes them.
-    logits = _logits(target, hidden, output.logits[0]) or read(logits_to_keep=count).logits[0].__getitem__
-    return TargetPass(
-        prompt=prompt,
-        tokens=tokens,
-        last_hidden=hidden,
-        features=torch.cat([states[i] for i in layers], dim=-1) if layers else None,
-        vocab_size=output.logits.shape[-1],
-        logits=logits,
-    )
+    (one,) = target_passes(target, feature_layers, [(prompt, tokens)])
+    return one
 
 
-def _logits(target: PreTrainedModel, hidden: Tensor, last: Tensor) -> Callable[[slice], Tensor] | None:
-    """What makes logits [positions, vocab] of some of the final-norm states, [output length, hidden].
+def target_passes(
+    target: PreTrainedModel, feature_layers: tuple[int, ...], outputs: Sequence[tuple[Tensor, Tensor]]
+) -> list[TargetPass]:
+    """Read prompts and outputs, int64 [1, length] each, in one pass.
 
-    None if it does not make `last`, [1, vocab], of the last of them to the bit.
+    All are padded on the right, where nothing that counts looks: rows of a target that may share passes (see
+    `bpkit.decode.serving`). Others are handed over one at a time.
     """
+    layers = [i + 1 for i in feature_layers]
+    last = target.config.get_text_config().num_hidden_layers
+    texts = [torch.cat(output, dim=1)[:, :-1] for output in outputs]
+    output = target(
+        input_ids=_side_by_side(texts),
+        use_cache=False,
+        logits_to_keep=1,
+        output_hidden_states=[*layers, last],
+    )
+    states, head = output.hidden_states, _head(target)
+    # A model may do something of its own after its head: then all logits of a text at once, as it makes them.
+    plain = head is not None and head(states[last][:, -1:]).equal(output.logits[:, -1:])
+    found = []
+    for row, (text, (prompt, tokens)) in enumerate(zip(texts, outputs, strict=True)):
+        length, count = text.shape[1], tokens.shape[1]
+        hidden = states[last][row, length - count : length]
+        found.append(
+            TargetPass(
+                prompt=prompt,
+                tokens=tokens,
+                last_hidden=hidden,
+                features=torch.cat([states[i][row : row + 1, :length] for i in layers], dim=-1) if layers else None,
+                vocab_size=output.logits.shape[-1],
+                logits=partial(_of_piece, head, hidden)
+                if head is not None and plain
+                else target(input_ids=text, use_cache=False, logits_to_keep=count).logits[0].__getitem__,
+            )
+        )
+    return found
+
+
+def _side_by_side(texts: Sequence[Tensor]) -> Tensor:
+    """Texts int64 [1, length] as rows, each padded with its own last token."""
+    longest = max(text.shape[1] for text in texts)
+    column = torch.arange(longest, device=texts[0].device)
+    return torch.cat([text[:, column.clamp(max=text.shape[1] - 1)] for text in texts])
+
+
+def _of_piece(head: Callable[[Tensor], Tensor], hidden: Tensor, piece: slice) -> Tensor:
+    return head(hidden[piece])
+
+
+def _head(target: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
+    """What makes logits [..., vocab] of final-norm states [..., hidden], as far as a model's configuration says."""
     module, back = target.get_output_embeddings(), input_device(target)
     if module is None:
         return None
     device, cap = device_of(module, target), getattr(target.config.get_text_config(), "final_logit_softcapping", None)
 
-    def made(piece: slice) -> Tensor:
-        logits: Tensor = module(hidden[piece].to(device)).to(back)
+    def made(hidden: Tensor) -> Tensor:
+        logits: Tensor = module(hidden.to(device)).to(back)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    return made if made(slice(-1, None)).equal(last.to(back)) else None
+    return made

@@ -1,7 +1,7 @@
 """Tracing by several processes, here or on a Ray cluster. Workers trace; the one who asked writes.
 
-A worker loads its models once and is handed the next prompt when it has given the last one back, so that what is in
-flight is a prompt for each worker, however many prompts there are.
+A worker loads its models once and is handed the next prompts when it has given the last ones back, so that what is in
+flight is a batch of prompts for each worker, however many prompts there are.
 """
 
 from __future__ import annotations
@@ -28,48 +28,70 @@ from bpkit.trace.records import PromptTrace
 GO_ON = "What was traced is kept: the same command goes on from there"
 
 
+Task = Sequence[IndexedPrompt]
+"""Prompts that a worker traces together."""
+
+
 class WorkerError(ChildProcessError):
     """A worker failed or is gone; the message names the prompt and says what to do."""
 
 
-def gone(worker: str, task: IndexedPrompt | None, said: str) -> WorkerError:
+def tasks_of(prompts: Sequence[IndexedPrompt], batch_size: int, workers: int) -> list[Task]:
+    """Tasks of at most `batch_size` prompts each, fewer where some of the workers would have none.
+
+    >>> [len(task) for task in tasks_of([(i, None) for i in range(10)], 8, 2)]
+    [5, 5]
+    """
+    size = max(1, min(batch_size, -(-len(prompts) // workers)))
+    return [prompts[first : first + size] for first in range(0, len(prompts), size)]
+
+
+def named(task: Task) -> str:
+    """
+    >>> from bpkit.prompts import Prompt
+    >>> named([(0, Prompt("a", "x", "")), (1, Prompt("b", "x", ""))])
+    "one of the prompts 'a', 'b'"
+    """
+    names = ", ".join(repr(prompt.id) for _, prompt in task)
+    return f"prompt {names}" if len(task) == 1 else f"one of the prompts {names}"
+
+
+def gone(worker: str, task: Task | None, said: str) -> WorkerError:
     """What is raised for a worker that is gone with a task, or while it loaded the models."""
-    at = "while it loaded the models" if task is None else f"with prompt {task[1].id!r}"
+    at = "while it loaded the models" if task is None else f"with {named(task)}"
     return WorkerError(f"{worker} is gone {at} ({said}). {GO_ON}")
 
 
 class Remote(Protocol):
     """A worker somewhere else."""
 
-    def give(self, task: IndexedPrompt | None) -> Any:
+    def give(self, task: Task | None) -> Any:
         """Hand it a task, or none, to load its models; returns what to wait for."""
         ...
 
-    def take(self, given: Any, task: IndexedPrompt | None) -> PromptTrace:
+    def take(self, given: Any, task: Task | None) -> list[PromptTrace]:
         """What became of it. Raises WorkerError."""
         ...
 
 
-def share_out(
-    workers: Iterable[Remote], tasks: Sequence[IndexedPrompt], wait: Callable[[list[Any]], Iterable[Any]]
-) -> Traces:
+def share_out(workers: Iterable[Remote], tasks: Sequence[Task], wait: Callable[[list[Any]], Iterable[Any]]) -> Traces:
     """Hand out the tasks one by one; `wait` returns some of what is ready, once it is.
 
     A worker that does not get to loading its models has no task, and holds nobody up.
     """
     left, missing = iter(tasks), len(tasks)
-    busy: dict[Any, tuple[Remote, IndexedPrompt | None]] = {worker.give(None): (worker, None) for worker in workers}
+    busy: dict[Any, tuple[Remote, Task | None]] = {worker.give(None): (worker, None) for worker in workers}
     while missing:
         for given in wait(list(busy)):
             worker, task = busy.pop(given)
-            trace = worker.take(given, task)
+            traces = worker.take(given, task)
             following = next(left, None)
             if following is not None:
                 busy[worker.give(following)] = worker, following
             if task is not None:
                 missing -= 1
-                yield trace
-            del trace, given  # Ray keeps a result as long as somebody refers to it
+                yield from traces
+            del traces, given  # Ray keeps a result as long as somebody refers to it
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,7 @@ class Worker:
 
     models: Models
     options: TraceOptions
+    batch_size: int = 1
 
     @cached_property
     def _tracer(self) -> Tracer:
@@ -116,22 +139,20 @@ class Worker:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         torch.set_num_threads(1)
-        return Tracer(self.models.load(), self.options)
+        return Tracer(self.models.load(), self.options, batch_size=self.batch_size)
 
-    def run(self, task: IndexedPrompt | None) -> PromptTrace | None:
-        """Trace one prompt, or only load the models. Raises WorkerError, which any process can read, whatever fails."""
+    def run(self, task: Task | None) -> list[PromptTrace]:
+        """Trace prompts, or only load the models. Raises WorkerError, whatever fails, which any process can read."""
         try:
             tracer = self._tracer
         except Exception as error:
             raise WorkerError(f"a worker cannot load the models: {type(error).__name__}: {error}") from error
         if task is None:
-            return None
+            return []
         try:
-            return tracer.trace(*task)
+            return list(tracer.traces(task))
         except Exception as error:
-            raise WorkerError(
-                f"prompt {task[1].id!r} cannot be traced: {type(error).__name__}: {error}. {GO_ON}"
-            ) from error
+            raise WorkerError(f"{named(task)} cannot be traced: {type(error).__name__}: {error}. {GO_ON}") from error
 
 
 @dataclass(frozen=True)
@@ -145,14 +166,17 @@ class Processes:
     models: Models
     options: TraceOptions
     count: int
+    batch_size: int = 1
 
     def traces(self, prompts: Sequence[IndexedPrompt]) -> Traces:
         """Trace each (index, prompt), as they come. Raises WorkerError."""
         processes: list[_Process] = []
+        tasks = tasks_of(prompts, self.batch_size, self.count)
+        worker = Worker(self.models, self.options, self.batch_size)
         try:
             with _uninterrupted():
-                processes += [_Process(self.models, self.options) for _ in prompts[: self.count]]
-            yield from share_out(processes, prompts, wait)
+                processes += [_Process(worker) for _ in tasks[: self.count]]
+            yield from share_out(processes, tasks, wait)
         finally:
             for process in processes:
                 process.end()
@@ -161,14 +185,14 @@ class Processes:
 class _Process:
     """A worker in a process of its own."""
 
-    def __init__(self, models: Models, options: TraceOptions) -> None:
+    def __init__(self, worker: Worker) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and CUDA
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, models, options), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, worker), daemon=True)
         self.process.start()
         theirs.close()  # ours to close: only then is the end of theirs the end of the pipe
 
-    def give(self, task: IndexedPrompt | None) -> Any:
+    def give(self, task: Task | None) -> Any:
         """Hand it over. The process waits in `recv`, so that this never blocks."""
         try:
             self.pipe.send(task)
@@ -176,9 +200,9 @@ class _Process:
             raise self._gone(task) from None
         return self.pipe
 
-    def take(self, given: Any, task: IndexedPrompt | None) -> PromptTrace:
+    def take(self, given: Any, task: Task | None) -> list[PromptTrace]:
         try:
-            found: PromptTrace | WorkerError = self.pipe.recv()
+            found: list[PromptTrace] | WorkerError = self.pipe.recv()
         except (EOFError, OSError):
             raise self._gone(task) from None
         if isinstance(found, WorkerError):
@@ -191,7 +215,7 @@ class _Process:
         self.process.kill()
         self.process.join()
 
-    def _gone(self, task: IndexedPrompt | None) -> WorkerError:
+    def _gone(self, task: Task | None) -> WorkerError:
         self.process.join(timeout=5)
         code = self.process.exitcode
         said = f"exit code {code}"
@@ -200,11 +224,10 @@ class _Process:
         return gone("a worker process", task, said)
 
 
-def _work(pipe: Any, models: Models, options: TraceOptions) -> None:
+def _work(pipe: Any, worker: Worker) -> None:
     """The whole life of a process: prompts in, traces or a WorkerError out, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    worker = Worker(models, options)
     try:
         while True:
             task = pipe.recv()
