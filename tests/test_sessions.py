@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bpkit.decode.attention import NAME, grouped_sdpa, use_grouped_attention
+from bpkit.decode.inputs import ModelInputs
 from bpkit.decode.masks import added, causal
 from bpkit.decode.row_by_row import CachedRows, StatefulRows
 from bpkit.decode.serving import served_by, session_class
@@ -296,6 +297,29 @@ def test_a_pass_runs_over_buffers_that_stay_where_they_are(kind: str) -> None:
             static.rollback(wrong)
             usual.rollback(wrong)
             assert static.held == usual.held
+
+
+def test_inputs_of_rows_go_with_them() -> None:
+    """Positions that begin elsewhere, and types of tokens."""
+    model, made = tiny_causal_lm("gpt2"), []
+    inputs = [
+        ModelInputs({}, {"position_ids": torch.tensor([[9 + row]]), "token_type_ids": torch.tensor([[row]])}, 4)
+        for row in range(2)
+    ]
+    tokens = torch.arange(2, 18).view(2, 8)
+    for kind in (SlotTarget, CachedRows):
+        session: Any = kind(model, rows=2, capacity=30, slots=2, feature_layers=(), keep_hidden=False)
+        session.inputs = inputs
+        with torch.inference_mode():
+            session.prefill(tokens[:, :4], [4, 4], last=True)
+            session.verify(tokens[:, 4:6], [1, 2])
+            session.keep([1, 0])
+            made.append(session.verify(tokens[:, 6:], [2, 2]).logits)
+            session.inputs = [inputs[1], None]
+            if kind is SlotTarget:
+                with pytest.raises(ValueError, match="rows with it and rows without cannot share a pass"):
+                    session.verify(tokens, [1, 1])
+    torch.testing.assert_close(made[0], made[1])
 
 
 def each(masks: Any) -> list[Tensor]:
