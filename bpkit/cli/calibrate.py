@@ -17,6 +17,7 @@ from bpkit.prompts import Prompt
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bpkit.judge.tables import Table
     from bpkit.trace.cost import CostTable
 
 DEFAULT_NEW_TOKENS = 128
@@ -65,6 +66,14 @@ def calibrate(
     ] = DEFAULT_SPREAD,
     max_minutes: Annotated[float, _how_long(help="But no longer than this.", min=0.0, metavar="M")] = DEFAULT_MINUTES,
     rounds: Annotated[int | None, _how_long(help="And no more rounds over the prompts.", min=1, metavar="N")] = None,
+    batch_sizes: Annotated[
+        str,
+        _how_long(
+            help="Numbers of prompts to decode at once, with commas: what a step of several rows costs. One row is "
+            "always measured.",
+            metavar="N,N,..",
+        ),
+    ] = "1",
     *,
     texts: list[Prompt],
     config: Config,
@@ -77,6 +86,8 @@ def calibrate(
     is given; `--threads auto` is torch's own choice here.
 
     `bpkit calibrate --out cost.json --plot cost.png`
+
+    `bpkit calibrate --batch-sizes 1,2,4,8,16 --out cost.json`
 
     `bpkit calibrate --show cost.json`
 
@@ -91,6 +102,7 @@ def calibrate(
     from bpkit.trace.cost import read_cost, write_cost
     from bpkit.trace.cost.plot import plot_cost
 
+    sizes = numbers_of_rows(batch_sizes)
     files = Outputs(out if show is None else None, plot=plot)
     if show is not None:
         cost = read_cost(show)
@@ -104,6 +116,7 @@ def calibrate(
             spread=spread / 100,
             max_minutes=max_minutes,
             rounds=rounds,
+            batch_sizes=sizes,
             options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
             seed=config.sampling.seed or 0,
             command=command_line(),
@@ -111,6 +124,20 @@ def calibrate(
         with files.pending() as bar:
             cost = measure(load_decoder(config, "fixed"), texts, settings, bar.show)
     files.deliver(cost, print_cost, plot_cost, write=lambda path, cost: write_cost(cost, path))
+
+
+def numbers_of_rows(text: str) -> tuple[int, ...]:
+    """Batch sizes, ascending and each once. Raises ValueError for anything else.
+
+    >>> numbers_of_rows("8, 1,2")
+    (1, 2, 8)
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(
+            f"--batch-sizes {text!r}: write whole numbers from 1 with commas between them, such as 1,2,4,8"
+        )
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def print_presets() -> None:
@@ -150,8 +177,29 @@ def print_cost(cost: CostTable, shown: Console) -> None:
         row.append("/".join(f"{100 * known[p, size]:.1f}" if (p, size) in known else "-" for p in ("draft", "verify")))
         rows.append(TableRow(row[: len(head)]))
     shown.print(Table(f"{cost.name} ({unit}{where})", head, [rows]))
+    if cost.rows:
+        shown.print(_rows_table(cost))
     for sentence in sentences(cost):
         shown.print(escape(sentence), soft_wrap=True)
+
+
+def _rows_table(cost: CostTable) -> Table:
+    """Steps of several rows that all have one block size."""
+    from bpkit.judge.tables import Table, TableRow
+
+    largest = min(cost.largest_block_size or cost.largest_width, cost.largest_width)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size < largest] + [largest]
+    held_out = cost.measured.held_out if cost.measured is not None else None
+    head = ["rows", *(f"block\nsize {size}" for size in sizes), "plain step\na row"]
+    head += ["error %\nheld out"] if held_out is not None else []
+    lines = []
+    for rows in (1, *sorted(cost.rows)):
+        steps = [cost.step(size, rows=rows) for size in sizes]
+        error = held_out.by_rows.get(rows) if held_out is not None else None
+        row = [str(rows), *(_figure(cost, step) for step in steps), _figure(cost, steps[0] / rows)]
+        lines.append(TableRow([*row, "-" if error is None else f"{100 * error:.1f}"][: len(head)]))
+    unit = "ms" if cost.unit == "seconds" else cost.unit
+    return Table(f"steps of all rows together ({unit}, context length {cost.middle_context})", head, [lines])
 
 
 def sentences(cost: CostTable) -> list[str]:
@@ -174,13 +222,33 @@ def sentences(cost: CostTable) -> list[str]:
         m = cost.measured
         load = m.machine.get("load_average")
         busy = f", load average {load:.1f} at the start" if isinstance(load, float) else ""
+        spread = m.worst_spread
+        worst = "one figure has a single sample" if spread is None else f"worst spread {100 * spread:.1f}%"
         said += [
-            f"{m.steps} steps of {m.prompts} prompts in {m.seconds / 60:.1f} minutes; ended because {m.ended}; worst "
-            f"spread {100 * m.worst_spread:.1f}%{busy}.",
+            f"{m.steps} steps of {m.prompts} prompts in {m.seconds / 60:.1f} minutes; ended because {m.ended}; {worst}"
+            f"{busy}.",
             f"The table's price of all these steps is {100 * m.modelled_over_measured:.1f}% of the time that they took "
             f"(outliers are trimmed). From their first half to the second, like work took {100 * m.drift:+.1f}% time.",
+            *_held_out(cost),
         ]
     return [sentence for sentence in said if sentence]
+
+
+def _held_out(cost: CostTable) -> list[str]:
+    """How well steps of several rows are priced."""
+    if not cost.rows or cost.measured is None:
+        return []
+    found = cost.measured.held_out
+    if found is None:
+        return ["There were too few runs of several rows to hold some out: how well they are priced is not known."]
+    between = found.between_error
+    never = "" if between is None else f", by {100 * between:.1f}% at numbers of rows that nothing was fitted to"
+    return [
+        f"Held out: {found.steps} steps of {found.mixes} mixes of rows. Prices made from other runs are off by "
+        f"{100 * found.mean_error:.1f}% in the mean mix{never}; noise alone would make {100 * found.noise:.1f}%. "
+        f"{100 * found.within_tenth:.0f}% of the mixes are within 10%; the worst, {100 * found.worst_error:+.1f}%, is "
+        f"{found.worst_mix}. Single steps, noise included, are off by {100 * found.step_error:.1f}% (median)."
+    ]
 
 
 def _figure(cost: CostTable, value: float) -> str:

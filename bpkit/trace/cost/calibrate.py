@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, cycle, islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from bpkit.decode.clock import Clock, WallClock
@@ -18,15 +21,24 @@ from bpkit.installation.machine import describe_machine
 from bpkit.policy import Policy
 from bpkit.prompts import Prompt
 from bpkit.trace.cost.estimate import estimate, worst_cell
+from bpkit.trace.cost.figures import CostError
+from bpkit.trace.cost.held_out import held_out_error
 from bpkit.trace.cost.random_sizes import RandomSizes
-from bpkit.trace.cost.table import CostTable, Measured
+from bpkit.trace.cost.table import Cell, CostTable, HeldOut, Measured
 from bpkit.trace.cost.timed import TimedSteps
-from bpkit.types import OF_THE_DISTRIBUTION, DecoderSpec, Feature, Seconds, Work
+from bpkit.types import OF_THE_DISTRIBUTION, DecoderSpec, DraftWork, Feature, Seconds, Work
 
-REQUESTS_BETWEEN_LOOKS = 10
+RUNS_BETWEEN_LOOKS = 10
+FOLDS = 4
+"""Parts of the runs at each batch size that are held out in turn, to tell the error of tables of several rows."""
+WARMING_UP = 16
+"""New tokens of the first run of several rows, which is not counted."""
 
 Progress = Callable[[str, int, int], None]
-"""Is told what is going on, requests done in this round, and requests of a round."""
+"""Is told what is going on, runs done in this round, and runs of a round."""
+Timed = list[tuple[Work, Seconds]]
+Batch = list[tuple[int, Prompt]]
+"""Prompts that run at once, each with its stream."""
 
 
 class RecordingClock:
@@ -34,7 +46,7 @@ class RecordingClock:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.timed: list[tuple[Work, Seconds]] = []
+        self.timed: Timed = []
 
     def now(self) -> float:
         return self.clock.now()
@@ -53,8 +65,10 @@ class CalibrationSettings:
     Attributes:
         max_block_size: largest block size and verify width; the drafter's trained block size if None.
         spread: relative standard error below which a figure is good enough.
-        max_minutes: at most; the request in hand is finished.
-        rounds: over all prompts at most; None for no limit.
+        max_minutes: at most; the run in hand is finished if it is of one row.
+        rounds: over all prompts at most; None for no limit. Smaller batch sizes than the largest have as many runs as
+            the largest, over fewer prompts.
+        batch_sizes: numbers of rows to measure. One row is always among them.
         options: of `SpeculativeDecoder.generate`, without the seed.
         seed: of sampling noise and of the order of prompts.
         command: to keep in the table.
@@ -64,9 +78,47 @@ class CalibrationSettings:
     spread: float = 0.02
     max_minutes: float = 10.0
     rounds: int | None = None
+    batch_sizes: tuple[int, ...] = (1,)
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     command: str | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Batch sizes in order, with 1."""
+        return sorted({1, *self.batch_sizes})
+
+
+@dataclass
+class TimedRuns:
+    """What was measured.
+
+    Attributes:
+        runs: batch size and timed steps of each.
+        rounds: that were begun. ended: why measuring ended.
+    """
+
+    runs: list[tuple[int, Timed]] = field(default_factory=list)
+    rounds: int = 0
+    ended: str = ""
+
+    @property
+    def timed(self) -> Timed:
+        """All steps."""
+        return list(chain.from_iterable(timed for _, timed in self.runs))
+
+    def folds(self) -> Iterator[tuple[Timed, Timed]]:
+        """Steps of the runs of a fold, and all others."""
+        seen = Counter[int]()
+        fold_of = []
+        for size, _ in self.runs:
+            fold_of.append(seen[size] % FOLDS)
+            seen[size] += 1
+        for fold in range(FOLDS):
+            parts: tuple[Timed, Timed] = [], []
+            for (_, timed), own in zip(self.runs, fold_of, strict=True):
+                parts[own != fold].extend(timed)
+            yield parts
 
 
 def calibrate(
@@ -89,13 +141,11 @@ def calibrate(
     machine = describe_machine(target.device)
     for variant in variants:
         variant.clock, variant.strict = recorder, True
-        # First calls allocate and choose kernels.
-        variant.run(prompts[0].text, seed=settings.seed, **settings.options).finish()
-    recorder.timed.clear()
+        _warm_up(variant, prompts, settings)
     started = time.time()
-    rounds, ended = _measure(variants, recorder, prompts, settings, largest, progress)
-    steps = TimedSteps.of(recorder.timed)
-    cost, worst = estimate(steps, largest, spec.work), worst_cell(steps, largest)
+    runs = _measure(variants, recorder, prompts, settings, largest, progress)
+    steps = TimedSteps.of(runs.timed)
+    cost, worst = estimate(steps, largest, spec.work, settings.sizes), _worst(steps, largest, settings.sizes)
     assert worst is not None  # or there would be no figures
     seconds, modelled, half = steps.measured, steps.modelled(cost), len(steps) // 2
     early, late = (seconds[part].sum() / modelled[part].sum() for part in (slice(half), slice(half, None)))
@@ -115,11 +165,12 @@ def calibrate(
         seconds=round(time.time() - started, 3),
         steps=len(steps),
         prompts=len(prompts),
-        rounds=rounds,
-        ended=ended,
-        worst_spread=round(worst.spread, 5),
+        rounds=runs.rounds,
+        ended=runs.ended,
+        worst_spread=round(worst[1].spread, 5) if math.isfinite(worst[1].spread) else None,
         modelled_over_measured=round(float(modelled.sum() / seconds.sum()), 4),
         drift=round(float(late / early) - 1, 4),
+        held_out=_held_out(runs, largest, spec.work, settings.sizes),
     )
     said = f"{spec.target} with {spec.drafter} on {machine['gpu'] or machine['cpu']}, {dtype}, {threads} thread(s)"
     return cost.model_copy(update={"description": said, "measured": measured})
@@ -146,6 +197,14 @@ def _policies(decoder: SpeculativeDecoder, largest: int, settings: CalibrationSe
     return [RandomSizes(largest), WithFeatures(largest)]
 
 
+def _warm_up(variant: SpeculativeDecoder, prompts: Sequence[Prompt], settings: CalibrationSettings) -> None:
+    """First calls allocate and choose kernels."""
+    run_batch(variant, [(0, prompts[0])], settings)
+    if (most := settings.sizes[-1]) > 1:
+        short = replace(settings, options={**settings.options, "max_new_tokens": WARMING_UP})
+        run_batch(variant, list(islice(cycle(enumerate(prompts)), most)), short)
+
+
 def _measure(
     variants: Sequence[SpeculativeDecoder],
     recorder: RecordingClock,
@@ -153,28 +212,89 @@ def _measure(
     settings: CalibrationSettings,
     largest: int,
     progress: Progress | None,
-) -> tuple[int, str]:
-    """Run rounds over the prompts, requests with and without features in turn. Returns rounds and why they ended."""
-    tasks, rng = list(enumerate(prompts)), random.Random(settings.seed)
+) -> TimedRuns:
+    """Run rounds over the prompts, with and without features in turn."""
+    tasks, rng, runs = list(enumerate(prompts)), random.Random(settings.seed), TimedRuns()
     deadline = time.monotonic() + 60 * settings.max_minutes
     known = ""
     for round_ in count(1):
-        rng.shuffle(tasks)
-        for done, (index, prompt) in enumerate(tasks):
-            if done % REQUESTS_BETWEEN_LOOKS == 0:
-                worst = worst_cell(TimedSteps.of(recorder.timed), largest)
-                known = "not all sizes seen yet"
-                if worst is not None and worst.spread < float("inf"):
-                    known = f"worst spread {100 * worst.spread:.1f}% ({worst.phase} {worst.size})"
+        runs.rounds = round_
+        batches = _round(tasks, settings.sizes, rng)
+        for done, batch in enumerate(batches):
+            if done % RUNS_BETWEEN_LOOKS == 0:
+                known = _said(_worst(TimedSteps.of(runs.timed), largest, settings.sizes))
             if progress is not None:
-                progress(f"round {round_}, {known}", done, len(tasks))
-            variant = variants[(round_ + done) % len(variants)]
-            variant.run(prompt.text, seed=settings.seed, stream_id=index, **settings.options).finish()
+                progress(f"round {round_}, {known}", done, len(batches))
+            recorder.timed = []
+            run_batch(variants[(round_ + done) % len(variants)], batch, settings, deadline)
+            runs.runs.append((len(batch), recorder.timed))
             if time.monotonic() > deadline:
-                return round_, f"{settings.max_minutes:g} minutes were over"
-        worst = worst_cell(TimedSteps.of(recorder.timed), largest)
-        if worst is not None and worst.spread < settings.spread:
-            return round_, f"every draft and target pass was known to {100 * settings.spread:g}%"
+                runs.ended = f"{settings.max_minutes:g} minutes were over"
+                return runs
+        worst = _worst(TimedSteps.of(runs.timed), largest, settings.sizes)
+        if worst is not None and worst[1].spread < settings.spread:
+            runs.ended = f"every draft and target pass was known to {100 * settings.spread:g}%"
+            return runs
         if round_ == settings.rounds:
-            return round_, f"{round_} rounds were over" if round_ > 1 else "the round was over"
+            runs.ended = f"{round_} rounds were over" if round_ > 1 else "the round was over"
+            return runs
     raise AssertionError("rounds have no end of their own")
+
+
+def _round(tasks: list[tuple[int, Prompt]], sizes: Sequence[int], rng: random.Random) -> list[Batch]:
+    """As many batches of each size as it takes to run all prompts at the largest, in random order."""
+    rng.shuffle(tasks)
+    batches = []
+    for size in sizes:
+        endless = cycle(tasks)
+        batches += [list(islice(endless, size)) for _ in range(-(-len(tasks) // sizes[-1]))]
+    if len(sizes) > 1:
+        rng.shuffle(batches)
+    return batches
+
+
+def run_batch(
+    variant: SpeculativeDecoder, batch: Batch, settings: CalibrationSettings, deadline: float = math.inf
+) -> None:
+    """Decode prompts at once: one to its end, several to the end of the last or the first step after the deadline."""
+    if len(batch) == 1:
+        ((stream, prompt),) = batch
+        variant.run(prompt.text, seed=settings.seed, stream_id=stream, **settings.options).finish()
+        return
+    prompts = [{"prompt": prompt.text, "stream_id": stream} for stream, prompt in batch]
+    with variant.run_many(prompts, batch_size=len(batch), seed=settings.seed, **settings.options) as runs:
+        for _ in runs:
+            if time.monotonic() > deadline:
+                break
+        for _, generation in runs.ended():
+            if generation.error is not None:
+                raise generation.error
+
+
+def _worst(steps: TimedSteps, largest: int, sizes: Sequence[int]) -> tuple[int, Cell] | None:
+    """The figure that is known least, with its number of rows. None while something was not measured at all."""
+    found = [(rows, worst_cell(steps.of_rows(rows), largest)) for rows in sizes]
+    known = [(rows, cell) for rows, cell in found if cell is not None]
+    return max(known, key=lambda pair: pair[1].spread) if len(known) == len(found) else None
+
+
+def _said(worst: tuple[int, Cell] | None) -> str:
+    if worst is None or math.isinf(worst[1].spread):
+        return "not all sizes seen yet"
+    rows, cell = worst
+    of_rows = f", {rows} rows" if rows > 1 else ""
+    return f"worst spread {100 * cell.spread:.1f}% ({cell.phase} {cell.size}{of_rows})"
+
+
+def _held_out(runs: TimedRuns, largest: int, work: DraftWork, sizes: Sequence[int]) -> HeldOut | None:
+    """The error of tables of several rows. None if there are none, or too little was measured to hold some out."""
+    held_out: Timed = []
+    modelled = []
+    for part, others in runs.folds() if len(sizes) > 1 else ():
+        try:
+            cost = estimate(TimedSteps.of(others), largest, work, sizes)
+            modelled.append(TimedSteps.of(part).modelled(cost))
+        except CostError:
+            continue
+        held_out += part
+    return held_out_error(TimedSteps.of(held_out), np.concatenate(modelled), sizes) if modelled else None

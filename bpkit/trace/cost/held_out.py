@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bpkit.trace.cost.statistics import trimmed
-from bpkit.trace.cost.table import CostTable, HeldOut
-from bpkit.trace.cost.timed import TimedSteps
+from bpkit.trace.cost.table import HeldOut
+from bpkit.trace.cost.timed import Floats, TimedSteps
 
 FEWEST = 10
 """Steps that a mix must have: the mean of fewer is noise."""
 
+MEAN_OF_NORMAL = 0.798
+"""Mean of a normal deviate without its sign, in standard deviations."""
 
-def held_out_error(cost: CostTable, steps: TimedSteps) -> HeldOut | None:
-    """The error of a cost model in steps that were not used to make it; see `HeldOut`. None if they are too few."""
-    ratio = steps.measured / steps.modelled(cost)
+
+def held_out_error(steps: TimedSteps, modelled: Floats, given: Sequence[int]) -> HeldOut | None:
+    """The error of prices in steps that were not used to make them; see `HeldOut`. None if the steps are too few.
+
+    Args:
+        modelled: price of each step, float64 [steps].
+        given: numbers of rows that there are tables for; prices of others are interpolated.
+    """
+    ratio = steps.measured / modelled
     kinds, kind, count = np.unique(_kinds(steps), axis=0, return_inverse=True, return_counts=True)
     kind = kind.reshape(-1)
     mixes = np.flatnonzero(count >= FEWEST).tolist()
     if not mixes:
         return None
-    error = {mix: trimmed(ratio[kind == mix])[0] - 1 for mix in mixes}
+    means = {mix: trimmed(ratio[kind == mix]) for mix in mixes}
+    error = {mix: mean - 1 for mix, (mean, _) in means.items()}
     worst = max(mixes, key=lambda mix: abs(error[mix]))
     by_rows = {
         rows: _mean([abs(error[mix]) for mix in mixes if kinds[mix, 0] == rows])
         for rows in np.unique(kinds[mixes, 0]).tolist()
     }
-    between = [abs(error[mix]) for mix in mixes if kinds[mix, 0] not in (1, *cost.rows)]
+    between = [abs(error[mix]) for mix in mixes if kinds[mix, 0] not in given]
     return HeldOut(
         steps=int(count[mixes].sum()),
         mixes=len(mixes),
@@ -34,6 +45,7 @@ def held_out_error(cost: CostTable, steps: TimedSteps) -> HeldOut | None:
         worst_error=round(error[worst], 4),
         worst_mix=_named(*kinds[worst].tolist()),
         within_tenth=_mean([abs(e) < 0.1 for e in error.values()]),
+        noise=_mean([MEAN_OF_NORMAL * (spread or 0.0) for _, spread in means.values()]),
         step_error=round(float(np.median(np.abs(ratio - 1))), 4),
         by_rows=by_rows,
         between_error=_mean(between) if between else None,

@@ -64,7 +64,7 @@ def _by_rows(axes: Any, cost: CostTable, sizes: range) -> None:
     """Steps of several rows that all have one block size, for all rows together."""
     scale, unit = _unit(cost)
     rows = [1, *sorted(cost.rows)]
-    shown = sorted({1, 2, 4, 8, sizes[-1]} & set(sizes))[-len(COLOURS) :]
+    shown = sorted({1, 4, 8, sizes[-1]} & set(sizes))
     for colour, size in zip(COLOURS, shown, strict=False):
         steps = [scale * cost.step(size, rows=count) for count in rows]
         axes.plot(rows, steps, marker=".", color=colour, label=f"block size {size}")

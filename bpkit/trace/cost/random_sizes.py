@@ -18,7 +18,7 @@ class RandomSizes(Policy):
     much as is drawn. Now and then comes a run of plain steps, its length even on a logarithmic scale: the draft after
     it has much to catch up with.
 
-    Of several rows the widest is drawn so, as padded passes go by it. In half of the steps all are as wide, in the
+    Of several rows the widest is drawn so, as padded passes go by it. In a quarter of the steps all are as wide, in
     others a random share of them; each of the rest draws a size of its own, up to a bound that is drawn for the step.
 
     Args:
@@ -40,7 +40,7 @@ class RandomSizes(Policy):
         largest, width, plain_steps = self._draw(int(state["plain_steps"].max()), generator)
         block_size, state["width"] = context.full(largest), context.full(width)
         state["plain_steps"] = context.full(plain_steps)
-        if context.batch_size > 1 and largest > 1 and _between(0, 1, generator):
+        if context.batch_size > 1 and largest > 1 and _between(0, 3, generator):
             narrow = torch.rand(context.batch_size, generator=generator) < torch.rand((), generator=generator)
             narrow[_between(0, context.batch_size - 1, generator)] = False
             bound = _between(1, largest, generator)

@@ -77,12 +77,12 @@ def slope_within(groups: NDArray[np.int64], x: Floats, y: Floats, *others: Float
         centred = columns - means[group]
         root = np.sqrt(weights)[:, None]
         dx, dy = root * centred[:, :-1], (root * centred[:, -1:])[:, 0]
-        if freedom < 1 or np.linalg.matrix_rank(dx) < dx.shape[1]:
+        if freedom < 1 or np.linalg.matrix_rank(dx) == np.linalg.matrix_rank(dx[:, 1:]):
             return 0.0, math.inf
         slopes = np.linalg.lstsq(dx, dy)[0]
         residual = centred[:, -1] - centred[:, :-1] @ slopes
         variance = float(weights @ residual**2) / freedom
-        slope, error = float(slopes[0]), math.sqrt(variance * float(np.linalg.inv(dx.T @ dx)[0, 0]))
+        slope, error = float(slopes[0]), math.sqrt(variance * float(np.linalg.pinv(dx.T @ dx)[0, 0]))
         scale = float(np.median(np.abs(residual))) / MEDIAN_OF_NORMAL
         if not scale:
             break

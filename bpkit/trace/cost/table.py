@@ -76,17 +76,19 @@ class Cell(BaseModel):
 
 
 class HeldOut(BaseModel):
-    """How far a cost model that was fitted to other steps is from steps of several rows that it has not seen.
+    """How far tables of several rows are from steps that they were not fitted to.
 
-    A *mix* is what like steps have in common: number of rows, padded width (1, 2, 3-4, 5-8, ...), whether more or less
-    than half of the padded positions were verified, and the doubling of the context length. Its error is that of its
-    mean price: measured over modelled, a 10% trimmed mean over its steps, less 1.
+    The runs are dealt into folds; steps of a fold are priced by tables made of the others (cross-validation). A *mix*
+    is what like steps have in common: number of rows, padded width (1, 2, 3-4, 5-8, ...), whether more or less than
+    half of the padded positions were verified, and the doubling of the context length. Its error is that of its mean
+    price: measured over modelled, a 10% trimmed mean over its steps, less 1.
 
     Attributes:
         steps, mixes: that were compared.
         mean_error: of the mixes' errors, without sign.
         worst_error, worst_mix: of the mix that was furthest off.
         within_tenth: share of the mixes whose error was below 10%.
+        noise: mean error that the standard errors of the mixes' prices would make alone, with tables that are right.
         step_error: median over single steps, without sign: the machine's noise is part of it.
         by_rows: mean error of mixes, by number of rows; the numbers that no table was fitted to are among them.
         between_error: mean error of the mixes of those numbers, None if there were none.
@@ -100,6 +102,7 @@ class HeldOut(BaseModel):
     worst_error: float
     worst_mix: str
     within_tenth: float
+    noise: float
     step_error: float
     by_rows: dict[int, float]
     between_error: float | None
@@ -121,7 +124,8 @@ class Measured(BaseModel):
         started: UTC. seconds: that the measuring took.
         steps, prompts, rounds: that were measured; a round goes over all prompts.
         ended: why measuring ended.
-        worst_spread: largest relative standard error of the figures that were waited for.
+        worst_spread: largest relative standard error of the figures that were waited for; None where one of them is
+            of a single sample.
         modelled_over_measured: the table's price of all measured steps, over the time that they took.
         drift: how much slower than the table's price the second half of the steps was than the first.
         held_out: of tables for several rows, how well they price what they were not fitted to.
@@ -145,7 +149,7 @@ class Measured(BaseModel):
     prompts: int
     rounds: int
     ended: str
-    worst_spread: float
+    worst_spread: float | None
     modelled_over_measured: float
     drift: float
     held_out: HeldOut | None = None
