@@ -6,18 +6,21 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import Result
 
 from bpkit import SpeculativeDecoder
 from bpkit.config import ConfigError, load, settle
-from bpkit.decode.capture import COLUMNS, WIDTHS, Capture, CaptureWarning, Graphs, Outputs, Shape, _columns
+from bpkit.decode.capture import COLUMNS, WIDTHS, Capture, CaptureWarning, Graphs, Shape, _columns
 from bpkit.decode.result import Generation
 from bpkit.decode.serving import session_class
 from bpkit.decode.slots import STEP
@@ -328,8 +331,8 @@ def test_a_pass_that_gives_something_else_when_it_is_captured_is_found_out(pair:
     assert graphs_of(decoder).kept == {}
 
 
-def choosing_tokens(model: PreTrainedModel, how: Callable[[Tensor], Tensor]) -> None:
-    """Let a model's shapes depend on numbers, as some mixtures of experts do."""
+def looking_at_tokens(model: PreTrainedModel, how: Callable[[Tensor], object]) -> None:
+    """Let the host depend on numbers of a pass, as in some mixtures of experts."""
     forward = model.forward
 
     def changed(*args: Any, **kwargs: Any) -> Any:
@@ -340,49 +343,120 @@ def choosing_tokens(model: PreTrainedModel, how: Callable[[Tensor], Tensor]) -> 
 
 
 @pytest.mark.parametrize(
-    ("how", "name"), [(torch.nonzero, "nonzero"), (lambda ids: ids[ids > 3], "index")], ids=["nonzero", "mask"]
+    ("how", "name"),
+    [(torch.nonzero, "nonzero"), (lambda ids: ids[ids > 3], "index"), (lambda ids: int(ids[0, 0]), "item")],
+    ids=["nonzero", "mask", "number"],
 )
 def test_a_pass_that_waits_for_the_device_is_found_before_it_is_captured(
-    pair: TinyPair, how: Callable[[Tensor], Tensor], name: str
+    pair: TinyPair, how: Callable[[Tensor], object], name: str
 ) -> None:
     target = copy.deepcopy(pair.target)
-    choosing_tokens(target, how)
+    looking_at_tokens(target, how)
     with pytest.raises(ValueError, match=f"Qwen3ForCausalLM cannot be captured: {name} waits"):
         SpeculativeDecoder(target, "ngram", tokenizer=pair.tokenizer, capture="on").generate("x", max_new_tokens=9)
 
 
-class Recorded:
-    """A graph that calls the function again, into the outputs of its first call."""
+# Graphs, by operations that are recorded and done again
 
-    def __init__(self, run: Any) -> None:
-        self.run, self.outputs, self.replays = run, run(), 0
+
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What a CUDA graph is, on a CPU: operations at the addresses and with the numbers that they had."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
 
     def replay(self) -> None:
         self.replays += 1
-        for kept, new in zip(self.outputs, self.run(), strict=True):
-            if kept is not None:
-                kept.copy_(new)
+        for func, args, kwargs, result in self.operations:
+            for kept, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():  # else it is a view
+                    kept.copy_(new)
+
+
+class Stream:
+    def wait_stream(self, other: Stream) -> None:
+        assert isinstance(other, Stream)
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Instead of CUDA's graphs: all that were made."""
+    made: list[Tape] = []
+
+    def graph(tape: Tape, *, pool: object, stream: Stream, capture_error_mode: str) -> Tape:
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+        made.append(tape)
+        return tape
+
+    for name, value in {
+        "CUDAGraph": Tape,
+        "graph": graph,
+        "current_stream": lambda device: Stream(),
+        "stream": nullcontext,
+        "device": nullcontext,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return made
+
+
+def recording(decoder: SpeculativeDecoder) -> SpeculativeDecoder:
+    """The decoder as it is where there is CUDA."""
+    capture = decoder.capture
+    capture.mode, capture.real, capture._pool, capture._side = "auto", True, "pool", Stream()
+    return decoder
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_operations_done_again_at_their_addresses_give_the_texts(
+    pair: TinyPair, tapes: list[Tape], options: dict[str, Any]
+) -> None:
+    plain, decoder = both(pair, pair.block_diffusion(), AnySize())
+    recording(decoder)
+    for prompts, batch_size in ((PROMPTS[:3], 1), (PROMPTS, 3)):
+        wanted, found = (
+            made.generate(prompts, batch_size=batch_size, max_new_tokens=20, **options) for made in (plain, decoder)
+        )
+        assert outcome(found) == outcome(wanted)
+    assert sum(tape.replays for tape in tapes) > 2 * len(tapes)
+
+
+def test_windows_and_soft_caps_out_of_recorded_operations(tapes: list[Tape]) -> None:
+    model = model_of("gemma2")
+    reader = Captured(model)
+    with torch.inference_mode():
+        reader.begin([1, 3 * WINDOW, 6], slots=3, capacity=90)
+        capture = reader.session.graphs.capture
+        capture.real, capture._pool, capture._side = True, "pool", Stream()
+        for _ in range(10):
+            reader.step()
+    assert sum(tape.replays for tape in tapes) > len(tapes) > 1
+    reader.check()
 
 
 def test_a_capture_that_fails_is_said_once_and_the_text_is_the_same(
-    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+    pair: TinyPair, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, decoder = both(pair, pair.block_diffusion())
-    capture = decoder.capture
-    recorded: list[Recorded] = []
+    plain, decoder = both(pair, pair.block_diffusion(), AnySize())
+    recording(decoder)
+    graph = torch.cuda.graph
 
-    def record(self: Capture, run: Any) -> tuple[Any, Outputs]:
-        if len(recorded) == 2:
+    def failing(tape: Any, **options: Any) -> Any:
+        if len(tapes) == 2:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        recorded.append(Recorded(run))
-        return recorded[-1], recorded[-1].outputs
+        return graph(tape, **options)
 
-    monkeypatch.setattr(Capture, "record", record)
-    capture.mode, capture.real = "auto", True
+    monkeypatch.setattr(torch.cuda, "graph", failing)
     with pytest.warns(CaptureWarning, match="cannot be captured: operation not permitted") as said:
-        found = decoder.generate(PROMPTS[2], policy=AnySize(), max_new_tokens=20).tokens
-    assert found.equal(plain.generate(PROMPTS[2], policy=AnySize(), max_new_tokens=20).tokens)
-    assert sum(graph.replays for graph in recorded) >= 2
+        found = decoder.generate(PROMPTS[2], max_new_tokens=20).tokens
+    assert found.equal(plain.generate(PROMPTS[2], max_new_tokens=20).tokens)
+    assert sum(tape.replays for tape in tapes) >= 2
     assert len(said) == 1
 
 

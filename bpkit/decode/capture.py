@@ -311,14 +311,14 @@ class _NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, result = func._schema.name.removeprefix("aten::"), func(*args, **(kwargs or {}))
         devices = {value.device for value in (*args, result) if isinstance(value, Tensor)}
-        copies = name in ("_to_copy", "copy_") and len(devices) > 1
+        copies = name in ("_to_copy", "to", "copy_") and len(devices) > 1
         by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
         if name in _WAITS or copies or by_mask:
             raise RuntimeError(f"{name} waits for the device in the middle of a pass")
         return result
 
 
-_WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2"}
+_WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique_consecutive"}
 
 
 def counts_of(numbers: Sequence[Sequence[int]], rows: int, fill: Sequence[int]) -> Input:
