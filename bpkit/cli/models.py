@@ -81,10 +81,11 @@ def check_device(name: str | None) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of libraries off stderr, and make policy and observer faults one line each."""
+    """Keep progress bars and advice of libraries off stderr, and make faults of policies and the like one line each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
+    from bpkit.decode.capture import CaptureWarning
     from bpkit.decode.guard import PolicyFaultWarning
     from bpkit.decode.observers import ObserverFaultWarning
 
@@ -93,7 +94,7 @@ def quiet_libraries() -> None:
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, (PolicyFaultWarning, ObserverFaultWarning)):
+        if issubclass(category, (PolicyFaultWarning, ObserverFaultWarning, CaptureWarning)):
             say(f"Warning: {message}")
         else:
             usual(message, category, *place, **more)

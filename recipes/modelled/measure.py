@@ -41,7 +41,9 @@ class _LiveAndReplayed:
 
     def __init__(self, decoder: SpeculativeDecoder, manifest: Manifest, policy: PolicyLike, cost: CostTable) -> None:
         clock, largest = WallClock(decoder.target.device), max(manifest.block_sizes)
-        self.live = SpeculativeDecoder(decoder.target, decoder.drafter, policy, clock=clock, max_block_size=largest)
+        self.live = SpeculativeDecoder(
+            decoder.target, decoder.drafter, policy, clock=clock, max_block_size=largest, capture=decoder.capture
+        )
         self.replayer, self.cost = Replayer(self.live.spec, policy, cost, seed=manifest.seed), cost
         self.rows: list[tuple[float, float, float]] = []
         self.same_steps: list[bool] = []

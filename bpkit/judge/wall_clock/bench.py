@@ -76,7 +76,8 @@ class BenchSettings:
             ValueError: a policy or peer cannot run with these models.
         """
         options, seed, target = {**self.options, **more}, self.seed, decoder.target
-        loop = SpeculativeDecoder(target, NoDrafter(), "fixed:1", tokenizer=decoder.tokenizer, rule=decoder.rule)
+        shared: Any = {"tokenizer": decoder.tokenizer, "rule": decoder.rule, "capture": decoder.capture}
+        loop = SpeculativeDecoder(target, NoDrafter(), "fixed:1", **shared)
         plain: list[TimedDecoder] = [PolicyDecoder(LOOP, loop, options, seed)]
         if options["temperature"] == 0:
             plain.append(GenerateDecoder(TRANSFORMERS, target, options, seed))
