@@ -34,10 +34,13 @@ TOKENS = 60
 class Row:
     """A row whose text goes on by itself: in a batch of changing rows, and in a session of its own."""
 
-    def __init__(self, pair: TinyPair, drafter: Drafter, number: int, rng: random.Random) -> None:
+    def __init__(
+        self, pair: TinyPair, drafter: Drafter, number: int, rng: random.Random, length: int | None = None
+    ) -> None:
         self.drafter, self.rng, self.number = drafter, rng, number
         self.vocab = len(pair.tokenizer)
-        prompt = torch.tensor([[rng.randrange(TOKENS) for _ in range(rng.choice((1, 3, 9, 25, 40)))]])
+        length = length or rng.choice((1, 3, 9, 25, 40))
+        prompt = torch.tensor([[rng.randrange(TOKENS) for _ in range(length)]])
         self.texts = [RowText(prompt, 300) for _ in range(2)]
         self.alone = RunningText([self.texts[1]])
         self.session = drafter.begin(self.alone)
@@ -303,22 +306,27 @@ def test_a_row_alone_reads_what_it_always_read(pair: TinyPair) -> None:
     assert all(call.get("attention_mask") is None for call in calls)
 
 
-def test_a_row_that_joins_does_not_make_others_read_its_prompt(pair: TinyPair) -> None:
-    for drafter, model, name in (
-        (pair.block_diffusion(), pair.drafter_model, "context_hidden_states"),
-        (pair.autoregressive(), pair.assistant, "input_ids"),
-    ):
-        rng = random.Random(0)
-        running, new = (Batch(drafter, [Row(pair, drafter, i, rng) for i in range(2)]) for _ in range(2))
-        with torch.inference_mode():
-            running.advance([[7], [7]])
-            running.draft_together([3, 2], None)
-            running.advance([[7], [7]])
-            running.join(new)
-            widths: list[int] = []
-            hook = model.register_forward_pre_hook(
-                lambda _, args, inputs, name=name, widths=widths: widths.append(inputs[name].shape[1]), with_kwargs=True
-            )
-            running.draft_together([3, 2, 2, 4], None)
-            hook.remove()
-        assert max(widths) <= 2
+@pytest.mark.parametrize("kind", ["block diffusion", "autoregressive"])
+def test_rows_that_join_do_not_make_others_read_their_prompts(pair: TinyPair, kind: str) -> None:
+    drafter: Drafter = pair.block_diffusion() if kind == "block diffusion" else pair.autoregressive()
+    model, name = (
+        (pair.drafter_model, "context_hidden_states") if kind == "block diffusion" else (pair.assistant, "input_ids")
+    )
+    rng, shapes = random.Random(0), []
+    running, new = (
+        Batch(drafter, [Row(pair, drafter, number, rng, length) for number in range(2)]) for length in (9, 60)
+    )
+    with torch.inference_mode():
+        running.advance([row.decided(own) for row, own in zip(running.rows, running.draft([3, 2], None), strict=True)])
+        hook = model.register_forward_pre_hook(
+            lambda _, args, inputs: shapes.append(list(inputs[name].shape[:2])), with_kwargs=True
+        )
+        running.join(new)
+        running.keep([2, 0, 3, 1])
+        assert shapes == [], "nobody has drafted for them yet"
+        running.draft_together([4, 2, 2, 3], None)
+        hook.remove()
+        assert sum(rows == 2 and width >= 60 for rows, width in shapes) == 1
+        assert max(width for rows, width in shapes if rows == 4) <= 3
+        running.advance([[7]] * 4)
+        assert all(running.draft([5, 2, 3, 2], None))

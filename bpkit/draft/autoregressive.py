@@ -19,11 +19,9 @@ from bpkit.decode.stateful import cache_argument
 from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText
 from bpkit.draft.config import ASSISTANT_BLOCK_SIZE
+from bpkit.draft.newcomers import LONG, newcomers, take_in
 from bpkit.draft.vocabulary import embedding_rows, fetch_tokenizer, refuse_another_tokenizer
 from bpkit.types import AUTOREGRESSIVE, Feature, work_of
-
-SHORT = 32
-"""Unread tokens up to which rows read different counts of them in one pass, with logits of all."""
 
 
 class AutoregressiveDrafter:
@@ -136,9 +134,14 @@ class AutoregressiveSession:
 
     def __init__(self, drafter: AutoregressiveDrafter, text: RunningText) -> None:
         self.drafter, self.text = drafter, text
-        self.reader = drafter.reader(len(text.rows), text.max_length + drafter.max_block_size)
+        self.reader = drafter.reader(len(text.rows), self.capacity)
         self.held = [0] * len(text.rows)
         """Tokens that were read of each row: of its text, and of the draft that follows."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the rows may come to, drafted ones included."""
+        return self.text.max_length + self.drafter.max_block_size
 
     def advance(self, features: Sequence[Tensor] | None) -> None:
         # Drafted tokens that do not stand were read at the place of the anchor or behind it.
@@ -148,8 +151,8 @@ class AutoregressiveSession:
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         drafter, length = self.drafter, self.text.length
+        # Tokens that each row may still draft.
         left = [drafter.room(at, size - 1) if size > 1 else 0 for at, size in zip(length, block_size, strict=True)]
-        """Tokens that each row may still draft."""
         if max(left) == 0:
             return drafter.nothing(len(left))
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -175,8 +178,6 @@ class AutoregressiveSession:
         self.held = [self.held[row] for row in rows]
 
     def join(self, other: AutoregressiveSession) -> None:
-        # Their prompts are read before: in one pass with the others', all rows would be padded to the longest.
-        other._read_early([True] * len(other.held))
         self.reader.join(other.reader)
         self.held += other.held
 
@@ -195,9 +196,15 @@ class AutoregressiveSession:
         if len(set(counts)) == 1 and not stateful:
             return self._note(self.reader.prefill(self._ids(unread), counts, last=True), counts)
         # Of long texts logits are wanted at the end alone. States go back to where several tokens were read last.
-        self._read_early(
-            [count > SHORT and (held == 0 or not stateful) for count, held in zip(counts, self.held, strict=True)]
-        )
+        early = [count > LONG and (held == 0 or not stateful) for count, held in zip(counts, self.held, strict=True)]
+        unread = [row[:-1] if at_once else [] for row, at_once in zip(unread, early, strict=True)]
+        apart = newcomers(self.held, counts)
+        if apart:
+            self._read_apart(apart, [unread[row] for row in apart])
+            unread = [[] if row in apart else tokens for row, tokens in enumerate(unread)]
+        if any(unread):
+            counts = [len(row) for row in unread]
+            self._note(self.reader.prefill(self._ids(unread), counts, last=False), counts)
         unread = self._unread()
         counts = [len(row) for row in unread]
         logits, hidden = self._read(self._ids(unread), counts)
@@ -205,12 +212,13 @@ class AutoregressiveSession:
         last = torch.tensor(counts, device=logits.device).sub(1).clamp(min=0)
         return logits[rows, last][:, None], hidden[rows, last][:, None]
 
-    def _read_early(self, rows: Sequence[bool]) -> None:
-        """Read what is unread of some rows, but for the last token."""
-        unread = [row[:-1] if early else [] for row, early in zip(self._unread(), rows, strict=True)]
-        counts = [len(row) for row in unread]
-        if max(counts) > 0:
-            self._note(self.reader.prefill(self._ids(unread), counts, last=False), counts)
+    def _read_apart(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """Read these tokens of some rows, of which nothing was read yet."""
+        reader, counts = self.drafter.reader(len(rows), self.capacity), [len(row) for row in tokens]
+        reader.prefill(self._ids(tokens), counts, last=False)
+        take_in(self.reader, len(self.held), reader, rows)
+        for row, count in zip(rows, counts, strict=True):
+            self.held[row] = count
 
     def _read(self, tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Read tokens int64 [rows, width], `counts` of each row."""

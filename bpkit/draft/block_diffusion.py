@@ -18,6 +18,7 @@ from bpkit.decode.slots import Reading, SlotCache
 from bpkit.decode.text import RunningText, padded
 from bpkit.draft.dflash_checks import refuse_unfit, refuse_unknown_layout
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
+from bpkit.draft.newcomers import newcomers, take_in
 from bpkit.draft.vocabulary import embedding_rows
 from bpkit.types import BLOCK_DIFFUSION, Feature, work_of
 
@@ -114,13 +115,17 @@ class BlockDiffusionSession:
             waiting.append(more)
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        context = self._context()
+        context = [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
+        read = [len(features) for features in context]
+        apart = newcomers(self.slot_cache.held, read)
+        if apart:
+            self._read_apart(apart, context)
         made = None if self.graphs is None else self._replay(self.graphs, context, block_size)
         if made is None:
-            hidden = self._denoise(context, block_size)
+            hidden = self._denoise(self.slot_cache, self.text.anchor, context, block_size)
             made = hidden, self.drafter.score(hidden)
-        read, counts = self._took(context), [size - 1 for size in block_size]
-        hidden, logits = made
+        self.waiting = [[] for _ in context]
+        (hidden, logits), counts = made, [size - 1 for size in block_size]
         tokens, scores = draw(logits, counts)
         return Proposal(tokens, scores, hidden, counts, max(read))
 
@@ -129,34 +134,28 @@ class BlockDiffusionSession:
         self.waiting = [self.waiting[row] for row in rows]
 
     def join(self, other: BlockDiffusionSession) -> None:
-        # Their prompts are read before: in one pass with the others', all rows would be padded to the longest.
-        context = other._context()
-        other._denoise(context, [1] * len(context))
-        other._took(context)
         self.slot_cache.join(other.slot_cache)
-        self.waiting += [[features[:0].clone()] for features in context]
+        self.waiting += other.waiting
 
-    def _context(self) -> list[Tensor]:
-        """Features of each row that wait, [count, layers * hidden]."""
-        return [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
+    def _read_apart(self, rows: Sequence[int], context: list[Tensor]) -> None:
+        """Read the context of some rows, which is nothing then."""
+        count, anchor = len(rows), torch.cat([self.text.anchor[row : row + 1] for row in rows])
+        cache = SlotCache(self.drafter.model.config, rows=count, slots=count, capacity=self.slot_cache.capacity)
+        self._denoise(cache, anchor, [context[row] for row in rows], [1] * count)
+        take_in(self.slot_cache, len(context), cache, rows)
+        for row in rows:
+            context[row] = context[row][:0]
 
-    def _took(self, context: Sequence[Tensor]) -> list[int]:
-        """Note that a pass has read these features; how many there were of each row."""
+    def _denoise(
+        self, cache: SlotCache, anchor: Tensor, context: Sequence[Tensor], block_size: Sequence[int]
+    ) -> Tensor:
+        """Read the context of rows, and pass a block of each through the model, of which this gives `_blocks`."""
         read = [len(features) for features in context]
-        self.slot_cache.held = [held + count for held, count in zip(self.slot_cache.held, read, strict=True)]
-        self.waiting = [[] for _ in read]
-        return read
-
-    def _denoise(self, context: Sequence[Tensor], block_size: Sequence[int]) -> Tensor:
-        """Pass each row's new context and block through the model.
-
-        Returns:
-            hidden states of the blocks without their anchors, [rows, largest block - 1, hidden].
-        """
-        read, device = [len(features) for features in context], self.drafter.model.device
-        reading, inputs = padded_pass(self.slot_cache, read, block_size, device)
+        reading, inputs = padded_pass(cache, read, block_size, self.drafter.model.device)
         features = padded([features[None] for features in context])
-        return self._pass(self.text.anchor, max(block_size), features, reading, inputs)
+        hidden = self._blocks(cache, anchor, max(block_size), features, reading, inputs)
+        cache.held = [held + count for held, count in zip(cache.held, read, strict=True)]
+        return hidden
 
     def _replay(
         self, graphs: Graphs, context: Sequence[Tensor], block_size: Sequence[int]
@@ -166,27 +165,38 @@ class BlockDiffusionSession:
         shape = graphs.shape(self, max(read), max(block_size))
         if shape is None:
             return None
-        cache, features, anchor = self.slot_cache, padded([features[None] for features in context]), self.text.anchor
+        cache, features = self.slot_cache, padded([features[None] for features in context])
         most, width = shape.widths
 
         def passed(anchor: Tensor, features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-            hidden = self._pass(anchor, width, features, *_own_places(cache, counts, most, width, shape.end))
+            places = _own_places(cache, counts, most, width, shape.end)
+            hidden = self._blocks(cache, anchor, width, features, *places)
             return hidden, self.drafter.score(hidden)
 
         replayed = graphs.run(
             shape,
             (),
             [
-                Input(anchor, (shape.rows, 1)),
+                Input(self.text.anchor, (shape.rows, 1)),
                 Input(features, (shape.rows, most, features.shape[2])),
                 counts_of([cache.held, read, block_size], shape.rows, fill=[0, 0, 1]),
             ],
             passed,
             (len(read), max(block_size) - 1),
         )
+        if replayed is not None:
+            cache.held = [held + count for held, count in zip(cache.held, read, strict=True)]
         return cast("tuple[Tensor, Tensor] | None", replayed)
 
-    def _pass(self, anchor: Tensor, width: int, context: Tensor, reading: Reading, inputs: Mapping[str, Any]) -> Tensor:
+    def _blocks(
+        self,
+        cache: SlotCache,
+        anchor: Tensor,
+        width: int,
+        context: Tensor,
+        reading: Reading,
+        inputs: Mapping[str, Any],
+    ) -> Tensor:
         """Hidden states of blocks without their anchors, [rows, width - 1, hidden].
 
         Args:
@@ -194,11 +204,11 @@ class BlockDiffusionSession:
         """
         model = self.drafter.model
         masks = anchor.new_full((len(anchor), width - 1), model.config.mask_token_id)
-        self.slot_cache.begin(reading)
+        cache.begin(reading)
         hidden: Tensor = model(
             noise_embeds=self.drafter.embed(torch.cat([anchor, masks], dim=1)),
             context_hidden_states=context,
-            past_key_values=self.slot_cache,
+            past_key_values=cache,
             **inputs,
         ).last_hidden_state
         return hidden[:, 1:]
