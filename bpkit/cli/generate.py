@@ -120,7 +120,7 @@ def generate(
 def write_texts(
     prompts: list[Prompt], out: Path, config: Config, stop: list[str] | None, chat: bool, **batch: Any
 ) -> None:
-    """The texts of many prompts into a file. Raises ValueError after all others ended, if some failed."""
+    """The texts of many prompts into a file. Exits with 1 after all others ended, if some failed."""
     from bpkit.cli.generate_many import TextFile, generate_all
     from bpkit.cli.models import load_decoder
 
@@ -141,7 +141,8 @@ def write_texts(
     say(f"wrote {out}: {len(prompts) - len(failed)} texts")
     if failed:
         shown = "; ".join(f"{name}: {why}" for name, why in list(failed.items())[:5])
-        raise ValueError(f"{len(failed)} of {len(prompts)} prompts failed, and the others are in {out}: {shown}")
+        say(f"{len(failed)} of {len(prompts)} prompts failed, the same command tries them again: {shown}")
+        raise typer.Exit(1)
 
 
 def in_chat(decoder: SpeculativeDecoder, text: str) -> Tensor:

@@ -63,7 +63,7 @@ class TextFile:
         row |= {"tokens": result.tokens.shape[1], "steps": max(len(result.records) - 1, 0), "seed": result.seed}
         row |= {"near_ties": result.near_ties, "fallbacks": result.fallbacks, "key": self.keys[prompt.id]}
         if result.error is not None:
-            row["error"] = str(result.error)
+            row["error"] = _why(result.error)
         self.lines[prompt.id] = json.dumps(row, ensure_ascii=False)
         file.write(self.lines[prompt.id] + "\n")
         file.flush()
@@ -77,6 +77,12 @@ class TextFile:
 def _key(prompt: Prompt, settings: Mapping[str, Any]) -> str:
     what = json.dumps([prompt.text, dict(prompt.options), dict(settings)], sort_keys=True, default=str)
     return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def _why(error: Exception) -> str:
+    """What ended a row, without its place among the prompts of this run."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}"
 
 
 def generate_all(
@@ -107,7 +113,7 @@ def generate_all(
                 prompt = waiting[place][1]
                 file.add(out, prompt, result)
                 if result.error is not None:
-                    failed[prompt.id] = str(result.error)
+                    failed[prompt.id] = _why(result.error)
                 progress.tick()
 
         for _ in runs:
