@@ -108,7 +108,10 @@ def test_a_file_of_other_texts_is_not_touched(tiny_folder: Path, file: Path, tmp
 
 
 def test_prompts_that_fail_are_named_and_tried_again(tiny_folder: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "x = ", "id": "good"}, {"prompt": "y" * 8, "id": "bad", "max_new_tokens": 0}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "x = ", "id": "good"},
+        {"prompt": "y" * 8, "id": "bad", "max_new_tokens": 0},
+    ]
     file, out = written(tmp_path / "prompts.jsonl", rows), tmp_path / "texts.jsonl"
     done = generate(tiny_folder, "--prompts", file, "--out", out)
     assert done.exit_code == 1
