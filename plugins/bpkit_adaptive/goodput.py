@@ -81,9 +81,6 @@ class Goodput(RememberingPolicy[GoodputMemory]):
         self.cost = cost
         drafted = [b for b in self.config.block_sizes if 1 < b <= decoder.max_block_size and _priced(cost, b)]
         self.sizes = [1, *drafted]
-        import numpy  # here, so that options can be listed without it
-
-        self.numpy, self.choices = numpy, numpy.array(self.sizes)
         self.width = self.sizes[-1] - 1  # the longest draft
         self._costs: dict[int, list[float]] = {}
 
@@ -101,10 +98,11 @@ class Goodput(RememberingPolicy[GoodputMemory]):
             rates = self.rates(*(state[name][0].tolist() for name in COUNTS))
             worth = self.worth(rates, self.costs(lengths[0]))
             return context.full(self.sizes[worth.index(max(worth))])
-        np = self.numpy
+        import numpy as np  # here, so that options can be listed without it
+
         rates = self.rates(*([*np.ascontiguousarray(state[name].numpy().T)] for name in COUNTS))
         worth = self.worth(rates, [*np.array([self.costs(length) for length in lengths]).T])
-        return context.position.new_tensor(self.choices[np.argmax(worth, axis=0)])
+        return context.position.new_tensor(np.array(self.sizes)[np.argmax(worth, axis=0)])
 
     # Of one row, or of all at once: each value below is a number, or an array with one for each row.
 
