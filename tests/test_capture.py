@@ -94,6 +94,9 @@ def test_texts_and_drafts_are_those_of_plain_passes(pair: TinyPair, name: str, o
     assert {shape.rows for shape in shapes(graphs_of(captured))} <= {1, 2, 3}
     assert {width for shape in shapes(graphs_of(captured)) for width in shape.widths} <= {*WIDTHS}
     assert len(shapes(graphs_of(captured))) > 2
+    drafts = [*captured.capture._drafters.values()]
+    assert len(drafts) == (name != "ngram")
+    assert all(graphs is not None and len(graphs.kept) > 1 for graphs in drafts)
 
 
 def test_the_shipped_pair_accepts_the_same(shipped: ShippedPair) -> None:
@@ -414,14 +417,15 @@ def recording(decoder: SpeculativeDecoder) -> SpeculativeDecoder:
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["block_diffusion", "autoregressive"])
 def test_operations_done_again_at_their_addresses_give_the_texts(
-    pair: TinyPair, tapes: list[Tape], options: dict[str, Any]
+    pair: TinyPair, tapes: list[Tape], name: str, options: dict[str, Any]
 ) -> None:
-    plain, decoder = both(pair, pair.block_diffusion(), AnySize())
+    plain, decoder = both(pair, drafter_of(pair, name), AnySize())
     recording(decoder)
-    for prompts, batch_size in ((PROMPTS[:3], 1), (PROMPTS, 3)):
+    for prompts, batch_size in ((PROMPTS[:2], 1), (PROMPTS, 3)):
         wanted, found = (
-            made.generate(prompts, batch_size=batch_size, max_new_tokens=20, **options) for made in (plain, decoder)
+            made.generate(prompts, batch_size=batch_size, max_new_tokens=14, **options) for made in (plain, decoder)
         )
         assert outcome(found) == outcome(wanted)
     assert sum(tape.replays for tape in tapes) > 2 * len(tapes)

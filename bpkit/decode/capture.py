@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ class Capturable(Protocol):
 
     graphs: Graphs | None
     slot_cache: SlotCache
+
+    @property
+    def model(self) -> PreTrainedModel: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +108,18 @@ class Capture:
             self.target = self._graphs(_why_not(target, model, serves), model)
 
     def attach(self, session: object, drafter: object, drafting: object) -> None:
-        """Let sessions of the target and of a drafter, where they know of it, capture their passes."""
+        """Let sessions of the target and of a drafter, where they know of it, capture their passes.
+
+        Args:
+            drafting: the drafter's session, or one that reads with another session, its `reader`.
+        """
         if self.target is not None and isinstance(session, Capturable):
             session.graphs = self.target
-        if self.wanted and isinstance(drafting, Capturable):
+        reading = getattr(drafting, "reader", drafting)
+        if self.wanted and isinstance(reading, Capturable) and getattr(reading, "wrapper", None) is None:
             if drafter not in self._drafters:
-                own = cast("Any", drafter).model
-                self._drafters[drafter] = self._graphs(_unfit(own, self.model), own, must=False)
-            drafting.graphs = self._drafters[drafter]
+                self._drafters[drafter] = self._graphs(_unfit(reading.model, self.model), reading.model, must=False)
+            reading.graphs = self._drafters[drafter]
 
     def refuse(self, reason: str, must: bool = True) -> None:
         """Say once why passes run plainly, or raise if they must not."""
@@ -166,6 +173,10 @@ class Graphs:
         self._lent: weakref.WeakSet[Any] = weakref.WeakSet()
         self._addresses: tuple[Any, ...] = ()
         self._moving, self._thread = threading.Lock(), 0
+
+    def lent_to(self, session: Capturable) -> bool:
+        """Whether the session has the slots that stay."""
+        return self._session() is session
 
     def shape(self, session: Capturable, *widths: int) -> Shape | None:
         """To what the session's next pass is padded, or None if it runs as it is.
@@ -333,13 +344,13 @@ def _why_not(target: Any, model: PreTrainedModel, serves: type) -> str | None:
         return f"the target is wrapped ({type(target).__name__}), and its passes run through the wrapper"
     if not getattr(serves, "shares_passes", False):
         return f"each row of {type(model).__name__} has a cache of its own"
-    if not counts_positions(model):
-        return f"{type(model).__name__} counts positions by itself"
     return _unfit(model)
 
 
 def _unfit(*models: PreTrainedModel) -> str | None:
-    """Why passes that run through these models cannot be captured."""
+    """Why passes of the first model, which may run through parts of the others, cannot be captured."""
+    if not counts_positions(models[0]):
+        return f"{type(models[0]).__name__} counts positions by itself"
     for model in models:
         name = type(model).__name__
         if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from bpkit.decode.attention import NAME
-from bpkit.decode.capture import Graphs, Input, counts_of
+from bpkit.decode.capture import WIDTHS, Graphs, Input, counts_of
 from bpkit.decode.inputs import ModelInputs
 from bpkit.decode.masks import added, causal
 from bpkit.decode.slots import Reading, SlotCache
@@ -75,6 +75,8 @@ class SlotTarget(LiveTarget):
     def prefill(self, tokens: Tensor, counts: Sequence[int], *, last: bool, **inputs: Any) -> TargetOutput:
         if last:
             tokens = tokens[:, : counts[0]]
+            if self.graphs is not None and self.graphs.lent_to(self) and tokens.shape[1] <= WIDTHS[-1]:
+                return of_prefill(self.verify(tokens, counts))  # an assistant reads on
         return of_prefill(self._read(tokens, counts, logits_to_keep=1, **inputs))
 
     def verify(self, tokens: Tensor, counts: Sequence[int]) -> TargetOutput:

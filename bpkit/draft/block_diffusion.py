@@ -109,6 +109,11 @@ class BlockDiffusionSession:
         self.slot_cache = SlotCache(drafter.model.config, rows=rows, slots=rows, capacity=capacity)
         self.waiting: list[list[Tensor]] = [[] for _ in text.rows]
 
+    @property
+    def model(self) -> DFlashModel:
+        model: DFlashModel = self.drafter.model
+        return model
+
     def advance(self, features: Sequence[Tensor] | None) -> None:
         assert features is not None
         for waiting, more in zip(self.waiting, features, strict=True):
@@ -151,7 +156,7 @@ class BlockDiffusionSession:
     ) -> Tensor:
         """Read the context of rows, and pass a block of each through the model, of which this gives `_blocks`."""
         read = [len(features) for features in context]
-        reading, inputs = padded_pass(cache, read, block_size, self.drafter.model.device)
+        reading, inputs = padded_pass(cache, read, block_size, self.model.device)
         features = padded([features[None] for features in context])
         hidden = self._blocks(cache, anchor, max(block_size), features, reading, inputs)
         cache.held = [held + count for held, count in zip(cache.held, read, strict=True)]
@@ -202,7 +207,7 @@ class BlockDiffusionSession:
         Args:
             anchor: int64 [rows, 1]. width: of the blocks. context: features, [rows, count, layers * hidden].
         """
-        model = self.drafter.model
+        model = self.model
         masks = anchor.new_full((len(anchor), width - 1), model.config.mask_token_id)
         cache.begin(reading)
         hidden: Tensor = model(
