@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bpkit.assets import shipped
+from bpkit.decode.attention import use_grouped_attention
 from bpkit.decode.capture import Graphs, Input, counts_of
 from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.pretrained import device_of, hub_options, move, refuse_other_weights, working_dtype
@@ -70,7 +71,9 @@ class BlockDiffusionDrafter:
             path, dtype=target.dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         refuse_other_weights(path, info, "a DFlash drafter of the known layout")
-        return cls(move(model, device_of(target.get_output_embeddings(), target)), target, name=path)
+        model = move(model, device_of(target.get_output_embeddings(), target))
+        use_grouped_attention(model)
+        return cls(model, target, name=path)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embeddings of tokens, int64 [..., count] -> [..., count, hidden]."""
