@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bpkit.cli.options import named_policies
 from bpkit.config import Config
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.judge.statistics import RESAMPLES, resample
-from bpkit.judge.wall_clock.bench import BenchSettings, measure, run_bench
+from bpkit.judge.wall_clock.bench import BenchSettings, measure, rated, run_bench
 from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, EncodedPrompt, Measurement, Outcome
 from bpkit.judge.wall_clock.figures import BenchFigures, differences, ends_in_loop
 from bpkit.judge.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
@@ -199,7 +200,7 @@ def test_each_decoder_runs_with_its_own_threads() -> None:
 def test_thread_counts_are_chosen_for_each_and_hopeless_ones_are_dropped() -> None:
     log: list[tuple[str, int]] = []
     fakes = [Fake("a", log, {1: 1.0, 2: 0.6}), Fake("b", log, {1: 1.0, 2: 50.0})]
-    table = try_thread_counts(fakes, tasks(2), [1, 2])
+    table = try_thread_counts({fake.name: partial(rated, fake) for fake in fakes}, tasks(2), [1, 2])
     assert best_counts(table) == {"a": 2, "b": 1}
     assert list(table["b"]) == [1]
     assert len(log) == 4 + 2 * 3  # after the first round, `b` runs with one thread only

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from bpkit.registry.resolve import PolicyLike
 
 DEFAULT_POLICIES = ("fixed:4", "fixed:8", "fixed:16", "threshold", "bandit")
+DEFAULT_ROWS_POLICIES = ("fixed:2", "fixed:3", "fixed:4", "fixed:6", "fixed:8", "threshold", "bandit")
+"""At several batch sizes: the more rows share a pass, the smaller the best size."""
 DEFAULT_NEW_TOKENS = 128
 _comparison = partial(typer.Option, rich_help_panel="Comparison")
 
@@ -53,6 +55,14 @@ def bench(
     *,
     texts: list[Prompt],
     repeats: Annotated[int, _comparison(help="Runs of each policy on each prompt.", min=1)] = 1,
+    batch_size: Annotated[
+        str,
+        _comparison(
+            help="Prompts that run at once, one number or several: `1,4,16`. Above 1, transformers' `generate` at the "
+            "same batch size takes part, and whole sets of prompts are timed.",
+            metavar="N,...",
+        ),
+    ] = "1",
     files: Outputs,
     config: Config,
 ) -> None:
@@ -66,29 +76,55 @@ def bench(
 
     `bpkit bench --policy fixed:16 --against transformers-dflash --domain structured --plot bench.png`
 
+    `bpkit bench --batch-size 1,4,16 --policy fixed:3 --policy fixed:4 --json rows.json --plot rows.png`
+
     Next: `bpkit trace` and `bpkit evaluate` say how much of the possible gain a policy takes.
     """
     if context.invoked_subcommand is not None:
         return refuse_options_before(context)
-    named = options.named_policies(policy or [], config) or {name: name for name in DEFAULT_POLICIES}
+    batch_sizes = parse_batch_sizes(batch_size)
+    default = DEFAULT_POLICIES if batch_sizes == [1] else DEFAULT_ROWS_POLICIES
+    named = options.named_policies(policy or [], config) or {name: name for name in default}
     from bpkit.cli.models import load_decoder
     from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
     from bpkit.judge.wall_clock.decoders import check_peers
     from bpkit.judge.wall_clock.report import plot_report, print_report
+    from bpkit.judge.wall_clock.rows.bench import run_rows_bench
+    from bpkit.judge.wall_clock.rows.report import plot_rows_report, print_rows_report
 
     check_peers(tuple(against or ()))
+    if against and batch_sizes != [1]:
+        raise ValueError(f"--against {against[0]} decodes one prompt at a time: leave out --batch-size")
     first, watchers = next(iter(named.values())), config.observers or ()
     with files.pending() as bar, closing(load_decoder(config, first, observers=watchers)) as decoder:
         settings = BenchSettings(
-            policies=those_that_fit(decoder, named) if tuple(named) == DEFAULT_POLICIES else named,
+            policies=those_that_fit(decoder, named) if tuple(named) == default else named,
             options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
             against=tuple(against or ()),
             repeats=repeats,
             threads=config.runtime.threads,
             seed=config.sampling.seed or 0,
         )
-        report = run_bench(decoder, texts, settings, bar)
-    files.deliver(report, print_report, plot_report)
+        if batch_sizes == [1]:
+            report = run_bench(decoder, texts, settings, bar)
+        else:
+            report = run_rows_bench(decoder, texts, settings, batch_sizes, bar)
+    if batch_sizes == [1]:
+        files.deliver(report, print_report, plot_report)
+    else:
+        files.deliver(report, print_rows_report, plot_rows_report)
+
+
+def parse_batch_sizes(text: str) -> list[int]:
+    """Batch sizes as typed, each once, in rising order. Raises ValueError.
+
+    >>> parse_batch_sizes("16,1,4")
+    [1, 4, 16]
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--batch-size {text}: write numbers of 1 or more, such as 8 or 1,4,16")
+    return sorted({int(part) for part in parts})
 
 
 def refuse_options_before(context: typer.Context) -> None:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,10 +24,10 @@ from bpkit.judge.wall_clock.decoders import (
     EncodedPrompt,
     GenerateDecoder,
     Measurement,
-    NoDrafter,
     PolicyDecoder,
     TimedDecoder,
     check_peers,
+    plain_loop,
 )
 from bpkit.judge.wall_clock.figures import BenchFigures
 from bpkit.judge.wall_clock.threads import (
@@ -76,9 +77,7 @@ class BenchSettings:
             ValueError: a policy or peer cannot run with these models.
         """
         options, seed, target = {**self.options, **more}, self.seed, decoder.target
-        shared: Any = {"tokenizer": decoder.tokenizer, "rule": decoder.rule, "capture": decoder.capture}
-        loop = SpeculativeDecoder(target, NoDrafter(), "fixed:1", **shared)
-        plain: list[TimedDecoder] = [PolicyDecoder(LOOP, loop, options, seed)]
+        plain: list[TimedDecoder] = [PolicyDecoder(LOOP, plain_loop(decoder), options, seed)]
         if options["temperature"] == 0:
             plain.append(GenerateDecoder(TRANSFORMERS, target, options, seed))
         check_peers(self.against)
@@ -95,12 +94,8 @@ def run_bench(
 ) -> dict[str, Any]:
     """Measure, and return the report as plain JSON values; `bpkit.judge.wall_clock.report` says what is in it."""
     compared, warmed_up = settings.decoders(decoder), settings.decoders(decoder)
-    device, seed = decoder.target.device, settings.seed
-    tasks = [
-        EncodedPrompt(prompt, decoder._ids(prompt.text).to(device), stream_id=i) for i, prompt in enumerate(prompts)
-    ]
-    random.Random(seed).shuffle(tasks)  # a policy that learns must not meet one domain after the other
-    machine = describe_machine(device)
+    seed, tasks = settings.seed, encoded(decoder, prompts, settings.seed)
+    machine = describe_machine(decoder.target.device)
     threads, tried = choose_threads(decoder, tasks, settings, progress)
     # A run of each that is not counted: first calls allocate and compile.
     measure([*chain(*warmed_up.values())], tasks[:1], repeats=1, seed=0, threads=threads)
@@ -118,21 +113,7 @@ def run_bench(
     return {
         "schema_version": 1,
         "machine": {**machine, "threads": threads, "threads_tried": tried},
-        "settings": {
-            **describe_spec(decoder.spec),
-            "dtype": str(decoder.target.dtype).removeprefix("torch."),
-            "rule": decoder.rule,
-            "policies": describe_policies(settings.policies),
-            "against": list(settings.against),
-            "options": dict(settings.options),
-            "repeats": settings.repeats,
-            "threads": settings.threads,
-            "seed": seed,
-            "resamples": RESAMPLES,
-            "prompts": [task.prompt.id for task in tasks],
-            "started": utc(started),
-            "seconds": time.time() - started,
-        },
+        "settings": described(decoder, settings, tasks, started),
         **figures.as_json(),
         "measurements": [
             {
@@ -145,6 +126,37 @@ def run_bench(
             }
             for one in measured
         ],
+    }
+
+
+def encoded(decoder: SpeculativeDecoder, prompts: Sequence[Prompt], seed: int) -> list[EncodedPrompt]:
+    """Prompts ready to run, shuffled: a policy that learns must not meet one domain after the other."""
+    device = decoder.target.device
+    tasks = [
+        EncodedPrompt(prompt, decoder._ids(prompt.text).to(device), stream_id=i) for i, prompt in enumerate(prompts)
+    ]
+    random.Random(seed).shuffle(tasks)
+    return tasks
+
+
+def described(
+    decoder: SpeculativeDecoder, settings: BenchSettings, tasks: Sequence[EncodedPrompt], started: float
+) -> dict[str, Any]:
+    """The settings of runs that began at `started`, seconds since 1970, and have ended."""
+    return {
+        **describe_spec(decoder.spec),
+        "dtype": str(decoder.target.dtype).removeprefix("torch."),
+        "rule": decoder.rule,
+        "policies": describe_policies(settings.policies),
+        "against": list(settings.against),
+        "options": dict(settings.options),
+        "repeats": settings.repeats,
+        "threads": settings.threads,
+        "seed": settings.seed,
+        "resamples": RESAMPLES,
+        "prompts": [task.prompt.id for task in tasks],
+        "started": utc(started),
+        "seconds": time.time() - started,
     }
 
 
@@ -188,9 +200,7 @@ def choose_threads(
     shorter = min(settings.options["max_new_tokens"], CALIBRATION_TOKENS)
     compared = settings.decoders(decoder, max_new_tokens=shorter)
     names = [one.name for one in chain(*compared.values())]
-    counts = candidate_counts(available_cores())
-    if settings.threads != "auto" or decoder.target.device.type != "cpu":
-        counts = [settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()]
+    counts = counts_to_try(decoder, settings)
     if len(counts) == 1:
         return dict.fromkeys(names, counts[0]), {}
     first_of_domain: dict[str, EncodedPrompt] = {}
@@ -198,7 +208,20 @@ def choose_threads(
         first_of_domain.setdefault(task.prompt.domain, task)
     few = list(first_of_domain.values())[:CALIBRATION_PROMPTS]
     tried = [*compared["plain"], *compared["policies"][:1], *compared["against"]]
-    table = try_thread_counts(tried, few, counts, progress)
+    table = try_thread_counts({one.name: partial(rated, one) for one in tried}, few, counts, progress)
     best = best_counts(table)
     stand_in = best[next(iter(settings.policies), LOOP)]
     return {name: best.get(name, stand_in) for name in names}, table
+
+
+def counts_to_try(decoder: SpeculativeDecoder, settings: BenchSettings) -> list[int]:
+    """Thread counts to choose from; one where there is no choice."""
+    if settings.threads != "auto" or decoder.target.device.type != "cpu":
+        return [settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()]
+    return candidate_counts(available_cores())
+
+
+def rated(decoder: TimedDecoder, task: EncodedPrompt) -> tuple[int, float]:
+    """Tokens and seconds of one run."""
+    outcome = decoder.run(task.ids, task.stream_id)
+    return len(outcome.tokens), outcome.seconds

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.drafter import GoOn, Proposal
+from bpkit.decode.result import Generation
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
@@ -104,9 +105,14 @@ class PolicyDecoder:
             drafter_seconds=parts.draft if known else None,
             policy_seconds=parts.policy,
             fallbacks=result.fallbacks,
-            near_ties=(0,) * sum(result.prefill.near_ties)
-            + tuple(int(step.position) for step in result.steps for _ in range(sum(step.near_ties))),
+            near_ties=near_ties_of(result),
         )
+
+
+def near_ties_of(result: Generation) -> tuple[int, ...]:
+    """Output positions of near ties, as in `Outcome`."""
+    first = (0,) * sum(result.prefill.near_ties)
+    return first + tuple(int(step.position) for step in result.steps for _ in range(sum(step.near_ties)))
 
 
 @dataclass
@@ -121,11 +127,9 @@ class GenerateDecoder:
     assistant: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, ids: Tensor, stream_id: int) -> Outcome:
-        now, options = WallClock(self.target.device, wait=True).now, {**self.options, **self.assistant}
-        temperature, mask = float(options.pop("temperature")), torch.ones_like(ids)
-        options["do_sample"] = temperature > 0
-        if temperature > 0:
-            options["temperature"] = temperature
+        now, mask = WallClock(self.target.device, wait=True).now, torch.ones_like(ids)
+        options = {**generate_options(self.options), **self.assistant}
+        if options["do_sample"]:
             torch.manual_seed(self.seed + stream_id)
         with seconds_of_calls(self.target) as target, seconds_of_calls(self.drafter) as drafter:
             started = now()
@@ -140,6 +144,13 @@ class GenerateDecoder:
             drafter_seconds=sum(drafter) if on_cpu else None,
             policy_seconds=0.0 if on_cpu else None,
         )
+
+
+def generate_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours as transformers' `generate` takes them: a temperature of 0 is no sampling."""
+    rest = {name: value for name, value in options.items() if name != "temperature"}
+    temperature = float(options["temperature"])
+    return {**rest, "do_sample": True, "temperature": temperature} if temperature > 0 else {**rest, "do_sample": False}
 
 
 @contextmanager
@@ -181,6 +192,12 @@ class NoDrafter:
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         raise NotImplementedError("block size 1 never asks for a draft")
+
+
+def plain_loop(decoder: SpeculativeDecoder) -> SpeculativeDecoder:
+    """Plain decoding of the same target in the loop."""
+    shared: dict[str, Any] = {"tokenizer": decoder.tokenizer, "rule": decoder.rule, "capture": decoder.capture}
+    return SpeculativeDecoder(decoder.target, NoDrafter(), "fixed:1", **shared)
 
 
 def check_peers(peers: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 from bpkit.judge.statistics import Bootstrap, Totals, interval, totals_of
 from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Measurement, Outcome
@@ -20,6 +20,32 @@ OF_PLAIN = (
 
 Outcomes = Mapping[str, Sequence[Outcome]]
 """prompt id -> the outcomes of its repeats."""
+
+
+class Timed(Protocol):
+    """Wall clock and its known parts, None where they cannot be told apart."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def target_seconds(self) -> float | None: ...
+
+    @property
+    def drafter_seconds(self) -> float | None: ...
+
+    @property
+    def policy_seconds(self) -> float | None: ...
+
+
+class Decoded(Protocol):
+    """An output, and the output positions of its near ties."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def near_ties(self) -> tuple[int, ...]: ...
 
 
 class BenchFigures:
@@ -131,7 +157,7 @@ def totals(outcomes: Outcomes) -> Totals:
     )
 
 
-def shares(outcomes: Sequence[Outcome]) -> dict[str, float] | None:
+def shares(outcomes: Sequence[Timed]) -> dict[str, float] | None:
     """Shares of the wall-clock time; `other` is what no phase claims. None where phases cannot be told apart."""
     total = sum(o.seconds for o in outcomes)
     known: dict[str, float] = {}
@@ -167,7 +193,11 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (ours, theirs) in enumerate(zip_longest(a, b)) if ours != theirs), None)
 
 
-def differences(outcomes: Outcomes, reference: Outcomes, near_ties: Outcomes) -> list[dict[str, Any]]:
+def differences(
+    outcomes: Mapping[str, Sequence[Decoded]],
+    reference: Mapping[str, Sequence[Decoded]],
+    near_ties: Mapping[str, Sequence[Decoded]],
+) -> list[dict[str, Any]]:
     """Prompts whose text is not that of `reference` in some repeat.
 
     Args:

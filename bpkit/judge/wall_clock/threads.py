@@ -5,17 +5,20 @@ Plain decoding, a policy and a peer may each be fastest at another count, and ju
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
-from bpkit.judge.wall_clock.decoders import EncodedPrompt, Outcome, TimedDecoder
 from bpkit.progress import NoProgress, Progress
 
 HOPELESS = 1 / 3
 """A thread count with less than this part of the best rate is not tried again."""
 
+Task = TypeVar("Task")
+Rated = tuple[int, float]
+"""Tokens and seconds of a run."""
 ThreadTable = dict[str, dict[int, float]]
 """decoder -> thread count -> tokens per second."""
 
@@ -42,8 +45,8 @@ def candidate_counts(cores: int) -> list[int]:
 
 
 def try_thread_counts(
-    decoders: Sequence[TimedDecoder],
-    tasks: Sequence[EncodedPrompt],
+    decoders: Mapping[str, Callable[[Task], Rated]],
+    tasks: Sequence[Task],
     counts: Sequence[int],
     progress: Progress | None = None,
 ) -> ThreadTable:
@@ -54,16 +57,16 @@ def try_thread_counts(
     """
     ticker = progress or NoProgress()
     ticker.start("trying thread counts", len(decoders) * (len(tasks) + 1))
-    left: dict[str, dict[int, list[Outcome]]] = {d.name: {count: [] for count in counts} for d in decoders}
+    left: dict[str, dict[int, list[Rated]]] = {name: {count: [] for count in counts} for name in decoders}
     with threads_restored():
         for number, task in enumerate([tasks[0], *tasks]):
-            for decoder in decoders:
-                tried = left[decoder.name]
+            for name, run in decoders.items():
+                tried = left[name]
                 for count, outcomes in tried.items():
                     use_threads(count)
-                    outcomes.append(decoder.run(task.ids, task.stream_id))
+                    outcomes.append(run(task))
                 rates = {count: _rate(outcomes) for count, outcomes in tried.items()}
-                left[decoder.name] = {
+                left[name] = {
                     count: outcomes if number else []
                     for count, outcomes in tried.items()
                     if rates[count] > HOPELESS * max(rates.values())
@@ -72,10 +75,10 @@ def try_thread_counts(
     return {name: {count: _rate(outcomes) for count, outcomes in tried.items()} for name, tried in left.items()}
 
 
-def _rate(outcomes: Sequence[Outcome]) -> float:
+def _rate(outcomes: Sequence[Rated]) -> float:
     """Tokens per second: a ratio of sums."""
-    seconds = sum(o.seconds for o in outcomes)
-    return sum(len(o.tokens) for o in outcomes) / seconds if seconds else 0.0
+    seconds = sum(spent for _, spent in outcomes)
+    return sum(tokens for tokens, _ in outcomes) / seconds if seconds else 0.0
 
 
 def best_counts(table: Mapping[str, Mapping[int, float]]) -> dict[str, int]:

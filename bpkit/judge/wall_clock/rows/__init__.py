@@ -1,0 +1,1 @@
+"""Many rows by wall clock: the same prompts at several batch sizes."""
