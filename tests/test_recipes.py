@@ -196,3 +196,38 @@ def test_another_fold_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_are_counted() -> None:
     found = weights(FoldSettings(vocab_size=100, hidden_size=10, width=4))
     assert (found["raw"], found["folded"]) == (400 + 16 + 20, 40 + 16 + 20)
+
+
+def test_bench_rows_sums_up_both_drafters_and_figures_of_other_commands(
+    recipe: Recipe, on: list[str], tmp_path: Path
+) -> None:
+    out, costs, traced = tmp_path / "rows.json", tmp_path / "costs.json", tmp_path / "traced.json"
+    costs.write_text(json.dumps({"measured": {"held_out": {"mean_error": 0.0625}}}), encoding="utf-8")
+    traced.write_text(json.dumps({"headline": {"trace_ratio": 3}}), encoding="utf-8")
+    given = ["bench-rows", *on, "--threads", 1, "-p", "fixed:2", "-p", "svip", "--limit", 1]
+    result = recipe(*given, "--batch-size", "8,16", "--cost-table", costs, "--trace-bench", traced, "--json", out)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    head, by_drafter = report["headline"], report["reports"]
+    assert {name: list(of["batch_sizes"]) for name, of in by_drafter.items()} == {
+        "block-diffusion": ["8", "16"],
+        "ngram": ["8"],
+    }
+    # Of plain decoding and two policies at two sizes, and of plain decoding and the fixed size with n-gram drafts.
+    assert head["texts"] == head["texts_equal"] == 3 * (3 * 2 + 2)
+    assert (head["cost_error_percent"], head["trace_ratio"]) == (6.25, 3)
+    at = {name: of["batch_sizes"]["8"]["policies"]["fixed:2"]["ratio_to_plain"] for name, of in by_drafter.items()}
+    assert (head["speedup_at_8"], head["speedup_at_8_ngram"]) == (at["block-diffusion"], at["ngram"])
+    plain = by_drafter["block-diffusion"]["batch_sizes"]["16"]["plain"]
+    assert head["plain_ratio_to_transformers_at_16"] == plain["ratio_to_transformers"]
+    assert report["drafts_for_free"]["block-diffusion"]["8"]["fixed:2"] > at["block-diffusion"]
+    assert "headline" in result.stdout
+
+    traced.write_text("{}", encoding="utf-8")
+    for more, said in (
+        (["--trace-bench", traced], "traced.json has no number at headline.trace_ratio"),
+        (["--batch-size", "1,8"], "the headline needs 8 and 16"),
+    ):
+        refused = recipe(*given, *more)
+        assert refused.exit_code == 2
+        assert said in refused.stderr
