@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -228,6 +229,38 @@ class StateMadeLate(Four):
 
     def observe(self, state: State, step: Step) -> None:
         state["steps"] = (state.get("steps", torch.zeros_like(step.block_size)) + 1).clamp(max=6)
+
+
+class AveragesTheBatch(Four):
+    """What a request learns is of all that ran beside it."""
+
+    def begin(self, context: Context) -> State:
+        return {"average": context.position.double()}
+
+    def observe(self, state: State, step: Step) -> None:
+        state["average"] = step.position.double().mean().expand(len(step.position))
+
+
+class PredictsTogether(Four):
+    """Its network looks at a request beside the mean of all."""
+
+    wants = frozenset({Feature.LAST_HIDDEN})
+
+    def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
+        hidden = features[Feature.LAST_HIDDEN]
+        return {"above": (hidden - hidden.mean(dim=0)).sum(dim=1)}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        return 4 + (self.predicted(context)["above"] > 0).long()
+
+
+class ExtendsByTheFirst(Four):
+    """All requests draft on while the first one does."""
+
+    wants = frozenset({Feature.DRAFT_TOKENS})
+
+    def extend(self, state: State, draft: Draft) -> Tensor:
+        return (draft["draft_tokens"][:1, -1] % 2 == 0).expand(len(draft.draft_length))
 
 
 class RandomTogether(Four):

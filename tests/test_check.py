@@ -28,7 +28,7 @@ from bpkit.testing.checks import report as check_report
 from bpkit.testing.checks.check import report_on
 from bpkit.testing.checks.fresh_weights import FreshWeights
 from bpkit.testing.checks.report import Findings
-from bpkit.testing.checks.setup import AGREEABLE, COST, DFLASH
+from bpkit.testing.checks.setup import AGREEABLE, ASSISTANT, COST, DFLASH
 from bpkit.types import Draft
 
 bad: Any = importlib.import_module("bad_policies")  # beside this file, which is no package
@@ -74,6 +74,12 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
     ),
     ("rows", bad.NumbersRequests, ["NumbersRequests.begin", "state['place'] = [0], as alone", "is [1]"]),
     ("rows", bad.StateMadeLate, ["StateMadeLate.select", "make every name of the state in `begin`"]),
+    (
+        "rows",
+        bad.AveragesTheBatch,
+        ["AveragesTheBatch.observe", "state['average'] = [", "as alone", "reduce over the last"],
+    ),
+    ("rows", bad.PredictsTogether, ["PredictsTogether.select", "that request 4, as alone", "it answered 5 for it"]),
     ("rows", bad.RandomTogether, ["RandomTogether.select", "standard errors away"]),
     ("rows", bad.JointByPlace, ["JointByPlace.select", "for the same requests in reverse", "[4, 3, 2]"]),
     (
@@ -179,6 +185,13 @@ def test_requests_join_and_leave_and_their_order_changes(monkeypatch: pytest.Mon
     batches = [tuple(row - min(Noting.batches[0]) for row in rows) for rows in dict.fromkeys(Noting.batches)]
     assert {row for rows in batches for row in rows} == {0, 1, 2, 3, 4}
     assert any(list(rows) != sorted(rows) for rows in batches)
+
+
+def test_an_early_end_of_another_row_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checked_policy, "USUAL", (ASSISTANT,))
+    result = rows_of(bad.ExtendsByTheFirst)
+    assert result.state == "failed"
+    assert "called ExtendsByTheFirst.extend for a batch" in str(result)
 
 
 def test_one_that_cannot_be_copied_is_asked_itself() -> None:
