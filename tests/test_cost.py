@@ -21,7 +21,7 @@ from bpkit.trace.cost import CostError, CostTable, RowsTable, flat, linear, read
 from bpkit.trace.cost.presets import PRESETS
 from bpkit.trace.cost.table import Padding
 from bpkit.trace.cost.timed import TimedSteps
-from bpkit.types import PHASES, Context, CostModel, DecoderSpec, Seconds, Work
+from bpkit.types import PHASES, Context, CostModel, DecoderSpec, Seconds, Step, Work
 
 
 def table(**more: Any) -> CostTable:
@@ -453,6 +453,31 @@ def test_a_decoder_hands_its_costs_to_its_policies(pair: TinyPair) -> None:
     decoder.with_policy(policies[2], drafter="ngram")  # whose drafts cost something else
     SpeculativeDecoder(pair.target, pair.block_diffusion(), policies[3], clock=CostClock(cost))
     assert [policy.cost for policy in policies] == [cost, cost, None, cost]
+
+
+def test_steps_of_rows_are_charged_by_the_decoders_cost_model(pair: TinyPair) -> None:
+    """Live: one row, then three, then one again as the others end."""
+    rows = {3: RowsTable(draft={4: 5.0}, verify={4: 7.0}, rest=2.0)}
+    cost = CostTable(draft={4: 0.5}, verify={1: 1.0, 4: 1.0}, rest=0.25, rows=rows)
+    prompts = [{"prompt": f"{i} = ", "max_new_tokens": 6 + 3 * i} for i in range(3)]
+
+    def run(clock: CostClock) -> list[Seconds]:
+        decoder = SpeculativeDecoder(
+            pair.target, pair.block_diffusion(), "fixed:4", tokenizer=pair.tokenizer, clock=clock
+        )
+        with decoder.run_many(prompts, batch_size=3, temperature=0) as records:
+            return [record.seconds for record in records if isinstance(record, Step)]
+
+    charged = run(CostClock(cost))
+    # Near their ends rows verify less, which costs as much here.
+    of_one, of_three = Seconds(draft=0.5, verify=1.0, rest=0.25), Seconds(draft=5.0, verify=7.0, rest=2.0)
+    assert charged[0] == of_three
+    assert charged[-1] == of_one
+    assert {seconds.verify for seconds in charged} <= {1.0, 4.0, 7.0}  # two rows lie halfway
+    with pytest.warns(ClockFaultWarning, match="a step of 3 rows: it has figures for one row only"):
+        measured = run(CostClock(cost.model_copy(update={"rows": {}})))
+    assert 0 < measured[0].total < 0.5  # what it took
+    assert measured[-1] == of_one
 
 
 def test_the_command_line_reads_costs_from_the_config_or_a_flag(
