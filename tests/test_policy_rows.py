@@ -125,3 +125,15 @@ def test_networks_see_nothing_of_padding(name: str) -> None:
     widths = policy.truncate(state, draft)
     draft.predictions = policy.predict(draft.features)
     assert policy.truncate(state, draft).tolist() == widths.tolist()
+
+
+@torch.inference_mode()
+def test_specdecpp_decides_for_many_rows_as_for_few() -> None:
+    policy = resolve_policy("specdecpp:threshold=0.7")
+    policy.bind(SHIPPED)
+    random = torch.Generator().manual_seed(7)
+    context = random_context(32, policy.wants, random)
+    draft = random_draft(context, context.full(8), [7] * 32, policy.wants, random)
+    widths = policy.truncate({}, draft).tolist()
+    assert widths == [int(policy.truncate({}, row_of(draft, row))) for row in range(32)]
+    assert len(set(widths)) > 2

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from bpkit_threshold.specdecpp_networks import AcceptanceHead, Risk
 
 
+MANY = 128
+"""Drafted tokens of all rows together from which on other products of matrices pay for being chosen."""
+
+
 class SpecDecPPConfig(TrainedConfig):
     """Options of `specdecpp`. Training chooses those of the grid that were left open."""
 
@@ -74,7 +78,13 @@ class SpecDecPP(TrainedPolicy):
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         if Feature.DRAFT_HIDDEN not in features:
             return {}
-        return {"log_accepted": self.risk.log_accepted(features[Feature.DRAFT_HIDDEN].float())}
+        hidden = features[Feature.DRAFT_HIDDEN].float()
+        if hidden.shape[:-1].numel() < MANY:
+            return {"log_accepted": self.risk.log_accepted(hidden)}
+        from bpkit.trace.collect.products import quick_products
+
+        with quick_products(self.risk.head):
+            return {"log_accepted": self.risk.log_accepted(hidden)}
 
     def select(self, state: State, context: Context) -> Tensor:
         return context.full(self.block_size)
