@@ -50,7 +50,7 @@ SAMPLES, SIGMAS = 64, 5
 
 def rows(policy: CheckedPolicy, out: Findings) -> None:
     """Decode the usual cases in a batch with every drafter."""
-    compared = drawn = 0
+    compared = drawn = texts = 0
     lengths = zip(policy.cases, MAX_NEW_TOKENS, strict=True)
     cases = [dataclasses.replace(case, max_new_tokens=most) for case, most in lengths]
     for drafter in policy.clean():
@@ -71,7 +71,8 @@ def rows(policy: CheckedPolicy, out: Findings) -> None:
             break  # other drafters would show the same
         for recording in recordings:
             compare_with_plain(policy.name, recording, setup.plain(recording.case), out)
-    out.said = f"{compared} decisions and states, of requests alone and in a batch that others join and leave"
+        texts += len(recordings)
+    out.said = f"{compared} decisions and states and {texts} texts, alone and in a batch that requests join and leave"
     if drawn:
         out.note(f"{drawn} decisions drew for each row by itself: compared by the means of many draws, not one by one")
 
