@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from bpkit.config import ConfigError, load, settle
 from bpkit.decode.capture import COLUMNS, WIDTHS, Capture, CaptureWarning, Graphs, Shape, _columns
 from bpkit.decode.result import Generation
 from bpkit.decode.serving import session_class
-from bpkit.decode.slots import STEP
+from bpkit.decode.slots import STEP, SlotCache
 from bpkit.policy import Policy, State
 from bpkit.testing import TinyPair
 from bpkit.testing.simulated_device import SimulatedDevice
@@ -462,6 +463,28 @@ def test_a_capture_that_fails_is_said_once_and_the_text_is_the_same(
     assert found.equal(plain.generate(PROMPTS[2], max_new_tokens=20).tokens)
     assert sum(tape.replays for tape in tapes) >= 2
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_where_memory_ends_generations_go_on_as_they_are(
+    pair: TinyPair, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    plain, decoder = both(pair, "ngram")
+    recording(decoder)
+    join, joins = SlotCache.join, itertools.count(1)
+
+    def joining(cache: SlotCache, other: SlotCache) -> None:
+        if next(joins) == fails:  # the slots of the first, the copy for it, or the slots of the second
+            raise torch.OutOfMemoryError("no memory")
+        join(cache, other)
+
+    monkeypatch.setattr(SlotCache, "join", joining)
+    runs = [decoder.run(text, max_new_tokens=12) for text in PROMPTS[:2]]
+    with pytest.warns(CaptureWarning, match="no memory for slots"):
+        going = [next(run) for _ in range(3) for run in runs]
+    assert len(going) == 6
+    for run, text in zip(runs, PROMPTS, strict=False):
+        assert run.finish().tokens.equal(plain.generate(text, max_new_tokens=12).tokens)
 
 
 # Where it is asked for

@@ -34,7 +34,11 @@ def test_a_whole_run_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture
         (what, n) for what in ("verify", "draft") for n in (1, 2)
     }
     assert all(min(row["eager_ms"], row["captured_ms"], row["floor_ms"]) > 0 for row in passes)
-    assert {row["attention"] for row in passes if "attention" in row} == {"bpkit_sdpa"}
+    assert {(row["attention"], row["context"]) for row in passes if "attention" in row} == {
+        ("sdpa", TINY.long_context),
+        ("bpkit_sdpa", TINY.long_context),
+        ("bpkit_sdpa", TINY.context),
+    }
     assert {(row["dtype"], row["sampling"], row["policy"]) for row in rows["texts"]} == {
         (dtype, kind, policy)
         for dtype in ("float32", "bfloat16")

@@ -255,24 +255,29 @@ class Graphs:
         with self._moving:
             if self._session() is not None and self._thread != threading.get_ident():
                 return False
-            self._move_in(session)
+            try:
+                self._move_in(session)
+            except torch.OutOfMemoryError:
+                self._stop("there is no memory for slots that stay beside those of a generation that begins")
+                return False
             self._thread = threading.get_ident()
             return True
 
     def _move_in(self, session: Capturable) -> None:
         before, slots, own = self._session(), self.slots, session.slot_cache
         if before is not None and slots is not None:
-            before.slot_cache = SlotCache(slots.config, rows=0, slots=len(slots.held), capacity=slots.capacity)
-            before.slot_cache.join(slots)
+            copied = SlotCache(slots.config, rows=0, slots=len(slots.held), capacity=slots.capacity)
+            copied.join(slots)
+            before.slot_cache, self._session = copied, lambda: None
         room = own.room if slots is None else tuple(map(max, own.room, slots.room))
         if slots is None or room != slots.room:
             self.kept.clear()
-            self.slots = None  # its memory, before there is more of it
+            slots = self.slots = None  # its memory, before there is more of it
             columns = -(-(room[1] + 1) // STEP) * STEP
-            slots = self.slots = SlotCache(own.config, rows=0, slots=room[0], capacity=columns - 1)
+            slots = SlotCache(own.config, rows=0, slots=room[0], capacity=columns - 1)
         slots.held = []
         slots.join(own)
-        session.slot_cache, self._session = slots, weakref.ref(session)
+        self.slots, session.slot_cache, self._session = slots, slots, weakref.ref(session)
         self._lent.add(session)
 
 

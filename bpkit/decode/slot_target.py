@@ -75,7 +75,8 @@ class SlotTarget(LiveTarget):
     def prefill(self, tokens: Tensor, counts: Sequence[int], *, last: bool, **inputs: Any) -> TargetOutput:
         if last:
             tokens = tokens[:, : counts[0]]
-            if self.graphs is not None and self.graphs.lent_to(self) and tokens.shape[1] <= WIDTHS[-1]:
+            few = tokens.shape[1] <= WIDTHS[-1] and not inputs
+            if few and self.graphs is not None and self.graphs.lent_to(self):
                 return of_prefill(self.verify(tokens, counts))  # an assistant reads on
         return of_prefill(self._read(tokens, counts, logits_to_keep=1, **inputs))
 

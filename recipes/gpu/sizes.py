@@ -28,7 +28,7 @@ class Sizes:
         target: shape of the random target. drafter_layers: of its DFlash drafter, which has the same width.
         feature_layers: of the target, which the drafter reads.
         block_size: of drafts. widths: of verification, in positions.
-        batch_sizes: rows. context: tokens that each row holds, about.
+        batch_sizes: rows. context: tokens that each row holds, about. long_context: of a single row, once more.
         repeats: calls of which a median is taken.
         prompts: of each domain. new_tokens: of each text.
         policies: by name; None for all that are installed and serve the pair. timed: those whose steps are timed.
@@ -42,6 +42,7 @@ class Sizes:
     widths: tuple[int, ...] = (1, 8, 16)
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     context: int = 512
+    long_context: int = 8192
     repeats: int = 15
     prompts: int = 3
     new_tokens: int = 48
@@ -59,6 +60,7 @@ TINY = Sizes(
     widths=(1, 3),
     batch_sizes=(1, 2),
     context=12,
+    long_context=300,
     repeats=2,
     prompts=1,
     new_tokens=5,

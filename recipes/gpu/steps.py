@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ Row = dict[str, Any]
 
 @torch.inference_mode()
 def steps(sizes: Sizes, device: torch.device, deadline: Deadline) -> Iterator[Row]:
-    """Verification by batch and width, drafts by batch, and verification with grouped attention.
+    """Verification by batch and width, drafts by batch, verification with grouped attention, and over a long context.
 
     Rows hold from `context - batch + 1` to `context` tokens, so that passes have masks. `floor_ms` is the time in which
     the weights of a pass are read at the measured bandwidth; keys and values are not in it.
@@ -39,12 +41,17 @@ def steps(sizes: Sizes, device: torch.device, deadline: Deadline) -> Iterator[Ro
         for made in (_verify(drafter, sizes, batch, deadline), _draft(drafter, sizes, batch, deadline)):
             for row in made:
                 yield _beside(row, floors[row["what"]])
-    usual = target.config._attn_implementation
-    target.set_attn_implementation(NAME if usual != NAME else "sdpa")
+    last, usual = sizes.widths[-1:], target.config._attn_implementation
+    far = replace(sizes, context=sizes.long_context)
     try:
-        for batch in sizes.batch_sizes:
-            for row in _verify(drafter, sizes, batch, deadline, sizes.widths[-1:]):
-                yield _beside({**row, "attention": target.config._attn_implementation}, floors["verify"])
+        for attention in (usual, NAME if usual != NAME else "sdpa"):
+            target.set_attn_implementation(attention)
+            rows = chain(
+                *(_verify(drafter, sizes, batch, deadline, last) for batch in sizes.batch_sizes if attention != usual),
+                _verify(drafter, far, 1, deadline, last),
+            )
+            for row in rows:
+                yield _beside({**row, "attention": attention}, floors["verify"])
     finally:
         target.set_attn_implementation(usual)
 
@@ -75,8 +82,9 @@ def _verify(
         keep_hidden=False,
     )
     held = _lengths(sizes.context, batch)
-    for start in range(0, sizes.context, 128):  # in parts: activations of the whole prompts are large
-        counts = [max(0, min(128, length - start)) for length in held]
+    part = max(1, 2048 // batch)  # activations of whole prompts are large
+    for start in range(0, sizes.context, part):
+        counts = [max(0, min(part, length - start)) for length in held]
         session.prefill(_tokens(target, batch, max(counts)), counts, last=False)
     graphs = Capture("on", target, target, kind).target
     for width in widths or sizes.widths:
