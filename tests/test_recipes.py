@@ -146,22 +146,41 @@ def test_bench_model_compares_replay_with_the_clock(recipe: Recipe, on: list[str
 
 def test_bench_trace_reports_against_both_brute_forces(recipe: Recipe, on: list[str], tmp_path: Path) -> None:
     out = tmp_path / "b.json"
-    more = ["--block-sizes", "2+4+8", "--positions", "2"]
+    more = ["--block-sizes", "2+4+8", "--positions", "2", "--batch-size", "4"]
     result = recipe("bench-trace", *on, *more, "--json", str(out))
     assert result.exit_code == 0, result.stderr
     for part in ("tracing 6 prompts", "3 generations", "from every position (scaled)", "SCALED from 25.0%", "bounds"):
         assert part in result.stdout
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert sum(report["trace"]["parts"].values()) == pytest.approx(1)
+    for name in ("trace", "together"):
+        assert sum(report[name]["parts"].values()) == pytest.approx(1)
     assert report["sampled_share"] == 0.25
-    for name in ("generations", "positions"):
-        entry, rows = report[name], report["measurements"]
+    rows = report["measurements"]
+    assert [len(row["prompts"]) for row in rows] == [4, 2]
+    for name in ("generations", "generations_together", "positions"):
+        entry = report[name]
         assert entry["prompts_per_minute"] == pytest.approx(60 * 6 / sum(row["seconds"][name] for row in rows))
         for key in ("ratio", "median_ratio"):
             low, high = entry[f"{key}_interval"]
             assert 0 < low <= entry[key] <= high
     assert report["trace"]["prompts_per_minute"] > report["positions"]["prompts_per_minute"]
+    assert report["batch_ratio"] == pytest.approx(report["trace"]["seconds"] / report["together"]["seconds"])
     assert report["generation_bound"] > 1
+
+
+def test_bench_trace_compares_with_another_checkout(recipe: Recipe, on: list[str], tmp_path: Path) -> None:
+    """Here with this one."""
+    out, more = tmp_path / "b.json", ["--block-sizes", "2+4", "--positions", "0", "--limit", "2"]
+    result = recipe("bench-trace", *on, *more, "--against", tmp_path)
+    assert result.exit_code != 0
+    assert "there is no bpkit in this folder" in result.stderr
+    result = recipe("bench-trace", *on, *more, "--against", Path(__file__).parents[1], "--json", str(out))
+    assert result.exit_code == 0, result.stderr
+    assert "trace by the other checkout" in result.stdout
+    assert "from every position" not in result.stdout
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["trace_ratio"] == pytest.approx(report["earlier"]["seconds"] / report["together"]["seconds"])
+    assert 0.2 < report["earlier"]["seconds"] / report["trace"]["seconds"] < 5  # the same, at one prompt
 
 
 def test_the_fold_decides_the_same_and_says_so(recipe: Recipe, tmp_path: Path) -> None:
