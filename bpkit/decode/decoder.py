@@ -309,7 +309,7 @@ class SpeculativeDecoder:
         decoder = self._for_call(options.pop("policy", None), options.pop("drafter", None))
         if options.get("seed") is None:
             options["seed"] = int(torch.randint(2**62, ()))
-        first = options.pop("stream_id", 0)
+        first, together = options.pop("stream_id", 0), session_class(self.model).shares_passes
 
         def request(place: int, prompt: PromptLike) -> Request:
             own = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
@@ -321,6 +321,12 @@ class SpeculativeDecoder:
             _, made = decoder._prepared(text, {**options, "stream_id": first + place, **own})
             if len(made) > 1:
                 raise ValueError(f"{len(made)} sequences of one prompt: give the prompt so many times")
+            inputs = made[0].inputs
+            if together and inputs is not None and (names := {*inputs.prefill, *inputs.following}):
+                raise ValueError(
+                    f"{', '.join(sorted(names))}: beside other rows this target takes token ids only; decode this "
+                    "prompt by itself"
+                )
             return made[0]
 
         start = functools.partial(decoder._running, most=batch_size, chunk=prefill_chunk)

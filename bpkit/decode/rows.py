@@ -16,7 +16,7 @@ from bpkit.decode.host import to_host_with
 from bpkit.decode.proposed import Proposed
 from bpkit.decode.request import Request
 from bpkit.decode.target import TargetOutput, TargetSession
-from bpkit.decode.text import RunningText, counts
+from bpkit.decode.text import RunningText, counts, to_device
 from bpkit.decode.timing import Stopwatch
 from bpkit.decode.verify import Verdict, VerifyRule
 from bpkit.types import (
@@ -292,4 +292,4 @@ def _joined(one: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> dict[Any,
 
 
 def _selected(values: Mapping[Any, Tensor], rows: Sequence[int]) -> dict[Any, Tensor]:
-    return {name: value[torch.tensor(rows, device=value.device)] for name, value in values.items()}
+    return {name: value[to_device(rows, value.device)] for name, value in values.items()}

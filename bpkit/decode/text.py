@@ -112,7 +112,7 @@ class RunningText:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on, in this order."""
-        at = torch.tensor(rows, device=self.device)
+        at = to_device(rows, self.device)
         self.rows = [self.rows[row] for row in rows]
         self.counts = [self.counts[row] for row in rows]
         self.newest, self.anchor = self.newest[at], self.anchor[at]
@@ -130,6 +130,11 @@ def padded(rows: Sequence[Tensor]) -> Tensor:
     if len({row.shape[1] for row in rows}) == 1:
         return rows[0] if len(rows) == 1 else torch.cat(list(rows))
     return torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of the host, int64 [count], on a device, without a wait for it."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def counts(numbers: Sequence[int]) -> Tensor:

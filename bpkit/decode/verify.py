@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bpkit.decode.noise import ACCEPT_SALT, DRAFT_SALT, GumbelNoise, hashed, uniform
 from bpkit.decode.sampling import Draw, Sampler, Samplers, noisy
-from bpkit.decode.text import padded
+from bpkit.decode.text import padded, to_device
 from bpkit.types import Draft
 
 NEAR_TIE = 1e-4
@@ -117,7 +117,7 @@ class Coupled:
 
 def _within(width: Sequence[int], drafted: Tensor) -> Tensor:
     """Which drafted tokens are to be verified: bool [rows, largest width]."""
-    most = torch.tensor(width, device=drafted.device)
+    most = to_device(width, drafted.device)
     return torch.arange(drafted.shape[1], device=drafted.device) < most[:, None]
 
 
