@@ -39,10 +39,15 @@ def run_rows_bench(
     settings: BenchSettings,
     batch_sizes: Sequence[int],
     progress: Progress | None = None,
+    *,
+    alone: Mapping[str, Text] | None = None,
 ) -> dict[str, Any]:
     """Measure, and return the report as plain JSON values; `bpkit.judge.wall_clock.rows.report` says what is in it.
 
     Peers of the settings take no part: they decode one prompt at a time.
+
+    Args:
+        alone: each prompt's text by plain decoding alone, where that is known; as `texts_alone` gives it.
 
     Raises:
         ValueError: a policy cannot run with these models.
@@ -57,7 +62,7 @@ def run_rows_bench(
     )
     figures = RowsFigures(
         measured,
-        reference=texts_alone(decoder, tasks, settings, measured),
+        reference=alone or texts_alone(decoder, tasks, settings, measured),
         policies=list(settings.policies),
         comparable=settings.options["temperature"] == 0,
         seed=settings.seed,
@@ -146,7 +151,7 @@ def texts_alone(
     decoder: SpeculativeDecoder,
     tasks: Sequence[EncodedPrompt],
     settings: BenchSettings,
-    measured: Sequence[RowsMeasurement],
+    measured: Sequence[RowsMeasurement] = (),
 ) -> dict[str, Text]:
     """Each prompt's text by the plain loop, alone: as it was measured at batch size 1, else decoded for it."""
     found: dict[str, Text] = {}
