@@ -28,7 +28,7 @@ GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
 
 def ran(seconds: float, *, steps: int = 5, **texts: Sequence[int]) -> RunOutcome:
     made = {name: Text(tuple(tokens), (2,) if name == "tied" else ()) for name, tokens in texts.items()}
-    return RunOutcome(made, seconds, 5, steps, 0.5 * seconds, 0.25 * seconds, 0.125 * seconds)
+    return RunOutcome(made, seconds, 0.25, 5, steps, 0.5 * seconds, 0.25 * seconds, 0.125 * seconds)
 
 
 def runs_by_hand() -> list[RowsMeasurement]:
@@ -54,6 +54,8 @@ def test_figures_of_runs_made_by_hand() -> None:
     entry = group["policies"]["fixed:2"]
     assert (entry["tokens"], entry["ratio_to_plain"]) == (30, pytest.approx(3))
     assert entry["ratio_to_plain_interval"] == pytest.approx([2, 4])
+    assert entry["prefill_share"] == pytest.approx(0.5 / 1)
+    assert entry["steps_ratio_to_plain"] == pytest.approx((3 - 0.5) / (1 - 0.5))
     assert entry["acceptance_length"] == pytest.approx((9 + 7 + 11) / 10)
     assert entry["share"] == pytest.approx({"target": 0.5, "drafter": 0.25, "policy": 0.125, "other": 0.125})
     assert (entry["texts"], entry["texts_equal"]) == (3, 2)
@@ -140,6 +142,9 @@ def test_only_tokens_up_to_the_end_of_each_row_count(pair: TinyPair, monkeypatch
     }
     assert theirs.row_steps == ours.row_steps == ours.tokens - 5
     assert ours.passes < ours.row_steps
+    for outcome in (ours, theirs):
+        assert outcome.prefill_seconds is not None
+        assert 0 < outcome.prefill_seconds < outcome.seconds
     assert (ours.drafter_seconds, theirs.drafter_seconds) == (0, 0)
 
 

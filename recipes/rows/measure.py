@@ -19,7 +19,7 @@ PLAIN_AT, SPEEDUP_AT = 16, 8
 """Batch sizes of the headline: of plain decoding beside transformers', and of speculative beside plain decoding."""
 NGRAM = "ngram"
 COST_ERROR = ("measured", "held_out", "mean_error")
-TRACE_RATIO = ("headline", "trace_ratio")
+TRACE_RATIO = ("trace_ratio",)
 """Where files of other commands have what belongs into the headline."""
 
 
@@ -73,6 +73,7 @@ def headline(reports: Mapping[str, Any]) -> dict[str, Any]:
         at = f"speedup_at_{SPEEDUP_AT}" + (f"_{name}" if name in others else "")
         found[at], found[f"{at}_by"] = policies[best]["ratio_to_plain"], best
         found[f"{at}_interval"] = policies[best]["ratio_to_plain_interval"]
+        found[f"{at}_steps_alone"] = policies[best]["steps_ratio_to_plain"]
     return found
 
 

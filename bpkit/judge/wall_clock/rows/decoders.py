@@ -17,7 +17,7 @@ from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.result import Generation
 from bpkit.judge.wall_clock.decoders import EncodedPrompt, generate_options, near_ties_of, seconds_of_calls
-from bpkit.types import Seconds, Step
+from bpkit.types import Prefill, Seconds, Step
 
 
 class Text(NamedTuple):
@@ -34,6 +34,7 @@ class RunOutcome:
     Attributes:
         texts: by prompt id.
         seconds: wall clock of the whole set.
+        prefill_seconds: of `seconds`; None where it cannot be told.
         passes: of the target, prefill left out.
         row_steps: steps of all rows together.
         target_seconds, drafter_seconds, policy_seconds: of `seconds`; None where they cannot be told apart.
@@ -41,6 +42,7 @@ class RunOutcome:
 
     texts: Mapping[str, Text]
     seconds: float
+    prefill_seconds: float | None
     passes: int
     row_steps: int
     target_seconds: float | None
@@ -92,6 +94,7 @@ class PolicyRows:
                 for i, task in enumerate(tasks)
             },
             seconds=seconds,
+            prefill_seconds=sum(one.seconds.total for one in records if isinstance(one, Prefill)) if known else None,
             passes=len(steps),
             row_steps=sum(len(step.row_ids) for step in steps),
             target_seconds=parts.verify if known else None,
@@ -115,12 +118,14 @@ class GenerateRows:
     def run(self, tasks: Sequence[EncodedPrompt], batch_size: int) -> RunOutcome:
         clock = WallClock(self.target.device, wait=True)
         outputs: list[Tensor] = []
+        first: list[int] = []
         with seconds_of_calls(self.target) as passes:
             started = clock.now()
             for start in range(0, len(tasks), batch_size):
                 batch = tasks[start : start + batch_size]
                 if self.options["do_sample"]:
                     torch.manual_seed(self.seed + start)
+                first.append(len(passes))
                 ids, mask = left_padded([task.ids for task in batch], self.pad)
                 made = self.target.generate(input_ids=ids, attention_mask=mask, pad_token_id=self.pad, **self.options)
                 outputs += made[:, ids.shape[1] :]
@@ -130,7 +135,8 @@ class GenerateRows:
         return RunOutcome(
             texts={task.prompt.id: text for task, text in zip(tasks, texts, strict=True)},
             seconds=seconds,
-            passes=len(passes) - -(-len(tasks) // batch_size),
+            prefill_seconds=sum(passes[place] for place in first) if on_cpu else None,
+            passes=len(passes) - len(first),
             row_steps=sum(len(text.tokens) - 1 for text in texts),
             target_seconds=sum(passes) if on_cpu else None,
             drafter_seconds=0.0 if on_cpu else None,

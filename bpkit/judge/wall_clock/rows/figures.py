@@ -57,7 +57,7 @@ class RowsFigures:
     def _group(self, runs: Mapping[str, Sequence[RunOutcome]]) -> dict[str, Any]:
         totals = {name: totals_of_runs(outcomes) for name, outcomes in runs.items()}
         bootstrap = Bootstrap(len(runs[LOOP]), self.seed) if len(runs[LOOP]) > 1 else None
-        entries = {name: self._entry(name, runs[name], totals, bootstrap) for name in runs}
+        entries = {name: self._entry(name, runs[name], runs[LOOP], totals, bootstrap) for name in runs}
         policies = {name: entries[name] for name in self.policies}
         fixed = [name for name in policies if parse_spec(name)["name"] == "fixed"]
         return {
@@ -72,6 +72,7 @@ class RowsFigures:
         self,
         name: str,
         outcomes: Sequence[RunOutcome],
+        plain: Sequence[RunOutcome],
         totals: Mapping[str, Totals],
         bootstrap: Bootstrap | None,
     ) -> dict[str, Any]:
@@ -87,6 +88,8 @@ class RowsFigures:
             entry[f"ratio_to_{to}_interval"] = None if ratios is None else interval(ratios)
         return {
             **entry,
+            "steps_ratio_to_plain": steps_ratio(outcomes, plain),
+            "prefill_share": prefill_share(outcomes),
             "acceptance_length": acceptance_length(outcomes),
             **self._about_texts(name, outcomes),
             "share": shares(outcomes),
@@ -124,3 +127,20 @@ def acceptance_length(outcomes: Sequence[RunOutcome]) -> float | None:
     steps = sum(outcome.row_steps for outcome in outcomes)
     tokens = sum(len(text.tokens) - 1 for outcome in outcomes for text in outcome.texts.values())
     return tokens / steps if steps else None
+
+
+def prefill_share(outcomes: Sequence[RunOutcome]) -> float | None:
+    """Share of the time that reading prompts took; None where it cannot be told."""
+    known = [outcome.prefill_seconds for outcome in outcomes if outcome.prefill_seconds is not None]
+    return sum(known) / sum(outcome.seconds for outcome in outcomes) if len(known) == len(outcomes) else None
+
+
+def steps_ratio(outcomes: Sequence[RunOutcome], plain: Sequence[RunOutcome]) -> float | None:
+    """Tokens a second over those of plain decoding, reading prompts left out, which is the same for all."""
+    rates = []
+    for runs in (outcomes, plain):
+        share, seconds = prefill_share(runs), sum(outcome.seconds for outcome in runs)
+        if share is None:
+            return None
+        rates.append(sum(outcome.tokens for outcome in runs) / (seconds * (1 - share)))
+    return rates[0] / rates[1]

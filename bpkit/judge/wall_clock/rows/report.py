@@ -13,8 +13,9 @@ A group:
     policies      NAME -> an entry
     best_fixed    the fastest `fixed:*` at this batch size, or null
 
-An entry: tokens_per_second, ratio_to_plain and ratio_to_transformers at the same batch size, acceptance_length (tokens
-of steps / steps of rows), texts and texts_equal (to the prompt's text alone, by plain decoding; null where noise
+An entry: tokens_per_second, ratio_to_plain and ratio_to_transformers at the same batch size, steps_ratio_to_plain (the
+same without the time of reading prompts, whose share is prefill_share), acceptance_length (tokens of steps / steps of
+rows), texts and texts_equal (to the prompt's text alone, by plain decoding; null where noise
 differs), different_prompts, near_ties, share of time, fallbacks, and the sums tokens, seconds and passes of the target.
 
 Rates are ratios of sums. `*_interval` is [low, high]: 95%, paired bootstrap over runs; null if there was one run.
@@ -34,6 +35,7 @@ HEAD = (
     "decoding",
     "tokens/s",
     "to plain",
+    "steps\nalone",
     "to transformers",
     "acceptance\nlength",
     "same\ntext",
@@ -71,6 +73,7 @@ def _row(name: str, entry: dict[str, Any]) -> TableRow:
             name,
             _figure(entry, "tokens_per_second", ".1f"),
             _figure(entry, "ratio_to_plain", ".2f", "x"),
+            "-" if entry["steps_ratio_to_plain"] is None else f"{entry['steps_ratio_to_plain']:.2f}x",
             _figure(entry, "ratio_to_transformers", ".2f", "x"),
             "-" if length is None else f"{length:.2f}",
             "-" if same is None else f"{same}/{entry['texts']}",
@@ -100,11 +103,20 @@ def what_was_measured(report: dict[str, Any]) -> list[str]:
         f"tokens, {mode}, {settings['dtype']}, seed {settings['seed']}.",
         "Ratios are to plain decoding in this library's loop and to transformers' generate, at the same batch size; in "
         "brackets: 95% paired bootstrap over runs of a set.",
+        "Steps alone: the ratio to plain decoding without the time of reading prompts, which takes "
+        + ", ".join(
+            f"{_percent(group['plain']['prefill_share'])} of plain decoding at {n}" for n, group in groups.items()
+        )
+        + ".",
         *([f"Best fixed size: {', '.join(fixed)}."] if fixed else []),
         f"Machine: {machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, threads by "
         f"batch size: {said}.",
         *_about_texts(groups),
     ]
+
+
+def _percent(share: float | None) -> str:
+    return "an unknown part" if share is None else f"{100 * share:.0f}%"
 
 
 def _about_texts(groups: dict[str, Any]) -> list[str]:
