@@ -40,7 +40,7 @@ def bench_rows(
     for_ngram = BenchSettings(
         fixed, settings.options, repeats=settings.repeats, threads=settings.threads, seed=settings.seed
     )
-    alone = texts_alone(decoder, encoded(decoder, prompts, settings.seed), settings)
+    alone = texts_alone(decoder, encoded(decoder, prompts, settings.seed), settings, progress=progress)
     bench = partial(run_rows_bench, progress=progress, alone=alone)
     reports = {
         decoder.spec.drafter_kind: bench(decoder, prompts, settings, batch_sizes),

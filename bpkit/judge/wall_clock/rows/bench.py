@@ -62,7 +62,7 @@ def run_rows_bench(
     )
     figures = RowsFigures(
         measured,
-        reference=alone or texts_alone(decoder, tasks, settings, measured),
+        reference=alone or texts_alone(decoder, tasks, settings, measured, progress),
         policies=list(settings.policies),
         comparable=settings.options["temperature"] == 0,
         seed=settings.seed,
@@ -152,13 +152,20 @@ def texts_alone(
     tasks: Sequence[EncodedPrompt],
     settings: BenchSettings,
     measured: Sequence[RowsMeasurement] = (),
+    progress: Progress | None = None,
 ) -> dict[str, Text]:
     """Each prompt's text by the plain loop, alone: as it was measured at batch size 1, else decoded for it."""
     found: dict[str, Text] = {}
     for one in measured:
         if (one.decoder, one.batch_size) == (LOOP, 1):
             found = {**one.outcome.texts, **found}
-    return found or dict(PolicyRows(LOOP, plain_loop(decoder), settings.options, settings.seed).run(tasks, 1).texts)
+    if not found:
+        alone, ticker = PolicyRows(LOOP, plain_loop(decoder), settings.options, settings.seed), progress or NoProgress()
+        ticker.start("decoding texts alone", len(tasks))
+        for task in tasks:
+            found |= alone.run([task], 1).texts
+            ticker.tick()
+    return found
 
 
 def choose_rows_threads(
