@@ -50,7 +50,10 @@ SAMPLINGS = {
 def test_prompts_together_have_the_traces_that_they_have_alone(
     pair: TinyPair, kind: str, sampling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracer, "READ_AT_ONCE", 150)  # outputs are traced in groups of two or three
+    monkeypatch.setattr(
+        tracer, "TOGETHER", 150
+    )  # outputs are traced in groups of two or three, and read in smaller ones
+    monkeypatch.setattr(tracer, "READ_AT_ONCE", 80)  # and read one or two together
     decoder = SpeculativeDecoder(pair.target, DRAFTERS[kind](pair), "fixed:4", tokenizer=pair.tokenizer)
     features = FEATURES - (FEATURES if kind == "n-gram" else frozenset())
     new_tokens = 6 if kind == "agreeable" else 24  # it is asked block by block
@@ -128,7 +131,8 @@ def test_tasks_leave_no_worker_without_prompts() -> None:
     assert tasks_of([], 8, 4) == []
 
 
-def test_quick_products_are_those_of_the_layers_and_leave_nothing_behind() -> None:
+@pytest.mark.parametrize("pack", [False, True])
+def test_quick_products_are_those_of_the_layers_and_leave_nothing_behind(pack: bool) -> None:
     torch.manual_seed(0)
     plain, biased = nn.Linear(24, 40, bias=False), nn.Linear(40, 8)
     model = nn.Sequential(plain, nn.SiLU(), biased)
@@ -136,11 +140,11 @@ def test_quick_products_are_those_of_the_layers_and_leave_nothing_behind() -> No
     values = torch.randn(3, 5, 24)
     with torch.inference_mode():
         wanted = nn.functional.linear(nn.functional.silu(plain(values)), biased.weight, biased.bias)
-        with quick_products(model, biased), quick_products(model):
+        with quick_products(model, biased, pack=pack), quick_products(model):
             assert "forward" in vars(plain)
             torch.testing.assert_close(model[:3](values), wanted)
     assert not any("forward" in vars(layer) for layer in model.modules())
-    with quick_products(model):
+    with quick_products(model, pack=pack):
         model[:3](values).sum().backward()  # those who need gradients are served by torch
     assert plain.weight.grad is not None
 

@@ -19,6 +19,7 @@ from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashAttention
 from bpkit.trace.collect.drafts import Drafts, Finished
 from bpkit.trace.collect.pieces import pieces
+from bpkit.trace.collect.products import product
 
 BLOCK_POSITIONS = 512
 """Block positions in one forward: enough to keep the matrix products busy, few enough to stay in the cache."""
@@ -100,7 +101,7 @@ class Blocks:
         found = []
         for layer in model.layers:
             key, value = keys_and_values(layer.self_attn, source, rotary)
-            found.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
+            found.append((key[0].transpose(0, 1).contiguous(), value[0].transpose(0, 1).contiguous()))
         return found
 
     def denoised(self, segments: Sequence[Segment], block_size: int) -> Tensor:
@@ -181,17 +182,19 @@ def attended(
     rows, positions, heads, dim = query.shape
     before = int(anchors[-1])  # nothing behind is seen by any
     keys, values = (part[:, :before] for part in context)
-    own_keys, own_values = (part.transpose(1, 2) for part in own)
+    own_keys, own_values = (part.permute(2, 0, 1, 3) for part in own)
     groups = len(keys)
     # [kv heads, rows, positions * heads of a group, dim]
-    query = query.view(rows, positions, groups, -1, dim).permute(2, 0, 1, 3, 4).reshape(groups, rows, -1, dim)
-    query = query * attention.scaling
+    query = (query * attention.scaling).view(rows, positions, groups, -1, dim).permute(2, 0, 1, 3, 4)
+    query = query.reshape(groups, rows, -1, dim)
+    unseen = torch.arange(before, device=anchors.device) >= anchors[:, None]
+    hiding = torch.zeros_like(unseen, dtype=query.dtype).masked_fill(unseen, float("-inf"))[:, None].to(query.device)
     scores = query.new_empty((*query.shape[:3], before + own_keys.shape[2]))
-    scores[..., :before] = (query.flatten(1, 2) @ keys.mT).view(*query.shape[:3], before)
-    scores[..., before:] = query @ own_keys.transpose(0, 1).mT
-    hidden = torch.arange(before, device=anchors.device) >= anchors[:, None]
-    scores[..., :before].masked_fill_(hidden[:, None].to(scores.device), float("-inf"))
+    for of_group, asking, asked in zip(scores, query, keys, strict=True):
+        of_context = product(asking.flatten(0, 1), asked).view(rows, -1, before)
+        torch.add(of_context, hiding, out=of_group[..., :before])
+    scores[..., before:] = query @ own_keys.mT
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     seen = (weights[..., :before].flatten(1, 2) @ values).view(query.shape)
-    seen = seen + weights[..., before:] @ own_values.transpose(0, 1)
+    seen += weights[..., before:] @ own_values
     return seen.view(groups, rows, positions, -1, dim).permute(1, 2, 0, 3, 4).reshape(rows, positions, heads * dim)

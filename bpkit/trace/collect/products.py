@@ -14,13 +14,24 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+PACKED_BYTES = 2**28
+"""Weights are laid out as oneDNN wants them, beforehand and once, where the copies take no more than this."""
+_ROWS = 256
+"""Rows of a product that the layout is for."""
+
 
 @contextmanager
-def quick_products(*models: nn.Module) -> Iterator[None]:
-    """Within, the plain linear layers of these models compute by oneDNN where that serves them. May be nested."""
+def quick_products(*models: nn.Module, pack: bool = False) -> Iterator[None]:
+    """Within, the plain linear layers of these models compute by oneDNN where that serves them. May be nested.
+
+    Args:
+        pack: lay out the weights beforehand, which pays for more than a few passes.
+    """
     layers = {layer for model in models for layer in model.modules() if isinstance(layer, nn.Linear) and _served(layer)}
+    pack &= sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
     for layer in layers:
-        vars(layer)["forward"] = partial(_linear, layer.weight, layer.bias)
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS) if pack else layer.weight
+        vars(layer)["forward"] = partial(_linear, layer.weight, packed, layer.bias)
     try:
         yield
     finally:
@@ -28,20 +39,26 @@ def quick_products(*models: nn.Module) -> Iterator[None]:
             del vars(layer)["forward"]
 
 
+def product(values: Tensor, weight: Tensor) -> Tensor:
+    """[rows, count] of [rows, width] and [count, width], which must be contiguous: else oneDNN takes ages."""
+    return _by_onednn(values, weight, None) if _serves(weight) and weight.is_contiguous() else values @ weight.mT
+
+
 def _served(layer: nn.Linear) -> bool:
     """Whether it is a linear layer as it was made: subclasses, and what other libraries wrapped, are left alone."""
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in vars(layer)
-        and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.float32
-        and torch._C.has_mkl
-        and torch._C._has_mkldnn
-    )
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and _serves(layer.weight)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, values: Tensor) -> Tensor:
+def _serves(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C.has_mkl and torch._C._has_mkldnn
+
+
+def _linear(weight: Tensor, packed: Tensor, bias: Tensor | None, values: Tensor) -> Tensor:
     if not torch.is_inference_mode_enabled() or values.dtype != torch.float32:
         return nn.functional.linear(values, weight, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
-    return product
+    return _by_onednn(values, packed, bias)
+
+
+def _by_onednn(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
+    return found

@@ -41,8 +41,10 @@ Traces = Generator[PromptTrace, None, None]
 GENERATE_WITH = 4
 """Block size that outputs are made with; it decides nothing but how fast. With 8 outputs at once, one of the shipped
 pair takes 0.15 s, where 3 takes 0.16, 6 takes 0.17 and plain decoding 0.21."""
-READ_AT_ONCE = 4096
+TOGETHER = 4096
 """Tokens of outputs that are traced together, padding included; a longer one is traced alone."""
+READ_AT_ONCE = 1024
+"""Tokens of a target pass over several outputs, padding included; more leave the cache of a CPU, and are slower."""
 PARTS = ("generation", "target pass", "draft passes", "the rest")
 """Where the time of tracing a prompt goes."""
 TOP = 64
@@ -144,7 +146,7 @@ class Tracer:
             while running:
                 running = self._run_on(runs, prompts, outputs)
                 while outputs and (not running or len(outputs) >= self.batch_size):
-                    together = _together(outputs)
+                    together = _first(outputs, TOGETHER)
                     del outputs[: len(together)]
                     yield from self.retraced(together)
 
@@ -180,7 +182,7 @@ class Tracer:
 
     def _quickly(self) -> AbstractContextManager[None]:
         models = self.decoder.target, getattr(self.decoder.drafter, "model", None)
-        return quick_products(*(model for model in models if isinstance(model, nn.Module)))
+        return quick_products(*(model for model in models if isinstance(model, nn.Module)), pack=self.batch_size > 1)
 
     def _retraced(self, outputs: Sequence[Output]) -> list[PromptTrace]:
         seen = self._read(outputs)
@@ -194,10 +196,13 @@ class Tracer:
 
     def _read(self, outputs: Sequence[Output]) -> list[TargetPass]:
         read = partial(target_passes, self.decoder.target, self.decoder.drafter.feature_layers)
-        texts = [(output.ids, output.tokens) for output in outputs]
-        if session_class(self.decoder.model).shares_passes:
-            return read(texts)
-        return [one for text in texts for one in read([text])]
+        at_once = READ_AT_ONCE if session_class(self.decoder.model).shares_passes else 0
+        left, found = list(outputs), list[TargetPass]()
+        while left:
+            together = _first(left, at_once)
+            found += read([(output.ids, output.tokens) for output in together])
+            del left[: len(together)]
+        return found
 
     def _finished(self, output: Output, seen: TargetPass) -> Finished:
         decoder, seed, noise = self.decoder, self.options.seed, None
@@ -285,12 +290,12 @@ def trace_drafts(drafter: Drafter, finished: Sequence[Finished]) -> list[Drafts]
     return [trace_step_by_step(drafter, one) if one.rows else Drafts(one) for one in finished]
 
 
-def _together(outputs: Sequence[Output]) -> list[Output]:
-    """The first of these outputs that are traced together: as many as `READ_AT_ONCE` allows."""
+def _first(outputs: Sequence[Output], tokens: int) -> list[Output]:
+    """The first of these outputs that have no more than so many tokens, padding included; at least one."""
     longest, count = 0, 0
     for output in outputs:
         longest = max(longest, output.length)
-        if count and longest * (count + 1) > READ_AT_ONCE:
+        if count and longest * (count + 1) > tokens:
             break
         count += 1
     return list(outputs[:count])
