@@ -4,18 +4,97 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from bpkit.decode.host import to_host
+from bpkit.decode.inputs import model_inputs
+from bpkit.decode.noise import TARGET_SALT, GumbelNoise
+from bpkit.decode.observers import next_number
+from bpkit.decode.refuse import refuse_changing_frequencies
+from bpkit.decode.request import Request
 from bpkit.decode.rollback import PREFIX_CONSTRAINED
+from bpkit.decode.sampling import Processors, Sampler
+from bpkit.decode.stopping import Stopping, end_tokens, length_limit
+from bpkit.decode.text import RowText
 
 _BY_ROW = frozenset({"attention_mask", "position_ids", "input_ids", "cache_position"})
 _OF_ALL_PROMPTS = ("EncoderNoRepeatNGramLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor")
+
+
+@dataclass(frozen=True)
+class CallerBatch:
+    """What `generate` hands to a `custom_generate` callable.
+
+    Attributes:
+        ids: int64 [rows, length], on the device; `model_kwargs` may have an attention mask.
+    """
+
+    ids: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: Mapping[str, Any]
+
+    def requests(
+        self,
+        model: PreTrainedModel,
+        seed: int | Sequence[int] | None,
+        stream_id: int | Sequence[int],
+        generator: Callable[[int | None, int], torch.Generator],
+    ) -> list[Request]:
+        """The rows, each with what it does not share.
+
+        Args:
+            seed: of sampling: for all rows, or for each; None draws one from torch's global generator.
+            stream_id: of the first row, those of the others follow; or of each.
+            generator: makes the policy's random numbers from seed and stream.
+
+        Raises:
+            ValueError: something cannot be told apart by row.
+        """
+        ids, rows, most = self.ids, self.ids.shape[0], length_limit(self.criteria)
+        padding, (host,) = left_padding(ids, self.model_kwargs.get("attention_mask")), to_host([ids])
+        if rows > 1 or any(padding):
+            refuse_shared(padding, self.processors, self.model_kwargs)
+        seeds: list[int | None] = [None] * rows
+        if self.config.do_sample:
+            seeds = [*each_row(int(torch.randint(2**62, ())) if seed is None else seed, rows, "seed", step=0)]
+        streams = each_row(stream_id, rows, "stream_id", step=1)
+        made = []
+        for row, (pads, tokens) in enumerate(zip(padding, host.tolist(), strict=True)):
+            own = slice(row, row + 1)
+            padded = ids[own, :pads] if pads else None
+            text = RowText(ids[own, pads:], most - pads, padding=padded, tokens=tokens[pads:])
+            refuse_changing_frequencies(model, text.length, text.max_length)
+            made.append(
+                Request(
+                    next_number(),
+                    text,
+                    self._sampler(text, row, seeds[row], streams[row], model),
+                    Stopping(self.criteria, text),
+                    generator(seeds[row], streams[row]),
+                    seeds[row],
+                    streams[row],
+                    temperature=0.0 if seeds[row] is None else float(self.config.temperature or 1.0),
+                    inputs=model_inputs(model, text.prompt, {} if pads or rows > 1 else self.model_kwargs),
+                )
+            )
+        return made
+
+    def _sampler(self, text: RowText, row: int, seed: int | None, stream: int, model: PreTrainedModel) -> Sampler:
+        ends = end_tokens(self.criteria)
+        processors = Processors(of_row(self.processors, row), ends=ends, prompt_length=self.ids.shape[1])
+        noise = None
+        if seed is not None:
+            vocabulary = model.config.get_text_config().vocab_size
+            noise = GumbelNoise(seed, stream, vocabulary, self.ids.device, salt=TARGET_SALT)
+        return Sampler(text, processors, noise)
 
 
 def left_padding(ids: Tensor, mask: Tensor | None) -> list[int]:

@@ -25,19 +25,16 @@ from transformers.generation.streamers import BaseStreamer
 from bpkit.assets import model_name, shipped
 from bpkit.decode.admission import Admission
 from bpkit.decode.attention import use_grouped_attention
-from bpkit.decode.caller_batch import each_row, left_padding, of_row, refuse_shared, sequences
+from bpkit.decode.caller_batch import CallerBatch, sequences
 from bpkit.decode.capture import Capture, Mode
 from bpkit.decode.clock import Clock, GuardedClock, WallClock
 from bpkit.decode.drafter import Drafter
-from bpkit.decode.host import to_host
-from bpkit.decode.inputs import ModelInputs, model_inputs
 from bpkit.decode.loop import decode
-from bpkit.decode.noise import POLICY_SALT, TARGET_SALT, GumbelNoise, hashed
-from bpkit.decode.observers import ObservedRequest, ObserverLike, Observers, next_number
+from bpkit.decode.noise import POLICY_SALT, hashed
+from bpkit.decode.observers import ObservedRequest, ObserverLike, Observers
 from bpkit.decode.owned import DrafterLike, KeptDecoders, drafter_key, policy_for, policy_key
 from bpkit.decode.pretrained import input_device, inside, load_causal_lm, move
 from bpkit.decode.refuse import (
-    refuse_changing_frequencies,
     refuse_virtual_tokens,
     refuse_what_generate_dropped,
     refuse_what_we_cannot_do,
@@ -46,11 +43,10 @@ from bpkit.decode.request import Request
 from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.decode.result import Generation, Piece, Run, RunMany, Running
 from bpkit.decode.rows import Rows, Shared
-from bpkit.decode.sampling import Processors, Sampler, Samplers
+from bpkit.decode.sampling import Samplers
 from bpkit.decode.serving import session_class
-from bpkit.decode.stopping import Stopping, end_tokens, length_limit
 from bpkit.decode.streaming import TextPieces
-from bpkit.decode.text import RowText, RunningText
+from bpkit.decode.text import RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
 from bpkit.decode.verify import RULES
 from bpkit.policy import Policy, PolicyError
@@ -390,9 +386,10 @@ class SpeculativeDecoder:
         refuse_what_generate_dropped()
         refuse_what_we_cannot_do(model, self.model, input_ids, generation_config, model_kwargs)
         decoder = self._for_call(policy, drafter)
-        requests = decoder._requests(
-            input_ids, logits_processor, stopping_criteria, generation_config, seed, stream_id, model_kwargs
-        )
+        if decoder.rule == "rejection" and generation_config.do_sample:
+            decoder._refuse_bias(decoder._wants())
+        batch = CallerBatch(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        requests = batch.requests(decoder.model, seed, stream_id, decoder._generator)
         if prepare:
             return decoder, requests
         if len(requests) > 1 or requests[0].text.padding:
@@ -405,63 +402,11 @@ class SpeculativeDecoder:
         output.generation = result
         return output
 
-    def _requests(
-        self,
-        ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        seed: int | Sequence[int] | None,
-        stream_id: int | Sequence[int],
-        model_kwargs: dict[str, Any],
-    ) -> list[Request]:
-        """The rows of a prepared call, each with what it does not share."""
-        rows, most = ids.shape[0], length_limit(criteria)
-        padding, (host,) = left_padding(ids, model_kwargs.get("attention_mask")), to_host([ids])
-        if rows > 1 or any(padding):
-            refuse_shared(padding, processors, model_kwargs)
-        seeds: list[int | None] = [None] * rows
-        if config.do_sample:
-            seeds = [*each_row(int(torch.randint(2**62, ())) if seed is None else seed, rows, "seed", step=0)]
-        streams = each_row(stream_id, rows, "stream_id", step=1)
-        made = []
-        for row, (pads, tokens) in enumerate(zip(padding, host.tolist(), strict=True)):
-            own = slice(row, row + 1)
-            padded = ids[own, :pads] if pads else None
-            text = RowText(ids[own, pads:], most - pads, padding=padded, tokens=tokens[pads:])
-            refuse_changing_frequencies(self.model, text.length, text.max_length)
-            kwargs = {} if pads or rows > 1 else model_kwargs
-            inputs = model_inputs(self.model, text.prompt, kwargs)
-            mine = Processors(of_row(processors, row), ends=end_tokens(criteria), prompt_length=ids.shape[1])
-            temperature = 0.0 if seeds[row] is None else float(config.temperature or 1.0)
-            made.append(
-                self._request(text, mine, Stopping(criteria, text), seeds[row], streams[row], temperature, inputs)
-            )
-        return made
-
-    def _request(
-        self,
-        text: RowText,
-        processors: Processors,
-        stopping: Stopping,
-        seed: int | None,
-        stream_id: int,
-        temperature: float,
-        inputs: ModelInputs,
-    ) -> Request:
-        noise = None
-        if seed is not None:
-            if self.rule == "rejection":
-                self._refuse_bias(self._wants())
-            device = text.prompt.device
-            noise = GumbelNoise(seed, stream_id, self.spec.vocab_size, device, salt=TARGET_SALT)
+    def _generator(self, seed: int | None, stream_id: int) -> torch.Generator:
+        """The next request's random numbers for its policy."""
         # The count of requests tells greedy ones apart, which have no seed: a policy must not explore alike in each.
         self.requests += 1
-        generator = torch.Generator().manual_seed(hashed(seed or 0, stream_id, self.requests, POLICY_SALT) >> 1)
-        sampler = Sampler(text, processors, noise)
-        return Request(
-            next_number(), text, sampler, stopping, generator, seed, stream_id, temperature=temperature, inputs=inputs
-        )
+        return torch.Generator().manual_seed(hashed(seed or 0, stream_id, self.requests, POLICY_SALT) >> 1)
 
     def rows(self, prompt: str | Tensor, **options: Any) -> Rows:
         """What the loop works on, made but not begun: for calling its pieces by hand; takes what `generate` takes."""

@@ -52,7 +52,7 @@ def run_rows_bench(
     Raises:
         ValueError: a policy cannot run with these models.
     """
-    compared = {size: contestants(decoder, settings) for size in batch_sizes}
+    compared = {size: compared_decoders(decoder, settings) for size in batch_sizes}
     machine, tasks = describe_machine(decoder.target.device), encoded(decoder, prompts, settings.seed)
     sets = dealt(tasks, max(batch_sizes))
     threads, tried = choose_rows_threads(decoder, tasks, settings, batch_sizes, progress)
@@ -95,7 +95,7 @@ def run_rows_bench(
     }
 
 
-def contestants(decoder: SpeculativeDecoder, settings: BenchSettings, **more: Any) -> list[RowsDecoder]:
+def compared_decoders(decoder: SpeculativeDecoder, settings: BenchSettings, **more: Any) -> list[RowsDecoder]:
     """Plain decoding by the loop and by transformers, and the policies: fresh ones, that have learned nothing.
 
     Args:
@@ -184,7 +184,7 @@ def choose_rows_threads(
     chosen: Threads = {}
     tables: dict[int, ThreadTable] = {}
     for batch_size in batch_sizes:
-        compared = contestants(decoder, settings, max_new_tokens=shorter)
+        compared = compared_decoders(decoder, settings, max_new_tokens=shorter)
         names = [one.name for one in compared]
         few = tasks[: max(batch_size, TRIED_PROMPTS)]
         if len(counts) == 1:
