@@ -21,6 +21,20 @@ _MOST = 128
 """More positions at a time are not faster."""
 
 
+_KEPT = 32 * 2**20 - 2**13
+"""Bytes of the largest block that glibc may be taught to keep, its own head included."""
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory, which pieces of positions x vocabulary allocate again and again.
+
+    Else it hands pages back after each piece and the system clears them for the next, which took a tenth of the time of
+    drafting. A large block that was mapped by itself and freed raises both limits (mallopt(3), `M_MMAP_THRESHOLD`);
+    other allocators take no notice.
+    """
+    torch.empty(_KEPT, dtype=torch.uint8)
+
+
 def fitting(bytes_of_a_position: int, *, share: int = 1) -> int:
     """How many positions fit into one of `share` parts of `VOCABULARY_BYTES`; at least 1."""
     return max(1, VOCABULARY_BYTES // share // bytes_of_a_position)

@@ -27,7 +27,7 @@ from bpkit.prompts import Prompt
 from bpkit.trace.collect.autoregressive import trace_rollouts
 from bpkit.trace.collect.block_diffusion import trace_blocks
 from bpkit.trace.collect.drafts import Drafts, Finished, num_accepted
-from bpkit.trace.collect.pieces import HeldNoise
+from bpkit.trace.collect.pieces import HeldNoise, keep_freed_memory
 from bpkit.trace.collect.products import quick_products
 from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_passes
@@ -126,6 +126,7 @@ class Tracer:
             raise ValueError(f"drafter {drafter.name} has no hidden states: leave the feature draft_hidden out")
         self.decoder, self.options, self.batch_size = decoder, options, batch_size
         self.watch = Stopwatch(GuardedClock(WallClock(decoder.target.device, wait=True)))
+        keep_freed_memory()
 
     def trace(self, index: int, prompt: Prompt) -> PromptTrace:
         """Trace one prompt; `index` is its place in the trace and the stream of its noise."""
