@@ -251,13 +251,13 @@ def test_the_command_that_was_killed_goes_on_when_it_is_run_again(
     left = check_parts(tmp_path / "t")
     assert 0 < len(left) < len(PROMPTS)
     traced: list[int] = []
-    trace = Tracer.trace
+    retraced = Tracer.retraced
 
-    def noted(self: Tracer, index: int, prompt: Prompt) -> PromptTrace:
-        traced.append(index)
-        return trace(self, index, prompt)
+    def noted(self: Tracer, outputs: Sequence[Output]) -> list[PromptTrace]:
+        traced.extend(output.index for output in outputs)
+        return retraced(self, outputs)
 
-    monkeypatch.setattr(Tracer, "trace", noted)
+    monkeypatch.setattr(Tracer, "retraced", noted)
     result = run(*given)
     assert result.exit_code == 0, result.stderr
     assert len(traced) == len(PROMPTS) - len(left)
