@@ -261,7 +261,8 @@ def test_the_command_that_was_killed_goes_on_when_it_is_run_again(
     result = run(*given)
     assert result.exit_code == 0, result.stderr
     assert len(traced) == len(PROMPTS) - len(left)
-    assert_same(open_trace(tmp_path / "t"), uninterrupted)
+    # Those that are traced together are others, so that passes are padded otherwise.
+    assert_same(open_trace(tmp_path / "t"), uninterrupted, close=1e-5)
 
 
 MAIN = "from bpkit.cli.main import main; main()"
