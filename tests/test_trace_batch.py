@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.products import quick_products
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.trace.collect import TraceOptions, Tracer, tracer
 from bpkit.trace.collect.job import describe, run_job
-from bpkit.trace.collect.products import quick_products
 from bpkit.trace.collect.workers import tasks_of
 from bpkit.trace.store.storage import open_trace
 from bpkit.types import Feature

@@ -81,7 +81,7 @@ class SpecDecPP(TrainedPolicy):
         hidden = features[Feature.DRAFT_HIDDEN].float()
         if hidden.shape[:-1].numel() < MANY:
             return {"log_accepted": self.risk.log_accepted(hidden)}
-        from bpkit.trace.collect.products import quick_products
+        from bpkit.decode.products import quick_products
 
         with quick_products(self.risk.head):
             return {"log_accepted": self.risk.log_accepted(hidden)}

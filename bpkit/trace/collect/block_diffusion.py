@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import rotate_half
 
+from bpkit.decode.products import product
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashAttention
 from bpkit.trace.collect.drafts import Drafts, Finished
 from bpkit.trace.collect.pieces import pieces
-from bpkit.trace.collect.products import product
 
 BLOCK_POSITIONS = 512
 """Block positions in one forward: enough to keep the matrix products busy, few enough to stay in the cache."""

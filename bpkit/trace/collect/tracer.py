@@ -17,6 +17,7 @@ from bpkit.decode.clock import GuardedClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.drafter import Drafter
 from bpkit.decode.features import OF_THE_ANCHOR
+from bpkit.decode.products import quick_products
 from bpkit.decode.result import Generation, RunMany
 from bpkit.decode.sampling import Processors
 from bpkit.decode.serving import session_class
@@ -28,7 +29,6 @@ from bpkit.trace.collect.autoregressive import trace_rollouts
 from bpkit.trace.collect.block_diffusion import trace_blocks
 from bpkit.trace.collect.drafts import Drafts, Finished, num_accepted
 from bpkit.trace.collect.pieces import HeldNoise, keep_freed_memory
-from bpkit.trace.collect.products import quick_products
 from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_passes
 from bpkit.trace.records import DraftTable, PromptTrace
