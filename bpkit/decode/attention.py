@@ -34,8 +34,9 @@ def grouped_sdpa(
 ) -> tuple[Tensor, None]:
     """query: [batch, heads, width, dim]; key, value: [batch, key/value heads, length, dim]."""
     (batch, heads, width, _), kept = query.shape, key.shape[1]
-    special = any(options.get(name) is not None for name in SPECIAL)
-    if attention_mask is None or heads == kept or attention_mask.shape[1] != 1 or special:
+    # Without a mask, several queries are causal, which is for transformers to say.
+    shared = width == 1 if attention_mask is None else attention_mask.shape[1] == 1
+    if heads == kept or not shared or any(options.get(name) is not None for name in SPECIAL):
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
@@ -45,7 +46,7 @@ def grouped_sdpa(
         attended = attend(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
         return attended.transpose(1, 2), None
     groups = heads // kept
-    if width > 1:
+    if width > 1 and attention_mask is not None:
         attention_mask = attention_mask.expand(batch, groups, width, -1).reshape(batch, 1, groups * width, -1)
     folded = query.reshape(batch, kept, groups * width, -1)
     attended = attend(folded, key, value, attn_mask=attention_mask, scale=scaling)
