@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready  ## decode real prompts under several policies and compare them
 	$(BIN)/bpkit demo
 
-test: $(VENV)/.ready  ## every test, in some seven minutes on two cores
+test: $(VENV)/.ready  ## every test, in some eight minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: $(VENV)/.ready  ## without the tests marked `slow`: under two minutes

@@ -307,6 +307,7 @@ def test_a_row_that_fails_names_itself_and_the_others_go_on(pair: TinyPair, draf
         assert made[place].tokens.equal(right[place].tokens)
 
 
+@pytest.mark.filterwarnings("ignore:policy Forgets.select")
 def test_a_faulty_policy_costs_speed_only(pair: TinyPair) -> None:
     class Forgets(Policy):
         """Its state cannot be moved: a list where the batch axis should come first."""
