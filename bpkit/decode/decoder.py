@@ -436,7 +436,7 @@ class SpeculativeDecoder:
         if self.rule == "rejection" and self.spec.work.passes != "one":
             # What such drafters know of a position depends on the tokens drafted before it; see GuardedPolicy.
             shared.policy.stepwise |= any(request.seed is not None for request in requests)
-        text = RunningText([request.text for request in requests])
+        text = RunningText([request.text for request in requests], slots=slots)
         session = session_class(self.model)(
             self.model,
             rows=len(requests),

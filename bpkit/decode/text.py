@@ -64,6 +64,7 @@ class RunningText:
 
     Args:
         rows: of one device.
+        slots: rows that may come to run together, if more.
 
     Attributes:
         rows: the text of each.
@@ -73,8 +74,8 @@ class RunningText:
         anchor: the last token of each row, int64 [rows, 1], on the device.
     """
 
-    def __init__(self, rows: Sequence[RowText]) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Sequence[RowText], *, slots: int = 1) -> None:
+        self.rows, self.slots = list(rows), max(slots, len(rows))
         self.counts = [row.length for row in rows]
         self.newest = padded([row.prompt for row in rows])
         self.anchor = torch.cat([row.prompt[:, -1:] for row in rows])

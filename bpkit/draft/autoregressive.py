@@ -77,10 +77,10 @@ class AutoregressiveDrafter:
     def begin(self, text: RunningText) -> AutoregressiveSession:
         return AutoregressiveSession(self, text)
 
-    def reader(self, rows: int, capacity: int) -> TargetSession:
-        """What reads texts of up to `capacity` tokens with the assistant."""
+    def reader(self, rows: int, capacity: int, *, slots: int) -> TargetSession:
+        """What reads texts of up to `capacity` tokens with the assistant, with room for so many rows."""
         kind = session_class(self.inner)
-        session = kind(self.inner, rows=rows, slots=rows, capacity=capacity, feature_layers=(), keep_hidden=True)
+        session = kind(self.inner, rows=rows, slots=slots, capacity=capacity, feature_layers=(), keep_hidden=True)
         if self.model is not self.inner:
             session.wrapper = self.model
         return session
@@ -134,7 +134,7 @@ class AutoregressiveSession:
 
     def __init__(self, drafter: AutoregressiveDrafter, text: RunningText) -> None:
         self.drafter, self.text = drafter, text
-        self.reader = drafter.reader(len(text.rows), self.capacity)
+        self.reader = drafter.reader(len(text.rows), self.capacity, slots=text.slots)
         self.held = [0] * len(text.rows)
         """Tokens that were read of each row: of its text, and of the draft that follows."""
 
@@ -214,7 +214,7 @@ class AutoregressiveSession:
 
     def _read_apart(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         """Read these tokens of some rows, of which nothing was read yet."""
-        reader, counts = self.drafter.reader(len(rows), self.capacity), [len(row) for row in tokens]
+        reader, counts = self.drafter.reader(len(rows), self.capacity, slots=len(rows)), [len(row) for row in tokens]
         reader.prefill(self._ids(tokens), counts, last=False)
         take_in(self.reader, len(self.held), reader, rows)
         for row, count in zip(rows, counts, strict=True):

@@ -109,7 +109,7 @@ class BlockDiffusionSession:
     def __init__(self, drafter: BlockDiffusionDrafter, text: RunningText) -> None:
         self.drafter, self.text = drafter, text
         rows, capacity = len(text.rows), text.max_length + drafter.max_block_size
-        self.slot_cache = SlotCache(drafter.model.config, rows=rows, slots=rows, capacity=capacity)
+        self.slot_cache = SlotCache(drafter.model.config, rows=rows, slots=text.slots, capacity=capacity)
         self.waiting: list[list[Tensor]] = [[] for _ in text.rows]
 
     @property
