@@ -6,18 +6,19 @@ import itertools
 import json
 import os
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bpkit import SpeculativeDecoder
 from bpkit.assets import prompts
 from bpkit.draft.dflash_model import block_attention_mask
-from bpkit.learn.training.answers import DrafterRun
+from bpkit.learn.training.answers import DrafterRun, target_answers
 from bpkit.learn.training.assistant import DistillationLoss, first_layers, train_assistant
 from bpkit.learn.training.drafter import position_weights, train_drafter
 from bpkit.learn.training.model import ModelRun, learning_rate_factor
@@ -81,6 +82,11 @@ def test_an_autoregressive_drafter_is_cut_from_the_target_and_decodes_without_lo
     assert decoder.drafter.model.config.num_hidden_layers == 1  # type: ignore[attr-defined]
     texts = {decoder.with_policy(f"fixed:{b}").generate("1 + 1", max_new_tokens=20).text for b in (1, 3, 8)}
     assert len(texts) == 1
+    weights = load_file(trained / "assistant" / "model.safetensors")
+    assert not any("embed" in name or "lm_head" in name for name in weights)
+    assistant = decoder.drafter.model  # type: ignore[attr-defined]
+    assert assistant.get_input_embeddings().weight is decoder.target.get_input_embeddings().weight
+    assert assistant.get_output_embeddings().weight is decoder.target.get_output_embeddings().weight
 
 
 @pytest.mark.slow
@@ -169,6 +175,30 @@ def test_outputs_are_reused_and_hold_prompt_and_answer(trained: Path) -> None:
     assert len(data["ids"]) == 76
     assert bool((data["length"] > data["prompt_length"]).all())
     assert bool((data["length"] <= data["prompt_length"] + 12).all())
+
+
+@pytest.mark.slow
+def test_a_drafter_goes_on_from_an_earlier_one_on_the_answers_of_another_run(trained: Path, tmp_path: Path) -> None:
+    again = replace(ANSWERS, answers=trained / "drafter" / "outputs.safetensors", max_steps=1, rate=0.0)
+    target = str(trained / "target")
+    train_drafter(
+        target, tmp_path / "drafter", prompts=[], run=replace(again, start_from=trained / "drafter"), block_size=8
+    )
+    train_assistant(
+        target, tmp_path / "assistant", prompts=[], run=replace(again, start_from=trained / "assistant", layers=3)
+    )
+    for name in ("drafter", "assistant"):  # at a rate of zero, nothing changes
+        before, after = (load_file(folder / name / "model.safetensors") for folder in (trained, tmp_path))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        data = json.loads((tmp_path / name / "provenance.json").read_text())["data"]
+        assert list(data) == ["answers"]
+
+
+def test_answers_of_another_kind_of_file_are_refused(tmp_path: Path) -> None:
+    save_file({"ids": torch.zeros(80, 4)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors does not hold more than 64 answers"):
+        target_answers(None, None, [], tmp_path, DrafterRun(answers=tmp_path / "other.safetensors"))
 
 
 @pytest.mark.slow

@@ -181,6 +181,9 @@ def model_run(
     steps: Annotated[
         int | None, _budget(help="Optimizer steps at most, if fewer than the minutes allow.", min=1)
     ] = None,
+    rate: Annotated[
+        float, _budget(help="Factor on the learning rates; 0.1 or so for a model that was trained before.", min=0.0)
+    ] = 1.0,
     devices: Devices = 1,
     accelerator: Accelerator = "auto",
     strategy: Strategy = "auto",
@@ -190,7 +193,7 @@ def model_run(
 ) -> dict[str, Any]:
     """How a model is trained, for `ModelRun`, which needs Lightning."""
     how = {"devices": devices, "accelerator": accelerator, "strategy": strategy, "compile": compile}
-    budget = {"max_minutes": minutes, **({"max_steps": steps} if steps is not None else {})}
+    budget = {"max_minutes": minutes, "rate": rate, **({"max_steps": steps} if steps is not None else {})}
     return {**budget, **how, "resume": resume, "seed": seed}
 
 

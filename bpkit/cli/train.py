@@ -79,7 +79,7 @@ def drafter(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="What the target answers: JSONL with `prompt`, or text with a prompt on each line. Needed.",
+            help="What the target answers: JSONL with `prompt`, or text with a prompt on each line. This or --answers.",
             metavar="FILE",
         ),
     ] = None,
@@ -100,6 +100,24 @@ def drafter(
     sequences: Annotated[int, typer.Option(help="Answers of the target to train on.", min=65)] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Tokens that the target generates for each.", min=2)] = 160,
     batch_size: Annotated[int, typer.Option(help="Sequences a step on each device.", min=1)] = 8,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            help="`outputs.safetensors` of another run with this target: its answers again, instead of --prompts.",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="A drafter of the same kind and target to go on from, with its layers; see --rate.",
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     *,
     run: dict[str, Any],
 ) -> None:
@@ -114,7 +132,7 @@ def drafter(
 
     Next: `bpkit bench --target ... --drafter ...`
     """
-    if prompts is None:
+    if prompts is None and answers is None:
         raise ValueError(
             "a drafter learns from the target's answers to prompts: give --prompts FILE with a few thousand of the "
             'kind that it will serve, one JSON object a line, such as {"prompt": "Once upon a time"}. Those that ship '
@@ -133,8 +151,16 @@ def drafter(
         if kind is DrafterKind.AUTOREGRESSIVE
         else partial(train_drafter, block_size=block_size, target_layer_ids=target_layer)
     )
-    texts = [prompt.text for prompt in read_prompts(prompts)]
+    texts = [prompt.text for prompt in read_prompts(prompts)] if prompts is not None else []
     with when_interrupted(checkpoint_in(out)):
-        how = DrafterRun(layers=layers, sequences=sequences, new_tokens=new_tokens, batch_size=batch_size, **run)
+        how = DrafterRun(
+            layers=layers,
+            sequences=sequences,
+            new_tokens=new_tokens,
+            answers=answers,
+            start_from=start_from,
+            batch_size=batch_size,
+            **run,
+        )
         train(target, out, prompts=texts, run=how)
     outputs.say_written(out, f"bpkit bench --target {target} --drafter {out}")

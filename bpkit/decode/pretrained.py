@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def load_causal_lm(path: str, **options: Any) -> PreTrainedModel:
+def load_causal_lm(
+    path: str, *, may_lack: Callable[[PreTrainedModel], Sequence[str]] | None = None, **options: Any
+) -> PreTrainedModel:
     """Load a causal language model from a folder or the Hub, on the CPU unless `device_map` says otherwise.
 
     transformers fills what a checkpoint lacks with random numbers and drops what it does not know, with a log message.
     Here either is an error.
 
     Args:
+        may_lack: names of the weights of a model that its checkpoint may lack, because the caller has them.
         options: of transformers' `from_pretrained`, such as `dtype`, `revision` or `local_files_only`.
 
     Raises:
@@ -31,6 +34,8 @@ def load_causal_lm(path: str, **options: Any) -> PreTrainedModel:
     model, info = AutoModelForCausalLM.from_pretrained(
         path, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    if may_lack is not None:
+        info["missing_keys"] = set(info["missing_keys"]) - set(may_lack(model))
     refuse_other_weights(path, info, f"a {type(model).__name__}")
     return model
 

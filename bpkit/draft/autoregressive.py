@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from bpkit.assets import shipped
 from bpkit.decode.drafter import GoOn, Proposal
-from bpkit.decode.pretrained import device_of, input_device, inside, load_causal_lm, move, position_limit
+from bpkit.decode.pretrained import device_of, input_device, inside, move, position_limit
 from bpkit.decode.sampling import Draw
 from bpkit.decode.serving import served_by, session_class
 from bpkit.decode.stateful import cache_argument
@@ -20,6 +20,7 @@ from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText
 from bpkit.draft.config import ASSISTANT_BLOCK_SIZE
 from bpkit.draft.newcomers import LONG, newcomers, take_in
+from bpkit.draft.own_layers import load_own_layers
 from bpkit.draft.vocabulary import embedding_rows, fetch_tokenizer, refuse_another_tokenizer
 from bpkit.types import AUTOREGRESSIVE, Feature, work_of
 
@@ -70,7 +71,7 @@ class AutoregressiveDrafter:
             ValueError: a drafter of another layout, weights that are not the model's, or another tokenizer.
         """
         path = path or str(shipped("assistant"))
-        model = load_causal_lm(path, dtype=target.dtype)
+        model = load_own_layers(path, target)
         fetch_tokenizer(path)
         return cls(move(model, input_device(target)), target, name=path, block_size=block_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bpkit.files import write_at_once
-from bpkit.learn.training.model import ModelRun
+from bpkit.learn.training.model import HELD_OUT, ModelRun
 
 AT_ONCE = 128
 """Prompts in a batch of the target, and so in a shard."""
@@ -31,11 +32,15 @@ class DrafterRun(ModelRun):
         layers: transformer layers of the drafter.
         sequences: answers; prompts are cycled until there are as many, every other one sampled at temperature 1.
         new_tokens: tokens that the target generates for each prompt.
+        answers: the `outputs.safetensors` of another run with this target, instead of new ones.
+        start_from: folder of a drafter of the same kind to go on from.
     """
 
     layers: int = 2
     sequences: int = 6000
     new_tokens: int = 160
+    answers: Path | None = None
+    start_from: Path | None = None
 
 
 def load_target(path: str, run: DrafterRun) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -53,7 +58,12 @@ def target_answers(
 
     Returns:
         `ids` int64 [sequences, time] right-padded, `prompt_length` and `length` int64 [sequences].
+
+    Raises:
+        ValueError: `run.answers` holds something else.
     """
+    if run.answers is not None:
+        return _read(run.answers)
     result, shards = out / "outputs.safetensors", out / "outputs"
     if not result.exists():
         # Sorting by length keeps padding, and so wasted work, small.
@@ -71,8 +81,24 @@ def target_answers(
         starts = torch.cat([part["prompt_length"] for part in parts]).tolist()
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed)).tolist()
         write_at_once(result, _padded([(rows[i], starts[i]) for i in order]))
-    data = load_file(result)
-    return data["ids"].long(), data["prompt_length"], data["length"]
+    return _read(result)
+
+
+def _read(file: Path) -> tuple[Tensor, Tensor, Tensor]:
+    data = load_file(file)
+    if not data.keys() >= {"ids", "prompt_length", "length"} or not len(data["ids"]) > HELD_OUT:
+        raise ValueError(
+            f"{file} does not hold more than {HELD_OUT} answers (ids, prompt_length, length): name the "
+            "outputs.safetensors of a run of `bpkit train drafter` with this target"
+        )
+    return data["ids"].long(), data["prompt_length"].long(), data["length"].long()
+
+
+def learned_from(prompts: list[str], run: DrafterRun) -> dict[str, list[str]]:
+    """What a drafter is trained on, for its record: the prompts, or a fingerprint of the answers."""
+    if run.answers is None:
+        return {"prompts": prompts}
+    return {"answers": [hashlib.sha256(run.answers.read_bytes()).hexdigest()]}
 
 
 @torch.inference_mode()

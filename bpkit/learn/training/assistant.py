@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from bpkit.learn.training.answers import DrafterRun, load_target, target_answers
+from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.own_layers import leave_out_embeddings
+from bpkit.learn.training.answers import DrafterRun, learned_from, load_target, target_answers
 from bpkit.learn.training.model import autocast, train_model
 
 
@@ -68,11 +70,20 @@ def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
 def train_assistant(target_path: str, out: Path, *, prompts: list[str], run: DrafterRun) -> None:
     """Let the target answer prompts, train an autoregressive drafter on the answers and write it to the folder `out`.
 
+    Embedding and head stay the target's, so they are neither trained nor written (`bpkit.draft.own_layers`).
+
     Raises:
-        ValueError: the target cannot be cut (`first_layers`).
+        ValueError: the target cannot be cut (`first_layers`), or there is a drafter to start from that does not fit.
     """
     tokenizer, target = load_target(target_path, run)
-    drafter = first_layers(target, run.layers)
+    drafter = first_layers(target, run.layers) if run.start_from is None else _earlier(run.start_from, target)
+    leave_out_embeddings(drafter)
     answers = target_answers(target, tokenizer, prompts, out, run)
-    loss = DistillationLoss(drafter, target)
-    train_model("train_assistant", drafter, loss, answers, out, run, texts={"prompts": prompts})
+    loss, texts = DistillationLoss(drafter, target), learned_from(prompts, run)
+    train_model("train_assistant", drafter, loss, answers, out, run, texts=texts)
+
+
+def _earlier(path: Path, target: PreTrainedModel) -> PreTrainedModel:
+    """A drafter that was trained before, in float32. Raises ValueError if it does not fit."""
+    # A copy: embedding and head may be the target's own.
+    return copy.deepcopy(AutoregressiveDrafter.load(str(path), target).model).float()

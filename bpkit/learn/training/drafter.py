@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel, block_attention_mask
-from bpkit.learn.training.answers import DrafterRun, load_target, target_answers
+from bpkit.learn.training.answers import DrafterRun, learned_from, load_target, target_answers
 from bpkit.learn.training.model import autocast, train_model
 
 BLOCK_SIZES = (4, 8, 16, 16, 16, 32)
@@ -110,27 +111,48 @@ def train_drafter(
         target_layer_ids: layers that give the features; by default three spread over the target.
 
     Raises:
-        ValueError: the tokenizer has no mask token.
+        ValueError: the tokenizer has no mask token, or there is a drafter to start from that does not fit.
     """
     tokenizer, target = load_target(target_path, run)
-    if tokenizer.mask_token_id is None:
+    if run.start_from is not None:
+        drafter = _earlier(run.start_from, target, block_size)
+    elif tokenizer.mask_token_id is None:
         raise ValueError(f"the tokenizer of {target_path} has no mask token: add one with add_special_tokens first")
+    else:
+        drafter = _fresh(target, tokenizer.mask_token_id, run.layers, block_size, target_layer_ids)
+    answers = target_answers(target, tokenizer, prompts, out, run)
+    shape = {"block_size": block_size, "target_layer_ids": drafter.config.target_layer_ids}
+    texts = learned_from(prompts, run)
+    train_model("train_drafter", drafter, BlockDraftLoss(drafter, target), answers, out, run, texts=texts, **shape)
+
+
+def _fresh(
+    target: PreTrainedModel, mask_token_id: int, layers: int, block_size: int, target_layer_ids: list[int] | None
+) -> DFlashModel:
+    """A drafter with random weights, of the target's width."""
     base = target.config
     depth = base.num_hidden_layers
-    shape: dict[str, Any] = {
-        "block_size": block_size,
-        "target_layer_ids": target_layer_ids or [1, depth // 2, depth - 2],
-    }
-    answers = target_answers(target, tokenizer, prompts, out, run)
     config = DFlashConfig(
         **{name: getattr(base, name) for name in _AS_THE_TARGET},
-        num_hidden_layers=run.layers,
+        num_hidden_layers=layers,
         tie_word_embeddings=False,
-        mask_token_id=tokenizer.mask_token_id,
+        mask_token_id=mask_token_id,
         architectures=["DFlashModel"],
-        **shape,
+        block_size=block_size,
+        target_layer_ids=target_layer_ids or [1, depth // 2, depth - 2],
     )
     drafter = DFlashModel(config)
     drafter.norm.load_state_dict(target.model.norm.state_dict())
-    loss = BlockDraftLoss(drafter, target)
-    train_model("train_drafter", drafter, loss, answers, out, run, texts={"prompts": prompts}, **shape)
+    return drafter
+
+
+def _earlier(path: Path, target: PreTrainedModel, block_size: int) -> DFlashModel:
+    """A drafter that was trained before, in float32; it is trained for blocks of `block_size` from here on.
+
+    Raises:
+        ValueError: it is no block-diffusion drafter for that target.
+    """
+    drafter: DFlashModel = BlockDiffusionDrafter.load(str(path), target).model.float()
+    drafter.set_attn_implementation("sdpa")
+    drafter.config.block_size = block_size
+    return drafter

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
+from bpkit.draft.own_layers import own_weights
+from bpkit.installation.machine import available_cores
 from bpkit.learn.training.fit import FitOptions, fit
 from bpkit.learn.training.provenance import fingerprint, write_provenance
 
@@ -41,12 +43,14 @@ class ModelRun(FitOptions):
     Attributes:
         max_steps, max_minutes: the budget; whichever is spent first ends the run, annealed.
         batch_size: examples a step on each device.
+        rate: factor on the peaks of the learning rates; under 1 for a model that was trained before.
         compile: run the loss through `torch.compile`, worth its start-up time on runs over a few minutes.
     """
 
     max_steps: int = 1_000_000
     max_minutes: float = 30.0
     batch_size: int = 8
+    rate: float = 1.0
     compile: bool = False
     seed: int = 0
 
@@ -103,7 +107,7 @@ class BudgetedModule(L.LightningModule):
         progress = self.progress()
         for optimizer, peak in zip(optimizers, (MUON_RATE, ADAMW_RATE), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate_factor(progress)
+                group["lr"] = peak * self.run.rate * learning_rate_factor(progress)
             optimizer.step()
         self.log_dict({"train/loss": loss.detach(), "budget": progress}, prog_bar=True)
         if progress >= 1.0:
@@ -164,7 +168,8 @@ def train_model(
             enable_progress_bar=bars,
         )
     if is_first:
-        model.to(torch.bfloat16).save_pretrained(out)
+        model = model.to(torch.bfloat16)
+        model.save_pretrained(out, state_dict=own_weights(model))
         data_of = {name: fingerprint(of_kind) for name, of_kind in texts.items()}
         write_provenance(out, recipe, {**asdict(run), **arguments}, data_of)
 
@@ -174,7 +179,7 @@ def _threads_for(devices: int) -> Iterator[None]:
     """On CPUs: several ranks of one thread each beat one rank of several threads on small models and busy machines."""
     usual = torch.get_num_threads()
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices))
+        torch.set_num_threads(max(1, available_cores() // devices))
     try:
         yield
     finally:
