@@ -1,17 +1,26 @@
-"""Prompts: those that ship with bpkit, a JSONL or text file, or a dataset of the Hugging Face library."""
+"""Prompts: those that ship with bpkit, a JSONL or text file, or a dataset of the Hugging Face library.
+
+Two sets ship: openings of texts, which the shipped pair goes on with (`bpkit.assets.prompts`), and `instructions`, as
+people type them to a model that chats.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bpkit import assets
 
 DEFAULT_DOMAIN = "prompts"
+INSTRUCTIONS = "instructions"
+KINDS = ("chat", "maths", "code", "rewriting", "conversion")
+"""The domains of the instructions."""
+CLOSED = "closed"
+"""The split of instructions that nothing reads unless it names their file: a second test."""
 DEFAULT_LIMIT = 20
 BATCH_SIZE = 8
 """Prompts that run at once, where nobody says."""
@@ -24,17 +33,26 @@ OWN_OPTIONS: dict[str, type] = {"max_new_tokens": int, "seed": int, "stream_id":
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt; `id` is unique among those it comes with. `options` are those of `OWN_OPTIONS` that it came with."""
+    """A prompt.
+
+    Attributes:
+        id: unique among those it comes with.
+        options: those of `OWN_OPTIONS` that it came with.
+        split: `train`, `validation`, `test` or another name, if it says one.
+        chat: whether it is a user's message, for the chat template of the target's tokenizer.
+    """
 
     id: str
     domain: str
     text: str
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    split: str = ""
+    chat: bool = False
 
 
 def read_prompts(file: Path, column: str = "prompt") -> list[Prompt]:
-    """Read JSONL with `prompt` (or another key) and optional `id`, `domain` and options of its own (`OWN_OPTIONS`); or,
-    from `.txt`, a prompt on each line.
+    """Read JSONL with `prompt` (or another key) and optional `id`, `domain`, `split`, `chat` and options of its own
+    (`OWN_OPTIONS`); or, from `.txt`, a prompt on each line.
 
     Raises:
         ValueError: a bad line, naming file, line and what to write there.
@@ -98,9 +116,11 @@ def _prompt(where: str, number: int, row: Any, column: str) -> Prompt:
             texts = [f"--column {name}" for name, value in row.items() if isinstance(value, str) and name != column]
             others = f"; or name the column of the prompts, such as {' or '.join(texts)}" if texts else ""
         raise ValueError(f"{where}: needs a {column!r} that is a text and not empty, such as {_EXAMPLE}{others}")
-    for key in ("id", "domain"):
+    for key in ("id", "domain", "split"):
         if key in row and not isinstance(row[key], (str, int)):
             raise ValueError(f"{where}: '{key}' must be a text, not {row[key]!r}; or leave it out")
+    if not isinstance(row.get("chat", False), bool):
+        raise ValueError(f"{where}: 'chat' must be true or false, not {row['chat']!r}; or leave it out")
     options = {name: row[name] for name in OWN_OPTIONS if row.get(name) is not None}
     for name, value in options.items():
         if not isinstance(value, OWN_OPTIONS[name]) or isinstance(value, bool):
@@ -111,6 +131,8 @@ def _prompt(where: str, number: int, row: Any, column: str) -> Prompt:
         domain=str(row.get("domain", DEFAULT_DOMAIN)),
         text=row[column],
         options=options,
+        split=str(row.get("split", "")),
+        chat=row.get("chat", False),
     )
 
 
@@ -121,14 +143,33 @@ def choose_prompts(
     *,
     column: str = "prompt",
     shipped_limit: int | None = DEFAULT_LIMIT,
+    chat: bool = False,
 ) -> list[Prompt]:
     """Prompts of a file or the shipped ones.
 
     Args:
-        file: JSONL or text, or None for the shipped ones.
+        file: JSONL or text; `instructions` for those that ship for models that chat; None for the shipped openings.
         domains: only these, in this order; all if empty.
         limit: prompts of each domain; by default `shipped_limit` of the shipped ones, and all of a file.
+        chat: they are users' messages, whatever they say themselves.
     """
+    if file is not None and str(file) == INSTRUCTIONS and not file.exists():
+        found = of_domains(instructions(), domains, shipped_limit if limit is None else limit, source=INSTRUCTIONS)
+    else:
+        found = _of_file_or_shipped(file, domains, limit, column, shipped_limit)
+    return [replace(prompt, chat=True) for prompt in found] if chat else found
+
+
+def instructions() -> list[Prompt]:
+    """The prompts that ship for models that chat, but those of the closed split."""
+    folder = assets.shipped("prompts") / INSTRUCTIONS
+    found = [prompt for kind in KINDS for prompt in read_prompts(folder / f"{kind}.jsonl")]
+    return [replace(prompt, chat=True) for prompt in found if prompt.split != CLOSED]
+
+
+def _of_file_or_shipped(
+    file: Path | None, domains: Sequence[str], limit: int | None, column: str, shipped_limit: int | None
+) -> list[Prompt]:
     if file is None:
         shipped = assets.prompts(*domains, limit=shipped_limit if limit is None else limit)
         return [Prompt(p["id"], p["domain"], p["prompt"]) for p in shipped]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from bpkit.assets import shipped
 from bpkit.cli.main import build_app
 from bpkit.cli.options import named_policies
 from bpkit.config import Config
@@ -21,7 +22,7 @@ from bpkit.judge.wall_clock.bench import BenchSettings, measure, rated, run_benc
 from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, EncodedPrompt, Measurement, Outcome
 from bpkit.judge.wall_clock.figures import BenchFigures, differences, ends_in_loop
 from bpkit.judge.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
-from bpkit.prompts import Prompt, choose_prompts, read_prompts
+from bpkit.prompts import KINDS, Prompt, choose_prompts, read_prompts
 
 ROLES: dict[str, Any] = {
     "plain": (LOOP, TRANSFORMERS),
@@ -386,6 +387,21 @@ def test_a_peer_that_does_not_fit_the_drafter_is_refused(pair: Path, prompt_file
         result = CliRunner().invoke(build_app(), ["bench", *arguments, "--against", peer])
         assert result.exit_code == 2
         assert said in result.stderr
+
+
+def test_the_instructions_that_ship_leave_the_second_test_closed() -> None:
+    found = choose_prompts(Path("instructions"), (), None, shipped_limit=None)
+    assert all(prompt.chat for prompt in found)
+    assert {prompt.split for prompt in found} <= {"train", "validation", "test", "demo"}
+    assert list(dict.fromkeys(prompt.domain for prompt in found)) == list(KINDS)
+    closed = [
+        prompt
+        for kind in KINDS
+        for prompt in read_prompts(shipped("prompts") / "instructions" / f"{kind}.jsonl")
+        if prompt.split == "closed"
+    ]
+    assert len(closed) == 48
+    assert not {prompt.text for prompt in closed} & {prompt.text for prompt in found}
 
 
 def test_demo_streams_and_compares(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,6 +310,11 @@ def test_a_chat_is_decoded_as_the_template_of_the_tokenizer_has_it(run: Run, pai
     assert plain.exit_code == 0, plain.stderr
     assert run("generate", "a + b", "--chat", *arguments).stdout == plain.stdout
     assert run("generate", "a + b", *arguments).stdout != plain.stdout
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text('{"prompt": "a + b", "chat": true}\n{"prompt": "user: a + b; x"}\n', encoding="utf-8")
+    assert run("generate", "--prompts", str(prompts), "--out", str(out), *arguments).exit_code == 0
+    asked, typed = (json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines())
+    assert asked == typed
 
 
 def test_models_that_are_no_folders_are_announced_or_refused_offline(

@@ -189,7 +189,7 @@ def test_no_share_is_given_where_there_may_be_no_gap() -> None:
     assert "touches zero" in share["reason"]
     # One prompt in 20 with something to gain is missing from more than 2.5% of the resamples.
     rare = [crafted(i, stands=i > 0) for i in range(20)]
-    found = judged(rare, {"fixed:2": "fixed:2"}, fractions=(0.0, 0.05, 0.95), seed=0)["overall"]
+    found = judged(rare, {"fixed:2": "fixed:2"}, split=(0.0, 0.05, 0.95), seed=0)["overall"]
     assert found["gap"]["tokens_per_second"] > 0.01
     assert found["policies"]["fixed:2"]["gap_share"]["value"] is None
 
@@ -417,9 +417,7 @@ def test_what_confidences_could_win_is_bounded_for_greedy_traces() -> None:
         for group in (result["overall"], *result["domains"].values()):
             rate = group["bounds"]["confidences"]["tokens_per_second"]
             assert 0 < rate <= group["oracle"]["step_truncate"]["tokens_per_second"]
-    without = evaluate(
-        greedy, SYNTHETIC, {}, [COST], permutations=0, fractions=(0.0, 0.4, 0.6)
-    )  # nothing to learn from
+    without = evaluate(greedy, SYNTHETIC, {}, [COST], permutations=0, split=(0.0, 0.4, 0.6))  # nothing to learn from
     for report in (evaluate(sampled, SYNTHETIC, {}, [COST], permutations=0), without):
         result = report["cost_models"]["made up"]
         assert (result["confidences"], result["overall"]["bounds"]) == (None, {})

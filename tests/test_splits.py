@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from bpkit.cli.evaluate import parse_split
 from bpkit.judge.evaluation.splits import PARTS, split_prompts
 
 IDS = [f"p{i}" for i in range(100)]
@@ -16,7 +19,7 @@ def test_parts_are_disjoint_and_complete() -> None:
 
 
 def test_each_domain_is_split_by_itself() -> None:
-    split = split_prompts(IDS, DOMAINS, seed=3, fractions=(0.5, 0.3, 0.2))
+    split = split_prompts(IDS, DOMAINS, seed=3, rule=(0.5, 0.3, 0.2))
     for domain, counts in (("a", [25, 15, 10]), ("b", [15, 9, 6]), ("c", [10, 6, 4])):
         assert [sum(DOMAINS[i] == domain for i in getattr(split, part)) for part in PARTS] == counts
 
@@ -56,9 +59,26 @@ def test_the_record_names_prompts_by_id() -> None:
 @pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.4, 0.2), (1.2, -0.1, -0.1)])
 def test_fractions_that_are_none_are_refused(fractions: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="sum to 1"):
-        split_prompts(IDS, DOMAINS, fractions=fractions)
+        split_prompts(IDS, DOMAINS, rule=fractions)
 
 
 def test_ids_must_be_told_apart() -> None:
     with pytest.raises(ValueError, match=r"more than once: p1$"):
         split_prompts(["p0", "p1", "p1"], ["d"] * 3)
+
+
+def test_parts_that_prompts_name_themselves_are_kept() -> None:
+    parts = {"p0": "test", "p1": "train", "p2": "closed", "p3": "validation", "p4": "test"}
+    split = split_prompts(IDS[:5], ["d"] * 5, rule=parts)
+    assert (split.train, split.validation, split.test) == ((1,), (3,), (0, 4))
+    assert split.as_json(IDS)["fractions"] == {"train": 0.25, "validation": 0.25, "test": 0.5}
+    with pytest.raises(ValueError, match=r"2 prompts have no part .*, such as p5, p6: give each a `split`"):
+        split_prompts(IDS[:7], ["d"] * 7, rule=parts)
+
+
+def test_a_file_of_prompts_says_their_parts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "a", "prompt": "x", "split": "train"}\n{"id": "b", "prompt": "y", "split": "test"}\n')
+    assert parse_split(str(file)) == {"a": "train", "b": "test"}
+    with pytest.raises(ValueError, match="or name a file of prompts"):
+        parse_split(str(tmp_path / "nothing.jsonl"))

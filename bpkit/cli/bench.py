@@ -85,7 +85,7 @@ def bench(
     batch_sizes = parse_batch_sizes(batch_size)
     default = DEFAULT_POLICIES if batch_sizes == [1] else DEFAULT_ROWS_POLICIES
     named = options.named_policies(policy or [], config) or {name: name for name in default}
-    from bpkit.cli.models import load_decoder
+    from bpkit.cli.models import in_chat, load_decoder
     from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
     from bpkit.judge.wall_clock.decoders import check_peers
     from bpkit.judge.wall_clock.report import plot_report, print_report
@@ -97,6 +97,7 @@ def bench(
         raise ValueError(f"--against {against[0]} decodes one prompt at a time: leave out --batch-size")
     first, watchers = next(iter(named.values())), config.observers or ()
     with files.pending() as bar, closing(load_decoder(config, first, observers=watchers)) as decoder:
+        texts = in_chat(decoder, texts)
         settings = BenchSettings(
             policies=those_that_fit(decoder, named) if tuple(named) == default else named,
             options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),

@@ -91,7 +91,7 @@ def bench_policy(
     if every or not named or any(isinstance(policy, Exportable | Onnx) for policy in named):
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package, extra="export", purpose="A comparison with onnxruntime")
-    from bpkit.cli.models import load_decoder
+    from bpkit.cli.models import in_chat, load_decoder
     from bpkit.judge.latency.measure import LatencySettings, bench_latency
     from bpkit.judge.latency.report import plot_latency, print_latency_report
 
@@ -107,7 +107,7 @@ def bench_policy(
     with files.pending() as bar:
         decoder = load_decoder(config, "fixed")
         timed = chosen(policies or [], decoder, provider, weights, every=every)
-        report = bench_latency(decoder, timed, texts, settings, bar)
+        report = bench_latency(decoder, timed, in_chat(decoder, texts), settings, bar)
     files.deliver({"command": portable(sys.argv[1:]), **report}, print_latency_report, plot_latency)
 
 

@@ -107,7 +107,7 @@ def calibrate(
     if show is not None:
         cost = read_cost(show)
     else:
-        from bpkit.cli.models import load_decoder
+        from bpkit.cli.models import in_chat, load_decoder
         from bpkit.trace.cost.calibrate import CalibrationSettings
         from bpkit.trace.cost.calibrate import calibrate as measure
 
@@ -122,7 +122,8 @@ def calibrate(
             command=command_line(),
         )
         with files.pending() as bar:
-            cost = measure(load_decoder(config, "fixed"), texts, settings, bar.show)
+            decoder = load_decoder(config, "fixed")
+            cost = measure(decoder, in_chat(decoder, texts), settings, bar.show)
     files.deliver(cost, print_cost, plot_cost, write=lambda path, cost: write_cost(cost, path))
 
 

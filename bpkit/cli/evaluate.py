@@ -16,13 +16,16 @@ from bpkit.cli.outputs import Outputs, command_line
 from bpkit.config import Config
 from bpkit.files import utc, write_at_once
 from bpkit.policy import PolicyError
+from bpkit.prompts import read_prompts
 
 if TYPE_CHECKING:
+    from bpkit.judge.evaluation.splits import SplitRule
     from bpkit.registry.resolve import PolicyLike
     from bpkit.trace.cost import CostTable
     from bpkit.trace.store.storage import Trace
 
 DEFAULT_SPLIT = "0.4,0.2,0.4"
+SPLIT_HELP = "Shares of train, validation and test prompts; or a file of prompts, of which each says its `split`."
 _how = partial(typer.Option, rich_help_panel="How to judge")
 
 
@@ -42,7 +45,7 @@ def evaluate(
     *,
     files: Outputs,
     seed: Annotated[int, _how(help="Of split, orders and intervals.")] = 0,
-    split: Annotated[str, _how(help="Shares of train, validation and test prompts.", metavar="A,B,C")] = DEFAULT_SPLIT,
+    split: Annotated[str, _how(help=SPLIT_HELP, metavar="A,B,C|FILE")] = DEFAULT_SPLIT,
     orders: Annotated[int, _how(help="Orders of the test prompts for policies with a memory.", min=1)] = 8,
     no_tune: Annotated[bool, _how("--no-tune", help="Take policies as they are given.")] = False,
     permutations: Annotated[
@@ -83,7 +86,7 @@ def evaluate(
     require("pyarrow", extra="traces", purpose="A trace")
     if permutations:
         require("sklearn", extra="traces", purpose="The permutation test")
-    fractions = parse_fractions(split)
+    rule = parse_split(split)
     named = options.named_policies(policy or [], config)
     from bpkit.cli.models import load_decoder, quiet_libraries
     from bpkit.judge.evaluation import evaluate as judge
@@ -103,7 +106,7 @@ def evaluate(
             named or all_policies(),
             costs,
             seed=seed,
-            fractions=fractions,
+            split=rule,
             orders=orders,
             tune=not no_tune,
             permutations=permutations,
@@ -127,18 +130,23 @@ def evaluate(
     files.deliver(result, print_evaluation, lambda report, page: write_at_once(page, html_report(report)))
 
 
-def parse_fractions(text: str) -> tuple[float, float, float]:
-    """The three shares. Raises ValueError.
+def parse_split(text: str) -> SplitRule:
+    """Three fractions, or the part of each prompt by its id, from a file of prompts. Raises ValueError.
 
-    >>> parse_fractions("0.5, 0.25, 0.25")
+    >>> parse_split("0.5, 0.25, 0.25")
     (0.5, 0.25, 0.25)
     """
     from bpkit.judge.evaluation.splits import checked_fractions
 
+    if Path(text).is_file():
+        return {prompt.id: prompt.split for prompt in read_prompts(Path(text))}
+
     try:
         parts = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--split {text}: write three numbers that sum to 1, such as {DEFAULT_SPLIT}") from None
+        raise ValueError(
+            f"--split {text}: write three numbers that sum to 1, such as {DEFAULT_SPLIT}, or name a file of prompts"
+        ) from None
     return checked_fractions(parts)
 
 

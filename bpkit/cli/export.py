@@ -13,7 +13,7 @@ import typer
 from bpkit import __version__
 from bpkit.cli import completion, options
 from bpkit.cli.errors import require, when_interrupted
-from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
+from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_split
 from bpkit.cli.outputs import portable
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
@@ -69,7 +69,10 @@ def export(
         ),
     ] = False,
     split: Annotated[
-        str, typer.Option(help="Shares of train, validation and test prompts of the trace.", metavar="A,B,C")
+        str,
+        typer.Option(
+            help="Shares of train, validation and test prompts, as in `bpkit evaluate`.", metavar="A,B,C|FILE"
+        ),
     ] = DEFAULT_SPLIT,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Validation prompts, the first ones.", min=1)] = None,
@@ -107,7 +110,7 @@ def export(
     chosen = {shown: exportable(spec) for shown, spec in specs.items()}
     names = {shown: export_name(shown, policy, name if len(chosen) == 1 else None) for shown, policy in chosen.items()}
     opened = open_trace(trace)
-    held = split_prompts(opened.ids, opened.domains, seed=seed, fractions=parse_fractions(split)).validation[:limit]
+    held = split_prompts(opened.ids, opened.domains, seed=seed, rule=parse_split(split)).validation[:limit]
     costs = read_cost(cost) if cost else None
     fill = Recompute(load_decoder(config, "fixed"), opened.manifest) if recompute else None
     model = load_decoder(config, "fixed").target if fold else None

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from bpkit.cli import options
 from bpkit.cli.errors import when_interrupted
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
-from bpkit.prompts import BATCH_SIZE, Prompt, read_prompts
+from bpkit.prompts import BATCH_SIZE, Prompt, choose_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,42 +100,47 @@ def generate(
     if prompts is not None and out is not None:
         if prompt is not None or file is not None:
             raise ValueError("give one prompt, or --prompts FILE, not both")
-        write_texts(read_prompts(prompts), out, config, stop, chat, batch_size=batch_size, prefill_chunk=prefill_chunk)
+        texts = choose_prompts(prompts, (), None, shipped_limit=None, chat=chat)
+        write_texts(texts, out, config, stop, batch_size=batch_size, prefill_chunk=prefill_chunk)
         return
     text = read_prompt(prompt, file)
-    from bpkit.cli.models import load_decoder
+    from bpkit.cli.models import as_chat, load_decoder
 
     kept = "The text until then is all that was written."
     with when_interrupted(kept), closing(load_decoder(config, observers=config.observers or ())) as decoder:
         wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS) | {"seed": config.sampling.seed}
         if stop:
             wanted["stop_strings"] = stop
-        result, seconds = stream(decoder, in_chat(decoder, text) if chat else text, **wanted)
+        result, seconds = stream(decoder, as_chat(decoder, text) if chat else text, **wanted)
     if stats:
         say("")
         for line in describe(result, seconds):
             say(line)
 
 
-def write_texts(
-    prompts: list[Prompt], out: Path, config: Config, stop: list[str] | None, chat: bool, **batch: Any
-) -> None:
+def write_texts(prompts: list[Prompt], out: Path, config: Config, stop: list[str] | None, **batch: Any) -> None:
     """The texts of many prompts into a file. Exits with 1 after all others ended, if some failed."""
     from bpkit.cli.generate_many import TextFile, generate_all
-    from bpkit.cli.models import load_decoder
+    from bpkit.cli.models import in_chat, load_decoder
 
     wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS)
     if stop:
         wanted["stop_strings"] = stop
     seed = config.sampling.seed or 0
     runtime = {name: getattr(config.runtime, name) for name in ("rule", "dtype")}
-    settings = {"target": config.target, "seed": seed, "chat": chat, **wanted, **runtime}
+    settings = {
+        "target": config.target,
+        "seed": seed,
+        "chat": any(prompt.chat for prompt in prompts),
+        **wanted,
+        **runtime,
+    }
     if config.runtime.rule == "rejection":  # the texts depend on them as well
         settings |= {"drafter": config.drafter, "policy": config.policy}
     file = TextFile(out, prompts, settings)
     kept = f"What was decoded is in {out}; the same command goes on from there."
     with when_interrupted(kept), closing(load_decoder(config, observers=config.observers or ())) as decoder:
-        ready = {prompt.id: in_chat(decoder, prompt.text) if chat else prompt.text for prompt in prompts}
+        ready = {prompt.id: prompt.text for prompt in in_chat(decoder, prompts)}
         with progress_bar() as bar:
             failed = generate_all(decoder, prompts, ready, file, bar, seed=seed, **wanted, **batch)
     say(f"wrote {out}: {len(prompts) - len(failed)} texts")
@@ -143,24 +148,6 @@ def write_texts(
         shown = "; ".join(f"{name}: {why}" for name, why in list(failed.items())[:5])
         say(f"{len(failed)} of {len(prompts)} prompts failed, the same command tries them again: {shown}")
         raise typer.Exit(1)
-
-
-def in_chat(decoder: SpeculativeDecoder, text: str) -> Tensor:
-    """The prompt as a user's message, and the beginning of the answer: token ids int64 [1, length].
-
-    Raises ValueError if the tokenizer has no chat template.
-    """
-    from bpkit.assets import model_name
-
-    tokenizer = decoder.tokenizer
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise ValueError(
-            f"--chat: the tokenizer of {model_name(decoder.target.name_or_path)} has no chat template, like those of "
-            "base models; leave out --chat, or name a target that was trained to chat"
-        )
-    message = [{"role": "user", "content": text}]
-    made = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return cast("Tensor", made["input_ids"])
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -13,8 +13,6 @@ from bpkit.progress import Progress
 from bpkit.prompts import Prompt
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.decode.result import Generation
 
@@ -88,7 +86,7 @@ def _why(error: Exception) -> str:
 def generate_all(
     decoder: SpeculativeDecoder,
     prompts: Sequence[Prompt],
-    ready: Mapping[str, str | Tensor],
+    ready: Mapping[str, str],
     file: TextFile,
     progress: Progress,
     **wanted: Any,

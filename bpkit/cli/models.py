@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpkit.cli.terminal import say
 from bpkit.config import Config
+from bpkit.prompts import Prompt
 from bpkit.registry.discovery import registry
 from bpkit.registry.resolve import parse_spec
 
@@ -67,6 +69,34 @@ def load_decoder(
         # What transformers raises for names that it cannot find.
         names = ", ".join(str(name) for name in (config.target, config.drafter) if name)
         raise ValueError(f"cannot load {names or 'the shipped pair'}: {error}") from error
+
+
+def in_chat(decoder: SpeculativeDecoder, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts as they are decoded: a user's message by the chat template of the target's tokenizer.
+
+    Raises:
+        ValueError: there is a message, and no chat template.
+    """
+    return [
+        replace(prompt, text=as_chat(decoder, prompt.text), chat=False) if prompt.chat else prompt for prompt in prompts
+    ]
+
+
+def as_chat(decoder: SpeculativeDecoder, text: str) -> str:
+    """A user's message and the beginning of the answer, as text that begins with the start token.
+
+    Raises ValueError if the tokenizer has no chat template.
+    """
+    from bpkit.assets import model_name
+
+    tokenizer = decoder.tokenizer
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ValueError(
+            f"--chat: the tokenizer of {model_name(decoder.target.name_or_path)} has no chat template, like those of "
+            "base models; leave out --chat, or name a target that was trained to chat"
+        )
+    message = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
 
 
 def check_device(name: str | None) -> None:

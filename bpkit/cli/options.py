@@ -17,7 +17,7 @@ import typer
 from bpkit import assets
 from bpkit.cli import completion
 from bpkit.config import Config, Runtime, Sampling, settle
-from bpkit.prompts import DEFAULT_LIMIT, Prompt, choose_prompts
+from bpkit.prompts import DEFAULT_LIMIT, KINDS, Prompt, choose_prompts
 from bpkit.registry.resolve import PolicyLike, resolve_policy, written
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -150,13 +150,23 @@ Domains = Annotated[
     of_prompts(
         help="Only prompts of this domain; repeat for more.",
         metavar="NAME",
-        autocompletion=lambda: [*assets.DOMAINS, *assets.EXTRA_DOMAINS],
+        autocompletion=lambda: list(dict.fromkeys([*assets.DOMAINS, *assets.EXTRA_DOMAINS, *KINDS])),
     ),
 ]
 Prompts = Annotated[
     Path | None,
     of_prompts(
-        help="JSONL with `prompt`, and `id` and `domain` if you like, instead of the shipped prompts.", metavar="FILE"
+        help="JSONL with `prompt`, and `id` and `domain` if you like, instead of the shipped prompts; or "
+        "`instructions`: those that ship for models that chat.",
+        metavar="FILE",
+    ),
+]
+Chat = Annotated[
+    bool,
+    of_prompts(
+        "--chat",
+        help="Hand each prompt to the target as a user's message, by the chat template of its tokenizer; without "
+        "this, only prompts that say `chat` themselves.",
     ),
 ]
 
@@ -225,8 +235,9 @@ def prompts(shipped: int = DEFAULT_LIMIT) -> Group:
         domain: Domains = None,
         limit: Annotated[int | None, of_prompts(help=said, min=1)] = None,
         prompts: Prompts = None,
+        chat: Chat = False,
     ) -> list[Prompt]:
-        return choose_prompts(prompts, domain or [], limit, shipped_limit=shipped)
+        return choose_prompts(prompts, domain or [], limit, shipped_limit=shipped, chat=chat)
 
     return chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,14 +33,7 @@ _work = partial(typer.Option, rich_help_panel="Work")
 
 
 def texts_of(
-    prompts: Annotated[
-        Path | None,
-        options.of_prompts(
-            help="JSONL with `prompt`, and `id` and `domain` if you like, or .txt with a prompt on each line; by "
-            "default the shipped prompts.",
-            metavar="FILE",
-        ),
-    ] = None,
+    prompts: options.Prompts = None,
     dataset: Annotated[
         str | None, options.of_prompts(help="A dataset of Hugging Face: `name` or `name:config`.", metavar="NAME")
     ] = None,
@@ -49,13 +43,15 @@ def texts_of(
     ] = "prompt",
     domain: options.Domains = None,
     limit: Annotated[int | None, options.of_prompts(help="Prompts of each domain; all by default.", min=1)] = None,
+    chat: options.Chat = False,
 ) -> list[Prompt]:
     """The group of prompts: of a file or a dataset, or else all that ship."""
     if prompts is not None and dataset is not None:
         raise ValueError("--prompts and --dataset exclude each other: give one of them")
     if dataset is None:
-        return choose_prompts(prompts, domain or [], limit, column=column, shipped_limit=None)
-    return of_domains(read_dataset(dataset, split, column), domain or [], limit, source=f"dataset {dataset}")
+        return choose_prompts(prompts, domain or [], limit, column=column, shipped_limit=None, chat=chat)
+    found = of_domains(read_dataset(dataset, split, column), domain or [], limit, source=f"dataset {dataset}")
+    return [replace(prompt, chat=chat) for prompt in found]
 
 
 @options.takes(
@@ -120,14 +116,14 @@ def trace(
     require("pyarrow", extra="traces", purpose="A trace")
     wanted = known_features(features or [])
     sizes = parse_sizes(block_sizes, smallest=2) if block_sizes else None
-    from bpkit.cli.models import load_decoder
+    from bpkit.cli.models import in_chat, load_decoder
     from bpkit.trace.collect import GENERATE_WITH
     from bpkit.trace.collect.job import describe, run_job
 
     decoder = load_decoder(config, f"fixed:{GENERATE_WITH}")
     if sizes is None:
         sizes = tuple(range(2, decoder.spec.trained_block_size + 1))
-    settings = trace_options(config, sizes, wanted)
+    settings, texts = trace_options(config, sizes, wanted), in_chat(decoder, texts)
     manifest = describe(decoder, texts, settings, command=command_line())
     workers = chosen_workers(decoder, config, settings, num_workers, ray, batch_size)
     kept = f"What was traced is in {out}; the same command goes on from there."

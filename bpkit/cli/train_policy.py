@@ -13,7 +13,7 @@ import typer
 
 from bpkit.cli import options
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
-from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_fractions
+from bpkit.cli.evaluate import DEFAULT_SPLIT, parse_split
 from bpkit.cli.outputs import portable
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
@@ -21,6 +21,7 @@ from bpkit.registry.resolve import with_weights
 
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
+    from bpkit.judge.evaluation.splits import SplitRule
     from bpkit.learn.training.policy_module import PolicyModule
     from bpkit.learn.training.prompts import Part
     from bpkit.trace.store.storage import Trace
@@ -45,7 +46,7 @@ def train_policy(
         options.of_prompts(
             help=f"Shares of train, validation and test prompts, as in `bpkit evaluate`; {DEFAULT_SPLIT} by default. "
             "Test prompts are left alone.",
-            metavar="A,B,C",
+            metavar="A,B,C|FILE",
         ),
     ] = None,
     seed: Annotated[int, options.of_prompts(help="Of the split, as in `bpkit evaluate`.")] = 0,
@@ -124,7 +125,7 @@ def train_policy(
     if held:
         places = {role: [list(range(len(trace))) for trace in some] for role, some in roles.items()}
     else:
-        places = split_places(opened, seed, parse_fractions(split or DEFAULT_SPLIT))
+        places = split_places(opened, seed, parse_split(split or DEFAULT_SPLIT))
     decoder = load_decoder(config, "fixed") if recompute else None
     parts = {
         role: [prompts_of(t, p, limit, module, decoder) for t, p in zip(some, places[role], strict=True)]
@@ -178,7 +179,7 @@ def with_config(spec: str, config: Config) -> str | dict[str, Any]:
     return {**{key: value for key, value in stated.items() if key not in ("", "weights")}, **given}
 
 
-def split_places(traces: Sequence[Trace], seed: int, fractions: Sequence[float]) -> dict[str, list[list[int]]]:
+def split_places(traces: Sequence[Trace], seed: int, rule: SplitRule) -> dict[str, list[list[int]]]:
     """Places of training and validation prompts in each of the traces.
 
     Each trace is split by itself, as `bpkit evaluate` does. A prompt id that several traces have belongs to the most
@@ -188,12 +189,12 @@ def split_places(traces: Sequence[Trace], seed: int, fractions: Sequence[float])
 
     protection: dict[str, int] = {}
     for trace in traces:
-        split = split_prompts(trace.ids, trace.domains, seed=seed, fractions=fractions)
+        split = split_prompts(trace.ids, trace.domains, seed=seed, rule=rule)
         for rank, places in enumerate((split.train, split.validation, split.test)):
             for place in places:
                 protection[trace.ids[place]] = max(rank, protection.get(trace.ids[place], 0))
     return {
-        role: [[i for i, name in enumerate(trace.ids) if protection[name] == rank] for trace in traces]
+        role: [[i for i, name in enumerate(trace.ids) if protection.get(name) == rank] for trace in traces]
         for rank, role in enumerate(("train", "validation"))
     }
 

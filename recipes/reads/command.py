@@ -48,6 +48,7 @@ def bench_reads(
 
     `bpkit --plugin recipes bench-reads --policy ./my_policy.py:Cautious --temperature 1`
     """
+    from bpkit.cli.models import in_chat
     from bpkit.registry.discovery import registry
     from recipes.reads.count import count_reads
 
@@ -60,7 +61,7 @@ def bench_reads(
     }
     decoders = _decoders(config)
     with files.pending() as bar:
-        report = count_reads(decoders, policies, texts, chosen, progress=bar)
+        report = count_reads(decoders, policies, in_chat(decoders[0], texts), chosen, progress=bar)
     files.deliver(report, print_reads)
 
 

@@ -60,7 +60,7 @@ def bench_rows(
     `bpkit --plugin recipes bench-rows --cost-table costs.json --trace-bench trace_bench.json --json rows.json`
     """
     from bpkit.cli.bench import parse_batch_sizes
-    from bpkit.cli.models import load_decoder
+    from bpkit.cli.models import in_chat, load_decoder
     from bpkit.judge.wall_clock.bench import BenchSettings
     from recipes.rows import measure
 
@@ -82,7 +82,10 @@ def bench_rows(
     )
     decoder = load_decoder(config, "fixed:1")
     with files.pending() as bar:
-        report = {"command": portable(sys.argv[1:]), **measure.bench_rows(decoder, texts, settings, sizes, bar)}
+        report = {
+            "command": portable(sys.argv[1:]),
+            **measure.bench_rows(decoder, in_chat(decoder, texts), settings, sizes, bar),
+        }
     report["headline"] |= elsewhere
     files.deliver(report, print_rows)
 

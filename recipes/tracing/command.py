@@ -72,7 +72,7 @@ def bench_trace(
     """
     require("pyarrow", extra="traces", purpose="A trace")
     sizes = parse_sizes(block_sizes, smallest=2)
-    from bpkit.cli.models import load_decoder
+    from bpkit.cli.models import in_chat, load_decoder
     from bpkit.cli.trace import trace_options
     from bpkit.trace.collect import GENERATE_WITH
     from recipes.tracing.measure import bench_tracing
@@ -87,7 +87,7 @@ def bench_trace(
     with files.pending() as bar:
         report = bench_tracing(
             decoder,
-            texts,
+            in_chat(decoder, texts),
             trace_options(config, sizes, frozenset()),
             sampled_positions=positions,
             seed=config.sampling.seed or 0,

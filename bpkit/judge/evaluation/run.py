@@ -16,7 +16,7 @@ from bpkit.judge.evaluation.learnable import learnable
 from bpkit.judge.evaluation.policies import PolicyResult, judge_policy
 from bpkit.judge.evaluation.report import DEFINITIONS, describe_cost, notes
 from bpkit.judge.evaluation.setup import Setup, prepare
-from bpkit.judge.evaluation.splits import FRACTIONS, PARTS
+from bpkit.judge.evaluation.splits import FRACTIONS, PARTS, SplitRule
 from bpkit.judge.statistics import LEVEL, RESAMPLES, Totals
 from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress, Progress
@@ -35,7 +35,7 @@ def evaluate(
     cost_models: Sequence[CostTable],
     *,
     seed: int = 0,
-    fractions: Sequence[float] = FRACTIONS,
+    split: SplitRule = FRACTIONS,
     orders: int = 8,
     tune: bool = True,
     permutations: int = 200,
@@ -56,7 +56,7 @@ def evaluate(
         policies: by name, as specs: each run makes a fresh one.
         cost_models: their names, all different, are those that the results go by.
         seed: of split, orders, bootstrap and permutations.
-        fractions: of train, validation and test prompts.
+        split: fractions of train, validation and test prompts, or the part of each by its id.
         orders: of the test prompts, for policies with a memory.
         tune: whether options that the user left open are chosen on validation prompts.
         permutations: of the test whether per-prompt choice is learnable; 0 leaves it out.
@@ -81,7 +81,7 @@ def evaluate(
         cost_models,
         trace_seed=trace_seed,
         seed=seed,
-        fractions=fractions,
+        rule=split,
         second_test=second_test,
         filled=_filler(policies, fill),
         progress=progress or NoProgress(),

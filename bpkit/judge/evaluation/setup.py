@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bpkit.judge.evaluation.splits import Split, split_prompts
+from bpkit.judge.evaluation.splits import Split, SplitRule, split_prompts
 from bpkit.judge.statistics import Floats, Ints, Totals
 from bpkit.progress import Progress
 from bpkit.trace.cost import CostTable
@@ -86,7 +86,7 @@ def prepare(
     *,
     trace_seed: int | None,
     seed: int,
-    fractions: Sequence[float],
+    rule: SplitRule,
     second_test: bool,
     filled: Callable[[PromptTrace], PromptTrace],
     progress: Progress,
@@ -96,7 +96,7 @@ def prepare(
     if len(costs) < len(cost_models) or not costs:
         raise ValueError(f"cost models need names of their own: {', '.join(c.name for c in cost_models) or 'none'}")
     summary = summarise_trace(prompts, spec.work, costs, progress)
-    split = split_prompts(summary.ids, summary.domains, seed=seed, fractions=fractions)
+    split = split_prompts(summary.ids, summary.domains, seed=seed, rule=rule)
     if second_test:
         split = split.exchanged()
     for part in ("validation", "test"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 PARTS = ("train", "validation", "test")
 FRACTIONS = (0.4, 0.2, 0.4)
+SplitRule = Sequence[float] | Mapping[str, str]
+"""Fractions of train, validation and test, or the part of each prompt by its id."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Split:
     """Indices of prompts, ascending; no index is in two parts.
 
     Attributes:
-        seed, fractions: what the split was made from; fractions of train, validation and test, which sum to 1.
+        seed, fractions: what the split was made from; fractions of train, validation and test, which sum to 1. Of parts
+            that were given by name the fractions that they came to.
     """
 
     seed: int
@@ -37,26 +40,27 @@ class Split:
         return {"seed": self.seed, "fractions": dict(zip(PARTS, self.fractions, strict=True)), **parts}
 
 
-def split_prompts(
-    ids: Sequence[str], domains: Sequence[str], *, seed: int = 0, fractions: Sequence[float] = FRACTIONS
-) -> Split:
+def split_prompts(ids: Sequence[str], domains: Sequence[str], *, seed: int = 0, rule: SplitRule = FRACTIONS) -> Split:
     """Split prompts into train, validation and test, each domain by itself.
 
     Args:
         ids: of the prompts, all different.
         domains: of the prompts, in the same order.
-        fractions: of train, validation and test; they sum to 1. Within a domain the counts are less than one off.
+        rule: fractions of train, validation and test, which sum to 1; within a domain the counts are less than one
+            off. Or a part for each id; prompts of another part than these three are in none.
 
     Raises:
-        ValueError: the fractions are no fractions, or an id stands twice.
+        ValueError: the fractions are no fractions, an id stands twice, or has no part.
 
-    >>> split_prompts(list("abcde"), ["d"] * 5, seed=1, fractions=(0.4, 0.2, 0.4)).validation
+    >>> split_prompts(list("abcde"), ["d"] * 5, seed=1, rule=(0.4, 0.2, 0.4)).validation
     (1,)
     """
-    shares = checked_fractions(fractions)
     if len(set(ids)) != len(ids):
         twice = sorted({i for i in ids if list(ids).count(i) > 1})
         raise ValueError(f"prompts must have ids of their own; these stand more than once: {', '.join(twice[:5])}")
+    if isinstance(rule, Mapping):
+        return _by_name(ids, rule, seed)
+    shares = checked_fractions(rule)
     parts: tuple[list[int], ...] = ([], [], [])
     for domain in dict.fromkeys(domains):
         members = [i for i, other in enumerate(domains) if other == domain]
@@ -67,6 +71,19 @@ def split_prompts(
             start += count
     train, validation, test = (tuple(sorted(part)) for part in parts)
     return Split(seed, shares, train, validation, test)
+
+
+def _by_name(ids: Sequence[str], part_of: Mapping[str, str], seed: int) -> Split:
+    unknown = [name for name in ids if name not in part_of]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} prompts have no part (train, validation or test), such as {', '.join(unknown[:3])}: give "
+            "each a `split` in the file of --split, or give fractions"
+        )
+    train, validation, test = (tuple(i for i, name in enumerate(ids) if part_of[name] == part) for part in PARTS)
+    sizes = [len(train), len(validation), len(test)]
+    shares = tuple(size / max(1, sum(sizes)) for size in sizes)
+    return Split(seed, (shares[0], shares[1], shares[2]), train, validation, test)
 
 
 def checked_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
