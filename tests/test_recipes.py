@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 import shlex
@@ -101,6 +102,28 @@ def test_prompts_of_drafters_are_what_they_always_were(recipe: Recipe, tmp_path:
     found = [prompt.text for prompt in read_prompts(out)]
     assert found == training_prompts(maths, per_domain=5, seed=0)
     assert len(found) == 11
+
+
+def test_real_prompts_are_of_five_kinds_and_three_splits(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    maths = tmp_path / "maths.jsonl"
+    maths.write_text('{"question": "What is 1 + 1?"}\n{"question": "What is 2 + 2?"}\n', encoding="utf-8")
+    arguments = ("real-prompts", "--out", tmp_path / "real.jsonl", "--maths", maths, "--maths-train", maths)
+    refused = recipe(*arguments)
+    assert refused.exit_code == 2
+    assert "lacks 24 of the 24 questions of split 'train'" in " ".join(refused.stderr.split())
+    wanted = {"train": "What is 1 + 1?", "closed": "What is 2 + 2?"}
+    digests = {split: [hashlib.sha256(text.encode()).hexdigest()[:16]] for split, text in wanted.items()}
+    monkeypatch.setattr("recipes.real.prompts.named_questions", lambda: digests)
+    for more, splits in ((), {"train", "validation", "test"}), (("--closed",), {"closed"}):
+        result = recipe(*arguments, *more)
+        assert result.exit_code == 0, result.stderr
+        found = read_prompts(tmp_path / "real.jsonl")
+        assert {prompt.split for prompt in found} == splits
+        assert {prompt.domain for prompt in found} == {"chat", "maths", "code", "rewriting", "conversion"}
+        assert all(prompt.chat for prompt in found)
+        assert len({prompt.id for prompt in found}) == len(found)
 
 
 def test_the_target_is_trained_as_its_options_say(

@@ -223,7 +223,7 @@ def write_prompts(drawn: Drawn, out: Path, *, parts: int, arguments: dict[str, A
     return files
 
 
-def write_jsonl(rows: Iterable[Mapping[str, str]], file: Path) -> None:
+def write_jsonl(rows: Iterable[Mapping[str, Any]], file: Path) -> None:
     """Write an object a line, all at once."""
     write_at_once(file, "".join(json.dumps(row) + "\n" for row in rows))
 
