@@ -17,10 +17,11 @@ from bpkit.cli.main import build_app
 from bpkit.cli.options import named_policies
 from bpkit.config import Config
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.judge.loops import ends_in_loop
 from bpkit.judge.statistics import RESAMPLES, resample
 from bpkit.judge.wall_clock.bench import BenchSettings, measure, rated, run_bench
 from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, EncodedPrompt, Measurement, Outcome
-from bpkit.judge.wall_clock.figures import BenchFigures, differences, ends_in_loop
+from bpkit.judge.wall_clock.figures import BenchFigures, differences
 from bpkit.judge.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
 from bpkit.prompts import KINDS, Prompt, choose_prompts, read_prompts
 

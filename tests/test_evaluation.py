@@ -437,6 +437,16 @@ def test_who_cannot_be_served_is_an_error_or_left_out() -> None:
     assert list(report["cost_models"]["by hand"]["overall"]["policies"]) == ["fixed:2"]
 
 
+def test_outputs_that_end_in_a_loop_are_counted_beside_the_figures() -> None:
+    prompts = [crafted(i, stands=True, length=70 if i % 4 else 20) for i in range(20)]  # all tokens are the same
+    report = judged_under(BY_HAND, prompts, {"fixed:2": "fixed:2"})
+    looping = {prompt.id for prompt in prompts if len(prompt.output_tokens) == 70}
+    among_test = len(looping & set(report["split"]["test"]))
+    assert 0 < among_test < len(report["split"]["test"])
+    assert report["loops"] == {"overall": among_test, "stands": among_test}
+    assert any(f"{among_test} of 8 test prompts have an output that ends in a loop" in note for note in report["notes"])
+
+
 def test_what_a_reader_should_know_is_noted(policy: Callable[[str], str], recwarn: pytest.WarningsRecorder) -> None:
     prompts = half_and_half(20)
     prompts = [dataclasses.replace(p, near_ties=np.array([3], np.int32)) for p in prompts]

@@ -98,7 +98,7 @@ def describe_cost(cost: CostTable, sizes: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def notes(results: Mapping[str, Any], near_ties: Ints, without_steps: int) -> list[str]:
+def notes(results: Mapping[str, Any], near_ties: Ints, loops: Mapping[str, int], without_steps: int) -> list[str]:
     """What a reader should know before believing the figures."""
     first = next(iter(results.values()))
     counts = {title: group["prompts"] for title, group in {"overall": first["overall"], **first["domains"]}.items()}
@@ -108,6 +108,12 @@ def notes(results: Mapping[str, Any], near_ties: Ints, without_steps: int) -> li
         said.append(
             f"{int((near_ties > 0).sum())} of {len(near_ties)} test prompts have near ties ({int(near_ties.sum())} "
             "output tokens): live decoding may write another text there, and take other steps."
+        )
+    if loops["overall"]:
+        where = ", ".join(f"{domain} {count}" for domain, count in loops.items() if count and domain != "overall")
+        said.append(
+            f"{loops['overall']} of {len(near_ties)} test prompts have an output that ends in a loop ({where}), which "
+            "inflates acceptance."
         )
     if without_steps:
         said.append(f"{without_steps} prompts are left out: their output has one token, so no step decides anything.")

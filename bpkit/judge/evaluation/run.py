@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from bpkit.judge.evaluation.leak import find_leaks, leak_notes, refusal
 from bpkit.judge.evaluation.learnable import learnable
 from bpkit.judge.evaluation.policies import PolicyResult, judge_policy
 from bpkit.judge.evaluation.report import DEFINITIONS, describe_cost, notes
-from bpkit.judge.evaluation.setup import Setup, prepare
+from bpkit.judge.evaluation.setup import Setup, TraceSummary, prepare
 from bpkit.judge.evaluation.splits import FRACTIONS, PARTS, SplitRule
 from bpkit.judge.statistics import LEVEL, RESAMPLES, Totals
 from bpkit.policy import PolicyError
@@ -112,6 +113,7 @@ def evaluate(
         }
     leaks = {name: leak for name, leak in leaks.items() if name in judged}
     said, summary = leak_notes(leaks, [name for name in silent if name in judged]), setup.summary
+    loops = loops_of(summary, setup.split.test)
     parts = {part: [summary.domains[i] for i in getattr(setup.split, part)] for part in PARTS}
     return {
         "schema_version": 1,
@@ -133,11 +135,18 @@ def evaluate(
             },
         },
         "split": setup.split.as_json(summary.ids),
+        "loops": loops,
         "left_out": left_out,
         "leaks": {name: leak.as_json() for name, leak in leaks.items()},
-        "notes": said + notes(results, summary.near_ties[list(setup.split.test)], summary.left_out),
+        "notes": said + notes(results, summary.near_ties[list(setup.split.test)], loops, summary.left_out),
         "cost_models": results,
     }
+
+
+def loops_of(summary: TraceSummary, prompts: Sequence[int]) -> dict[str, int]:
+    """How many of the prompts have an output that ends in a loop: overall, and by domain."""
+    looping = Counter(summary.domains[i] for i in prompts if summary.loops[i])
+    return {"overall": looping.total(), **{domain: looping[domain] for domain in dict.fromkeys(summary.domains)}}
 
 
 def _filler(policies: Mapping[str, PolicyLike], fill: Fill | None) -> Callable[[PromptTrace], PromptTrace]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bpkit.judge.evaluation.splits import Split, SplitRule, split_prompts
+from bpkit.judge.loops import ends_in_loop
 from bpkit.judge.statistics import Floats, Ints, Totals
 from bpkit.progress import Progress
 from bpkit.trace.cost import CostTable
@@ -29,6 +31,7 @@ class TraceSummary:
         steps, seconds: of each fixed size, float64 [prompts, sizes]; seconds by cost model.
         features: `prefill_hidden` and `prefill_entropy`, float64 [prompts, dims].
         near_ties: output positions that another verify width might decide otherwise, int64 [prompts].
+        loops: whether the output ends in a loop, bool [prompts].
         left_out: prompts with shorter outputs.
         sampled: whether the trace knows the chance of a match.
     """
@@ -42,6 +45,7 @@ class TraceSummary:
     seconds: dict[str, Floats]
     features: Floats
     near_ties: Ints
+    loops: NDArray[np.bool_]
     left_out: int
     sampled: bool
 
@@ -133,7 +137,7 @@ def summarise_trace(
         progress.tick()
     if not rows:
         raise ValueError("no output of this trace has a second token: there is nothing to decide; trace longer outputs")
-    places, ids, domains, sizes, tokens, steps, seconds, features, near_ties, sampled = map(
+    places, ids, domains, sizes, tokens, steps, seconds, features, near_ties, loops, sampled = map(
         list, zip(*rows, strict=True)
     )
     if len(set(sizes)) > 1:
@@ -148,6 +152,7 @@ def summarise_trace(
         seconds=dict(zip(costs, np.array(seconds).swapaxes(0, 1), strict=True)),
         features=np.stack(features),
         near_ties=np.array(near_ties),
+        loops=np.array(loops),
         left_out=len(prompts) - len(rows),
         sampled=all(sampled),
     )
@@ -167,5 +172,6 @@ def _summarise(prompt: PromptTrace, work: DraftWork, costs: Mapping[str, CostTab
         [[path.seconds for path in found] for found in paths],
         np.append(hidden.astype(np.float64), prompt.prefill_entropy),
         len(prompt.near_ties),
+        ends_in_loop(prompt.output_tokens.tolist()),
         prompt.drafts.match_probability is not None,
     )

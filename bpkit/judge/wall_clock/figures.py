@@ -7,12 +7,11 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, Protocol
 
+from bpkit.judge.loops import ends_in_loop
 from bpkit.judge.statistics import Bootstrap, Totals, interval, totals_of
 from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Measurement, Outcome
 from bpkit.registry.resolve import parse_spec
 
-LOOP_TAIL, LOOP_PERIOD = 64, 32
-"""An output loops if its last 64 tokens repeat with a period of at most 32: a word, a line or a whole record."""
 OF_PLAIN = (
     "tokens_per_second tokens_per_second_interval tokens seconds identical_text different_prompts share near_ties"
 ).split()
@@ -170,18 +169,6 @@ def shares(outcomes: Sequence[Timed]) -> dict[str, float] | None:
 
 
 # Texts
-
-
-def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Whether the output ended in a loop, which inflates acceptance. Shorter outputs than 64 tokens never do.
-
-    >>> ends_in_loop([7, 8, 9] * 22), ends_in_loop([7, 8, 9] * 21), ends_in_loop(range(64))
-    (True, False, False)
-    """
-    tail = list(tokens[-LOOP_TAIL:])
-    if len(tail) < LOOP_TAIL:
-        return False
-    return any(tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1))
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
