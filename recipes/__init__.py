@@ -17,11 +17,11 @@ def bpkit_register_commands(app: typer.Typer) -> None:
     from recipes.modelled.command import bench_model
     from recipes.pair.commands import drafter_prompts, policy_prompts, train_target
     from recipes.reads.command import bench_reads
-    from recipes.real.command import real_prompts
+    from recipes.real.command import real_prompts, real_summary
     from recipes.rows.command import bench_rows
     from recipes.sweep.command import sweep
     from recipes.tracing.command import bench_trace
 
     making = (train_target, drafter_prompts, policy_prompts, real_prompts)
-    for command in (*making, sweep, bench_trace, bench_model, bench_reads, bench_rows, bench_fold):
+    for command in (*making, sweep, real_summary, bench_trace, bench_model, bench_reads, bench_rows, bench_fold):
         app.command()(command)

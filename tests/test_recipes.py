@@ -126,6 +126,65 @@ def test_real_prompts_are_of_five_kinds_and_three_splits(
         assert len({prompt.id for prompt in found}) == len(found)
 
 
+def group_of(block_size: int, rate: float, policies: dict[str, float]) -> dict[str, Any]:
+    """What an evaluation says of a group, as far as the summary reads it."""
+    ratio = {"value": 1.0, "interval": [1.0, 1.0]}
+    best = {"block_size": block_size, "tokens_per_second": rate, "acceptance_length": 2.0}
+    entries = {
+        name: {
+            "tokens_per_second": speed,
+            "tokens_per_second_ratio": ratio,
+            "gap_share": {"value": 0.0},
+            "tuning": {"chosen": {"discount": 0.9} if name == "goodput" else {}},
+        }
+        for name, speed in policies.items()
+    }
+    fixed = {"1": {"tokens_per_second": 10.0}}
+    return {"prompts": 2, "best_fixed": best, "fixed": fixed, "policies": entries, "oracle": {}, "bounds": {}}
+
+
+def test_what_is_called_best_on_a_real_model_is_chosen_on_validation_prompts(recipe: Recipe, tmp_path: Path) -> None:
+    def report(name: str, group: dict[str, Any]) -> Path:
+        file = tmp_path / f"{name}.json"
+        costs = {"measured": {"overall": group, "domains": {}, "learnable": None}}
+        file.write_text(json.dumps({"cost_models": costs, "loops": {"overall": 1}, "left_out": {}}), encoding="utf-8")
+        return file
+
+    speeds = {"bpkit plain": 10, "fixed:4@ngram": 12, "goodput:discount=0.9@dflash": 15, "fixed:3@dflash": 20}
+    rows = [
+        {"contestant": name, "prompt": prompt, "tokens": 60, "seconds": 60 / speed}
+        for name, speed in speeds.items()
+        for prompt in ("a", "b")
+    ]
+    contestants = {name: {"over_plain": speed / 10} for name, speed in speeds.items()}
+    overall = {"prompts": 2, "loops": 1, "contestants": contestants}
+    peers = tmp_path / "peers.json"
+    settings = {"prompts": ["a", "b"], "seed": 0}
+    peers.write_text(json.dumps({"overall": overall, "measurements": rows, "settings": settings}), encoding="utf-8")
+    on_test = group_of(3, 99.0, {"threshold": 99.0})
+    arguments = ["real-summary", "--json", tmp_path / "real.json", "--peers", peers]
+    for name, chosen in (
+        ("ngram", group_of(4, 12.0, {"goodput": 11.0})),
+        ("dflash", group_of(3, 11.0, {"goodput": 13.0, "threshold": 12.5})),
+    ):
+        arguments += ["--evaluation", f"{name}={report(f'test-{name}', on_test)}"]
+        arguments += ["--selection", f"{name}={report(f'selection-{name}', chosen)}"]
+    result = recipe(*arguments)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((tmp_path / "real.json").read_text(encoding="utf-8"))["headline"]
+    assert (found["best_fixed"], found["best_policy"]) == ("fixed:4@ngram", "goodput:discount=0.9@dflash")
+    assert found["best_fixed_speedup"] == 1.2
+    assert found["gain_over_best_fixed_percent"] == pytest.approx(25)
+    assert found["gain_interval"] == pytest.approx([25, 25])
+    assert found["loops_percent"] == 50
+    assert found["peers"] == {"bpkit plain": 1.0}
+    del contestants["fixed:4@ngram"]
+    peers.write_text(json.dumps({"overall": overall, "measurements": rows, "settings": settings}), encoding="utf-8")
+    refused = recipe(*arguments)
+    assert refused.exit_code == 2
+    assert "bench-peers was run without fixed:4@ngram" in " ".join(refused.stderr.split())
+
+
 def test_the_target_is_trained_as_its_options_say(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

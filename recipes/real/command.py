@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bpkit.cli.errors import nothing_written, when_interrupted
+from bpkit.cli.outputs import portable
 from bpkit.cli.terminal import say
-from bpkit.files import check_writable
+from bpkit.files import check_writable, write_json
 from recipes.pair.policy_prompts import write_jsonl
 
 
@@ -52,3 +55,46 @@ def real_prompts(
     write_jsonl(({**{k: getattr(p, k) for k in keys}, "chat": True, "prompt": p.text} for p in prompts), out)
     say(f"wrote {out}: {len(prompts)} prompts")
     say(f"Next: bpkit trace --target smollm2 --prompts {out} --out TRACE")
+
+
+def real_summary(
+    out: Annotated[Path, typer.Option("--json", help="Where all of it goes.", metavar="FILE")],
+    peers: Annotated[Path, typer.Option(help="Of `bench-peers`.", metavar="FILE", exists=True, dir_okay=False)],
+    evaluation: Annotated[
+        list[str], typer.Option(help="Of `bpkit evaluate` on test prompts, by drafter; repeat.", metavar="DRAFTER=FILE")
+    ],
+    selection: Annotated[
+        list[str],
+        typer.Option(
+            help="The same with validation prompts in the place of test prompts: what is called best is chosen here.",
+            metavar="DRAFTER=FILE",
+        ),
+    ],
+) -> None:
+    """Sum up what was measured on a real model.
+
+    Policies and bounds by replay, overall and by kind, beside what was timed; the best fixed size and the best policy
+    of all drafters are chosen on validation prompts.
+
+    `bpkit --plugin recipes real-summary --peers p.json --evaluation ngram=e.json --selection ngram=s.json --json real.json`
+    """
+    from recipes.real.summary import summarise
+
+    check_writable(out, suffixes=(".json",))
+    evaluations, selections = (
+        {name: json.loads(file.read_bytes()) for name, file in named_files(given).items()}
+        for given in (evaluation, selection)
+    )
+    report = summarise(json.loads(peers.read_bytes()), evaluations, selections)
+    write_json(out, {"command": portable(sys.argv[1:]), **report})
+    say(f"wrote {out}")
+    say(json.dumps(report["headline"], indent=2))
+
+
+def named_files(given: list[str]) -> dict[str, Path]:
+    """Files by what stands before `=`. Raises ValueError."""
+    pairs = [text.partition("=")[::2] for text in given]
+    for (name, file), text in zip(pairs, given, strict=True):
+        if not name or not Path(file).is_file():
+            raise ValueError(f"{text}: write a drafter and a file that is there, such as ngram=evaluation.json")
+    return {name: Path(file) for name, file in pairs}
