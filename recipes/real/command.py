@@ -76,7 +76,7 @@ def real_summary(
     Policies and bounds by replay, overall and by kind, beside what was timed; the best fixed size and the best policy
     of all drafters are chosen on validation prompts.
 
-    `bpkit --plugin recipes real-summary --peers p.json --evaluation ngram=e.json --selection ngram=s.json --json r.json`
+    `bpkit --plugin recipes real-summary --json real.json --peers p.json --evaluation ngram=e --selection ngram=s`
     """
     from recipes.real.summary import summarise
 
