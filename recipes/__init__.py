@@ -16,6 +16,7 @@ def bpkit_register_commands(app: typer.Typer) -> None:
     from recipes.fold.command import bench_fold
     from recipes.modelled.command import bench_model
     from recipes.pair.commands import drafter_prompts, policy_prompts, train_target
+    from recipes.peers.command import bench_peers
     from recipes.reads.command import bench_reads
     from recipes.real.command import real_prompts, real_summary
     from recipes.rows.command import bench_rows
@@ -23,5 +24,6 @@ def bpkit_register_commands(app: typer.Typer) -> None:
     from recipes.tracing.command import bench_trace
 
     making = (train_target, drafter_prompts, policy_prompts, real_prompts)
-    for command in (*making, sweep, real_summary, bench_trace, bench_model, bench_reads, bench_rows, bench_fold):
+    measuring = (bench_trace, bench_model, bench_reads, bench_rows, bench_fold, bench_peers)
+    for command in (*making, sweep, real_summary, *measuring):
         app.command()(command)

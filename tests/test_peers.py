@@ -1,0 +1,305 @@
+"""The comparison with other libraries: its processes, its protocol, its figures, and the command from end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import Result
+
+from bpkit.draft.own_layers import leave_out_embeddings, load_own_layers, own_weights
+from bpkit.judge.wall_clock.figures import ends_in_loop
+from recipes.peers import worker
+from recipes.peers.command import of_split
+from recipes.peers.contestants import GENERATE, GET_FLASHSPEC, LOOP, Contestant, line_up
+from recipes.peers.figures import PeerFigures, PeerRun
+from recipes.peers.measure import Progressed, Saved, Task, one_prompt
+from recipes.peers.models import ids_of, whole_drafts
+from recipes.peers.processes import Contest
+
+IDS, NEW_TOKENS = tuple(range(5, 17)) * 2, 12
+DRAFTS = {"dflash": "D", "assistant": "A"}
+
+
+def drafts_in(folder: Path) -> dict[str, str]:
+    return {"dflash": str(folder / "drafter"), "assistant": str(folder / "assistant")}
+
+
+def told(library: str, folder: Path, specs: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a worker says on loading peers or policies, and then of one prompt by each."""
+    peers, policies = ([], specs) if library == "bpkit" else (specs, [])
+    found, _ = line_up(peers, policies, drafts_in(folder), {}, sys.executable)
+    contestants = {one.name: dict(one.settings) for one in found if one.library == library}
+    lines: list[dict[str, Any]] = [{"library": library, "target": str(folder / "target"), "contestants": contestants}]
+    shared: dict[str, Any] = {"ids": IDS, "max_new_tokens": NEW_TOKENS, "threads": 1, "stream": 0}
+    for trial in (True, False):
+        lines += [{"contestant": name, **shared, "trial": trial} for name in contestants]
+    out = io.StringIO()
+    worker.serve(map(json.dumps, lines), out)
+    ready, *replies = map(json.loads, out.getvalue().splitlines())
+    return ready, replies
+
+
+@pytest.fixture(scope="module")
+def plain_tokens(tiny_folder: Path) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder / "target", dtype=torch.float32).eval()
+    tokens: list[int] = model.generate(torch.tensor([IDS]), max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
+    return tokens[len(IDS) :]
+
+
+@pytest.mark.parametrize(
+    ("library", "specs"),
+    [
+        ("transformers", ["transformers-assisted:3", "transformers-lookup:4", "transformers-dflash:4"]),
+        ("bpkit", ["fixed:4@dflash", "fixed:3@assistant", "bandit@ngram"]),
+    ],
+)
+def test_every_way_of_a_library_gives_the_text_and_its_steps(
+    library: str, specs: list[str], tiny_folder: Path, plain_tokens: list[int]
+) -> None:
+    ready, replies = told(library, tiny_folder, specs)
+    assert ready["failed"] == {}
+    assert ready["versions"]["torch"] == torch.__version__
+    assert [reply["tokens"] for reply in replies] == [plain_tokens] * (2 * (len(specs) + 1))
+    for reply in replies:
+        assert reply["seconds"] > 0
+        assert len(plain_tokens) - 4 <= reply["step_tokens"] <= len(plain_tokens)
+        assert reply["steps"] <= reply["step_tokens"]
+    plain, with_drafts = replies[0], replies[1 : len(specs) + 1]
+    assert plain["steps"] == plain["step_tokens"] == len(plain_tokens) - 1
+    assert min(reply["steps"] for reply in with_drafts) < plain["steps"]
+
+
+def test_what_cannot_be_loaded_or_decoded_says_why(tiny_folder: Path) -> None:
+    ready, replies = told("flashspec", tiny_folder, ["flashspec"])
+    assert ready["failed"]["flashspec"] == "ModuleNotFoundError: No module named 'flashspec'"
+    assert "KeyError" in replies[0]["error"]
+    ready, _ = told("transformers", tiny_folder, ["transformers-assisted", "transformers-lookup"])
+    assert ready["failed"] == {}
+    ready, _ = told("transformers", tiny_folder.parent, ["transformers-lookup"])
+    assert ready["failed"].keys() == {GENERATE, "transformers-lookup"}
+
+
+def test_a_process_that_ends_is_left_out_with_its_last_words(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'no torch here' >&2\nexit 3\n", encoding="utf-8")
+    python.chmod(0o755)
+    with ExitStack() as resources:
+        running = Contest(resources)
+        running.load("", [Contestant("a", "flashspec", {}, "one", str(python))])
+        running.load("", [Contestant("b", "flashspec", {}, "two", str(tmp_path / "nowhere"))])
+    assert running.names == []
+    assert running.left_out["a"] == "its process ended (exit code 3): no torch here"
+    assert running.left_out["b"].endswith("nowhere: No such file or directory")
+
+
+def test_peers_and_policies_as_they_are_typed() -> None:
+    found, left_out = line_up(
+        ["transformers-lookup", "transformers-lookup:4", "transformers-assisted:assistant_confidence_threshold=0.5"],
+        ["fixed:3", "goodput@ngram"],
+        DRAFTS,
+        {"ngram": "costs.json"},
+        None,
+    )
+    settings = {one.name: one.settings for one in found}
+    assert left_out == {}
+    assert list(settings) == [
+        GENERATE,
+        LOOP,
+        "transformers-lookup",
+        "transformers-lookup:4",
+        "transformers-assisted:assistant_confidence_threshold=0.5",
+        *(f"fixed:3@{kind}" for kind in ("dflash", "assistant", "ngram")),
+        "goodput@ngram",
+    ]
+    assert settings["transformers-lookup"]["options"] == {"prompt_lookup_num_tokens": 10}
+    assert settings["transformers-lookup:4"]["options"] == {"prompt_lookup_num_tokens": 4}
+    assert settings["transformers-assisted:assistant_confidence_threshold=0.5"]["draft"] == "A"
+    assert settings["goodput@ngram"] == {"policy": "goodput", "drafter": "ngram", "cost": "costs.json"}
+    assert settings["fixed:3@dflash"] == {"policy": "fixed:3", "drafter": "D", "cost": None}
+
+
+def test_what_is_missing_is_left_out_and_what_is_wrong_refused() -> None:
+    _, left_out = line_up(["flashspec", "transformers-dflash"], [], {"assistant": "A"}, {}, None)
+    assert left_out["flashspec"] == GET_FLASHSPEC
+    assert "--dflash" in left_out["transformers-dflash"]
+    for peers, policies, said in (
+        (["transformers-lokup"], [], "Did you mean 'transformers-lookup'"),
+        (["flashspec-model:width=3"], [], "it takes gamma"),
+        ([], ["fixd:3"], "fixd"),
+        ([], ["fixed:3@dflash"], "give --dflash"),
+        (["transformers-lookup"] * 2, [], "more than once"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            line_up(peers, policies, {}, {}, "python")
+
+
+def test_another_begins_with_each_prompt() -> None:
+    class Spoken:
+        names = ["a", "b", "c"]
+        asked: list[str] = []
+
+        def ask(self, name: str, **asked: Any) -> dict[str, Any] | None:
+            self.asked.append(name)
+            return {"threads": asked["threads"]} if name != "b" else None
+
+    running = Spoken()
+    threads = {"a": 1, "b": 1, "c": 2}
+    for stream in range(4):
+        replies = one_prompt(cast("Contest", running), Task("p", "d", IDS, stream), NEW_TOKENS, threads)
+    assert "".join(running.asked) == "abcbcacababc"
+    assert replies == {"a": {"threads": 1}, "c": {"threads": 2}}
+
+
+def test_what_was_measured_is_read_again_for_the_same_question_only(tmp_path: Path) -> None:
+    file = tmp_path / "peers.json.partial"
+    saved = Saved(file, ["model", 64])
+    assert saved.says() == "Nothing was written."
+    done = Progressed({"a": 2}, {"a": {1: 3.5, 2: 4.0}}, {"p": {"a": {"tokens": [1]}}})
+    saved.write(done)
+    assert "goes on" in saved.says()
+    assert Saved(file, ["model", 64]).read() == done
+    assert Saved(file, ["model", 65]).read() == Progressed()
+    saved.remove()
+    assert saved.read() == Progressed()
+
+
+def test_figures_are_ratios_of_sums_and_texts_are_compared() -> None:
+    loop = [1, 2] * 40
+    text = list(range(80))
+    runs = {
+        GENERATE: {"p": PeerRun(text, 4.0, 79, 79, []), "q": PeerRun(loop, 4.0, 79, 79, [])},
+        LOOP: {"p": PeerRun(text, 8.0, 79, 79, [30]), "q": PeerRun(loop, 8.0, 79, 79, [])},
+        "transformers-lookup": {"p": PeerRun(text, 5.0, 40, 80, []), "q": PeerRun(loop, 1.0, 10, 70, [])},
+        "fixed:4@ngram": {"p": PeerRun([*text[:40], 7], 2.0, 40, 40, []), "q": PeerRun(loop, 1.0, 20, 80, [])},
+    }
+    report = PeerFigures(runs, {"p": "code", "q": "chat"}, seed=0).as_json()
+    overall = report["overall"]
+    assert (overall["prompts"], overall["loops"], list(report["domains"])) == (2, 1, ["code", "chat"])
+    lookup, ours = overall["contestants"]["transformers-lookup"], overall["contestants"]["fixed:4@ngram"]
+    assert lookup["tokens_per_second"] == pytest.approx(160 / 6)
+    assert lookup["over_generate"] == pytest.approx((160 / 6) / 20)
+    assert lookup["over_plain"] == pytest.approx((160 / 6) / 10)
+    low, high = lookup["over_plain_interval"]
+    assert low == pytest.approx(8 / 5)
+    assert high == pytest.approx(8.0)
+    assert lookup["acceptance_length"] == pytest.approx(150 / 50)
+    assert (lookup["equal_texts"], lookup["different_prompts"], lookup["loops"]) == (2, [], 1)
+    assert ours["equal_texts"] == 1
+    assert ours["different_prompts"] == [{"id": "p", "first_difference": 40, "near_tie": True}]
+    without = report["without_loops"]
+    assert (without["prompts"], without["contestants"]["fixed:4@ngram"]["tokens"]) == (1, 41)
+    head = report["headline"]
+    assert (head["fastest_peer"], head["fastest_policy"]) == ("transformers-lookup", "fixed:4@ngram")
+    assert head["policy_over_peer"] == pytest.approx((121 / 3) / (160 / 6))
+    assert ends_in_loop(loop)
+
+
+def test_a_drafter_without_embeddings_is_made_whole_for_others(tiny_folder: Path, tmp_path: Path) -> None:
+    assistant = AutoModelForCausalLM.from_pretrained(tiny_folder / "assistant", dtype=torch.float32)
+    leave_out_embeddings(assistant)
+    assistant.save_pretrained(tmp_path, state_dict=own_weights(assistant))
+    target = str(tiny_folder / "target")
+    given = [
+        Contestant("bpkit", "bpkit", {"drafter": str(tmp_path)}, "bpkit"),
+        Contestant("whole", "transformers", {"draft": str(tiny_folder / "assistant")}, "b"),
+        Contestant("own layers", "transformers", {"draft": str(tmp_path)}, "a"),
+    ]
+    with whole_drafts(target, given) as made:
+        assert made[:2] == given[:2]
+        folder = made[2].settings["draft"]
+        assert folder != str(tmp_path)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        expected = load_own_layers(str(tmp_path), AutoModelForCausalLM.from_pretrained(target))
+        ids = torch.tensor([IDS])
+        torch.testing.assert_close(model.eval()(ids).logits, expected.eval()(ids).logits)
+    assert not Path(folder).exists()
+
+
+def test_prompts_are_one_turn_of_a_chat_where_there_is_a_template(tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "target")
+    assert tokenizer.decode(ids_of("1 + 1", tokenizer)) == "1 + 1"
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}{% if add_generation_prompt %}:{% endif %}"
+    once = tokenizer.decode(ids_of("1 + 1", tokenizer))
+    assert once.endswith("1 + 1:")
+    assert once.startswith(tokenizer.bos_token)
+    assert tokenizer.decode(ids_of(once, tokenizer)) == once
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows = [
+        {"id": f"{domain}-{split}", "domain": domain, "split": split, "prompt": f"{domain}: 1, 2, 3, 1, 2,"}
+        for domain in "ab"
+        for split in ("test", "train")
+    ]
+    file.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+def test_prompts_of_one_split(prompts: Path) -> None:
+    assert [prompt.id for prompt in of_split(prompts, "test")] == ["a-test", "b-test"]
+    with pytest.raises(ValueError, match="its splits: test, train"):
+        of_split(prompts, "closed")
+
+
+@pytest.mark.slow
+def test_the_command_from_end_to_end(
+    recipe: Callable[..., Result], tiny_folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out, drafts = tmp_path / "peers.json", drafts_in(tiny_folder)
+    result = recipe(
+        *("bench-peers", "--target", tiny_folder / "target", "--prompts", prompts, "--split", "test"),
+        *("--dflash", drafts["dflash"], "--assistant", drafts["assistant"], "--max-new-tokens", NEW_TOKENS),
+        *("--peer", "transformers-lookup:4", "--peer", "flashspec", "-p", "fixed:3@assistant"),
+        *("--json", out),
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["settings"]["prompts"] == ["a-test", "b-test"]
+    assert report["left_out"] == {"flashspec": GET_FLASHSPEC}
+    entries = report["overall"]["contestants"]
+    assert list(entries) == [GENERATE, LOOP, "transformers-lookup:4", "fixed:3@assistant"]
+    assert all(entry["equal_texts"] == 2 for entry in entries.values())
+    assert entries[LOOP]["acceptance_length"] == entries[GENERATE]["acceptance_length"] == 1
+    assert entries["fixed:3@assistant"]["acceptance_length"] > 1
+    assert entries[LOOP]["over_plain"] == entries[GENERATE]["over_generate"] == 1
+    assert len(report["measurements"]) == 2 * 4
+    cores = report["machine"]["cores"]
+    assert {name: 1 <= count <= cores for name, count in report["machine"]["threads"].items()} == dict.fromkeys(
+        entries, True
+    )
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
+    for part in ("fixed:3@assistant", "Left out: flashspec: ", "over"):
+        assert part in result.stdout
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("BPKIT_FLASHSPEC_PYTHON" not in os.environ, reason="BPKIT_FLASHSPEC_PYTHON names no interpreter")
+def test_flashspec_decodes_the_same(tiny_folder: Path, plain_tokens: list[int]) -> None:
+    found, left_out = line_up(
+        ["flashspec", "flashspec-model:3"], [], drafts_in(tiny_folder), {}, os.environ["BPKIT_FLASHSPEC_PYTHON"]
+    )
+    assert left_out == {}
+    with ExitStack() as resources:
+        running = Contest(resources)
+        running.load(str(tiny_folder / "target"), found[2:])
+        assert running.left_out == {}
+        for name in running.names:
+            reply = running.ask(name, ids=IDS, max_new_tokens=NEW_TOKENS, threads=1, stream=0, trial=False)
+            assert reply is not None, running.left_out
+            assert reply["tokens"] == plain_tokens
+            assert 0 < reply["steps"] < reply["step_tokens"] == len(plain_tokens)
