@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +19,9 @@ from typer.testing import Result
 
 from bpkit.draft.own_layers import leave_out_embeddings, load_own_layers, own_weights
 from bpkit.judge.wall_clock.figures import ends_in_loop
+from bpkit.prompts import Prompt
 from recipes.peers import worker
-from recipes.peers.command import of_split
+from recipes.peers.command import texts
 from recipes.peers.contestants import GENERATE, GET_FLASHSPEC, LOOP, Contestant, line_up
 from recipes.peers.figures import PeerFigures, PeerRun
 from recipes.peers.measure import Progressed, Saved, Task, one_prompt
@@ -226,15 +228,14 @@ def test_a_drafter_without_embeddings_is_made_whole_for_others(tiny_folder: Path
     assert not Path(folder).exists()
 
 
-def test_prompts_are_one_turn_of_a_chat_where_there_is_a_template(tiny_folder: Path) -> None:
+def test_messages_are_made_with_the_chat_template_once(tiny_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "target")
-    assert tokenizer.decode(ids_of("1 + 1", tokenizer)) == "1 + 1"
-    tokenizer.bos_token = tokenizer.eos_token
-    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}{% if add_generation_prompt %}:{% endif %}"
-    once = tokenizer.decode(ids_of("1 + 1", tokenizer))
-    assert once.endswith("1 + 1:")
-    assert once.startswith(tokenizer.bos_token)
-    assert tokenizer.decode(ids_of(once, tokenizer)) == once
+    message = Prompt("a", "maths", "1 + 1", chat=True)
+    assert tokenizer.decode(ids_of(replace(message, chat=False), tokenizer)) == "1 + 1"
+    with pytest.raises(ValueError, match="prompt a is a user's message"):
+        ids_of(message, tokenizer)
+    tokenizer.chat_template = "<{{ messages[0]['content'] }}>{% if add_generation_prompt %}:{% endif %}"
+    assert tokenizer.decode(ids_of(message, tokenizer)) == "<1 + 1>:"
 
 
 @pytest.fixture
@@ -250,9 +251,13 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_prompts_of_one_split(prompts: Path) -> None:
-    assert [prompt.id for prompt in of_split(prompts, "test")] == ["a-test", "b-test"]
+    assert [prompt.id for prompt in texts(prompts=prompts, split="test")] == ["a-test", "b-test"]
+    assert [prompt.id for prompt in texts(prompts=prompts, limit=1, domain=["b"])] == ["b-test"]
     with pytest.raises(ValueError, match="its splits: test, train"):
-        of_split(prompts, "closed")
+        texts(prompts=prompts, split="closed")
+    chosen = texts(prompts=Path("instructions"), split="test", limit=2)
+    assert {prompt.split for prompt in chosen} == {"test"}
+    assert all(prompt.chat for prompt in chosen)
 
 
 @pytest.mark.slow

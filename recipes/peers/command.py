@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from bpkit.cli.errors import when_interrupted
 from bpkit.cli.outputs import Outputs, portable
 from bpkit.cli.terminal import progress_bar
 from bpkit.config import Config
-from bpkit.prompts import Prompt, choose_prompts, of_domains, read_prompts
+from bpkit.prompts import INSTRUCTIONS, Prompt, choose_prompts, of_domains
 from recipes.peers.contestants import ASSISTANT, DFLASH, Contestant, line_up
 
 DEFAULT_LIMIT, DEFAULT_NEW_TOKENS = 4, 64
@@ -40,30 +39,22 @@ def texts(
     domain: options.Domains = None,
     limit: Annotated[
         int | None,
-        options.of_prompts(help=f"Prompts of each domain; by default {DEFAULT_LIMIT} of the shipped ones.", min=1),
+        options.of_prompts(help=f"Prompts of each domain; by default {DEFAULT_LIMIT} of those that ship.", min=1),
     ] = None,
     prompts: options.Prompts = None,
-    split: Annotated[
-        str | None, options.of_prompts(help="Only lines of --prompts with this `split`.", metavar="NAME")
-    ] = None,
+    split: Annotated[str | None, options.of_prompts(help="Only prompts of this `split`.", metavar="NAME")] = None,
+    chat: options.Chat = False,
 ) -> list[Prompt]:
-    """The group of prompts. Raises ValueError for a split that the file does not have."""
-    if split is None:
-        return choose_prompts(prompts, domain or [], limit, shipped_limit=DEFAULT_LIMIT)
-    if prompts is None:
-        raise ValueError(f"--split {split} is of a file of prompts: name it with --prompts")
-    return of_domains(of_split(prompts, split), domain or [], limit, source=f"split {split} of {prompts}")
-
-
-def of_split(file: Path, split: str) -> list[Prompt]:
-    """The prompts of a JSONL file whose `split` this is."""
-    lines = filter(str.strip, file.read_text(encoding="utf-8").splitlines())
-    rows = [json.loads(line).get("split") for line in lines]
-    found = [prompt for prompt, its in zip(read_prompts(file), rows, strict=True) if its == split]
-    if not found:
-        known = ", ".join(sorted({str(row) for row in rows if row is not None})) or "none"
-        raise ValueError(f"{file} has no prompts of split {split!r}; its splits: {known}")
-    return found
+    """The group of prompts. Raises ValueError for a split or a domain that there is not."""
+    found, source = choose_prompts(prompts, (), None, shipped_limit=None, chat=chat), str(prompts or "what ships")
+    if split is not None:
+        known = sorted({prompt.split for prompt in found} - {""})
+        if split not in known:
+            raise ValueError(f"{source} has no prompts of split {split!r}; its splits: {', '.join(known) or 'none'}")
+        found = [prompt for prompt in found if prompt.split == split]
+    if limit is None and (prompts is None or str(prompts) == INSTRUCTIONS):
+        limit = DEFAULT_LIMIT
+    return of_domains(found, domain or (), limit, source=source)
 
 
 @options.takes(
@@ -94,7 +85,7 @@ def bench_peers(
             "-p",
             help="A policy of bpkit with a drafter, `fixed:4@dflash`, `goodput@assistant` or `fixed:4@ngram`; without "
             f"a drafter, with each of them; repeat. By default: {', '.join(DEFAULT_POLICIES)}.",
-            metavar="SPEC[@DRAFTER]",
+            metavar="SPEC@DRAFTER",
         ),
     ] = None,
     cost: Annotated[
@@ -113,7 +104,7 @@ def bench_peers(
     files: Outputs,
     config: Config,
 ) -> None:
-    """Time bpkit against other libraries that decode speculatively, on one target.
+    """Time bpkit against other libraries on one target.
 
     transformers' assisted generation, prompt lookup and DFlash decoding, flashspec, and policies of bpkit: greedy, on
     the CPU, on the same prompts, in turn, each library in a process of its own, each contestant at its best number of

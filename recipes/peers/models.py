@@ -17,21 +17,24 @@ from recipes.peers.measure import Task
 
 
 def encoded(target: str, prompts: Sequence[Prompt]) -> list[Task]:
-    """Token ids, with the chat template of the target where it has one and the text is not made with it already."""
+    """Token ids: users' messages by the chat template of the target, other texts as they stand."""
     tokenizer = AutoTokenizer.from_pretrained(target)
     return [
-        Task(prompt.id, prompt.domain, tuple(ids_of(prompt.text, tokenizer)), stream)
+        Task(prompt.id, prompt.domain, tuple(ids_of(prompt, tokenizer)), stream)
         for stream, prompt in enumerate(prompts)
     ]
 
 
-def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A text as one turn of a user, or as it stands."""
+def ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of one prompt. Raises ValueError for a message where there is no chat template."""
+    text = prompt.text
+    if prompt.chat:
+        if tokenizer.chat_template is None:
+            raise ValueError(f"prompt {prompt.id} is a user's message, and this target has no chat template")
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     templated = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    if tokenizer.chat_template is not None and not templated:
-        turn = [{"role": "user", "content": text}]
-        text, templated = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False), True
-    ids: list[int] = tokenizer(text, add_special_tokens=not templated)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=not (templated or prompt.chat))["input_ids"]
     return ids
 
 
