@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from bpkit.draft.own_layers import leave_out_embeddings, load_own_layers, own_weights
-from bpkit.judge.wall_clock.figures import ends_in_loop
+from bpkit.judge.loops import ends_in_loop
 from bpkit.prompts import Prompt
 from recipes.peers import worker
 from recipes.peers.command import texts

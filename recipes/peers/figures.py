@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from bpkit.judge.loops import ends_in_loop
 from bpkit.judge.statistics import Bootstrap, Floats, interval
-from bpkit.judge.wall_clock.figures import differences, ends_in_loop
+from bpkit.judge.wall_clock.figures import differences
 from recipes.peers.contestants import GENERATE, LOOP, is_own
 
 
