@@ -215,7 +215,7 @@ def test_this_installation_is_whole(run: Callable[..., Result]) -> None:
     assert result.exit_code == 0, result.stdout
     found = json.loads(result.stdout)
     assert not found["broken"]
-    assert set(found["sections"]) == {"python", "bpkit", "packages", "cuda", "onnxruntime", "extras"}
+    assert set(found["sections"]) == {"python", "bpkit", "models", "packages", "cuda", "onnxruntime", "extras"}
     assert "forecast" in found["sections"]["bpkit"]["plug-ins"]["value"]
 
 

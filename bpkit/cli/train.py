@@ -73,7 +73,11 @@ class DrafterKind(StrEnum):
 @options.takes(run=options.model_run)
 def drafter(
     target: Annotated[
-        str, typer.Option(help="Folder or Hub name of the target; its tokenizer needs a mask token.", metavar="MODEL")
+        str,
+        typer.Option(
+            help="Folder or Hub name of the target, or a name from `bpkit models`; its tokenizer needs a mask token.",
+            metavar="MODEL",
+        ),
     ],
     out: options.Out,
     prompts: Annotated[

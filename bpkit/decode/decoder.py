@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from bpkit.assets import model_name, shipped
+from bpkit.assets import model_name, model_path, own_drafter, shipped
 from bpkit.decode.admission import Admission
 from bpkit.decode.attention import use_grouped_attention
 from bpkit.decode.caller_batch import CallerBatch, sequences
@@ -153,8 +153,9 @@ class SpeculativeDecoder:
         """Load target, tokenizer and drafter from folders or the Hub; by default the pair that ships with bpkit.
 
         Args:
-            target: folder or Hub name. drafter: folder or Hub name of a DFlash drafter or a causal language model,
-                `ngram`, or a mapping with `name` and options.
+            target: folder, Hub name, or a name of `bpkit models`, whose own drafter is the default then.
+            drafter: folder or Hub name of a DFlash drafter or a causal language model, `ngram`, or a mapping with
+                `name` and options.
             dtype: by default float32 on a CPU and the checkpoint's own on a GPU.
             device: by default a GPU if there is one. Quantised targets stay where they were loaded.
             device_map: of transformers' `from_pretrained`, instead of `device`: which parts go to which device.
@@ -164,10 +165,8 @@ class SpeculativeDecoder:
             raise ValueError(f"device={device!r} and device_map={device_map!r}: give one of them")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-        path = str(target or shipped("target"))
-        if drafter is None and target is None:
-            drafter = str(shipped("drafter"))
-        if drafter is None:
+        path = model_path(target or shipped("target"))
+        if drafter is None and (drafter := own_drafter(path)) is None:
             raise ValueError(f"name a drafter for the target {path}: a folder, a Hub name, or 'ngram'")
         if device_map is None:
             model = move(load_causal_lm(path, dtype=dtype), device)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from bpkit.assets import drafter_path
 from bpkit.decode.drafter import Drafter
 from bpkit.policy import validated
 from bpkit.registry.discovery import registry
@@ -26,8 +27,10 @@ def resolve_drafter(drafter: str | Mapping[str, Any], target: PreTrainedModel) -
     name, bare = str(options.pop("name", "")), options.pop("", "")
     path = str(options.pop("path", None) or "")
     known = registry().drafters
-    if isinstance(drafter, str) and name not in known and not (path or bare) and (kind := _kind_of_model(drafter)):
-        name, path = kind, drafter
+    if isinstance(drafter, str) and name not in known and not (path or bare):
+        model = drafter_path(drafter, "", "drafter")
+        if kind := _kind_of_model(model):
+            name, path = kind, model
     if name not in known and "/" in str(drafter):
         raise ValueError(f"drafter {str(drafter)!r}: neither a folder with a config.json nor a model of that name")
     entry = registry().find("drafter", name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bpkit.assets import shipped
+from bpkit.assets import drafter_path
 from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.pretrained import device_of, input_device, inside, move, position_limit
 from bpkit.decode.sampling import Draw
@@ -63,14 +63,14 @@ class AutoregressiveDrafter:
     def load(
         cls, path: str, target: PreTrainedModel, *, block_size: int = ASSISTANT_BLOCK_SIZE
     ) -> AutoregressiveDrafter:
-        """Load a causal language model from a folder or the Hub; without a path, the one that ships with bpkit.
+        """Load a causal language model from a folder or the Hub; without a path, the target's own or the shipped one.
 
         It is put where the target takes its input.
 
         Raises:
             ValueError: a drafter of another layout, weights that are not the model's, or another tokenizer.
         """
-        path = path or str(shipped("assistant"))
+        path = drafter_path(path, str(target.name_or_path or ""), "assistant")
         model = load_own_layers(path, target)
         fetch_tokenizer(path)
         return cls(move(model, input_device(target)), target, name=path, block_size=block_size)

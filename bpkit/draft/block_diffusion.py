@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from bpkit.assets import shipped
+from bpkit.assets import drafter_path
 from bpkit.decode.attention import use_grouped_attention
 from bpkit.decode.capture import Graphs, Input, counts_of
 from bpkit.decode.drafter import GoOn, Proposal
@@ -55,14 +55,15 @@ class BlockDiffusionDrafter:
 
     @classmethod
     def load(cls, path: str, target: PreTrainedModel, **options: Any) -> BlockDiffusionDrafter:
-        """Load a checkpoint of the published DFlash layout, from a folder or the Hub; without a path, the shipped one.
+        """Load a checkpoint of the published DFlash layout, from a folder or the Hub.
 
-        It is put where the target's head is.
+        Without a path it is the target's own, if bpkit knows the target, or else the shipped one. It is put where the
+        target's head is.
 
         Raises:
             ValueError: its tensors or its settings are not those of a DFlash drafter; it would draft at random.
         """
-        path = path or str(shipped("drafter"))
+        path = drafter_path(path, str(target.name_or_path or ""), "drafter")
         config, _ = PreTrainedConfig.get_config_dict(path, **hub_options(options))
         refuse_unknown_layout(path, config, vocab_size=target.config.get_text_config().vocab_size)
         # Before the weights are read, which would fail first, and with less to say.

@@ -122,6 +122,22 @@ def _bpkit() -> Iterator[Finding]:
         yield Finding("bpkit", f"plug-in {name}", reason, "broken", advice)
 
 
+def _models() -> Iterator[Finding]:
+    """Which models of `bpkit models` are here, and whether their drafters are."""
+    from bpkit.assets.known import KNOWN
+
+    for model in KNOWN.values():
+        if not model.is_there:
+            how = f"bpkit models fetch {model.name}"
+            yield Finding("models", model.name, "not fetched", "missing", how)
+            continue
+        try:
+            model.own_drafter("drafter"), model.own_drafter("assistant")
+            yield Finding("models", model.name, f"fetched, with its drafters: {model.folder}")
+        except FileNotFoundError as error:
+            yield Finding("models", model.name, f"fetched: {model.folder}", "missing", str(error))
+
+
 def _distribution() -> Finding:
     """Whether pip knows bpkit by its own name, and no other distribution lays claim to its files."""
     version = installed(OTHER)
@@ -228,6 +244,7 @@ def _extras() -> Iterator[Finding]:
 _SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
     "python": _python,
     "bpkit": _bpkit,
+    "models": _models,
     "packages": _packages,
     "cuda": _cuda,
     "onnxruntime": _onnxruntime,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from bpkit.assets import model_path
 from bpkit.files import write_at_once
 from bpkit.learn.training.model import HELD_OUT, ModelRun
 
@@ -46,6 +47,7 @@ class DrafterRun(ModelRun):
 def load_target(path: str, run: DrafterRun) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer, and model in bfloat16; from here on torch draws by the run's seed."""
     torch.manual_seed(run.seed)
+    path = model_path(path)
     return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bpkit.assets.known import KNOWN
 from bpkit.trace.collect.tracer import IndexedPrompt, TraceOptions, Traces
 from bpkit.trace.collect.workers import Models, Task, Worker, WorkerError, gone, share_out, tasks_of
 from bpkit.trace.records import PromptTrace
@@ -110,4 +111,5 @@ def _connected(address: str, count: int) -> Iterator[Any]:
 
 def _absolute(name: Any) -> Any:
     """A folder by its whole path: workers have another working directory."""
-    return str(Path(name).absolute()) if isinstance(name, str) and Path(name).is_dir() else name
+    is_folder = isinstance(name, str) and name not in KNOWN and Path(name).is_dir()
+    return str(Path(name).absolute()) if is_folder else name
