@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from bpkit.draft.own_layers import leave_out_embeddings, load_own_layers, own_weights
+from bpkit.installation.machine import available_cores
 from bpkit.judge.loops import ends_in_loop
+from bpkit.judge.wall_clock.threads import candidate_counts
+from bpkit.progress import NoProgress
 from bpkit.prompts import Prompt
 from recipes.peers import worker
 from recipes.peers.command import texts
 from recipes.peers.contestants import GENERATE, GET_FLASHSPEC, LOOP, Contestant, line_up
 from recipes.peers.figures import PeerFigures, PeerRun
-from recipes.peers.measure import Progressed, Saved, Task, one_prompt
+from recipes.peers.measure import Progressed, Saved, Task, choose_threads, measure
 from recipes.peers.models import ids_of, whole_drafts
 from recipes.peers.processes import Contest
 
@@ -145,21 +148,83 @@ def test_what_is_missing_is_left_out_and_what_is_wrong_refused() -> None:
             line_up(peers, policies, {}, {}, "python")
 
 
-def test_another_begins_with_each_prompt() -> None:
-    class Spoken:
-        names = ["a", "b", "c"]
-        asked: list[str] = []
+class Spoken:
+    """A contest in which every text is the prompt's first ids, and `asked` says who was asked what."""
 
-        def ask(self, name: str, **asked: Any) -> dict[str, Any] | None:
-            self.asked.append(name)
-            return {"threads": asked["threads"]} if name != "b" else None
+    def __init__(self, names: list[str], *, failing: tuple[str, str] = ("", "")) -> None:
+        self.all, self.failing = names, failing
+        self.left_out: dict[str, str] = {}
+        self.versions = {"one": {"torch": "2"}}
+        self.asked: list[tuple[str, str]] = []
 
-    running = Spoken()
-    threads = {"a": 1, "b": 1, "c": 2}
-    for stream in range(4):
-        replies = one_prompt(cast("Contest", running), Task("p", "d", IDS, stream), NEW_TOKENS, threads)
-    assert "".join(running.asked) == "abcbcacababc"
-    assert replies == {"a": {"threads": 1}, "c": {"threads": 2}}
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self.all if name not in self.left_out]
+
+    def ask(self, name: str, *, ids: tuple[int, ...], trial: bool, **asked: Any) -> dict[str, Any] | None:
+        prompt = "pq"[asked["stream"]]
+        if not trial:
+            self.asked.append((prompt, name))
+        if (name, prompt) == self.failing and not trial:
+            self.left_out[name] = "it broke"
+            return None
+        tokens = list(ids[: asked["max_new_tokens"]])
+        return {"tokens": tokens, "seconds": 1.0 / asked["threads"], "steps": 4, "step_tokens": 8, "near_ties": []}
+
+
+NAMES = [GENERATE, LOOP, "transformers-lookup", "fixed:3@ngram"]
+TASKS = [Task("p", "code", IDS, 0), Task("q", "chat", IDS, 1)]
+
+
+@pytest.fixture
+def spoken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Spoken, dict[str, Any]]]:
+    """Measure with a contest that is spoken only."""
+
+    def run(file: Path | None = None, **more: Any) -> tuple[Spoken, dict[str, Any]]:
+        running = Spoken(NAMES, **more)
+        monkeypatch.setattr("recipes.peers.measure.contest", lambda *_: nullcontext(running))
+        return running, measure("", [], TASKS, max_new_tokens=NEW_TOKENS, saved=Saved(file, "question"), threads=2)
+
+    return run
+
+
+def test_all_decode_each_prompt_and_another_begins(spoken: Callable[..., tuple[Spoken, dict[str, Any]]]) -> None:
+    running, report = spoken()
+    assert running.asked == [("p", name) for name in NAMES] + [("q", name) for name in [*NAMES[1:], NAMES[0]]]
+    entries = report["overall"]["contestants"]
+    assert {entry["tokens_per_second"] for entry in entries.values()} == {2 * NEW_TOKENS}
+    assert report["machine"]["threads"] == dict.fromkeys(NAMES, 2)
+    assert report["left_out"] == {}
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    spoken: Callable[..., tuple[Spoken, dict[str, Any]]], tmp_path: Path
+) -> None:
+    file = tmp_path / "partial"
+    _, whole = spoken(file)
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    del saved["replies"]["q"]
+    file.write_text(json.dumps(saved), encoding="utf-8")
+    running, again = spoken(file)
+    assert {prompt for prompt, _ in running.asked} == {"q"}
+    assert again["overall"] == whole["overall"]
+
+
+def test_who_breaks_on_the_way_is_left_out_but_plain_decoding_must_not(
+    spoken: Callable[..., tuple[Spoken, dict[str, Any]]],
+) -> None:
+    _, report = spoken(failing=("transformers-lookup", "q"))
+    assert report["left_out"] == {"transformers-lookup": "it broke"}
+    assert list(report["overall"]["contestants"]) == [GENERATE, LOOP, "fixed:3@ngram"]
+    with pytest.raises(RuntimeError, match="bpkit plain cannot decode with this target: it broke"):
+        spoken(failing=(LOOP, "p"))
+
+
+def test_the_best_number_of_threads_is_each_ones_own() -> None:
+    running = Spoken(NAMES)
+    best, tried = choose_threads(cast("Contest", running), TASKS, NEW_TOKENS, None, NoProgress())
+    assert best == dict.fromkeys(NAMES, max(candidate_counts(available_cores())))
+    assert all(set(rates) <= set(candidate_counts(available_cores())) for rates in tried.values())
 
 
 def test_what_was_measured_is_read_again_for_the_same_question_only(tmp_path: Path) -> None:
