@@ -17,14 +17,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
+from bpkit.assets import shipped
 from bpkit.draft.own_layers import leave_out_embeddings, load_own_layers, own_weights
 from bpkit.installation.machine import available_cores
 from bpkit.judge.loops import ends_in_loop
 from bpkit.judge.wall_clock.threads import candidate_counts
 from bpkit.progress import NoProgress
 from bpkit.prompts import Prompt
+from bpkit.trace.cost.presets import PRESETS
 from recipes.peers import worker
-from recipes.peers.command import texts
+from recipes.peers.command import draft_models, shown, texts
 from recipes.peers.contestants import GENERATE, GET_FLASHSPEC, LOOP, Contestant, line_up
 from recipes.peers.figures import PeerFigures, PeerRun
 from recipes.peers.measure import Progressed, Saved, Task, choose_threads, measure
@@ -42,7 +44,7 @@ def drafts_in(folder: Path) -> dict[str, str]:
 def told(library: str, folder: Path, specs: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a worker says on loading peers or policies, and then of one prompt by each."""
     peers, policies = ([], specs) if library == "bpkit" else (specs, [])
-    found, _ = line_up(peers, policies, drafts_in(folder), {}, sys.executable)
+    found, _ = line_up(peers, policies, drafts_in(folder), {"dflash": next(iter(PRESETS))}, sys.executable)
     contestants = {one.name: dict(one.settings) for one in found if one.library == library}
     lines: list[dict[str, Any]] = [{"library": library, "target": str(folder / "target"), "contestants": contestants}]
     shared: dict[str, Any] = {"ids": IDS, "max_new_tokens": NEW_TOKENS, "threads": 1, "stream": 0}
@@ -65,7 +67,7 @@ def plain_tokens(tiny_folder: Path) -> list[int]:
     ("library", "specs"),
     [
         ("transformers", ["transformers-assisted:3", "transformers-lookup:4", "transformers-dflash:4"]),
-        ("bpkit", ["fixed:4@dflash", "fixed:3@assistant", "bandit@ngram"]),
+        ("bpkit", ["fixed:4@dflash", "fixed:3@assistant", "bandit@ngram", "goodput@dflash"]),
     ],
 )
 def test_every_way_of_a_library_gives_the_text_and_its_steps(
@@ -190,7 +192,9 @@ def spoken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Spoken, dict[
 
 def test_all_decode_each_prompt_and_another_begins(spoken: Callable[..., tuple[Spoken, dict[str, Any]]]) -> None:
     running, report = spoken()
-    assert running.asked == [("p", name) for name in NAMES] + [("q", name) for name in [*NAMES[1:], NAMES[0]]]
+    prompts = [prompt for prompt, _ in running.asked]
+    assert prompts == sorted(prompts) or prompts == sorted(prompts, reverse=True)
+    assert [name for _, name in running.asked] == [*NAMES, *NAMES[1:], NAMES[0]]
     entries = report["overall"]["contestants"]
     assert {entry["tokens_per_second"] for entry in entries.values()} == {2 * NEW_TOKENS}
     assert report["machine"]["threads"] == dict.fromkeys(NAMES, 2)
@@ -301,6 +305,25 @@ def test_messages_are_made_with_the_chat_template_once(tiny_folder: Path) -> Non
         ids_of(message, tokenizer)
     tokenizer.chat_template = "<{{ messages[0]['content'] }}>{% if add_generation_prompt %}:{% endif %}"
     assert tokenizer.decode(ids_of(message, tokenizer)) == "<1 + 1>:"
+
+
+def test_draft_models_are_the_targets_own_unless_others_are_named(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    none = dict.fromkeys(("dflash", "assistant"))
+    own = {"dflash": str(shipped("drafter")), "assistant": str(shipped("assistant"))}
+    assert draft_models(str(shipped("target")), none) == own
+    assert draft_models(str(shipped("target")), {"assistant": "./mine"}) == {"assistant": "./mine"}
+    assert draft_models(str(tiny_folder / "target"), none) == {}
+    monkeypatch.setattr("bpkit.assets.known.KnownModel._places_of_drafters", lambda self: iter([tmp_path]))
+    assert draft_models("smollm2", none) == {}
+    (tmp_path / "drafter").mkdir()
+    assert draft_models("smollm2", none) == {"dflash": str(tmp_path / "drafter")}
+    assert shown(str(tmp_path / "drafter")) == "smollm2 drafter"
+    assert shown("/somewhere/else") == "else"
+    monkeypatch.setenv("BPKIT_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="bpkit models fetch smollm2"):
+        draft_models("smollm2", {"assistant": "smollm2"})  # it may draft for another
 
 
 @pytest.fixture

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bpkit.assets import shipped
+from bpkit.assets import drafter_path, model_name, model_path, own_drafter, shipped
 from bpkit.cli import options, outputs
 from bpkit.cli.errors import when_interrupted
 from bpkit.cli.outputs import Outputs, portable
@@ -30,6 +31,8 @@ DEFAULT_PEERS = (
     "flashspec-model",
     "flashspec",
 )
+FOLDERS = {DFLASH: "drafter", ASSISTANT: "assistant"}
+"""What bpkit calls the folders of both kinds."""
 DEFAULT_POLICIES = ("fixed:3", "goodput")
 _compared = partial(typer.Option, rich_help_panel="Who takes part")
 _drafts = partial(typer.Option, rich_help_panel="Draft models", metavar="FOLDER")
@@ -63,13 +66,15 @@ def texts(
     config=options.settings(
         {name: options.MODELS[name] for name in ("target", "config")}
         | {"max_new_tokens": options.SAMPLING["max_new_tokens"]}
-        | options.seed("Of intervals; by default 0.")
+        | options.seed("Of the order of prompts and of intervals; by default 0.")
         | options.threads("Threads of torch for all; by default each contestant at its own best.")
     ),
 )
 def bench_peers(
-    dflash: Annotated[str | None, _drafts(help="A DFlash drafter of the target.")] = None,
-    assistant: Annotated[str | None, _drafts(help="A causal language model that drafts for the target.")] = None,
+    dflash: Annotated[str | None, _drafts(help="A DFlash drafter of the target; by default its own.")] = None,
+    assistant: Annotated[
+        str | None, _drafts(help="A causal language model that drafts for the target; by default its own.")
+    ] = None,
     peer: Annotated[
         list[str] | None,
         _compared(
@@ -114,7 +119,8 @@ def bench_peers(
 
     `bpkit --plugin recipes bench-peers --flashspec-python flashspec/bin/python --json peers.json`
     """
-    drafts = ours(config, dflash, assistant)
+    target = model_path(config.target or shipped("target"))
+    drafts = draft_models(target, {DFLASH: dflash, ASSISTANT: assistant})
     found, left_out = line_up(
         DEFAULT_PEERS if peer is None else peer,
         DEFAULT_POLICIES if policy is None else policy,
@@ -129,10 +135,17 @@ def bench_peers(
     from recipes.peers.models import encoded, whole_drafts
     from recipes.peers.report import print_peers
 
-    target, tokens = config.target or str(shipped("target")), config.sampling.max_new_tokens or DEFAULT_NEW_TOKENS
-    tasks, threads = encoded(target, texts), config.runtime.threads
+    tokens, threads = config.sampling.max_new_tokens or DEFAULT_NEW_TOKENS, config.runtime.threads
+    tasks, seed = encoded(target, texts), config.sampling.seed or 0
     partial_file = None if files.figures is None else files.figures.with_name(f"{files.figures.name}.partial")
-    asked = [target, tokens, str(threads), [[one.name, dict(one.settings)] for one in found], [t.ids for t in tasks]]
+    asked = [
+        target,
+        tokens,
+        str(threads),
+        config.sampling.seed,
+        [[one.name, dict(one.settings)] for one in found],
+        [t.ids for t in tasks],
+    ]
     saved = Saved(partial_file, asked)
     with when_interrupted(saved.says), progress_bar() as bar, whole_drafts(target, found) as contestants:
         report = measure(
@@ -142,7 +155,7 @@ def bench_peers(
             max_new_tokens=tokens,
             saved=saved,
             threads=threads if isinstance(threads, int) else None,
-            seed=config.sampling.seed or 0,
+            seed=seed,
             progress=bar,
         )
     report["left_out"] = {**left_out, **report["left_out"]}
@@ -151,11 +164,22 @@ def bench_peers(
     saved.remove()
 
 
-def ours(config: Config, dflash: str | None, assistant: str | None) -> dict[str, str]:
-    """The draft models by kind: those that are named, or those of the shipped target."""
-    if config.target is None:
-        dflash, assistant = dflash or str(shipped("drafter")), assistant or str(shipped("assistant"))
-    return {kind: name for kind, name in ((DFLASH, dflash), (ASSISTANT, assistant)) if name is not None}
+def draft_models(target: str, given: Mapping[str, str | None]) -> dict[str, str]:
+    """The draft models by kind: those that are named, or else those that were trained for the target, where it has any.
+
+    Raises:
+        FileNotFoundError: one that is named as a known model is not there.
+    """
+    found = {}
+    for kind, name in given.items():
+        folder = FOLDERS[kind]
+        if name is not None:
+            found[kind] = drafter_path(name, target, folder)
+            continue
+        with suppress(FileNotFoundError):  # drafters of a known model are installed apart
+            if (own := own_drafter(target, folder)) is not None:
+                found[kind] = str(own)
+    return found
 
 
 def settings_of(contestant: Contestant) -> dict[str, object]:
@@ -168,8 +192,9 @@ def settings_of(contestant: Contestant) -> dict[str, object]:
 
 
 def shown(path: str) -> str:
-    """Of an absolute path the name."""
-    return Path(path).name if Path(path).is_absolute() else path
+    """Of models that bpkit knows what they are called, and of other absolute paths the name."""
+    name = model_name(path)
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def costs(given: Sequence[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ WARM_UP_TOKENS, TRIAL_TOKENS, TRIAL_PROMPTS = 8, 32, 2
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt as all read it: token ids with the chat template applied. `stream` is its place among the prompts."""
+    """A prompt as all read it, in token ids. `stream` is its place among the prompts."""
 
     id: str
     domain: str
@@ -95,7 +96,7 @@ def measure(
     Args:
         target: folder or Hub name of the target.
         threads: None: each contestant at its own best.
-        seed: of the bootstrap.
+        seed: of the order of prompts and the bootstrap.
 
     Raises:
         RuntimeError: one of the two ways of plain decoding fails.
@@ -107,11 +108,12 @@ def measure(
         warm_up(running, tasks[0], bar)
         if not done.threads.keys() >= set(running.names):
             done.threads, done.tried = choose_threads(running, tasks, max_new_tokens, threads, bar)
-        left = [task for task in tasks if not done.replies.get(task.id, {}).keys() >= set(running.names)]
-        bar.start("measuring", len(left))
-        for task in left:
-            done.replies[task.id] = one_prompt(running, task, max_new_tokens, done.threads)
-            saved.write(done)
+        bar.start("measuring", len(tasks))
+        # A policy that learns must not meet one domain after the other.
+        for place, task in enumerate(random.Random(seed).sample(tasks, len(tasks))):
+            if not done.replies.get(task.id, {}).keys() >= set(running.names):
+                done.replies[task.id] = one_prompt(running, place, task, max_new_tokens, done.threads)
+                saved.write(done)
             bar.tick()
         refuse_without_plain(running)
         names, left_out, versions = running.names, dict(running.left_out), running.versions
@@ -185,10 +187,12 @@ def rated(running: Contest, name: str, task: Task, *, tokens: int) -> Rated:
     return (len(reply["tokens"]), reply["seconds"]) if reply is not None else (0, 1.0)
 
 
-def one_prompt(running: Contest, task: Task, max_new_tokens: int, threads: Mapping[str, int]) -> dict[str, Any]:
-    """The replies of all; with each prompt another one begins, so that drift of the machine meets all alike."""
+def one_prompt(
+    running: Contest, place: int, task: Task, max_new_tokens: int, threads: Mapping[str, int]
+) -> dict[str, Any]:
+    """The replies of all; at each place another one begins, so that drift of the machine meets all alike."""
     names = running.names
-    shift = task.stream % len(names)
+    shift = place % len(names)
     replies = {}
     for name in names[shift:] + names[:shift]:
         asked = {"ids": task.ids, "stream": task.stream, "threads": threads[name]}
