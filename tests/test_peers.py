@@ -26,7 +26,7 @@ from bpkit.progress import NoProgress
 from bpkit.prompts import Prompt
 from bpkit.trace.cost.presets import PRESETS
 from recipes.peers import worker
-from recipes.peers.command import draft_models, shown, texts
+from recipes.peers.command import costs, draft_models, shown, texts
 from recipes.peers.contestants import GENERATE, GET_FLASHSPEC, LOOP, Contestant, line_up
 from recipes.peers.figures import PeerFigures, PeerRun
 from recipes.peers.measure import Progressed, Saved, Task, choose_threads, measure
@@ -305,6 +305,15 @@ def test_messages_are_made_with_the_chat_template_once(tiny_folder: Path) -> Non
         ids_of(message, tokenizer)
     tokenizer.chat_template = "<{{ messages[0]['content'] }}>{% if add_generation_prompt %}:{% endif %}"
     assert tokenizer.decode(ids_of(message, tokenizer)) == "<1 + 1>:"
+
+
+def test_cost_files_are_read_before_anything_is_measured() -> None:
+    preset = next(iter(PRESETS))
+    assert costs([f"dflash={preset}", f"ngram={preset}"]) == {"dflash": preset, "ngram": preset}
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+        costs(["dflash=nowhere.json"])
+    with pytest.raises(ValueError, match="write a drafter and a file"):
+        costs(["costs.json"])
 
 
 def test_draft_models_are_the_targets_own_unless_others_are_named(

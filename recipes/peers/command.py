@@ -198,9 +198,12 @@ def shown(path: str) -> str:
 
 
 def costs(given: Sequence[str]) -> dict[str, str]:
-    """Cost files by drafter. Raises ValueError."""
+    """Cost files by drafter. Raises ValueError (CostError) or FileNotFoundError for what is none."""
+    from bpkit.trace.cost import read_cost
+
     pairs = [text.partition("=")[::2] for text in given]
     for (drafter, file), text in zip(pairs, given, strict=True):
         if not drafter or not file:
             raise ValueError(f"--cost {text}: write a drafter and a file, such as dflash=costs.json")
+        read_cost(file)
     return dict(pairs)
