@@ -69,7 +69,7 @@ class KnownModel:
         )
 
     def is_own_drafter(self, folder: Path) -> bool:
-        return folder.parent in self._places_of_drafters()
+        return folder.parent.name == self.drafters
 
     def _places_of_drafters(self) -> Iterator[Path]:
         """Folders where they may lie: in a checkout, beside the package; or the installed package."""
