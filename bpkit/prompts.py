@@ -153,27 +153,29 @@ def choose_prompts(
         limit: prompts of each domain; by default `shipped_limit` of the shipped ones, and all of a file.
         chat: they are users' messages, whatever they say themselves.
     """
-    if file is not None and str(file) == INSTRUCTIONS and not file.exists():
-        found = of_domains(instructions(), domains, shipped_limit if limit is None else limit, source=INSTRUCTIONS)
-    else:
-        found = _of_file_or_shipped(file, domains, limit, column, shipped_limit)
-    return [replace(prompt, chat=True) for prompt in found] if chat else found
+    if file is None:
+        shipped = assets.prompts(*domains, limit=shipped_limit if limit is None else limit)
+        return [Prompt(p["id"], p["domain"], p["prompt"], chat=chat) for p in shipped]
+    most = shipped_limit if limit is None and _is_shipped(file) else limit
+    return of_domains(all_prompts(file, column, chat=chat), domains, most, source=str(file))
 
 
-def instructions() -> list[Prompt]:
-    """The prompts that ship for models that chat, but those of the closed split."""
+def all_prompts(file: Path, column: str = "prompt", *, chat: bool = False) -> list[Prompt]:
+    """All prompts of a file in its order, or `instructions`: those that ship for models that chat, but the closed ones.
+
+    Args:
+        chat: they are users' messages, whatever they say themselves.
+    """
+    if not _is_shipped(file):
+        found = read_prompts(file, column)
+        return [replace(prompt, chat=True) for prompt in found] if chat else found
     folder = assets.shipped("prompts") / INSTRUCTIONS
     found = [prompt for kind in KINDS for prompt in read_prompts(folder / f"{kind}.jsonl")]
     return [replace(prompt, chat=True) for prompt in found if prompt.split != CLOSED]
 
 
-def _of_file_or_shipped(
-    file: Path | None, domains: Sequence[str], limit: int | None, column: str, shipped_limit: int | None
-) -> list[Prompt]:
-    if file is None:
-        shipped = assets.prompts(*domains, limit=shipped_limit if limit is None else limit)
-        return [Prompt(p["id"], p["domain"], p["prompt"]) for p in shipped]
-    return of_domains(read_prompts(file, column), domains, limit, source=str(file))
+def _is_shipped(file: Path) -> bool:
+    return str(file) == INSTRUCTIONS and not file.exists()
 
 
 def of_domains(prompts: Sequence[Prompt], domains: Sequence[str], limit: int | None, *, source: str) -> list[Prompt]:

@@ -8,6 +8,7 @@ import os
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,6 +194,13 @@ def test_a_drafter_goes_on_from_an_earlier_one_on_the_answers_of_another_run(tra
         assert all(torch.equal(before[key], after[key]) for key in before)
         data = json.loads((tmp_path / name / "provenance.json").read_text())["data"]
         assert list(data) == ["answers"]
+
+
+def test_without_a_mask_token_it_is_said_how_to_name_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokenizer = SimpleNamespace(mask_token_id=None)
+    monkeypatch.setattr("bpkit.learn.training.drafter.load_target", lambda path, run: (tokenizer, None))
+    with pytest.raises(ValueError, match=r"tokenizer of some/model has no mask token: .* --mask-token"):
+        train_drafter("some/model", tmp_path, prompts=[], run=ANSWERS)
 
 
 def test_answers_of_another_kind_of_file_are_refused(tmp_path: Path) -> None:

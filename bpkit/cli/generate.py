@@ -16,7 +16,7 @@ from bpkit.cli import options
 from bpkit.cli.errors import when_interrupted
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
-from bpkit.prompts import BATCH_SIZE, Prompt, choose_prompts
+from bpkit.prompts import BATCH_SIZE, Prompt, all_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def generate(
     if prompts is not None and out is not None:
         if prompt is not None or file is not None:
             raise ValueError("give one prompt, or --prompts FILE, not both")
-        texts = choose_prompts(prompts, (), None, shipped_limit=None, chat=chat)
+        texts = all_prompts(prompts, chat=chat)
         write_texts(texts, out, config, stop, batch_size=batch_size, prefill_chunk=prefill_chunk)
         return
     text = read_prompt(prompt, file)

@@ -75,7 +75,7 @@ def drafter(
     target: Annotated[
         str,
         typer.Option(
-            help="Folder or Hub name of the target, or a name from `bpkit models`; its tokenizer needs a mask token.",
+            help="Folder or Hub name of the target, or a name from `bpkit models`.",
             metavar="MODEL",
         ),
     ],

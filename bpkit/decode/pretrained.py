@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -31,13 +33,25 @@ def load_causal_lm(
     """
     config, _ = PreTrainedConfig.get_config_dict(path, **hub_options(options))
     refuse_unknown_architecture(path, config)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with _unlogged():  # what is wrong is an error below
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     if may_lack is not None:
         info["missing_keys"] = set(info["missing_keys"]) - set(may_lack(model))
     refuse_other_weights(path, info, f"a {type(model).__name__}")
     return model
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without transformers' warnings."""
+    usual = logging.get_verbosity()
+    logging.set_verbosity(max(usual, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(usual)
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:

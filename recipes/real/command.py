@@ -37,7 +37,7 @@ def real_prompts(
         bool, typer.Option("--closed", help="Write the second test instead, which is to be opened once.")
     ] = False,
 ) -> None:
-    """Write the prompts of five kinds that policies are judged on with a real model.
+    """Write prompts of five kinds to judge policies on a real model.
 
     Chat, maths, code, rewriting and conversion; each line has its kind as `domain` and its `split`. Questions of
     GSM8K are at https://github.com/openai/grade-school-math.

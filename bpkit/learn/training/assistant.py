@@ -80,7 +80,8 @@ def train_assistant(target_path: str, out: Path, *, prompts: list[str], run: Dra
     leave_out_embeddings(drafter)
     answers = target_answers(target, tokenizer, prompts, out, run)
     loss, texts = DistillationLoss(drafter, target), learned_from(prompts, run)
-    train_model("train_assistant", drafter, loss, answers, out, run, texts=texts)
+    layers = drafter.config.get_text_config().num_hidden_layers
+    train_model("train_assistant", drafter, loss, answers, out, run, texts=texts, layers=layers)
 
 
 def _earlier(path: Path, target: PreTrainedModel) -> PreTrainedModel:

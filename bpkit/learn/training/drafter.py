@@ -104,24 +104,34 @@ def train_drafter(
     run: DrafterRun,
     block_size: int = 16,
     target_layer_ids: list[int] | None = None,
+    mask_token_id: int | None = None,
 ) -> None:
     """Let the target answer prompts, train a drafter on the answers and write it to the folder `out`.
 
     Args:
         target_layer_ids: layers that give the features; by default three spread over the target.
+        mask_token_id: what stands for tokens that are to be drafted; by default the tokenizer's mask token.
 
     Raises:
-        ValueError: the tokenizer has no mask token, or there is a drafter to start from that does not fit.
+        ValueError: there is no mask token, or there is a drafter to start from that does not fit.
     """
     tokenizer, target = load_target(target_path, run)
     if run.start_from is not None:
         drafter = _earlier(run.start_from, target, block_size)
-    elif tokenizer.mask_token_id is None:
-        raise ValueError(f"the tokenizer of {target_path} has no mask token: add one with add_special_tokens first")
     else:
-        drafter = _fresh(target, tokenizer.mask_token_id, run.layers, block_size, target_layer_ids)
+        mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+        if mask is None:
+            raise ValueError(
+                f"the tokenizer of {target_path} has no mask token: name the id of a token that texts do not have with "
+                "--mask-token, such as a reserved one"
+            )
+        drafter = _fresh(target, mask, run.layers, block_size, target_layer_ids)
     answers = target_answers(target, tokenizer, prompts, out, run)
-    shape = {"block_size": block_size, "target_layer_ids": drafter.config.target_layer_ids}
+    shape = {
+        "layers": drafter.config.num_hidden_layers,
+        "block_size": block_size,
+        "target_layer_ids": drafter.config.target_layer_ids,
+    }
     texts = learned_from(prompts, run)
     train_model("train_drafter", drafter, BlockDraftLoss(drafter, target), answers, out, run, texts=texts, **shape)
 
