@@ -203,6 +203,20 @@ def test_without_a_mask_token_it_is_said_how_to_name_one(monkeypatch: pytest.Mon
         train_drafter("some/model", tmp_path, prompts=[], run=ANSWERS)
 
 
+@pytest.mark.slow
+def test_what_it_started_from_may_keep_a_share_of_the_result(trained: Path, tmp_path: Path) -> None:
+    again = replace(ANSWERS, answers=trained / "drafter" / "outputs.safetensors", start_from=trained / "drafter")
+    results = {0.0: "end", 0.5: "mean", 1.0: "start"}
+    for share, name in results.items():
+        run = replace(again, keep_start=share)
+        train_drafter(str(trained / "target"), tmp_path / name, prompts=[], run=run, block_size=8)
+    end, mean, start = (load_file(tmp_path / name / "model.safetensors") for name in results.values())
+    before = load_file(trained / "drafter" / "model.safetensors")
+    assert all(torch.equal(before[key], start[key]) for key in before)
+    assert not torch.equal(before["fc.weight"], end["fc.weight"])
+    assert all(torch.allclose((before[key] + end[key]) / 2, mean[key], atol=0.01) for key in before)
+
+
 def test_answers_of_another_kind_of_file_are_refused(tmp_path: Path) -> None:
     save_file({"ids": torch.zeros(80, 4)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors does not hold more than 64 answers"):

@@ -200,6 +200,12 @@ def model_run(
     rate: Annotated[
         float, _budget(help="Factor on the learning rates; 0.1 or so for a model that was trained before.", min=0.0)
     ] = 1.0,
+    keep_start: Annotated[
+        float,
+        _budget(
+            help="Share of the weights it started from in the result, the rest is the trained one.", min=0.0, max=1.0
+        ),
+    ] = 0.0,
     devices: Devices = 1,
     accelerator: Accelerator = "auto",
     strategy: Strategy = "auto",
@@ -209,7 +215,12 @@ def model_run(
 ) -> dict[str, Any]:
     """How a model is trained, for `ModelRun`, which needs Lightning."""
     how = {"devices": devices, "accelerator": accelerator, "strategy": strategy, "compile": compile}
-    budget = {"max_minutes": minutes, "rate": rate, **({"max_steps": steps} if steps is not None else {})}
+    budget = {
+        "max_minutes": minutes,
+        "rate": rate,
+        "keep_start": keep_start,
+        **({"max_steps": steps} if steps is not None else {}),
+    }
     return {**budget, **how, "resume": resume, "seed": seed}
 
 

@@ -44,6 +44,8 @@ class ModelRun(FitOptions):
         max_steps, max_minutes: the budget; whichever is spent first ends the run, annealed.
         batch_size: examples a step on each device.
         rate: factor on the peaks of the learning rates; under 1 for a model that was trained before.
+        keep_start: share of the result that is what the weights were at the start; the rest is what they were trained
+            to. A mean of the two often generalises better than either (WiSE-FT, Wortsman et al. 2022, 2109.01903).
         compile: run the loss through `torch.compile`, worth its start-up time on runs over a few minutes.
     """
 
@@ -51,6 +53,7 @@ class ModelRun(FitOptions):
     max_minutes: float = 30.0
     batch_size: int = 8
     rate: float = 1.0
+    keep_start: float = 0.0
     compile: bool = False
     seed: int = 0
 
@@ -145,6 +148,7 @@ def train_model(
         recipe, arguments, texts: function that was called, with what beside `run`, and on what, for the record.
         columns: the loss's arguments, examples first in each.
     """
+    start = [value.detach().clone() for value in model.parameters()] if run.keep_start else []
     if run.compile:
         loss.compile(dynamic=False)
     data = [
@@ -168,6 +172,9 @@ def train_model(
             enable_progress_bar=bars,
         )
     if is_first:
+        with torch.no_grad():
+            for value, before in zip(model.parameters(), start, strict=False):
+                value.lerp_(before.to(value), run.keep_start)
         model = model.to(torch.bfloat16)
         model.save_pretrained(out, state_dict=own_weights(model))
         data_of = {name: fingerprint(of_kind) for name, of_kind in texts.items()}
