@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that share the tests. Each takes up to 3 GB.
 WORKERS ?= 2
 
-.PHONY: help demo real test test-fast gpu runtimes packages afternoon exported docs lint format clean
+.PHONY: help demo fetch real test test-fast gpu runtimes packages afternoon exported docs lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,9 +23,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready  ## decode real prompts under several policies and compare them
 	$(BIN)/bpkit demo
 
-real: $(VENV)/.ready  ## the same with a real model, fetched once: 93 MB to download, 542 MB on disk
+fetch: $(VENV)/.ready  ## get the real model, once: 93 MB to download, 542 MB on disk; tests that need it run then
 	$(BIN)/bpkit models fetch smollm2
-	$(BIN)/bpkit demo --target smollm2
+
+real: fetch  ## the demo on it
+	$(BIN)/bpkit demo --target smollm2 --limit 1
 
 test: $(VENV)/.ready  ## every test, in some eight minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
