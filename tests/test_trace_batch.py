@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.decode.products import quick_products
+from bpkit.decode.products import quick_products, use_products
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
@@ -147,6 +148,27 @@ def test_quick_products_are_those_of_the_layers_and_leave_nothing_behind(pack: b
     with quick_products(model, pack=pack):
         model[:3](values).sum().backward()  # those who need gradients are served by torch
     assert plain.weight.grad is not None
+
+
+def test_decoding_with_other_products_gives_the_same_text_and_leaves_transformers_alone(pair: TinyPair) -> None:
+    prompt, options = torch.tensor([[5, 6, 7, 8, 5, 6, 7]]), {"max_new_tokens": 24, "temperature": 0.0}
+    text = SpeculativeDecoder(pair.target, NgramDrafter(), "fixed:4").generate(prompt, **options).tokens
+    target = copy.deepcopy(pair.target)
+    decoder = SpeculativeDecoder(target, NgramDrafter(), "fixed:4", products="onednn")
+    linear = next(layer for layer in target.modules() if isinstance(layer, nn.Linear))
+    values = torch.randn(3, linear.in_features)
+    assert torch.equal(linear(values), nn.functional.linear(values, linear.weight, linear.bias))
+    with torch.inference_mode():
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 8)
+        assert torch.equal(linear(values), torch.ops.mkldnn._linear_pointwise(values, packed, None, "none", [], ""))
+    assert decoder.with_policy("fixed:2").products == "onednn"
+    for policy in ("fixed:1", "fixed:2", "fixed:4"):
+        assert torch.equal(decoder.with_policy(policy).generate(prompt, **options).tokens, text)
+
+
+def test_products_that_serve_no_layer_are_refused(pair: TinyPair) -> None:
+    with pytest.raises(ValueError, match="'onednn' are for linear layers in float32 on an x86 CPU"):
+        use_products("onednn", copy.deepcopy(pair.target).to(torch.bfloat16))
 
 
 def test_quick_products_end_with_an_error() -> None:

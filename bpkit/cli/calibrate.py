@@ -33,6 +33,7 @@ _how_long = partial(typer.Option, rich_help_panel="How long, and what")
         | options.seed("Of the order of prompts and of sampling noise; by default 0.")
         | options.RULE
         | options.PLACE
+        | options.PRODUCTS
         | options.threads()
     ),
 )

@@ -28,7 +28,7 @@ ABOUT = {
 }
 
 
-@options.takes(config=options.settings(options.MODELS | options.threads()))
+@options.takes(config=options.settings(options.MODELS | options.PRODUCTS | options.threads()))
 def demo(
     *,
     config: Config,

@@ -62,7 +62,7 @@ def load_decoder(
             config.target,
             config.drafter,
             chosen,
-            **config.runtime.model_dump(include={"dtype", "device", "rule", "capture"}),
+            **config.runtime.model_dump(include={"dtype", "device", "rule", "capture", "products"}),
             cost=cost,
             observers=watchers,
         )

@@ -106,6 +106,10 @@ _CAPTURE = (
     "Capture passes in CUDA graphs: `auto`, where there is CUDA and the models allow it; `off`; or `on`, which is an "
     "error where they do not."
 )
+_PRODUCTS = (
+    "What multiplies matrices in float32 on a CPU: `torch`, or `onednn`, which keeps a second copy of the weights and "
+    "is faster on AMD's processors."
+)
 _OBSERVE = "Tell this observer of every step, as `bpkit observers` lists them: `jsonl:path=steps.jsonl`; repeat."
 RULE = {"rule": _runtime(str, _RULE, "RULE", completes=completion.rules)}
 COST = {"cost": _runtime(str, _COST, "FILE|PRESET", completes=completion.presets)}
@@ -113,6 +117,7 @@ PLACE = {
     "device": _runtime(str, "Such as `cpu` or `cuda`; by default a GPU if there is one.", "DEVICE"),
     "dtype": _runtime(str, _DTYPE, "DTYPE", completes=lambda: ["auto", "float32", "bfloat16", "float16"]),
 }
+PRODUCTS = {"products": _runtime(str, _PRODUCTS, "KIND", completes=lambda: ["torch", "onednn"])}
 CAPTURE = {"capture": _runtime(str, _CAPTURE, "MODE", completes=lambda: ["auto", "off", "on"])}
 
 
@@ -127,7 +132,7 @@ def seed(said: str) -> dict[str, Any]:
 
 
 OBSERVE = {"observe": _runtime(list[str], _OBSERVE, "SPEC", completes=completion.observers)}
-RUNTIME = RULE | PLACE | CAPTURE | threads() | COST | OBSERVE
+RUNTIME = RULE | PLACE | CAPTURE | PRODUCTS | threads() | COST | OBSERVE
 
 
 # Options that commands name themselves.

@@ -34,6 +34,7 @@ from bpkit.decode.noise import POLICY_SALT, hashed
 from bpkit.decode.observers import ObservedRequest, ObserverLike, Observers
 from bpkit.decode.owned import DrafterLike, KeptDecoders, drafter_key, policy_for, policy_key
 from bpkit.decode.pretrained import input_device, inside, load_causal_lm, move
+from bpkit.decode.products import Products, use_products
 from bpkit.decode.refuse import (
     refuse_virtual_tokens,
     refuse_what_generate_dropped,
@@ -85,6 +86,8 @@ class SpeculativeDecoder:
         capture: whether passes are captured in CUDA graphs: `auto`, where there is CUDA and they can be; `off`; or
             `on`, which refuses a target whose passes cannot be. Without a GPU `on` does all but the capture itself,
             for tests. Or what another decoder of this target captures, its `capture`.
+        products: what multiplies matrices in linear layers in float32 on a CPU: `torch`, or `onednn`
+            (`bpkit.decode.products`), for all decoders of this target.
 
     Raises:
         PolicyError: unknown policy or option, or a policy that wants what this drafter cannot provide.
@@ -106,12 +109,15 @@ class SpeculativeDecoder:
         cost: CostModel | None = None,
         observers: Sequence[ObserverLike] | Observers = (),
         capture: Mode | Capture = "auto",
+        products: Products = "torch",
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"there is no verify rule {rule!r}; the rules are: {', '.join(RULES)}")
         self.target, self.model = target.eval(), inside(target)
         refuse_virtual_tokens(target)
         self.drafter = resolve_drafter(drafter, self.model) if isinstance(drafter, (str, dict)) else drafter
+        use_products(products, self.model, getattr(self.drafter, "model", None))
+        self.products = products
         self.tokenizer, self.rule, self.streamer, self.strict = tokenizer, rule, streamer, strict
         self.clock = clock or WallClock(input_device(self.model))
         self.cost: CostModel | None = cost or getattr(self.clock, "cost", None)
@@ -199,6 +205,7 @@ class SpeculativeDecoder:
             cost=self.cost if drafter is None else None,
             observers=self.observers,
             capture=self.capture,
+            products=self.products,
         )
 
     def _for_call(self, policy: PolicyLike | None, drafter: DrafterLike | None) -> SpeculativeDecoder:

@@ -2,7 +2,8 @@
 
 torch gives them to MKL, which uses the whole width of the vector units on Intel's processors only. On a core of an AMD
 EPYC (Zen 5) the layers of the shipped pair come to 105 GFLOP/s with MKL and 230 with oneDNN, which every build of torch
-for x86 has. Results differ in rounding.
+for x86 has. With few rows, as in decoding, MKL has stairs there too: two rows take half as long again as one. Weights
+that are laid out for oneDNN beforehand have none (`docs/decoding.md`). Results differ in rounding.
 """
 
 from __future__ import annotations
@@ -10,14 +11,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 PACKED_BYTES = 2**28
 """Weights are laid out as oneDNN wants them, beforehand and once, where the copies take no more than this."""
-_ROWS = 256
-"""Rows of a product that the layout is for."""
+_ROWS, _ROWS_OF_A_STEP = 256, 8
+"""Rows of a product that the layout is for: while tracing, and while decoding."""
+Products = Literal["torch", "onednn"]
+
+
+def use_products(kind: Products, *models: nn.Module | None) -> None:
+    """From now on, let the plain linear layers of these models compute by oneDNN, if `kind` says so.
+
+    Only in inference mode, as bpkit decodes: training, and transformers' own `generate`, compute as they always did.
+    A second copy of the weights is made, laid out as oneDNN wants them. What computes so already is left alone.
+
+    Raises:
+        ValueError: another kind, or one that serves no layer of the first model.
+    """
+    if kind == "torch":
+        return
+    if kind != "onednn":
+        raise ValueError(f"products are 'torch' or 'onednn', not {kind!r}")
+    for model in models:
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)] if model is not None else []
+        for layer in filter(_served, layers):
+            _compute(layer, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS_OF_A_STEP))
+        if model is models[0] and not any("forward" in vars(layer) for layer in layers):
+            raise ValueError(
+                f"products 'onednn' are for linear layers in float32 on an x86 CPU, and {type(model).__name__} has "
+                "none there: use 'torch'"
+            )
 
 
 @contextmanager
@@ -31,7 +58,7 @@ def quick_products(*models: nn.Module, pack: bool = False) -> Iterator[None]:
     pack &= sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
     for layer in layers:
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS) if pack else layer.weight
-        vars(layer)["forward"] = partial(_linear, layer.weight, packed, layer.bias)
+        _compute(layer, packed)
     try:
         yield
     finally:
@@ -42,6 +69,11 @@ def quick_products(*models: nn.Module, pack: bool = False) -> Iterator[None]:
 def product(values: Tensor, weight: Tensor) -> Tensor:
     """[rows, count] of [rows, width] and [count, width], which must be contiguous: else oneDNN takes ages."""
     return _by_onednn(values, weight, None) if _serves(weight) and weight.is_contiguous() else values @ weight.mT
+
+
+def _compute(layer: nn.Linear, packed: Tensor) -> None:
+    """Let a layer compute by oneDNN with its weight, which may be laid out for it."""
+    vars(layer)["forward"] = partial(_linear, layer.weight, packed, layer.bias)
 
 
 def _served(layer: nn.Linear) -> bool:

@@ -66,6 +66,7 @@ def texts(
     config=options.settings(
         {name: options.MODELS[name] for name in ("target", "config")}
         | {"max_new_tokens": options.SAMPLING["max_new_tokens"]}
+        | options.PRODUCTS
         | options.seed("Of the order of prompts and of intervals; by default 0.")
         | options.threads("Threads of torch for all; by default each contestant at its own best.")
     ),
@@ -127,6 +128,7 @@ def bench_peers(
         drafts,
         costs(cost or []),
         None if flashspec_python is None else str(flashspec_python),
+        config.runtime.products,
     )
     from bpkit.cli.models import quiet_libraries
 

@@ -72,12 +72,16 @@ PEERS = {
 }
 
 
-def plain_ones() -> list[Contestant]:
-    """Plain decoding by bpkit's loop and by transformers."""
+def plain_ones(products: str = "torch") -> list[Contestant]:
+    """Plain decoding by bpkit's loop and by transformers.
+
+    Args:
+        products: of all contestants of bpkit, as `SpeculativeDecoder` takes them.
+    """
     generate: dict[str, Any] = {"way": "transformers", "options": {}, "draft": None}
     return [
         Contestant(GENERATE, "transformers", generate, GENERATE),
-        Contestant(LOOP, "bpkit", {"policy": None}, "bpkit"),
+        Contestant(LOOP, "bpkit", {"policy": None, "products": products}, "bpkit"),
     ]
 
 
@@ -122,7 +126,7 @@ def number(text: str) -> int | float | str:
     return text
 
 
-def own(spec: str, drafts: Mapping[str, str], costs: Mapping[str, str]) -> list[Contestant]:
+def own(spec: str, drafts: Mapping[str, str], costs: Mapping[str, str], products: str = "torch") -> list[Contestant]:
     """`POLICY@DRAFTER` as typed, or POLICY with every draft model and n-grams.
 
     DRAFTER is `dflash`, `assistant`, or what `bpkit --drafter` takes. Raises ValueError (PolicyError) for others.
@@ -133,7 +137,8 @@ def own(spec: str, drafts: Mapping[str, str], costs: Mapping[str, str]) -> list[
         raise ValueError(f"--policy {spec}: give --{drafter}, the folder of a drafter for this target")
     made = []
     for kind in [drafter] if drafter else [*drafts, NGRAM]:
-        settings = {"policy": policy, "drafter": drafts.get(kind, kind), "cost": costs.get(kind)}
+        drafter = drafts.get(kind, kind)
+        settings = {"policy": policy, "drafter": drafter, "cost": costs.get(kind), "products": products}
         made.append(Contestant(f"{policy}@{kind}", "bpkit", settings, "bpkit"))
     return made
 
@@ -149,13 +154,14 @@ def line_up(
     drafts: Mapping[str, str],
     costs: Mapping[str, str],
     flashspec_python: str | None,
+    products: str = "torch",
 ) -> tuple[list[Contestant], dict[str, str]]:
     """All that take part, and why others do not.
 
     Raises:
         ValueError: something typed is unknown, or given twice.
     """
-    found, left_out = plain_ones(), {}
+    found, left_out = plain_ones(products), {}
     for spec in peers:
         made = peer(spec, drafts, flashspec_python)
         if isinstance(made, str):
@@ -163,7 +169,7 @@ def line_up(
         else:
             found.append(made)
     for spec in policies:
-        found += own(spec, drafts, costs)
+        found += own(spec, drafts, costs, products)
     names = [one.name for one in found]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"given more than once: {', '.join(sorted(repeated))}")

@@ -42,7 +42,9 @@ class Library(Protocol):
 
 
 class Bpkit:
-    """`settings`: `policy`, or None for plain decoding; `drafter`, as bpkit takes it; `cost`, a file or None."""
+    """`settings`: `policy`, or None for plain decoding; `drafter`, as bpkit takes it; `cost`, a file or None;
+    `products`, which are the same for all.
+    """
 
     def __init__(self, target: str) -> None:
         from bpkit.decode.decoder import SpeculativeDecoder
@@ -52,10 +54,13 @@ class Bpkit:
 
     def contestant(self, settings: Mapping[str, Any]) -> Decode:
         from bpkit.decode.decoder import SpeculativeDecoder
+        from bpkit.decode.products import use_products
         from bpkit.decode.resolve_drafter import resolve_drafter
         from bpkit.judge.wall_clock.decoders import plain_loop
         from bpkit.trace.cost import read_cost
 
+        products = settings["products"]
+        use_products(products, self.base.model)
         if settings["policy"] is None:
             return partial(self._decode, plain_loop(self.base))
         spec = settings["drafter"]
@@ -63,7 +68,9 @@ class Bpkit:
             self.drafters[spec] = resolve_drafter(spec, self.base.model)
         cost = read_cost(settings["cost"]) if settings["cost"] else None
         shared: dict[str, Any] = {"tokenizer": self.base.tokenizer, "capture": self.base.capture, "cost": cost}
-        decoder = SpeculativeDecoder(self.base.target, self.drafters[spec], settings["policy"], **shared)
+        decoder = SpeculativeDecoder(
+            self.base.target, self.drafters[spec], settings["policy"], products=products, **shared
+        )
         return partial(self._decode, decoder)
 
     def _decode(self, decoder: Any, ids: list[int], *, max_new_tokens: int, stream: int, trial: bool) -> Reply:
