@@ -131,7 +131,12 @@ def test_peers_and_policies_as_they_are_typed() -> None:
     assert settings["transformers-lookup"]["options"] == {"prompt_lookup_num_tokens": 10}
     assert settings["transformers-lookup:4"]["options"] == {"prompt_lookup_num_tokens": 4}
     assert settings["transformers-assisted:assistant_confidence_threshold=0.5"]["draft"] == "A"
-    assert settings["goodput@ngram"] == {"policy": "goodput", "drafter": "ngram", "cost": "costs.json"}
+    assert settings["goodput@ngram"] == {
+        "policy": "goodput",
+        "drafter": "ngram",
+        "cost": "costs.json",
+        "products": "torch",
+    }
     assert settings["fixed:3@dflash"] == {"policy": "fixed:3", "drafter": "D", "cost": None}
 
 
@@ -324,11 +329,14 @@ def test_draft_models_are_the_targets_own_unless_others_are_named(
     assert draft_models(str(shipped("target")), none) == own
     assert draft_models(str(shipped("target")), {"assistant": "./mine"}) == {"assistant": "./mine"}
     assert draft_models(str(tiny_folder / "target"), none) == {}
-    monkeypatch.setattr("bpkit.assets.known.KnownModel._places_of_drafters", lambda self: iter([tmp_path]))
+    monkeypatch.setattr(
+        "bpkit.assets.known.KnownModel._places_of_drafters", lambda self: iter([tmp_path / self.drafters])
+    )
     assert draft_models("smollm2", none) == {}
-    (tmp_path / "drafter").mkdir()
-    assert draft_models("smollm2", none) == {"dflash": str(tmp_path / "drafter")}
-    assert shown(str(tmp_path / "drafter")) == "smollm2 drafter"
+    drafter = tmp_path / "bpkit_smollm2" / "drafter"
+    drafter.mkdir(parents=True)
+    assert draft_models("smollm2", none) == {"dflash": str(drafter)}
+    assert shown(str(drafter)) == "smollm2 drafter"
     assert shown("/somewhere/else") == "else"
     monkeypatch.setenv("BPKIT_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="bpkit models fetch smollm2"):
