@@ -137,7 +137,7 @@ def test_peers_and_policies_as_they_are_typed() -> None:
         "cost": "costs.json",
         "products": "torch",
     }
-    assert settings["fixed:3@dflash"] == {"policy": "fixed:3", "drafter": "D", "cost": None}
+    assert settings["fixed:3@dflash"] == {"policy": "fixed:3", "drafter": "D", "cost": None, "products": "torch"}
 
 
 def test_what_is_missing_is_left_out_and_what_is_wrong_refused() -> None:
