@@ -171,13 +171,16 @@ def written(policy: PolicyLike) -> str:
 
     >>> written({"name": "threshold", "threshold": 0.6, "block_size": 8})
     'threshold:threshold=0.6,block_size=8'
+    >>> written({"name": "bandit", "block_sizes": [1, 2, 4]})
+    'bandit:block_sizes=1+2+4'
     """
     if isinstance(policy, Policy):
         return type(policy).__name__
     if isinstance(policy, str):
         return policy
     name, rest = str(policy.get("name", "")), {k: v for k, v in policy.items() if k != "name"}
-    return name + (":" + ",".join(f"{k}={v}" for k, v in rest.items()) if rest else "")
+    typed = {k: "+".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in rest.items()}
+    return name + (":" + ",".join(f"{k}={v}" for k, v in typed.items()) if typed else "")
 
 
 def name_of(kind: type[Policy]) -> str:
