@@ -27,7 +27,7 @@ fetch: $(VENV)/.ready  ## get the real model, once: 93 MB to download, 542 MB on
 	$(BIN)/bpkit models fetch smollm2
 
 real: fetch  ## the demo on it
-	$(BIN)/bpkit demo --target smollm2 --limit 1
+	$(BIN)/bpkit demo --target smollm2 --products auto --limit 1
 
 test: $(VENV)/.ready  ## every test, in some eight minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -72,7 +72,7 @@ class Runtime(_Section):
     """Of torch. `auto`: torch's own choice, and in the bench the best count that it finds."""
     capture: Annotated[Literal["auto", "off", "on"], BeforeValidator(_switched)] = "auto"
     """Whether passes are captured in CUDA graphs. `auto`: where there is CUDA and the models allow it."""
-    products: Literal["torch", "onednn"] = "torch"
+    products: Literal["torch", "onednn", "auto"] = "torch"
     """What multiplies matrices in linear layers in float32 on a CPU; `onednn` keeps a second copy of the weights."""
     cost: str | None = None
     """What steps cost here, for policies that weigh it: a file of `bpkit calibrate`, or a preset."""

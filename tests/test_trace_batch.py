@@ -169,6 +169,9 @@ def test_decoding_with_other_products_gives_the_same_text_and_leaves_transformer
 def test_products_that_serve_no_layer_are_refused(pair: TinyPair) -> None:
     with pytest.raises(ValueError, match="'onednn' are for linear layers in float32 on an x86 CPU"):
         use_products("onednn", copy.deepcopy(pair.target).to(torch.bfloat16))
+    use_products("auto", copy.deepcopy(pair.target).to(torch.bfloat16))  # stays as it is
+    with pytest.raises(ValueError, match="not 'mkl'"):
+        use_products("mkl", pair.target)  # type: ignore[arg-type]
 
 
 def test_quick_products_end_with_an_error() -> None:

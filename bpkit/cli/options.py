@@ -107,8 +107,8 @@ _CAPTURE = (
     "error where they do not."
 )
 _PRODUCTS = (
-    "What multiplies matrices in float32 on a CPU: `torch`, or `onednn`, which keeps a second copy of the weights and "
-    "is faster on AMD's processors."
+    "What multiplies matrices in float32 on a CPU: `torch`; `onednn`, which keeps a second copy of the weights and is "
+    "faster on AMD's processors; `auto`: oneDNN where it can."
 )
 _OBSERVE = "Tell this observer of every step, as `bpkit observers` lists them: `jsonl:path=steps.jsonl`; repeat."
 RULE = {"rule": _runtime(str, _RULE, "RULE", completes=completion.rules)}
@@ -117,7 +117,7 @@ PLACE = {
     "device": _runtime(str, "Such as `cpu` or `cuda`; by default a GPU if there is one.", "DEVICE"),
     "dtype": _runtime(str, _DTYPE, "DTYPE", completes=lambda: ["auto", "float32", "bfloat16", "float16"]),
 }
-PRODUCTS = {"products": _runtime(str, _PRODUCTS, "KIND", completes=lambda: ["torch", "onednn"])}
+PRODUCTS = {"products": _runtime(str, _PRODUCTS, "KIND", completes=lambda: ["torch", "onednn", "auto"])}
 CAPTURE = {"capture": _runtime(str, _CAPTURE, "MODE", completes=lambda: ["auto", "off", "on"])}
 
 

@@ -86,8 +86,8 @@ class SpeculativeDecoder:
         capture: whether passes are captured in CUDA graphs: `auto`, where there is CUDA and they can be; `off`; or
             `on`, which refuses a target whose passes cannot be. Without a GPU `on` does all but the capture itself,
             for tests. Or what another decoder of this target captures, its `capture`.
-        products: what multiplies matrices in linear layers in float32 on a CPU: `torch`, or `onednn`
-            (`bpkit.decode.products`), for all decoders of this target.
+        products: what multiplies matrices in linear layers in float32 on a CPU: `torch`, `onednn`
+            (`bpkit.decode.products`), or `auto`, oneDNN where it can; for all decoders of this target.
 
     Raises:
         PolicyError: unknown policy or option, or a policy that wants what this drafter cannot provide.

@@ -20,27 +20,28 @@ PACKED_BYTES = 2**28
 """Weights are laid out as oneDNN wants them, beforehand and once, where the copies take no more than this."""
 _ROWS, _ROWS_OF_A_STEP = 256, 8
 """Rows of a product that the layout is for: while tracing, and while decoding."""
-Products = Literal["torch", "onednn"]
+Products = Literal["torch", "onednn", "auto"]
 
 
 def use_products(kind: Products, *models: nn.Module | None) -> None:
     """From now on, let the plain linear layers of these models compute by oneDNN, if `kind` says so.
 
     Only in inference mode, as bpkit decodes: training, and transformers' own `generate`, compute as they always did.
-    A second copy of the weights is made, laid out as oneDNN wants them. What computes so already is left alone.
+    A second copy of the weights is made, laid out as oneDNN wants them. What computes so already is left alone. `auto`
+    is `onednn` for the layers that it serves, if any.
 
     Raises:
         ValueError: another kind, or one that serves no layer of the first model.
     """
     if kind == "torch":
         return
-    if kind != "onednn":
-        raise ValueError(f"products are 'torch' or 'onednn', not {kind!r}")
+    if kind not in ("onednn", "auto"):
+        raise ValueError(f"products are 'torch', 'onednn' or 'auto', not {kind!r}")
     for model in models:
         layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)] if model is not None else []
         for layer in filter(_served, layers):
             _compute(layer, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS_OF_A_STEP))
-        if model is models[0] and not any("forward" in vars(layer) for layer in layers):
+        if kind != "auto" and model is models[0] and not any("forward" in vars(layer) for layer in layers):
             raise ValueError(
                 f"products 'onednn' are for linear layers in float32 on an x86 CPU, and {type(model).__name__} has "
                 "none there: use 'torch'"
