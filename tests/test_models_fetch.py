@@ -393,12 +393,12 @@ def test_the_real_model_chats_losslessly(drafter: str) -> None:
         pytest.skip("`bpkit models fetch smollm2` gets what this needs")
     decoder = SpeculativeDecoder.from_pretrained("smollm2", drafter, "fixed:4", dtype=torch.float32, device="cpu")
     assert decoder.tokenizer is not None
-    message = [{"role": "user", "content": "Repeat after me: one two three one two three one two three."}]
+    message = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
     ids = decoder.tokenizer.apply_chat_template(
         message, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
-    made = decoder.generate(ids, max_new_tokens=24)
-    plain = decoder.target.generate(ids, max_new_tokens=24, do_sample=False)
+    made = decoder.generate(ids, max_new_tokens=48)
+    plain = decoder.target.generate(ids, max_new_tokens=48, do_sample=False)
     assert made.tokens.tolist() == plain[:, ids.shape[1] :].tolist()
-    assert "one two three" in str(made.text)
+    assert "def " in str(made.text)
     assert made.acceptance_length > 1

@@ -42,7 +42,7 @@ def test_every_command_is_documented_and_every_documented_line_is_one(commands: 
         ROOT / "README.md",
         *(page for folder in ("docs", "recipes", "bpkit") for page in (ROOT / folder).rglob("*.md")),
     ]
-    texts = [page.read_text(encoding="utf-8") for page in pages]
+    texts = [page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages]
     texts += [command.help for command in commands.values()]
     lines = [
         shlex.split(line) for text in texts for line in re.findall(r"bpkit --plugin recipes ([a-z][^`\n#]*)", text)
