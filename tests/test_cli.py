@@ -317,6 +317,43 @@ def test_a_chat_is_decoded_as_the_template_of_the_tokenizer_has_it(run: Run, pai
     assert asked == typed
 
 
+def test_a_template_whose_text_is_read_as_other_tokens_is_refused(pair: Path) -> None:
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    from bpkit.decode.chat import as_chat
+
+    tokenizer = AutoTokenizer.from_pretrained(pair / "target")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert as_chat(tokenizer, "a + b", "tiny") == "a + b"
+    backend = tokenizer.backend_tokenizer
+    first = backend.id_to_token(5)
+    backend.post_processor = processors.TemplateProcessing(single=f"{first} $A", special_tokens=[(first, 5)])
+    with pytest.raises(ValueError, match="tiny adds special tokens to what its chat template makes"):
+        as_chat(tokenizer, "a + b", "tiny")
+
+
+def test_a_drafter_learns_from_answers_to_messages_as_they_are_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch, pair: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lightning")
+    from transformers import AutoTokenizer
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("bpkit.learn.training.drafter.train_drafter", lambda target, out, **more: seen.update(more))
+    chatty, prompts = tmp_path / "target", tmp_path / "prompts.jsonl"
+    shutil.copytree(pair / "target", chatty)
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = "<{{ messages[0].content }}>"
+    tokenizer.save_pretrained(chatty)
+    prompts.write_text('{"prompt": "a + b", "chat": true}\n{"prompt": "a + b"}\n', encoding="utf-8")
+    arguments = ("--out", str(tmp_path / "drafter"), "--prompts", str(prompts), "--mask-token", "7")
+    result = run("train", "drafter", "--target", str(chatty), *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert seen["prompts"] == ["<a + b>", "a + b"]
+    assert seen["mask_token_id"] == 7
+
+
 def test_models_that_are_no_folders_are_announced_or_refused_offline(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ from recipes.peers.command import costs, draft_models, shown, texts
 from recipes.peers.contestants import GENERATE, GET_FLASHSPEC, LOOP, Contestant, line_up
 from recipes.peers.figures import PeerFigures, PeerRun
 from recipes.peers.measure import Progressed, Saved, Task, choose_threads, measure
-from recipes.peers.models import ids_of, whole_drafts
+from recipes.peers.models import encoded, whole_drafts
 from recipes.peers.processes import Contest
 
 IDS, NEW_TOKENS = tuple(range(5, 17)) * 2, 12
@@ -302,14 +302,17 @@ def test_a_drafter_without_embeddings_is_made_whole_for_others(tiny_folder: Path
     assert not Path(folder).exists()
 
 
-def test_messages_are_made_with_the_chat_template_once(tiny_folder: Path) -> None:
+def test_messages_are_made_with_the_chat_template_once(tiny_folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "target")
     message = Prompt("a", "maths", "1 + 1", chat=True)
-    assert tokenizer.decode(ids_of(replace(message, chat=False), tokenizer)) == "1 + 1"
-    with pytest.raises(ValueError, match="prompt a is a user's message"):
-        ids_of(message, tokenizer)
+    (plain,) = encoded(str(tiny_folder / "target"), [replace(message, chat=False)])
+    assert tokenizer.decode(plain.ids) == "1 + 1"
+    with pytest.raises(ValueError, match="has no chat template"):
+        encoded(str(tiny_folder / "target"), [message])
     tokenizer.chat_template = "<{{ messages[0]['content'] }}>{% if add_generation_prompt %}:{% endif %}"
-    assert tokenizer.decode(ids_of(message, tokenizer)) == "<1 + 1>:"
+    tokenizer.save_pretrained(tmp_path)
+    (asked,) = encoded(str(tmp_path), [message])
+    assert tokenizer.decode(asked.ids) == "<1 + 1>:"
 
 
 def test_cost_files_are_read_before_anything_is_measured() -> None:

@@ -223,7 +223,7 @@ class Recorder(BaseStreamer):
 
 def through_generate(decoder: SpeculativeDecoder, **options: Any) -> None:
     decoder.target.generate(
-        decoder._ids(PROMPT), custom_generate=decoder, do_sample=False, eos_token_id=None, **options
+        decoder.token_ids(PROMPT), custom_generate=decoder, do_sample=False, eos_token_id=None, **options
     )
 
 

@@ -104,14 +104,15 @@ def generate(
         write_texts(texts, out, config, stop, batch_size=batch_size, prefill_chunk=prefill_chunk)
         return
     text = read_prompt(prompt, file)
-    from bpkit.cli.models import as_chat, load_decoder
+    from bpkit.cli.models import in_chat, load_decoder
 
     kept = "The text until then is all that was written."
     with when_interrupted(kept), closing(load_decoder(config, observers=config.observers or ())) as decoder:
         wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS) | {"seed": config.sampling.seed}
         if stop:
             wanted["stop_strings"] = stop
-        result, seconds = stream(decoder, as_chat(decoder, text) if chat else text, **wanted)
+        ready = in_chat(decoder, [Prompt("", "", text, chat=chat)])[0].text
+        result, seconds = stream(decoder, ready, **wanted)
     if stats:
         say("")
         for line in describe(result, seconds):

@@ -81,26 +81,14 @@ def in_chat(decoder: SpeculativeDecoder, prompts: Sequence[Prompt]) -> list[Prom
     Raises:
         ValueError: there is a message, and no chat template.
     """
-    return [
-        replace(prompt, text=as_chat(decoder, prompt.text), chat=False) if prompt.chat else prompt for prompt in prompts
-    ]
-
-
-def as_chat(decoder: SpeculativeDecoder, text: str) -> str:
-    """A user's message and the beginning of the answer, as text that begins with the start token.
-
-    Raises ValueError if the tokenizer has no chat template.
-    """
     from bpkit.assets import model_name
+    from bpkit.decode.chat import as_chat
 
-    tokenizer = decoder.tokenizer
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise ValueError(
-            f"--chat: the tokenizer of {model_name(decoder.target.name_or_path)} has no chat template, like those of "
-            "base models; leave out --chat, or name a target that was trained to chat"
-        )
-    message = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+    tokenizer, target = decoder.tokenizer, model_name(decoder.target.name_or_path)
+    return [
+        replace(prompt, text=as_chat(tokenizer, prompt.text, target), chat=False) if prompt.chat else prompt
+        for prompt in prompts
+    ]
 
 
 def check_device(name: str | None) -> None:

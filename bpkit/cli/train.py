@@ -16,6 +16,7 @@ from bpkit.cli.command import Group, dressed
 from bpkit.cli.errors import checkpoint_in, require, when_interrupted
 from bpkit.installation.distribution import install_command
 from bpkit.learn.training.trainable import refuse_untrainable, trainable_entries
+from bpkit.prompts import Prompt, read_prompts
 from bpkit.registry.class_file import names_file, split_file
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION
 
@@ -101,6 +102,15 @@ def drafter(
             help="A target layer that gives features; repeat. By default three, spread out (block-diffusion).", min=0
         ),
     ] = None,
+    mask_token: Annotated[
+        int | None,
+        typer.Option(
+            help="Id of the token that stands for what is to be drafted; by default the tokenizer's mask token "
+            "(block-diffusion).",
+            metavar="ID",
+            min=0,
+        ),
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Answers of the target to train on.", min=65)] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Tokens that the target generates for each.", min=2)] = 160,
     batch_size: Annotated[int, typer.Option(help="Sequences a step on each device.", min=1)] = 8,
@@ -147,15 +157,14 @@ def drafter(
     from bpkit.learn.training.answers import DrafterRun
     from bpkit.learn.training.assistant import train_assistant
     from bpkit.learn.training.drafter import train_drafter
-    from bpkit.prompts import read_prompts
 
     quiet_libraries()
     train = (
         train_assistant
         if kind is DrafterKind.AUTOREGRESSIVE
-        else partial(train_drafter, block_size=block_size, target_layer_ids=target_layer)
+        else partial(train_drafter, block_size=block_size, target_layer_ids=target_layer, mask_token_id=mask_token)
     )
-    texts = [prompt.text for prompt in read_prompts(prompts)] if prompts is not None else []
+    texts = texts_for(target, read_prompts(prompts)) if prompts is not None else []
     with when_interrupted(checkpoint_in(out)):
         how = DrafterRun(
             layers=layers,
@@ -168,3 +177,20 @@ def drafter(
         )
         train(target, out, prompts=texts, run=how)
     outputs.say_written(out, f"bpkit bench --target {target} --drafter {out}")
+
+
+def texts_for(target: str, prompts: Sequence[Prompt]) -> list[str]:
+    """What the target is to answer: users' messages by the chat template of its tokenizer, other texts as they are.
+
+    Raises:
+        ValueError: there is a message, and no chat template.
+    """
+    if not any(prompt.chat for prompt in prompts):
+        return [prompt.text for prompt in prompts]
+    from transformers import AutoTokenizer
+
+    from bpkit.assets import model_path
+    from bpkit.decode.chat import as_chat
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path(target))
+    return [as_chat(tokenizer, prompt.text, target) if prompt.chat else prompt.text for prompt in prompts]

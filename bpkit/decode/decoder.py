@@ -27,6 +27,7 @@ from bpkit.decode.admission import Admission
 from bpkit.decode.attention import use_grouped_attention
 from bpkit.decode.caller_batch import CallerBatch, sequences
 from bpkit.decode.capture import Capture, Mode
+from bpkit.decode.chat import token_ids
 from bpkit.decode.clock import Clock, GuardedClock, WallClock
 from bpkit.decode.drafter import Drafter
 from bpkit.decode.loop import decode
@@ -346,7 +347,7 @@ class SpeculativeDecoder:
             if temperature > 0:
                 options["temperature"] = float(temperature)
         if isinstance(prompt, str):
-            ids = self._ids(prompt)
+            ids = self.token_ids(prompt)
             if "attention_mask" in inspect.signature(self.model.forward).parameters:
                 options.setdefault("attention_mask", torch.ones_like(ids))  # else it is guessed from pad tokens
         else:
@@ -558,12 +559,9 @@ class SpeculativeDecoder:
             raise ValueError(f"max_block_size {given} is not within 1 .. {most}, what drafter {self.drafter.name} can")
         return given or most
 
-    def _ids(self, prompt: str) -> Tensor:
-        """Token ids of a text. What a chat template made begins with a start token of its own, and gets no other."""
-        tokenizer = self._tokenizer()
-        start = tokenizer.bos_token
-        templated = bool(start) and prompt.startswith(start)
-        return cast("Tensor", tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated)["input_ids"])
+    def token_ids(self, text: str) -> Tensor:
+        """Token ids of a text as this decoder reads it, int64 [1, length]. Raises ValueError without a tokenizer."""
+        return token_ids(self._tokenizer(), text)
 
     def _tokenizer(self, what: str = "this") -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig
 
+from bpkit.decode.chat import as_chat, token_ids
 from bpkit.decode.pretrained import load_causal_lm
 from bpkit.draft.own_layers import FLAG, load_own_layers
 from bpkit.prompts import Prompt
@@ -19,23 +20,11 @@ from recipes.peers.measure import Task
 def encoded(target: str, prompts: Sequence[Prompt]) -> list[Task]:
     """Token ids: users' messages by the chat template of the target, other texts as they stand."""
     tokenizer = AutoTokenizer.from_pretrained(target)
+    texts = [as_chat(tokenizer, one.text, target) if one.chat else one.text for one in prompts]
     return [
-        Task(prompt.id, prompt.domain, tuple(ids_of(prompt, tokenizer)), stream)
-        for stream, prompt in enumerate(prompts)
+        Task(one.id, one.domain, tuple(token_ids(tokenizer, text)[0].tolist()), stream)
+        for stream, (one, text) in enumerate(zip(prompts, texts, strict=True))
     ]
-
-
-def ids_of(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of one prompt. Raises ValueError for a message where there is no chat template."""
-    text = prompt.text
-    if prompt.chat:
-        if tokenizer.chat_template is None:
-            raise ValueError(f"prompt {prompt.id} is a user's message, and this target has no chat template")
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    templated = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(text, add_special_tokens=not (templated or prompt.chat))["input_ids"]
-    return ids
 
 
 @contextmanager

@@ -133,7 +133,8 @@ def encoded(decoder: SpeculativeDecoder, prompts: Sequence[Prompt], seed: int) -
     """Prompts ready to run, shuffled: a policy that learns must not meet one domain after the other."""
     device = decoder.target.device
     tasks = [
-        EncodedPrompt(prompt, decoder._ids(prompt.text).to(device), stream_id=i) for i, prompt in enumerate(prompts)
+        EncodedPrompt(prompt, decoder.token_ids(prompt.text).to(device), stream_id=i)
+        for i, prompt in enumerate(prompts)
     ]
     random.Random(seed).shuffle(tasks)
     return tasks
