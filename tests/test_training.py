@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -19,11 +20,13 @@ from transformers import AutoModelForCausalLM
 from bpkit import SpeculativeDecoder
 from bpkit.assets import prompts
 from bpkit.draft.dflash_model import block_attention_mask
+from bpkit.draft.own_layers import leave_out_embeddings, load_own_layers, own_weights
 from bpkit.learn.training.answers import DrafterRun, target_answers
 from bpkit.learn.training.assistant import DistillationLoss, first_layers, train_assistant
 from bpkit.learn.training.drafter import position_weights, train_drafter
 from bpkit.learn.training.model import ModelRun, learning_rate_factor
 from bpkit.learn.training.provenance import write_provenance
+from bpkit.testing import TinyPair
 from bpkit.types import AUTOREGRESSIVE
 from recipes.pair import structured
 from recipes.pair.corpus import maths_documents, training_documents, training_prompts
@@ -201,6 +204,32 @@ def test_without_a_mask_token_it_is_said_how_to_name_one(monkeypatch: pytest.Mon
     monkeypatch.setattr("bpkit.learn.training.drafter.load_target", lambda path, run: (tokenizer, None))
     with pytest.raises(ValueError, match=r"tokenizer of some/model has no mask token: .* --mask-token"):
         train_drafter("some/model", tmp_path, prompts=[], run=ANSWERS)
+
+
+@pytest.mark.slow
+def test_a_drafter_with_an_embedding_of_its_own_keeps_it(trained: Path, tmp_path: Path) -> None:
+    decoder = SpeculativeDecoder.from_pretrained(trained / "target", str(trained / "assistant"))
+    whole = copy.deepcopy(decoder.drafter.model)  # type: ignore[attr-defined]
+    whole.config.target_embeddings = False
+    whole.get_input_embeddings().weight.data.mul_(2)
+    whole.save_pretrained(tmp_path / "whole")
+    again = replace(ANSWERS, answers=trained / "drafter" / "outputs.safetensors", max_steps=1, rate=0.0)
+    run = replace(again, start_from=tmp_path / "whole")
+    train_assistant(str(trained / "target"), tmp_path / "again", prompts=[], run=run)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].bfloat16(), after[key]) for key in before)
+
+
+def test_a_drafter_of_another_target_is_refused(pair: TinyPair, tmp_path: Path) -> None:
+    model = first_layers(pair.target, 1)
+    leave_out_embeddings(model)
+    model.save_pretrained(tmp_path, state_dict=own_weights(model))
+    assert load_own_layers(str(tmp_path), pair.target).get_input_embeddings() is pair.target.get_input_embeddings()
+    other = copy.deepcopy(pair.target)
+    other.resize_token_embeddings(other.config.vocab_size + 8)
+    with pytest.raises(ValueError, match="shares the embedding of its target"):
+        load_own_layers(str(tmp_path), other)
 
 
 @pytest.mark.slow

@@ -21,6 +21,11 @@ def leave_out_embeddings(model: PreTrainedModel) -> None:
         part.requires_grad_(False)
 
 
+def shares_embeddings(model: PreTrainedModel) -> bool:
+    """Whether its configuration says that embedding and head are the target's."""
+    return bool(getattr(model.config, FLAG, False))
+
+
 def own_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights to save: all, or of a drafter that leaves out its embeddings the others."""
     left_out = _left_out(model)
@@ -34,7 +39,7 @@ def load_own_layers(path: str, target: PreTrainedModel) -> PreTrainedModel:
         ValueError: as `load_causal_lm`, or the target's embedding has another size.
     """
     model = load_causal_lm(path, may_lack=_left_out, dtype=target.dtype)
-    if getattr(model.config, FLAG, False):
+    if shares_embeddings(model):
         ours, theirs = model.get_input_embeddings(), target.get_input_embeddings()
         if ours.weight.shape != theirs.weight.shape:
             raise ValueError(
@@ -48,7 +53,7 @@ def load_own_layers(path: str, target: PreTrainedModel) -> PreTrainedModel:
 
 def _left_out(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the weights of embedding and head, if the model's configuration says that they are the target's."""
-    if not getattr(model.config, FLAG, False):
+    if not shares_embeddings(model):
         return ()
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
     return tuple(f"{name}.weight" for name, module in model.named_modules() if any(module is part for part in parts))

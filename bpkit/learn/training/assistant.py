@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from bpkit.draft.autoregressive import AutoregressiveDrafter
-from bpkit.draft.own_layers import leave_out_embeddings
+from bpkit.draft.own_layers import leave_out_embeddings, shares_embeddings
 from bpkit.learn.training.answers import DrafterRun, learned_from, load_target, target_answers
 from bpkit.learn.training.model import autocast, train_model
 
@@ -70,14 +70,16 @@ def first_layers(target: PreTrainedModel, layers: int) -> PreTrainedModel:
 def train_assistant(target_path: str, out: Path, *, prompts: list[str], run: DrafterRun) -> None:
     """Let the target answer prompts, train an autoregressive drafter on the answers and write it to the folder `out`.
 
-    Embedding and head stay the target's, so they are neither trained nor written (`bpkit.draft.own_layers`).
+    Embedding and head stay the target's, so they are neither trained nor written (`bpkit.draft.own_layers`), unless it
+    goes on from a drafter that has its own.
 
     Raises:
         ValueError: the target cannot be cut (`first_layers`), or there is a drafter to start from that does not fit.
     """
     tokenizer, target = load_target(target_path, run)
     drafter = first_layers(target, run.layers) if run.start_from is None else _earlier(run.start_from, target)
-    leave_out_embeddings(drafter)
+    if run.start_from is None or shares_embeddings(drafter):
+        leave_out_embeddings(drafter)
     answers = target_answers(target, tokenizer, prompts, out, run)
     loss, texts = DistillationLoss(drafter, target), learned_from(prompts, run)
     layers = drafter.config.get_text_config().num_hidden_layers
