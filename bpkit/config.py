@@ -86,8 +86,8 @@ class Config(_Section):
 
     target: str | None = None
     """Folder or Hub name; a relative folder is relative to where the command runs."""
-    drafter: str | dict[str, Any] | None = None
-    """As `target`, or a registered name with options."""
+    drafter: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
+    """As `target`, or a registered name with options; or several, the sources that a policy chooses among."""
     policy: str | dict[str, Any] | None = None
     """`name`, `name:value`, `name:key=value,...`, or a mapping with `name` and options."""
     observers: list[str | dict[str, Any]] | None = None

@@ -7,11 +7,12 @@ Every tensor carries a leading batch axis: row *i* is request *i*. Terms (one me
 - *draft_length*: proposed tokens, `block_size - 1` or fewer.
 - *num_accepted*: 0 .. draft_length, without the last token of the step.
 - *acceptance_length*: `num_accepted + 1`, the tokens that a step yields.
+- *source*: where a draft comes from, one of the decoder's drafters, by its place among them, from 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -47,6 +48,14 @@ class Feature(StrEnum):
     """Entropy of the drafter's distribution at each position, in nats: float32 [batch, draft_length]."""
     DRAFT_HIDDEN = "draft_hidden"
     """The drafter's last hidden state at each position: float [batch, draft_length, drafter hidden]."""
+    SOURCE_OFFER = "source_offer"
+    """Tokens that each source would draft now: int64 [batch, sources]. Sources that cost nothing have looked; of others
+    it is the most that they can draft. Given to `begin` and `select`."""
+    SOURCE_MATCH = "source_match"
+    """Tokens of the match that a store's offer comes from, 0 if there is none: int64 [batch, sources]."""
+    SOURCE_SUCCESS = "source_success"
+    """Share of a source's drafted tokens that stood lately, of those that were verified: float64 [batch, sources]. A
+    moving average over its steps in this request, each with weight 0.2, from 0.5 on."""
 
 
 OF_THE_DRAFTED_TOKEN = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY})
@@ -58,13 +67,19 @@ OF_THE_DISTRIBUTION = frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROP
 OF_THE_DRAFT = OF_THE_DRAFTED_TOKEN | OF_THE_DISTRIBUTION | {Feature.DRAFT_HIDDEN}
 """Features of drafted tokens, which only `truncate` and `extend` are given."""
 
-OF_THE_TARGET = frozenset(Feature) - OF_THE_DRAFT - {Feature.TARGET_FEATURES}
+OF_THE_SOURCES = frozenset({Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SUCCESS})
+"""What is known of each source before a draft, in every decoder, of one source or of several."""
+
+OF_THE_TARGET = frozenset(Feature) - OF_THE_DRAFT - OF_THE_SOURCES - {Feature.TARGET_FEATURES}
 """Features that every target provides. `target_features` are there with drafters that have feature layers."""
 
 OF_PREFILL = frozenset({Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS})
 """Features that only `begin` is given."""
 
-ON_THE_HOST = OF_THE_DRAFTED_TOKEN | OF_THE_DISTRIBUTION | {Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY}
+OF_THE_ANCHOR = frozenset({Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY})
+"""Features of the token that was decided last and of its distribution."""
+
+ON_THE_HOST = OF_THE_DRAFTED_TOKEN | OF_THE_DISTRIBUTION | OF_THE_ANCHOR | OF_THE_SOURCES
 """Features that are a number for each token. Methods that decide get them on the host, where counts are too; vectors
 (hidden states, embeddings, logits) stay on the decoder's device, for `Policy.predict`."""
 
@@ -94,6 +109,11 @@ class DraftWork:
         return self.reads != "nothing"
 
     @property
+    def free(self) -> bool:
+        """Whether its drafts cost next to nothing, so that it is asked what it has before a policy selects."""
+        return self.reads == "nothing" and self.passes == "none"
+
+    @property
     def may_end_early(self) -> bool:
         """Whether a policy's `extend` is asked after each token."""
         return self.passes == "each"
@@ -112,9 +132,13 @@ class DraftWork:
             return 2 if num_accepted == draft_length else 1
         return 0
 
-    def after_no_draft(self, waiting: int) -> int:
-        """Positions that wait after a step at block size 1, before which `waiting` did."""
-        return waiting + 1 if self.waits else 0
+    def after_no_draft(self, waiting: int, yielded: int = 1) -> int:
+        """Positions that wait after a step in which this drafter did not draft, before which `waiting` did.
+
+        Args:
+            yielded: tokens of the step: 1 at block size 1, perhaps more where another source drafted.
+        """
+        return waiting + yielded if self.waits else 0
 
 
 _WORK = {
@@ -158,8 +182,27 @@ def _lookup(features: Mapping[Feature, Tensor], name: Feature | str) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """What a policy learns about one source of drafts.
+
+    Attributes:
+        drafter: name or path. kind: its label.
+        trained_block_size, max_block_size, work: as in `DecoderSpec`.
+    """
+
+    drafter: str
+    kind: str
+    trained_block_size: int
+    max_block_size: int
+    work: DraftWork
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """What a policy learns about the decoder in `bind`.
+
+    Where there are several sources of drafts, what is said of *the* drafter is said of the first, source 0, which is
+    where drafts of policies come from that name no source.
 
     Attributes:
         target: name or path, for messages and compatibility checks.
@@ -173,6 +216,7 @@ class DecoderSpec:
         device: of the decoder, as torch writes it; networks of a policy belong there.
         stateful: whether the target has recurrent states, so that it reads accepted tokens again after a rejection.
         work: what the drafter does for a draft; needed for kinds that are not built in.
+        others: further sources of drafts, in their order, from source 1 on.
 
     Raises:
         ValueError: `work` was left out and the kind is not built in.
@@ -189,10 +233,28 @@ class DecoderSpec:
     device: str = "cpu"
     stateful: bool = False
     work: DraftWork = _OF_THE_KIND
+    others: tuple[SourceSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if self.work is _OF_THE_KIND:
             object.__setattr__(self, "work", work_of(self.drafter_kind))
+
+    @property
+    def sources(self) -> tuple[SourceSpec, ...]:
+        """All sources of drafts."""
+        first = (self.drafter, self.drafter_kind, self.trained_block_size, self.max_block_size, self.work)
+        return (SourceSpec(*first), *self.others)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceWork:
+    """What one source did in a step; as in `Work`."""
+
+    source: int
+    draft_size: int
+    waiting: int
+    drafted: int
+    features: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +273,8 @@ class Work:
         rows: that ran.
         drafted: draft sizes of all rows together, without padding.
         verified: positions that the target verified of all rows together, without padding.
+        source: that drafted; where several did in one step, the first of them. What is said of the draft is of its own.
+        others: of the other sources that drafted in this step, for other rows.
     """
 
     draft_size: int
@@ -222,11 +286,21 @@ class Work:
     rows: int = 1
     drafted: int = 0
     verified: int = 0
+    source: int = 0
+    others: tuple[SourceWork, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rows == 1:
             object.__setattr__(self, "drafted", self.draft_size)
             object.__setattr__(self, "verified", self.verify_width)
+
+    @property
+    def drafts(self) -> tuple[SourceWork, ...]:
+        """Of each source that drafted."""
+        if not self.draft_size:
+            return ()
+        own = SourceWork(self.source, self.draft_size, self.waiting, self.drafted, self.features)
+        return (own, *self.others)
 
 
 PHASES = ("draft", "catch_up", "features", "verify", "rest")
@@ -244,6 +318,23 @@ class CostModel(Protocol):
         goes by verified positions, anchor included; `rest` is all else in a step, its size is 1.
         """
         ...
+
+
+def of_source(cost: CostModel, source: int) -> CostModel:
+    """What steps cost whose drafts come from a source: the model itself for source 0, else what its `of_source` gives.
+
+    Raises:
+        ValueError: the cost model prices one source only; or it has no figures for this one.
+    """
+    if source == 0:
+        return cost
+    other: Callable[[int], CostModel] | None = getattr(cost, "of_source", None)
+    if other is None:
+        raise ValueError(
+            f"cost model {type(cost).__name__} prices drafts of source 0 only, and source {source} was asked for: give "
+            "it a method of_source(source), or measure it with `bpkit calibrate` and the same drafters"
+        )
+    return other(source)
 
 
 class BatchCostModel(CostModel, Protocol):
@@ -303,6 +394,19 @@ class Context:
         return _lookup(self.features, name)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `select` may return where there are several sources.
+
+    Attributes:
+        block_size: of the next draft, anchor included, int64 [batch]; 1 is no draft.
+        source: that drafts, int64 [batch].
+    """
+
+    block_size: Tensor
+    source: Tensor
+
+
 @dataclass(slots=True)
 class Draft:
     """What the drafter proposed. Counts are on the host; see `ON_THE_HOST` for where features are.
@@ -315,7 +419,8 @@ class Draft:
             drafters that have no distribution. For the runtime.
         predictions: what `Policy.predict` made of the features, each [batch, width, ...], on the host; None where it
             was not asked.
-        read: decided positions that the drafter read before it drafted, for the runtime.
+        read: decided positions that sources read before they drafted, by source, for the runtime.
+        source: that was asked, int64 [batch]; by default source 0. Features that a row's source does not have are NaN.
     """
 
     context: Context
@@ -325,7 +430,12 @@ class Draft:
     logits: Tensor | None = None
     features: Mapping[Feature, Tensor] = field(default_factory=dict)
     predictions: Mapping[str, Tensor] | None = None
-    read: int = 0
+    read: Mapping[int, int] = field(default_factory=dict)
+    source: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.source is None:
+            self.source = self.block_size * 0
 
     def full(self, value: int) -> Tensor:
         """`value` for every row: int64 [batch]."""
@@ -410,6 +520,7 @@ class Step:
         near_ties: of each row, yielded positions whose top-2 gap was below tolerance.
         row_ids: as in `Context`.
         stopped: whether each row ended.
+        source: that drafted, int64 [batch]; 0 at block size 1. By default source 0.
     """
 
     block_size: Tensor
@@ -423,6 +534,11 @@ class Step:
     near_ties: tuple[int, ...] = ()
     row_ids: tuple[int, ...] = ()
     stopped: tuple[bool, ...] = ()
+    source: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.source is None:
+            object.__setattr__(self, "source", self.block_size * 0)
 
     def clone(self) -> Step:
         """A copy with tensors of its own."""
@@ -452,7 +568,7 @@ class Step:
         return self.num_accepted + 1
 
 
-_COUNTS = ("block_size", "draft_length", "verify_length", "num_accepted", "position")
+_COUNTS = ("block_size", "draft_length", "verify_length", "num_accepted", "position", "source")
 
 Record = Prefill | Step
 

@@ -13,7 +13,7 @@ from typer.testing import Result
 from bpkit import assets
 from bpkit.learn.training.provenance import fingerprint
 from bpkit.prompts import read_prompts
-from recipes.pair.policy_prompts import Sources, beginning, code_folder, draw_prompts
+from recipes.pair.policy_prompts import PromptSources, beginning, code_folder, draw_prompts
 
 Recipe = Callable[..., Result]
 DEFINITION = '''def function_{n}(items, limit={n}):
@@ -42,8 +42,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def all_of(sources: Path, records: int = 40) -> Sources:
-    return Sources(sources / "maths.jsonl", str(sources / "package"), records, records_seed=5)
+def all_of(sources: Path, records: int = 40) -> PromptSources:
+    return PromptSources(sources / "maths.jsonl", str(sources / "package"), records, records_seed=5)
 
 
 def test_the_domains_take_turns_and_prompts_are_beginnings(sources: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_same_arguments_give_the_same_prompts_and_always_did(sources: Path) 
 
 def test_repeats_are_replaced_and_nothing_else_changes(sources: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (sources / "maths.jsonl").read_text(encoding="utf-8").splitlines()]
-    usual = draw_prompts(Sources(sources / "maths.jsonl"), count=20, seed=0)
+    usual = draw_prompts(PromptSources(sources / "maths.jsonl"), count=20, seed=0)
     assert (usual.repeats, usual.shipped) == (0, 0)
     places = [int(p.text.split()[3]) for p in usual.prompts]
     rows[places[7]]["question"] = f"What  is {places[2]} plus {places[2]}?"  # begins like one that was drawn before it
@@ -85,7 +85,7 @@ def test_repeats_are_replaced_and_nothing_else_changes(sources: Path, tmp_path: 
         assets.prompts("maths")[4]["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
     )
     (tmp_path / "maths.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    drawn = draw_prompts(Sources(tmp_path / "maths.jsonl"), count=20, seed=0)
+    drawn = draw_prompts(PromptSources(tmp_path / "maths.jsonl"), count=20, seed=0)
     assert (drawn.repeats, drawn.shipped) == (1, 1)
     changed = [place for place in range(20) if drawn.prompts[place] != usual.prompts[place]]
     assert changed == [7, 9]
@@ -99,17 +99,17 @@ def test_no_prompt_begins_like_a_shipped_one(tmp_path: Path) -> None:
     rows = "\n".join(json.dumps({"question": question, "answer": ""}) for question in questions[:120])
     (tmp_path / "maths.jsonl").write_text(rows, encoding="utf-8")
     with pytest.raises(ValueError, match="maths: 0 different prompts are there, 1 are wanted"):
-        draw_prompts(Sources(tmp_path / "maths.jsonl"), count=1, seed=0)
+        draw_prompts(PromptSources(tmp_path / "maths.jsonl"), count=1, seed=0)
     whole = [
         p["prompt"] for p in assets.prompts("code") if p["prompt"].count("\ndef ") == p["prompt"].count("\n@") == 0
     ]
     code = [f"{text}        pass\n{'#' * 400}\n" for text in whole if text.startswith("def ") and len(text) > 80]
     assert len(code) > 10
     (tmp_path / "code.py").write_text("\n".join([*code, DEFINITION.format(n=0)]), encoding="utf-8")
-    drawn = draw_prompts(Sources(code=str(tmp_path)), count=1, seed=0)
+    drawn = draw_prompts(PromptSources(code=str(tmp_path)), count=1, seed=0)
     assert drawn.shipped == 1
     assert drawn.prompts[0].text.startswith("def function_0")
-    assert not known & {beginning(p.text) for p in draw_prompts(Sources(records=300), count=300, seed=0).prompts}
+    assert not known & {beginning(p.text) for p in draw_prompts(PromptSources(records=300), count=300, seed=0).prompts}
 
 
 def test_files_parts_and_provenance(recipe: Recipe, sources: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from bpkit.cli.terminal import say
 from bpkit.config import Config
 from bpkit.prompts import Prompt
 from bpkit.registry.discovery import registry
-from bpkit.registry.resolve import parse_spec
+from bpkit.registry.resolve import each_drafter, parse_spec
 
 if TYPE_CHECKING:
     from bpkit.decode.decoder import SpeculativeDecoder
@@ -40,7 +40,7 @@ def load_decoder(
     check_policy_name(chosen)  # takes no time, while torch takes seconds
     if config.target is not None:
         model_path(config.target)
-    for name in (config.target, config.drafter):
+    for name in (config.target, *each_drafter(config.drafter)):
         if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).is_dir():  # no Hub name either
             raise FileNotFoundError(f"there is no folder {name!r}; name the folder of a model, or a model on the Hub")
     quiet_libraries()
@@ -146,13 +146,13 @@ def models_on_the_hub(config: Config) -> Iterator[tuple[str, str]]:
     """Flag and name of target and drafter, where they are no folders, no known models and no names of plug-ins."""
     if config.target is not None and config.target not in KNOWN and not Path(config.target).is_dir():
         yield "--target", config.target
-    drafter = config.drafter
-    if isinstance(drafter, str) and not Path(drafter).is_dir():
-        spec = parse_spec(drafter)
-        drafter = spec if spec["name"] in registry().drafters else {"path": drafter}
-    path = drafter.get("path") if isinstance(drafter, dict) else None
-    if isinstance(path, str) and path and path not in KNOWN and not Path(path).is_dir():
-        yield "--drafter", path
+    for drafter in each_drafter(config.drafter):
+        if isinstance(drafter, str) and not Path(drafter).is_dir():
+            spec = parse_spec(drafter)
+            drafter = spec if spec["name"] in registry().drafters else {"path": drafter}
+        path = drafter.get("path") if isinstance(drafter, dict) else None
+        if isinstance(path, str) and path and path not in KNOWN and not Path(path).is_dir():
+            yield "--drafter", path
 
 
 def _in_the_cache(name: str) -> bool:

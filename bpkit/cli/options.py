@@ -82,7 +82,8 @@ MODELS = {
     ),
     "drafter": _model(
         str,
-        "Folder or Hub name of a drafter for that target, or a name from `bpkit drafters`, such as `ngram`.",
+        "Folder or Hub name of a drafter for that target, or a name from `bpkit drafters`, such as `ngram`; or several "
+        "such names with `+` between them, for policies that choose among sources of drafts.",
         "DRAFTER",
         completes=completion.drafters,
     ),

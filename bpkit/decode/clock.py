@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from bpkit.decode.reread import commits
-from bpkit.types import CostModel, Seconds, Work
+from bpkit.types import CostModel, Seconds, Work, of_source
 
 
 class Clock(Protocol):
@@ -133,10 +133,11 @@ def price(cost: CostModel, work: Work) -> Seconds:
     """
     seconds, rows, at = _asked(cost, work.rows), work.rows, work.context_length
     draft = 0.0
-    if work.draft_size > 1:
-        draft = seconds("draft", work.draft_size, at, work.drafted) + seconds("catch_up", work.waiting, at, 0)
-        if work.features:
-            draft += seconds("features", work.draft_size, at, work.drafted)
+    for made in work.drafts:
+        priced = seconds if made.source == 0 else _asked(of_source(cost, made.source), rows)
+        draft += priced("draft", made.draft_size, at, made.drafted) + priced("catch_up", made.waiting, at, 0)
+        if made.features:
+            draft += priced("features", made.draft_size, at, made.drafted)
     width, reread = work.verify_width, work.reread
     if commits(reread, width):
         passes = [(reread, rows * reread), (width, work.verified)]

@@ -42,11 +42,12 @@ from bpkit.decode.refuse import (
     refuse_what_we_cannot_do,
 )
 from bpkit.decode.request import Request
-from bpkit.decode.resolve_drafter import resolve_drafter
+from bpkit.decode.resolve_drafter import resolve_drafters
 from bpkit.decode.result import Generation, Piece, Run, RunMany, Running
 from bpkit.decode.rows import Rows, Shared
 from bpkit.decode.sampling import Samplers
 from bpkit.decode.serving import session_class
+from bpkit.decode.sources import SourceSessions, source_spec, sources_of
 from bpkit.decode.streaming import TextPieces
 from bpkit.decode.text import RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
@@ -56,12 +57,12 @@ from bpkit.prompts import BATCH_SIZE
 from bpkit.registry.resolve import PolicyLike, written
 from bpkit.types import (
     OF_THE_DRAFTED_TOKEN,
+    OF_THE_SOURCES,
     OF_THE_TARGET,
     CostModel,
     DecoderSpec,
-    DraftWork,
     Feature,
-    work_of,
+    SourceSpec,
 )
 
 PromptLike = str | Tensor | Mapping[str, Any]
@@ -72,7 +73,8 @@ class SpeculativeDecoder:
 
     Args:
         target: a causal language model of transformers.
-        drafter: bound to this target, or what `resolve_drafter` takes.
+        drafter: bound to this target, or what `resolve_drafter` takes; or a list of these, the sources of drafts that a
+            policy chooses among. Text names several with `+` between them: `block-diffusion+ngram`.
         policy: an instance, or what `bpkit.resolve_policy` takes.
         tokenizer: needed for text in and out and for stop strings.
         rule: `coupled` (the text never depends on drafter and policy) or `rejection` (Leviathan et al. 2023).
@@ -98,7 +100,7 @@ class SpeculativeDecoder:
     def __init__(
         self,
         target: PreTrainedModel,
-        drafter: Drafter | str | dict[str, Any],
+        drafter: DrafterLike,
         policy: PolicyLike = "fixed",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -116,26 +118,28 @@ class SpeculativeDecoder:
             raise ValueError(f"there is no verify rule {rule!r}; the rules are: {', '.join(RULES)}")
         self.target, self.model = target.eval(), inside(target)
         refuse_virtual_tokens(target)
-        self.drafter = resolve_drafter(drafter, self.model) if isinstance(drafter, (str, dict)) else drafter
-        use_products(products, self.model, getattr(self.drafter, "model", None))
+        self.drafter: Drafter = resolve_drafters(drafter, self.model)
+        use_products(products, self.model, *(getattr(source, "model", None) for source in sources_of(self.drafter)))
         self.products = products
         self.tokenizer, self.rule, self.streamer, self.strict = tokenizer, rule, streamer, strict
+        self._max_block_size = max_block_size
         self.clock = clock or WallClock(input_device(self.model))
         self.cost: CostModel | None = cost or getattr(self.clock, "cost", None)
         config = self.model.config.get_text_config()
-        largest = self._largest(max_block_size)
+        first, *others = self._sources(max_block_size)
         self.spec = DecoderSpec(
             target=model_name(str(self.model.name_or_path or type(self.model).__name__)),
-            drafter=model_name(self.drafter.name),
-            drafter_kind=self.drafter.kind,
-            trained_block_size=min(self.drafter.trained_block_size, largest),
-            max_block_size=largest,
+            drafter=first.drafter,
+            drafter_kind=first.kind,
+            trained_block_size=first.trained_block_size,
+            max_block_size=first.max_block_size,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             verify_rule=rule,
             device=str(input_device(self.model)),
             stateful=session_class(self.model).stateful,
-            work=self._drafter_work(),
+            work=first.work,
+            others=tuple(others),
         )
         serves = session_class(self.model)
         self.capture = capture if isinstance(capture, Capture) else Capture(capture, target, self.model, serves)
@@ -149,7 +153,7 @@ class SpeculativeDecoder:
     def from_pretrained(
         cls,
         target: str | Path | None = None,
-        drafter: str | Path | dict[str, Any] | None = None,
+        drafter: str | Path | DrafterLike | None = None,
         policy: PolicyLike = "fixed",
         *,
         dtype: torch.dtype | str | None = None,
@@ -161,8 +165,8 @@ class SpeculativeDecoder:
 
         Args:
             target: folder, Hub name, or a name of `bpkit models`, whose own drafter is the default then.
-            drafter: folder or Hub name of a DFlash drafter or a causal language model, `ngram`, or a mapping with
-                `name` and options.
+            drafter: folder or Hub name of a DFlash drafter or a causal language model, `ngram`, a mapping with
+                `name` and options, or a list of these.
             dtype: by default float32 on a CPU and the checkpoint's own on a GPU.
             device: by default a GPU if there is one. Quantised targets stay where they were loaded.
             device_map: of transformers' `from_pretrained`, instead of `device`: which parts go to which device.
@@ -202,7 +206,7 @@ class SpeculativeDecoder:
             streamer=self.streamer,
             clock=self.clock,
             strict=self.strict,
-            max_block_size=self.spec.max_block_size if drafter is None else None,
+            max_block_size=self._max_block_size if drafter is None else None,
             cost=self.cost if drafter is None else None,
             observers=self.observers,
             capture=self.capture,
@@ -440,22 +444,23 @@ class SpeculativeDecoder:
 
     def _rows(self, shared: Shared, requests: list[Request], slots: int) -> Rows:
         """Sessions for requests that begin together."""
-        if self.rule == "rejection" and self.spec.work.passes != "one":
+        if self.rule == "rejection" and any(source.work.passes != "one" for source in self.spec.sources):
             # What such drafters know of a position depends on the tokens drafted before it; see GuardedPolicy.
             shared.policy.stepwise |= any(request.seed is not None for request in requests)
         text = RunningText([request.text for request in requests], slots=slots)
         session = session_class(self.model)(
             self.model,
             rows=len(requests),
-            capacity=text.max_length + self.spec.max_block_size,
+            capacity=text.max_length + max(source.max_block_size for source in self.spec.sources),
             slots=slots,
             feature_layers=self.drafter.feature_layers,
             keep_hidden=bool(shared.wants & {Feature.PREFILL_HIDDEN, Feature.LAST_HIDDEN}),
         )
         session.wrapper = self.target if self.target is not self.model else None
         session.inputs = [request.inputs for request in requests]
-        drafting = self.drafter.begin(text)
-        self.capture.attach(session, self.drafter, drafting)
+        drafting = SourceSessions.begun(self.drafter, self.spec.sources, text)
+        for source, drafts in zip(sources_of(self.drafter), drafting.sessions, strict=True):
+            self.capture.attach(session, source, drafts)
         return Rows(
             requests,
             text,
@@ -508,7 +513,7 @@ class SpeculativeDecoder:
             policy=self.policy_name,
             policy_repr=repr(self.policy),
             target=self.spec.target,
-            drafter=self.spec.drafter,
+            drafter=" + ".join(source.drafter for source in self.spec.sources),
             drafter_kind=self.spec.drafter_kind,
             trained_block_size=self.spec.trained_block_size,
             max_block_size=self.spec.max_block_size,
@@ -547,17 +552,15 @@ class SpeculativeDecoder:
 
     def _offered(self) -> frozenset[Feature]:
         layered = {Feature.TARGET_FEATURES} if self.drafter.feature_layers else set()
-        return OF_THE_TARGET | layered | self.drafter.provides
+        return OF_THE_TARGET | OF_THE_SOURCES | layered | self.drafter.provides
 
-    def _drafter_work(self) -> DraftWork:
-        work = getattr(self.drafter, "work", None)
-        return work if isinstance(work, DraftWork) else work_of(self.drafter.kind)
-
-    def _largest(self, given: int | None) -> int:
-        most = self.drafter.max_block_size
+    def _sources(self, given: int | None) -> list[SourceSpec]:
+        """What policies learn of each source, whose block sizes are limited to the one that was given."""
+        sources = sources_of(self.drafter)
+        most = max(source.max_block_size for source in sources)
         if given is not None and not 1 <= given <= most:
             raise ValueError(f"max_block_size {given} is not within 1 .. {most}, what drafter {self.drafter.name} can")
-        return given or most
+        return [source_spec(source, given) for source in sources]
 
     def token_ids(self, text: str) -> Tensor:
         """Token ids of a text as this decoder reads it, int64 [1, length]. Raises ValueError without a tokenizer."""

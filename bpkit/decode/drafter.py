@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from bpkit.decode.sampling import Draw
@@ -47,19 +48,44 @@ class Proposal:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a free source has for one row, before a policy selects.
+
+    Attributes:
+        tokens: that it would draft now.
+        match: length of the match that they come from, in tokens; 0 if there is none.
+    """
+
+    tokens: list[int]
+    match: int = 0
+
+
+def proposed(offer: Offer) -> Proposal:
+    """An offer as the proposal of its row."""
+    return Proposal(torch.tensor([offer.tokens], dtype=torch.long), None, None, [len(offer.tokens)])
+
+
 GoOn = Callable[[Proposal], list[bool]]
 """Asks the policy's `extend` which rows draft another token. It is handed only the tokens that were drafted since it
 was last asked, so that each is looked at once."""
 
 
 class DrafterSession(Protocol):
-    """A drafter's state for the rows of one running text."""
+    """A drafter's state for the rows of one running text.
+
+    One of a free source (`DraftWork.free`) also has `offer(most) -> list[Offer]`: what it would draft for each row, up
+    to so many tokens. One that learns from what the target said after a wrong token has `passed(chosen)`, which is
+    called after every step, before `advance`: `chosen[i]` are the target's tokens of row *i*, on the host, at those
+    verified positions that come after the last token that the step yields.
+    """
 
     def advance(self, features: Sequence[Tensor] | None) -> None:
         """Take in what was appended to the text: `text.newest`, of which the last token is each row's new anchor.
 
-        First called when prefill has decided the first token: the prompt is new, too. After a draft those of the newest
-        tokens that come before the last are drafted tokens that stand.
+        First called when prefill has decided the first token: the prompt is new, too. After a draft of this drafter
+        those of the newest tokens that come before the last are drafted tokens that stand. After one of another source
+        it has seen none of them.
 
         Args:
             features: target features of the positions that were read to decide them, of each row [count, layers *
@@ -81,7 +107,11 @@ class DrafterSession(Protocol):
 
 
 class RowDrafterSession(Protocol):
-    """A drafter's state for one row, where each row drafts by itself; see `EachRow`."""
+    """A drafter's state for one row, where each row drafts by itself; see `EachRow`.
+
+    One of a free source also has `offer(most) -> Offer`, and one that learns from passes `passed(chosen)`, as in
+    `DrafterSession`, of this row.
+    """
 
     def advance(self, features: Tensor | None) -> None:
         """As in `DrafterSession`: `text.newest` was appended; features are [count, layers * hidden], or None."""
@@ -117,6 +147,16 @@ class EachRow:
         ]
         return side_by_side(made)
 
+    def offer(self, most: int) -> list[Offer]:
+        """What each row's session would draft, up to `most` tokens. For free sources only."""
+        return [session.offer(most) for session in self.sessions]  # type: ignore[attr-defined]
+
+    def passed(self, chosen: Sequence[list[int]]) -> None:
+        """Tell the sessions, where they want to know, what the target said after the last token of a step."""
+        for session, tokens in zip(self.sessions, chosen, strict=True):
+            if hasattr(session, "passed"):
+                session.passed(tokens)
+
     def keep(self, rows: Sequence[int]) -> None:
         self.sessions = [self.sessions[row] for row in rows]
 
@@ -150,6 +190,22 @@ def side_by_side(made: Sequence[Proposal | None]) -> Proposal:
     )
 
 
+def own_features(
+    features: Sequence[Tensor] | None, layers: tuple[int, ...], own: tuple[int, ...]
+) -> Sequence[Tensor] | None:
+    """Of features of the target's `layers`, those of a drafter's `own`: None if it reads none.
+
+    Args:
+        features: of each row [count, layers * hidden].
+    """
+    if features is None or not own:
+        return None
+    if own == layers:
+        return features
+    places = [layers.index(layer) for layer in own]
+    return [row.view(len(row), len(layers), -1)[:, places].flatten(1) for row in features]
+
+
 class Drafter(Protocol):
     """A source of drafts for one target.
 
@@ -164,7 +220,10 @@ class Drafter(Protocol):
 
     A drafter whose drafts depend on earlier requests (a store of n-grams across prompts, say) also has an attribute
     `remembers_requests = True`; without one it counts as False. Traces refuse such a drafter, because theirs would
-    hold for one order of prompts only.
+    hold for one order of prompts only. So they do with `depends_on_steps = True`: a drafter whose drafts depend on what
+    was drafted and verified before, and not on the text alone.
+
+    A drafter that holds several sources lists them as `sources`; see `bpkit.decode.sources`.
     """
 
     name: str

@@ -10,7 +10,7 @@ from torch import Tensor
 from bpkit.decode.drafter import Proposal
 from bpkit.decode.target import TargetOutput
 from bpkit.decode.verify import Verdict
-from bpkit.types import Feature
+from bpkit.types import OF_THE_ANCHOR, Feature
 
 
 def draft_features(proposal: Proposal, wants: frozenset[Feature]) -> dict[Feature, Tensor]:
@@ -77,9 +77,6 @@ def _at(values: Tensor, place: Tensor) -> Tensor:
     if len(place) == 1:
         return values.index_select(1, place)[:, 0]
     return values[torch.arange(len(place), device=place.device), place]
-
-
-OF_THE_ANCHOR = frozenset({Feature.ANCHOR_LOG_PROBABILITY, Feature.ANCHOR_ENTROPY})
 
 
 def anchor_statistics(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

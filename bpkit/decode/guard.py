@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bpkit.decode.host import to_host
 from bpkit.policy import Policy, PolicyError, State, overrides
-from bpkit.types import Context, DecoderSpec, Draft, Feature, Step
+from bpkit.types import Context, DecoderSpec, Draft, Feature, Plan, Step
 
 
 class PolicyFault(PolicyError):
@@ -119,18 +119,28 @@ class GuardedPolicy:
             self._mend("predict", error, "no predictions")
             return None
 
-    def select(self, context: Context) -> list[int]:
-        """Block size of the next draft of each row, 1 .. max_block_size."""
-        default, most = self.spec.trained_block_size, self.spec.max_block_size
-        rows = context.batch_size
+    def select(self, context: Context) -> tuple[list[int], list[int]]:
+        """Block size of the next draft of each row, 1 .. its source's limit, and that source; 0 at block size 1."""
+        default, rows = self.spec.trained_block_size, context.batch_size
+        sources, most = [0] * rows, [self.spec.max_block_size] * rows
         try:
-            return decision("select", self.policy.select(self.state, context), [most] * rows)
+            answer = self.policy.select(self.state, context)
+            if isinstance(answer, Plan):
+                sources = decision("source", answer.source, [len(self.spec.sources)] * rows)
+                most = [self.spec.sources[source].max_block_size for source in sources]
+                answer = answer.block_size
+            sizes = decision("select", answer, most)
         except OutOfRange as error:
-            self._mend("select", error, str(most) if error.sizes else f"the trained block size {default}")
-            return [min(size, most) for size in error.sizes] or [default] * rows
+            too_large = [*map(min, error.sizes, most)]
+            self._mend("select", error, str(max(too_large)) if too_large else f"the trained block size {default}")
+            sizes = too_large or [default] * rows
+            sources = sources if too_large else [0] * rows
         except Exception as error:
             self._mend("select", error, f"the trained block size {default}")
-            return [default] * rows
+            sizes, sources = [default] * rows, [0] * rows
+        if any(sources):
+            sources = [source if size > 1 else 0 for size, source in zip(sizes, sources, strict=True)]
+        return sizes, sources
 
     def truncate(self, draft: Draft) -> list[int]:
         """Drafted tokens to verify of each row, 0 .. draft_length."""
@@ -239,7 +249,10 @@ def kind_of(value: object) -> str:
 
 
 def decision(method: str, answer: Any, most: Sequence[int]) -> list[int]:
-    """The numbers of a decision, a tensor [batch]. `most` is the largest block size, or the draft length, of each row.
+    """The numbers of a decision, a tensor [batch].
+
+    Args:
+        most: of each row, the largest block size, the draft length, or the number of sources.
 
     Raises:
         PolicyFault: it is no decision: no such tensor, or not of numbers. OutOfRange: it cannot be followed.
@@ -265,9 +278,13 @@ def decision(method: str, answer: Any, most: Sequence[int]) -> list[int]:
     if method == "truncate":
         if any(not 0 <= length <= drafted for length, drafted in zip(whole, most, strict=True)):
             raise OutOfRange(f"it returned {numbers} where {list(most)} tokens were drafted")
+    elif method == "source":
+        if min(whole) < 0 or max(whole) >= most[0]:
+            raise OutOfRange(f"it returned {numbers} for sources, of which there are {most[0]}, numbered from 0")
     elif min(whole) < 1:
         raise OutOfRange(f"it returned {numbers}: no draft is block size 1")
-    elif max(whole) > most[0]:
+    elif any(size > limit for size, limit in zip(whole, most, strict=True)):
+        above = most[0] if len(set(most)) == 1 else list(most)
         advice = "keep `decoder.max_block_size` in `bind`, and clamp to it"
-        raise OutOfRange(f"it returned {numbers}, above {most[0]}: {advice}", whole)
+        raise OutOfRange(f"it returned {numbers}, above {above}: {advice}", whole)
     return whole

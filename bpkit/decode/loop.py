@@ -41,20 +41,21 @@ def decode(admission: Admission, policy: GuardedPolicy) -> Generator[Record]:
 
 def begin(rows: Rows, policy: GuardedPolicy, output: TargetOutput, features: list[Tensor] | None) -> Prefill:
     """Decide the first token of rows whose prompts were read."""
-    decided = rows.settle(output.last(), rows.rule.verify(output.logits, rows.no_draft(), [0] * len(rows)))
+    nothing = [0] * len(rows)
+    decided = rows.settle(output.last(), rows.rule.verify(output.logits, rows.no_draft(), nothing), nothing)
     rows.drafter.advance(features)
-    policy.begin(decided.context)
+    policy.begin(rows.offered(decided.context))
     return rows.prefill(decided)
 
 
 def step(rows: Rows, policy: GuardedPolicy) -> Step:
     """One turn of all rows."""
     assert rows.context is not None
-    draft = rows.draft(policy.select(rows.context))
+    draft = rows.draft(*policy.select(rows.offered(rows.context)))
     width = rows.width(draft, policy.truncate(draft))
     output = rows.verify(draft, width)
-    decided = rows.settle(output, rows.rule.verify(output.logits, draft, width))
-    rows.advance(output, decided, width)
+    decided = rows.settle(output, rows.rule.verify(output.logits, draft, width), width)
+    rows.advance(output, draft, decided, width)
     record = rows.step(draft, width, decided)
     policy.observe(record)
     return record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -12,9 +12,9 @@ from weakref import WeakSet
 from bpkit.decode.drafter import Drafter
 from bpkit.policy import Policy, PolicyError, validated
 from bpkit.registry.class_file import names_file
-from bpkit.registry.resolve import PolicyLike, class_and_options, parse_spec, resolve_policy
+from bpkit.registry.resolve import PolicyLike, class_and_options, each_drafter, parse_spec, resolve_policy
 
-DrafterLike = Drafter | str | dict[str, Any]
+DrafterLike = Drafter | str | dict[str, Any] | Sequence[Drafter | str | dict[str, Any]]
 MOST = 16
 """Pairs of a policy and a drafter that a decoder keeps for `generate(policy=..., drafter=...)`."""
 _decoders: WeakSet[Any] = WeakSet()
@@ -96,6 +96,8 @@ def drafter_key(drafter: DrafterLike | None) -> Hashable:
     """Equal for one spelling of a drafter, and for one instance while it lives."""
     if drafter is None:
         return None
+    if len(several := each_drafter(drafter)) > 1:
+        return tuple(map(drafter_key, several))
     if not isinstance(drafter, (str, Mapping)):
         return id(drafter)
     return _as_text(parse_spec(drafter) if isinstance(drafter, str) else drafter)

@@ -22,8 +22,16 @@ class Proposed:
         width: positions so far, of the row that has most.
     """
 
-    def __init__(self, context: Context, block_size: Tensor, wants: frozenset[Feature], policy: GuardedPolicy) -> None:
+    def __init__(
+        self,
+        context: Context,
+        block_size: Tensor,
+        source: Tensor,
+        wants: frozenset[Feature],
+        policy: GuardedPolicy,
+    ) -> None:
         self.context, self.block_size, self.wants, self.policy = context, block_size, wants, policy
+        self.source = source
         self.width = 0
         self._lengths = [0] * context.batch_size
         self._tokens: list[Tensor] = []
@@ -56,6 +64,7 @@ class Proposed:
             _joined(self._tokens),
             features={name: _joined([part[name] for part in self._features]) for name in self._features[0]},
             predictions={name: _joined([p[name] for p in predictions]) for name in predictions[0]} if whole else None,
+            source=self.source,
         )
 
 

@@ -10,9 +10,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from bpkit.assets import drafter_path
 from bpkit.decode.drafter import Drafter
+from bpkit.decode.sources import Sources
 from bpkit.policy import validated
 from bpkit.registry.discovery import registry
-from bpkit.registry.resolve import first_option, parse_spec
+from bpkit.registry.resolve import each_drafter, first_option, parse_spec
+
+
+def resolve_drafters(drafter: Any, target: PreTrainedModel) -> Drafter:
+    """One drafter, or several as `Sources`: of each an instance, or what `resolve_drafter` takes.
+
+    Raises:
+        PolicyError, ValueError: as `resolve_drafter`; one of several that holds several itself.
+    """
+    made = [
+        resolve_drafter(each, target) if isinstance(each, (str, Mapping)) else cast("Drafter", each)
+        for each in each_drafter(drafter)
+    ]
+    return made[0] if len(made) == 1 else Sources(made)
 
 
 def resolve_drafter(drafter: str | Mapping[str, Any], target: PreTrainedModel) -> Drafter:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpkit.decode.drafter import DrafterSession, Proposal
+from bpkit.decode.drafter import Proposal
 from bpkit.decode.features import target_features
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.host import to_host_with
@@ -17,17 +17,19 @@ from bpkit.decode.proposed import Proposed
 from bpkit.decode.request import Request
 from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText, counts, to_device
-from bpkit.decode.timing import Stopwatch
+from bpkit.decode.timing import Stopwatch, TimedDrafter
 from bpkit.decode.verify import Verdict, VerifyRule
 from bpkit.types import (
     OF_PREFILL,
     OF_THE_DISTRIBUTION,
     OF_THE_DRAFT,
+    OF_THE_SOURCES,
     Context,
     DecoderSpec,
     Draft,
     Feature,
     Prefill,
+    SourceWork,
     Step,
     Work,
 )
@@ -44,6 +46,7 @@ class Decided:
         near_ties: among the tokens.
         stopped: whether generation ends.
         context: of the draft that comes next.
+        passed: tokens of the target at verified positions behind those of each row.
     """
 
     tokens: Tensor
@@ -52,6 +55,7 @@ class Decided:
     near_ties: tuple[int, ...]
     stopped: tuple[bool, ...]
     context: Context
+    passed: list[list[int]]
 
 
 @dataclass
@@ -82,7 +86,7 @@ class Rows:
     requests: list[Request]
     text: RunningText
     target: TargetSession
-    drafter: DrafterSession
+    drafter: TimedDrafter
     rule: VerifyRule
     shared: Shared
     generator: torch.Generator
@@ -150,17 +154,23 @@ class Rows:
 
     # A turn
 
-    def settle(self, output: TargetOutput, verdict: Verdict) -> Decided:
-        """Read what a pass decided, and what policies may know of it, in one copy; append it to the texts."""
+    def settle(self, output: TargetOutput, verdict: Verdict, width: Sequence[int]) -> Decided:
+        """Read what a pass decided, and what policies may know of it, in one copy; append it to the texts.
+
+        Args:
+            width: drafted tokens of each row that were verified.
+        """
         text, position = self.text, self.text.position
         features: dict[Feature, Tensor] = {}
         predictions: dict[str, Tensor] | None = None
         wants, first = self.shared.wants, not any(position)
-        if wants - OF_THE_DRAFT:
+        if wants - OF_THE_DRAFT - OF_THE_SOURCES:
             features = target_features(output, verdict, wants, first=first, embed=self.target.embed)
             predictions = self.policy.predict(features)
         (tokens, accepted, near_tie), features, predictions = to_host_with(verdict, features, predictions)
-        chosen = [row[: stands + 1] for row, stands in zip(tokens.tolist(), accepted.tolist(), strict=True)]
+        verified = [row[: count + 1] for row, count in zip(tokens.tolist(), width, strict=True)]
+        chosen = [row[: stands + 1] for row, stands in zip(verified, accepted.tolist(), strict=True)]
+        passed = [row[len(own) :] for row, own in zip(verified, chosen, strict=True)]
         ends = [request.cut(row) for request, row in zip(self.requests, chosen, strict=True)]
         chosen = [row[:count] for row, (count, _) in zip(chosen, ends, strict=True)]
         anchor = verdict.tokens.gather(1, verdict.num_accepted[:, None])
@@ -173,9 +183,10 @@ class Rows:
         context.features, context.predictions = features, predictions
         context.running += self.policy.rows if first else 0
         self.context = _without_prefill(context)
-        width = max(map(len, chosen))
+        widest = max(map(len, chosen))
         ties = tuple(sum(row[:count]) for row, (count, _) in zip(near_tie.tolist(), ends, strict=True))
-        return Decided(tokens[:, :width], position, [len(row) - 1 for row in chosen], ties, stopped, context)
+        num_accepted = [len(row) - 1 for row in chosen]
+        return Decided(tokens[:, :widest], position, num_accepted, ties, stopped, context, passed)
 
     def _counted(self) -> Context:
         """Counts of the texts as they are."""
@@ -189,23 +200,31 @@ class Rows:
             row_ids=tuple(request.number for request in self.requests),
         )
 
-    def draft(self, block_size: Sequence[int]) -> Draft:
-        """Ask the drafter for a block of each row, or nobody where no row drafts."""
+    def offered(self, context: Context) -> Context:
+        """The context with what the sources have before a draft, where the policy wants to know."""
+        wanted = self.shared.wants & OF_THE_SOURCES
+        if not wanted:
+            return context
+        return replace(context, features={**context.features, **self.drafter.features(wanted)})
+
+    def draft(self, block_size: Sequence[int], source: Sequence[int]) -> Draft:
+        """Ask each row's source for a block, or nobody where no row drafts."""
         if max(block_size) == 1:
             return self.no_draft()
         assert self.context is not None
-        proposed = Proposed(self.context, counts(block_size), self.shared.wants, self.policy)
+        proposed = Proposed(self.context, counts(block_size), counts(source), self.shared.wants, self.policy)
 
         def go_on(latest: Proposal) -> list[bool]:
             proposed.add(latest)
             return self.policy.extend(proposed.draft())
 
         draw = self.rule.draw(block_size)
-        proposal = self.drafter.draft(block_size, draw, go_on if self.policy.extends else None)
+        asked = go_on if self.policy.extends else None
+        proposal = self.drafter.draft(block_size, source, draw, asked, self.shared.wants)
         proposed.add(proposal.after(proposed.width))
         draft = proposed.draft()
         draft.tokens, draft.logits = proposal.tokens.to(self.text.device), proposal.scores
-        draft.read = proposal.read
+        draft.read = self.drafter.read
         return draft
 
     def no_draft(self) -> Draft:
@@ -230,9 +249,11 @@ class Rows:
         tokens = torch.cat([self.text.anchor, draft.tokens[:, : max(width)]], dim=1)
         return self.target.verify(tokens, [count + 1 for count in width])
 
-    def advance(self, output: TargetOutput, decided: Decided, width: Sequence[int]) -> None:
+    def advance(self, output: TargetOutput, draft: Draft, decided: Decided, width: Sequence[int]) -> None:
         """Drop what was rejected from what the target holds, and show the drafter what stands."""
         self.target.rollback([count - stands for count, stands in zip(width, decided.num_accepted, strict=True)])
+        self.drafter.verified(draft.source.tolist(), width, decided.num_accepted)
+        self.drafter.passed(decided.passed)
         self.drafter.advance(output.features_of([stands + 1 for stands in decided.num_accepted]))
 
     # Records
@@ -256,6 +277,7 @@ class Rows:
             near_ties=decided.near_ties,
             row_ids=self.row_ids,
             stopped=decided.stopped,
+            source=draft.source,
         )
 
     @property
@@ -264,19 +286,33 @@ class Rows:
 
     def work(self, draft: Draft, width: Sequence[int], position: Sequence[int]) -> Work:
         """What a turn did that began at these positions."""
-        drafted = [length + 1 for length in draft.draft_length.tolist() if length]
+        first, *others = self._drafts(draft) or [SourceWork(0, 0, 0, 0)]
         context = [row.prompt_length + at for row, at in zip(self.text.rows, position, strict=True)]
         return Work(
-            draft_size=max(drafted, default=0),
-            waiting=draft.read if drafted else 0,
+            draft_size=first.draft_size,
+            waiting=first.waiting,
             verify_width=max(width) + 1,
             context_length=max(context),
-            features=bool(drafted) and not self.shared.wants.isdisjoint(OF_THE_DISTRIBUTION),
+            features=first.features,
             reread=self.target.reread,
             rows=len(self),
-            drafted=sum(drafted),
+            drafted=first.drafted,
             verified=sum(width) + len(self),
+            source=first.source,
+            others=tuple(others),
         )
+
+    def _drafts(self, draft: Draft) -> list[SourceWork]:
+        """What each source did that drafted something."""
+        sizes: dict[int, list[int]] = {}
+        for source, length in zip(draft.source.tolist(), draft.draft_length.tolist(), strict=True):
+            if length:
+                sizes.setdefault(source, []).append(length + 1)
+        features = not self.shared.wants.isdisjoint(OF_THE_DISTRIBUTION)
+        return [
+            SourceWork(source, max(drafted), draft.read.get(source, 0), sum(drafted), features)
+            for source, drafted in sorted(sizes.items())
+        ]
 
 
 def _without_prefill(context: Context) -> Context:

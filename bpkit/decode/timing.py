@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from bpkit.decode.clock import GuardedClock
-from bpkit.decode.drafter import DrafterSession, GoOn, Proposal
+from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.sampling import Draw
+from bpkit.decode.sources import SourceSessions
 from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.policy import Policy
 from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step, Work
@@ -86,17 +87,38 @@ class TimedTarget:
 
 
 class TimedDrafter:
-    """A drafter session whose drafts are `draft`, without what the policy does in between."""
+    """Sessions of sources whose drafts are `draft`, without what the policy does in between; as is what they offer."""
 
-    def __init__(self, session: DrafterSession, watch: Stopwatch) -> None:
+    def __init__(self, session: SourceSessions, watch: Stopwatch) -> None:
         self.session, self.watch = session, watch
         self.advance, self.keep = session.advance, session.keep
+        self.passed, self.verified = session.passed, session.verified
+
+    @property
+    def read(self) -> dict[int, int]:
+        return self.session.read
 
     def join(self, other: TimedDrafter) -> None:
         self.session.join(other.session)
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        proposal = self.session.draft(block_size, draw, go_on and self._timed(go_on))
+    def features(self, wants: frozenset[Feature]) -> dict[Feature, Tensor]:
+        if self.watch.phase == "verify":  # of prompts
+            self.watch.lap("rest")
+        else:
+            self.watch.resume()  # a turn begins
+        found = self.session.features(wants)
+        self.watch.lap("draft")
+        return found
+
+    def draft(
+        self,
+        block_size: Sequence[int],
+        source: Sequence[int],
+        draw: Draw,
+        go_on: GoOn | None,
+        wants: frozenset[Feature],
+    ) -> Proposal:
+        proposal = self.session.draft(block_size, source, draw, go_on and self._timed(go_on), wants)
         self.watch.lap("draft")
         return proposal
 
@@ -131,11 +153,11 @@ class TimedPolicy(GuardedPolicy):
         self.watch.lap("policy")
         return predictions
 
-    def select(self, context: Context) -> list[int]:
+    def select(self, context: Context) -> tuple[list[int], list[int]]:
         self.watch.resume()  # a turn begins
-        sizes = super().select(context)
+        chosen = super().select(context)
         self.watch.lap("policy")
-        return sizes
+        return chosen
 
     def truncate(self, draft: Draft) -> list[int]:
         lengths = super().truncate(draft)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bpkit.decode.drafter import EachRow, GoOn, Proposal
+from bpkit.decode.drafter import EachRow, GoOn, Offer, Proposal, proposed
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.config import NGRAM_BLOCK_SIZE
@@ -62,11 +61,12 @@ class NgramSession:
                     self.ends[tuple(self.tokens[end - size : end])] = end
         self.indexed = len(self.tokens)
 
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
-        found: list[int] = []
+    def offer(self, most: int) -> Offer:
         for size in self.sizes:
             end = self.ends.get(tuple(self.tokens[-size:])) if size <= len(self.tokens) else None
             if end is not None:
-                found = self.tokens[end : end + block_size - 1]
-                break
-        return Proposal(torch.tensor([found], dtype=torch.long), None, None, [len(found)])
+                return Offer(self.tokens[end : end + most], size)
+        return Offer([])
+
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        return proposed(self.offer(block_size - 1))

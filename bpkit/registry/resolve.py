@@ -155,6 +155,28 @@ def parse_spec(text: str) -> dict[str, Any]:
     return spec
 
 
+def each_drafter(given: Any) -> list[Any]:
+    """The drafters that are named, several of which are sources of drafts for one decoder.
+
+    Args:
+        given: a list, a text with `+` between drafters whose names are registered, or one drafter.
+
+    >>> each_drafter("block-diffusion:some/folder+ngram:max_ngram=4"), each_drafter("some/folder+1")
+    (['block-diffusion:some/folder', 'ngram:max_ngram=4'], ['some/folder+1'])
+    """
+    if isinstance(given, (list, tuple)):
+        return list(given)
+    if not isinstance(given, str):
+        return [given]
+    names, found = discovery.registry().drafters, list[str]()
+    for part in given.split("+"):
+        if not found or part.partition(":")[0] in names:
+            found.append(part)
+        else:  # of an option of the one before, such as a list
+            found[-1] += f"+{part}"
+    return found if found[0].partition(":")[0] in names else [given]
+
+
 def first_option(config: type[BaseModel], name: str, *, skip: str = "", what: str = "policy") -> str:
     """The option that a bare value sets: the first but `skip`. Raises PolicyError if there is none."""
     for option in config.model_fields:

@@ -37,6 +37,7 @@ class DraftTable:
             drafted or beyond the output. None for greedy traces and for drafters without a distribution. An
             autoregressive draft goes on from its own tokens, so that after one that does not match this is no longer
             the chance given that all earlier ones matched; `oracle_distributions` takes another.
+        match_length: of free sources, tokens of the match that each position's drafts come from: int32 [rows].
     """
 
     block_sizes: Ints
@@ -45,6 +46,7 @@ class DraftTable:
     tokens: Ints
     features: dict[Feature, Floats] = field(default_factory=dict)
     match_probability: Floats | None = None
+    match_length: Ints | None = None
 
     @property
     def rows(self) -> int:
@@ -74,6 +76,7 @@ class PromptTrace:
             (no temperature), int32 [64] and float32 [64], in falling order.
         prefill_entropy: of the same distribution, in nats.
         near_ties: output positions where the two best candidates are closer than the tolerance, int32 [count].
+        drafts: of the first source. others: of further sources, in their order.
     """
 
     index: int
@@ -88,6 +91,12 @@ class PromptTrace:
     near_ties: Ints
     drafts: DraftTable
     features: dict[Feature, Floats] = field(default_factory=dict)
+    others: tuple[DraftTable, ...] = ()
+
+    @property
+    def sources(self) -> tuple[DraftTable, ...]:
+        """The drafts of every source."""
+        return (self.drafts, *self.others)
 
     @property
     def prompt_length(self) -> int:
@@ -113,7 +122,7 @@ class Taken:
 
     Attributes:
         tokens: that the steps yielded; the one that prefill decides is not among them.
-        position, block_size, draft_length, verify_length, num_accepted: of each step, int32 [steps].
+        position, block_size, draft_length, verify_length, num_accepted, source: of each step, int32 [steps].
         features: whether features of the drafter's distributions were wanted.
     """
 
@@ -123,7 +132,12 @@ class Taken:
     draft_length: Ints
     verify_length: Ints
     num_accepted: Ints
+    source: Ints = None  # type: ignore[assignment]
     features: bool = False
+
+    def __post_init__(self) -> None:
+        if self.source is None:
+            object.__setattr__(self, "source", self.block_size * 0)
 
     @property
     def steps(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +19,14 @@ from transformers import LogitsProcessorList
 
 from bpkit.decode.admission import Admission
 from bpkit.decode.clock import CostClock, GuardedClock, price
-from bpkit.decode.drafter import EachRow, GoOn, Proposal
+from bpkit.decode.drafter import EachRow, GoOn, Offer, Proposal
 from bpkit.decode.loop import decode
 from bpkit.decode.noise import POLICY_SALT, hashed
 from bpkit.decode.request import Request
 from bpkit.decode.reread import Rereading
 from bpkit.decode.rows import Rows, Shared
 from bpkit.decode.sampling import Draw, Processors, Sampler, Samplers
+from bpkit.decode.sources import SourceSessions
 from bpkit.decode.target import TargetOutput
 from bpkit.decode.text import RowText, RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
@@ -33,7 +35,18 @@ from bpkit.policy import PolicyError
 from bpkit.registry.resolve import PolicyLike, resolve_policy
 from bpkit.trace.records import DraftTable, PromptTrace, Taken
 from bpkit.trace.store.manifest import TraceError
-from bpkit.types import OF_PREFILL, OF_THE_DRAFT, CostModel, DecoderSpec, Draft, DraftWork, Feature, Step, Work
+from bpkit.types import (
+    OF_PREFILL,
+    OF_THE_DRAFT,
+    OF_THE_SOURCES,
+    CostModel,
+    DecoderSpec,
+    Draft,
+    DraftWork,
+    Feature,
+    Step,
+    Work,
+)
 
 
 class Fill(Protocol):
@@ -120,7 +133,7 @@ class Replayer:
         rows = self._rows(prompt, wants, clock)
         admission = Admission(rows.requests, lambda requests, slots: rows)
         steps = [record for record in decode(admission, rows.policy) if isinstance(record, Step)]
-        columns = ("position", "block_size", "draft_length", "verify_length", "num_accepted")
+        columns = ("position", "block_size", "draft_length", "verify_length", "num_accepted", "source")
         return Replayed(
             tokens=prompt.decided_by_steps,
             **{name: np.array([int(getattr(step, name)) for step in steps], np.int32) for name in columns},
@@ -158,16 +171,30 @@ class Replayer:
             [Request(prompt.index, row, sampler, _TracedStop(prompt, row), generator)],
             text,
             TimedTarget(_TracedTarget(prompt, row, wants, stateful=self.spec.stateful), watch),
-            TimedDrafter(EachRow(text, lambda row: _TracedDrafter(prompt, row, self.spec.work, wants)), watch),
+            TimedDrafter(self._sources(prompt, text, wants), watch),
             _TracedRule(prompt, Samplers([sampler])),
             Shared(policy, watch, self.spec, wants),
             generator,
         )
 
+    def _sources(self, prompt: PromptTrace, text: RunningText, wants: frozenset[Feature]) -> SourceSessions:
+        works = [source.work for source in self.spec.sources]
+        begins = [
+            partial(_TracedDrafter, drafts, work, wants) for drafts, work in zip(prompt.sources, works, strict=True)
+        ]
+        return SourceSessions([EachRow(text, begin) for begin in begins], self.spec.sources, rows=1)
+
 
 def offered(prompt: PromptTrace) -> frozenset[Feature]:
-    """Features that a trace holds."""
-    return frozenset({Feature.DRAFT_TOKENS, *prompt.features, *prompt.drafts.features})
+    """Features that a trace holds, or that follow from it."""
+    of_drafts = {name for drafts in prompt.sources for name in drafts.features}
+    known = OF_THE_SOURCES - (set() if knows_matches(prompt) else {Feature.SOURCE_MATCH})
+    return frozenset({Feature.DRAFT_TOKENS, *prompt.features, *of_drafts, *known})
+
+
+def knows_matches(prompt: PromptTrace) -> bool:
+    """Whether it is known of all drafts without a model how long the match was that they come from."""
+    return all(drafts.features or drafts.match_length is not None for drafts in prompt.sources)
 
 
 def with_features(prompt: PromptTrace, features: dict[Feature, NDArray[np.float32]]) -> PromptTrace:
@@ -243,9 +270,9 @@ class _TracedTarget:
 class _TracedDrafter:
     """A `RowDrafterSession` without a model, that reads what a real one with such `work` would read."""
 
-    def __init__(self, prompt: PromptTrace, text: RowText, work: DraftWork, wants: frozenset[Feature]) -> None:
-        self.drafts, self.text, self.work = prompt.drafts, text, work
-        self.features = {name: value for name, value in prompt.drafts.features.items() if name in wants}
+    def __init__(self, drafts: DraftTable, work: DraftWork, wants: frozenset[Feature], text: RowText) -> None:
+        self.drafts, self.text, self.work = drafts, text, work
+        self.features = {name: value for name, value in drafts.features.items() if name in wants}
         self.waiting: int | None = None
         """Positions that the next draft reads; None until prefill has decided the first token."""
         self.length: int | None = None
@@ -255,10 +282,15 @@ class _TracedDrafter:
         if self.waiting is None:
             self.waiting = self.work.first(self.text.prompt_length)
         elif self.length is None:
-            self.waiting = self.work.after_no_draft(self.waiting)
+            self.waiting = self.work.after_no_draft(self.waiting, len(self.text.newest))
         else:
             self.waiting = self.work.after_draft(self.length, len(self.text.newest) - 1)
         self.length = None
+
+    def offer(self, most: int) -> Offer:
+        at = self.text.position - 1
+        tokens = self.drafts.tokens[at, -1, : self.drafts.draft_length[at, -1]].tolist()
+        return Offer(tokens, 0 if self.drafts.match_length is None else int(self.drafts.match_length[at]))
 
     def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
         at = self.text.position - 1, _column(self.drafts, block_size)
@@ -281,15 +313,16 @@ class _TracedRule(Coupled):
 
     def __init__(self, prompt: PromptTrace, samplers: Samplers) -> None:
         super().__init__(samplers)
-        self.drafts = prompt.drafts
+        self.sources = prompt.sources
         self.output = torch.tensor(prompt.output_tokens).long()[None]
         self.no_tie = torch.zeros(1, 1, dtype=torch.bool)
 
     def verify(self, logits: Tensor, draft: Draft, width: Sequence[int]) -> Verdict:
         (position,), accepted = self.samplers.position, 0
         if width[0] > 0:
-            at = position - 1, _column(self.drafts, int(draft.block_size))
-            accepted = min(int(self.drafts.num_accepted[at]), width[0])
+            drafts = self.sources[int(draft.source)]
+            at = position - 1, _column(drafts, int(draft.block_size))
+            accepted = min(int(drafts.num_accepted[at]), width[0])
         tokens = self.output[:, position : position + accepted + 1]
         return Verdict(tokens, torch.tensor([accepted]), self.no_tie)
 

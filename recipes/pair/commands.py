@@ -154,12 +154,12 @@ def policy_prompts(
 
     quiet_libraries()
     from bpkit.files import check_writable
-    from recipes.pair.policy_prompts import Sources, draw_prompts, package_version, write_prompts
+    from recipes.pair.policy_prompts import PromptSources, draw_prompts, package_version, write_prompts
 
     check_writable(out, suffixes=(".jsonl",))
     records_seed = seed if structured_seed is None else structured_seed
     with when_interrupted(nothing_written(out)):
-        drawn = draw_prompts(Sources(maths, code, structured, records_seed), count=count, seed=seed)
+        drawn = draw_prompts(PromptSources(maths, code, structured, records_seed), count=count, seed=seed)
     arguments = {
         "maths": maths,
         "code": code if code is None else Path(code).name,

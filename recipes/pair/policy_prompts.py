@@ -32,7 +32,7 @@ _ID = "train"
 
 
 @dataclass(frozen=True)
-class Sources:
+class PromptSources:
     """Where prompts come from; a domain without a source is left out.
 
     Attributes:
@@ -91,7 +91,7 @@ def code_folder(name: str) -> Path:
     return Path(places[0])
 
 
-def draw_prompts(sources: Sources, *, count: int, seed: int) -> Drawn:
+def draw_prompts(sources: PromptSources, *, count: int, seed: int) -> Drawn:
     """Draw `count` prompts of each domain. The same arguments and sources give the same prompts.
 
     Raises:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from bpkit.decode.clock import GuardedClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.drafter import Drafter
-from bpkit.decode.features import OF_THE_ANCHOR
 from bpkit.decode.products import quick_products
 from bpkit.decode.result import Generation, RunMany
 from bpkit.decode.sampling import Processors
@@ -32,7 +31,7 @@ from bpkit.trace.collect.pieces import HeldNoise, keep_freed_memory
 from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_passes
 from bpkit.trace.records import DraftTable, PromptTrace
-from bpkit.types import Feature
+from bpkit.types import OF_THE_ANCHOR, Feature
 
 IndexedPrompt = tuple[int, Prompt]
 """A prompt and its place in the trace."""

@@ -105,7 +105,7 @@ class Models:
     """
 
     target: str | None
-    drafter: str | dict[str, Any] | None
+    drafter: str | dict[str, Any] | list[str | dict[str, Any]] | None
     device: str | None
     dtype: str | None
     weights: tuple[str, str | None] | None = None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bpkit.trace.oracle.plan import Choice, Float64, Int64, Plan, StepTable, array_cost, solve, step_table
+from bpkit.trace.oracle.plan import Choice, Float64, Int64, Solution, StepTable, array_cost, solve, step_table
 from bpkit.trace.records import PromptTrace, Taken
 from bpkit.types import CostModel, DraftWork
 
@@ -31,7 +31,7 @@ class Path(Taken):
 class Hindsight(Path):
     """The best path for who knows which drafted tokens match, and the plan that it follows."""
 
-    plan: Plan
+    plan: Solution
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Expectation:
     seconds: float
     steps: float
     tokens: int
-    plan: Plan
+    plan: Solution
 
 
 def fixed_path(prompt: PromptTrace, work: DraftWork, cost: CostModel, block_size: int) -> Path:

@@ -142,7 +142,7 @@ def _waiting_after(work: DraftWork, width: int) -> Int64:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Solution:
     """The best choice in every state of one prompt, and what it leads to.
 
     Attributes:
@@ -168,7 +168,7 @@ class Plan:
         return int(self.block_size[position - 1]), int(self.verify_length[position - 1])
 
 
-def solve(table: StepTable, match: Float64) -> Plan:
+def solve(table: StepTable, match: Float64) -> Solution:
     """The plan of least expected seconds.
 
     `match` is the chance that a drafted token matches if those before it did, float64 [rows, sizes, width].
@@ -196,7 +196,7 @@ def solve(table: StepTable, match: Float64) -> Plan:
         chances = np.append(stop[row, size, :verified], reach[row, size, verified])
         steps[row] = 1 + np.where(drafts[row], chances @ to, _one_later(steps[row + 1], table.waits))
     sizes = table.block_sizes[best[:, 0]]
-    return Plan(table, sizes, best[:, 1].astype(np.int32), drafts, seconds, steps)
+    return Solution(table, sizes, best[:, 1].astype(np.int32), drafts, seconds, steps)
 
 
 def _one_later(values: Float64, waits: bool) -> Float64:

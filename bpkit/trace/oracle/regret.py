@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from bpkit.trace.oracle.paths import Hindsight
-from bpkit.trace.oracle.plan import Float64, Int64, Plan, array_cost
+from bpkit.trace.oracle.plan import Float64, Int64, Solution, array_cost
 from bpkit.trace.records import Ints, PromptTrace, Taken
 from bpkit.types import CostModel, DraftWork
 
@@ -95,7 +95,7 @@ def _columns(prompt: PromptTrace, work: DraftWork, taken: Taken) -> Int64:
 
 
 def _states(prompt: PromptTrace, work: DraftWork, taken: Taken, column: Int64) -> Int64:
-    """Column of `Plan.seconds` before each step: 0 before the first draft, then what waits. int64 [steps]."""
+    """Column of `Solution.seconds` before each step: 0 before the first draft, then what waits. int64 [steps]."""
     accepted = np.minimum(prompt.drafts.num_accepted[taken.position - 1, column], taken.verify_length).tolist()
     state, found = 0, []
     for at, length, stands in zip(column.tolist(), taken.draft_length.tolist(), accepted, strict=True):
@@ -107,7 +107,7 @@ def _states(prompt: PromptTrace, work: DraftWork, taken: Taken, column: Int64) -
     return np.array(found, np.int64)
 
 
-def _values(prompt: PromptTrace, plan: Plan, row: Ints, column: Int64) -> Float64:
+def _values(prompt: PromptTrace, plan: Solution, row: Ints, column: Int64) -> Float64:
     """Q, without catching up, by tokens verified; infinite where so many are not there: [steps, width + 1]."""
     table, row, column = plan.table, row[:, None], column[:, None]
     accepted = np.minimum(np.arange(table.draft.shape[2]), prompt.drafts.num_accepted[row, column])
