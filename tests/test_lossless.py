@@ -155,6 +155,7 @@ def drafters(pair: TinyPair, tiny_folder: Path) -> dict[str, Drafter]:
     paths = {
         "block-diffusion": {"path": tiny_folder / "drafter"},
         "autoregressive": {"path": tiny_folder / "assistant"},
+        "ensemble": {"members": [str(tiny_folder / "assistant"), str(tiny_folder / "target")]},
     }
     made = {name: resolve_drafter({"name": name, **paths.get(name, {})}, pair.target) for name in registry().drafters}
     return {**made, "agreeable": pair.agreeable()}
@@ -164,7 +165,7 @@ def test_every_registered_policy_and_drafter_is_covered_here(drafters: dict[str,
     covered = {name_of(policy) for policy in (*POLICIES, *FOR_THE_SHIPPED_PAIR)}
     assert covered == set(registry().policies) - {"onnx"}  # in the tests of exported policies
     assert set(drafters) == {*registry().drafters, "agreeable"}
-    assert {d.kind for d in drafters.values()} == {"block-diffusion", "autoregressive", "n-gram"}
+    assert {d.kind for d in drafters.values()} == {"block-diffusion", "autoregressive", "n-gram", "ensemble"}
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=name_of_sampling)

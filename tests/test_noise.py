@@ -325,6 +325,10 @@ def small() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def law(small: PreTrainedModel) -> dict[tuple[int, ...], float]:
+    return exact_law(small)
+
+
+def exact_law(small: PreTrainedModel) -> dict[tuple[int, ...], float]:
     """Exact probability of every output of `LENGTH` tokens."""
     outputs = list(itertools.product(range(3), repeat=LENGTH))
     ids = torch.cat([PROMPT.expand(len(outputs), -1), torch.tensor(outputs)], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 
@@ -126,11 +127,59 @@ class AutoregressiveDrafter:
         )
 
 
-class AutoregressiveSession:
+class TokenByToken(ABC):
+    """Drafts token after token: what reads, and what it knows after each, is a subclass's.
+
+    A row that has drafted all that it should reads nothing more; one that does not draft while others do is read along.
+    """
+
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        left = self.room(block_size)
+        if max(left) == 0:
+            return self.nothing()
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        counts, waited = [0] * len(left), self.waiting()
+        logits, hidden = self.first()
+        while True:
+            drafts = [int(count > 0) for count in left]
+            tokens, scores = draw(logits, drafts)
+            steps.append((tokens, scores, hidden))
+            counts = [count + more for count, more in zip(counts, drafts, strict=True)]
+            left = [max(0, count - 1) for count in left]
+            if go_on is not None and max(left) > 0:
+                more = go_on(Proposal(tokens, scores, hidden, drafts))
+                left = [count if goes_on else 0 for count, goes_on in zip(left, more, strict=True)]
+            if max(left) == 0:
+                break
+            logits, hidden = self.following(tokens, [int(count > 0) for count in left])
+        tokens, scores, hidden = (torch.cat(values, dim=1) for values in zip(*steps, strict=True))
+        return Proposal(tokens, scores, hidden, counts, waited)
+
+    @abstractmethod
+    def room(self, block_size: Sequence[int]) -> list[int]:
+        """Tokens that each row may draft."""
+
+    @abstractmethod
+    def waiting(self) -> int:
+        """Decided tokens that are unread, of the row with most."""
+
+    @abstractmethod
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Read what is unread: logits over the target's vocabulary and hidden states after it, [rows, 1, ...]."""
+
+    @abstractmethod
+    def following(self, tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Read the tokens that were drafted last, int64 [rows, 1], of the rows with count 1; as of `first`."""
+
+    @abstractmethod
+    def nothing(self) -> Proposal:
+        """A proposal of no tokens."""
+
+
+class AutoregressiveSession(TokenByToken):
     """The assistant reads the text, its own drafts included, and is taken back where they do not stand.
 
-    Rows share passes: in the first each reads what it has not read yet, in the others what it drafted last. A row that
-    has drafted all that it should reads nothing more; one that does not draft while others do is read along.
+    Rows share passes: in the first each reads what it has not read yet, in the others what it drafted last.
     """
 
     def __init__(self, drafter: AutoregressiveDrafter, text: RunningText) -> None:
@@ -150,29 +199,23 @@ class AutoregressiveSession:
         self.reader.rollback([held - left for held, left in zip(self.held, stand, strict=True)])
         self.held = stand
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        drafter, length = self.drafter, self.text.length
-        # Tokens that each row may still draft.
-        left = [drafter.room(at, size - 1) if size > 1 else 0 for at, size in zip(length, block_size, strict=True)]
-        if max(left) == 0:
-            return drafter.nothing(len(left))
-        steps: list[tuple[Tensor, Tensor, Tensor]] = []
-        counts, waited = [0] * len(left), max(map(len, self._unread()))
+    def room(self, block_size: Sequence[int]) -> list[int]:
+        room, length = self.drafter.room, self.text.length
+        return [room(at, size - 1) if size > 1 else 0 for at, size in zip(length, block_size, strict=True)]
+
+    def waiting(self) -> int:
+        return max(map(len, self._unread()))
+
+    def first(self) -> tuple[Tensor, Tensor]:
         logits, hidden = self._read_text()
-        while True:
-            drafts = [int(count > 0) for count in left]
-            tokens, scores = draw(drafter.score(logits), drafts)
-            steps.append((tokens, scores, hidden))
-            counts = [count + more for count, more in zip(counts, drafts, strict=True)]
-            left = [max(0, count - 1) for count in left]
-            if go_on is not None and max(left) > 0:
-                more = go_on(Proposal(tokens, scores, hidden, drafts))
-                left = [count if goes_on else 0 for count, goes_on in zip(left, more, strict=True)]
-            if max(left) == 0:
-                break
-            logits, hidden = self._read(drafter.own(tokens), [int(count > 0) for count in left])
-        tokens, scores, hidden = (torch.cat(values, dim=1) for values in zip(*steps, strict=True))
-        return Proposal(tokens, scores, hidden, counts, waited)
+        return self.drafter.score(logits), hidden
+
+    def following(self, tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        logits, hidden = self._read(self.drafter.own(tokens), counts)
+        return self.drafter.score(logits), hidden
+
+    def nothing(self) -> Proposal:
+        return self.drafter.nothing(len(self.text.rows))
 
     def keep(self, rows: Sequence[int]) -> None:
         self.reader.keep(rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 NGRAM_BLOCK_SIZE, ASSISTANT_BLOCK_SIZE = 8, 6
 """Block sizes of drafters that were trained with none."""
@@ -49,4 +51,26 @@ class NgramConfig(DrafterConfig):
     def _in_order(self) -> NgramConfig:
         if self.min_ngram > self.max_ngram:
             raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
+        return self
+
+
+def _split(value: object) -> object:
+    """`A+B` as a list, for the command line, where a comma separates options."""
+    return value.split("+") if isinstance(value, str) else value
+
+
+class EnsembleConfig(DrafterConfig):
+    """Options of `ensemble`."""
+
+    members: Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(_split)] = Field(
+        min_length=2, description="the drafters, in a list, or as text with + between them"
+    )
+    weights: Annotated[tuple[Annotated[float, Field(ge=0)], ...] | None, BeforeValidator(_split)] = Field(
+        default=None, description="one for each member, such as 0.7+0.3; by default they follow the target's tokens"
+    )
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> EnsembleConfig:
+        if self.weights is not None and (len(self.weights) != len(self.members) or sum(self.weights) == 0):
+            raise ValueError(f"{len(self.members)} members need as many weights, not all 0; got {list(self.weights)}")
         return self

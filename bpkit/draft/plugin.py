@@ -25,3 +25,9 @@ def bpkit_register_drafters(register: Register) -> None:
         summary="Prompt lookup: copies what followed the latest n-gram before; no model.",
         config="bpkit.draft.config:NgramConfig",
     )
+    register(
+        "ensemble",
+        "bpkit.draft.ensemble:EnsembleDrafter.load",
+        summary="Several models draft the same positions; a weighted mixture of their distributions decides.",
+        config="bpkit.draft.config:EnsembleConfig",
+    )

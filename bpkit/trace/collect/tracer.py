@@ -115,6 +115,11 @@ class Tracer:
                 "the prompts before it: a trace would hold for one order of prompts only. Switch its memory off to "
                 "trace it, or measure it live, with `bpkit bench`, where the order of prompts is fixed"
             )
+        if getattr(drafter, "depends_on_steps", False):
+            raise ValueError(
+                f"what drafter {drafter.name} drafts depends on which of its drafts were verified before, and so on "
+                "the policy: there is no one trace of it. Measure it live, with `bpkit bench`"
+            )
         largest = drafter.max_block_size
         if not options.block_sizes or min(options.block_sizes) < 2 or max(options.block_sizes) > largest:
             sizes = "+".join(map(str, options.block_sizes)) or "none"
