@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from bpkit import SpeculativeDecoder
 from bpkit.decode.drafter import Drafter, own_features
 from bpkit.decode.noise import GumbelNoise
-from bpkit.decode.resolve_drafter import resolve_drafter
+from bpkit.decode.resolve_drafter import resolve_drafter, resolve_drafters
 from bpkit.decode.sampling import Draw, Processors, Sampler, Samplers
 from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter
@@ -269,14 +269,15 @@ def test_an_ensemble_is_written_as_a_list_or_in_one_line(pair: TinyPair, tiny_fo
         {"name": "ensemble", "members": paths},
         {"name": "ensemble", "members": [{"name": "autoregressive", "path": path} for path in paths]},
         f"ensemble:{'+'.join(paths)}",
-        f"ensemble:members={'+'.join(f'autoregressive:path={path}' for path in paths)},weights=0.6+0.2",
+        f"ensemble:members={'+'.join(paths)},weights=0.6+0.2",
     ]
     for spec in spelled:
-        made = resolve_drafter(spec, pair.target)
+        made = resolve_drafters(spec, pair.target)
         assert isinstance(made, EnsembleDrafter)
         assert [member.name for member in made.members] == paths
         assert made.kind == "ensemble"
         assert made.depends_on_steps is (made.weights is None)
+    assert isinstance(made, EnsembleDrafter)
     assert made.weights == (0.6, 0.2)
     text = RunningText([RowText(torch.tensor([[1]]), 9)])
     session = made.begin(text)

@@ -55,7 +55,7 @@ class NgramConfig(DrafterConfig):
 
 
 def _split(value: object) -> object:
-    """`A+B` as a list, for the command line, where a comma separates options."""
+    """`A+B` as a list: on the command line a comma separates options."""
     return value.split("+") if isinstance(value, str) else value
 
 
@@ -63,7 +63,7 @@ class EnsembleConfig(DrafterConfig):
     """Options of `ensemble`."""
 
     members: Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(_split)] = Field(
-        min_length=2, description="the drafters, in a list, or as text with + between them"
+        min_length=2, description="a list of drafters; or folders and Hub names with + between them"
     )
     weights: Annotated[tuple[Annotated[float, Field(ge=0)], ...] | None, BeforeValidator(_split)] = Field(
         default=None, description="one for each member, such as 0.7+0.3; by default they follow the target's tokens"
