@@ -29,8 +29,8 @@ from bpkit.trace.cost import CostTable
 from bpkit.trace.oracle.paths import fixed_path
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
+from bpkit.trace.store.joined import open_trace
 from bpkit.trace.store.manifest import TraceError
-from bpkit.trace.store.storage import open_trace
 from bpkit.types import OF_THE_TARGET, Context, Draft, Feature, Step, work_of
 
 if TYPE_CHECKING:

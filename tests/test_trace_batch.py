@@ -20,7 +20,7 @@ from bpkit.testing import TinyPair
 from bpkit.trace.collect import TraceOptions, Tracer, tracer
 from bpkit.trace.collect.job import describe, run_job
 from bpkit.trace.collect.workers import tasks_of
-from bpkit.trace.store.storage import open_trace
+from bpkit.trace.store.joined import open_trace
 from bpkit.types import Feature
 from tests.test_trace_job import PROMPTS, SIZES, assert_same
 from tests.tiny_architectures import REPEATING, repeating_causal_lm

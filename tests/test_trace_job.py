@@ -39,9 +39,10 @@ from bpkit.trace.collect.workers import Models, Processes, Task, WorkerError
 from bpkit.trace.fingerprint import fingerprint_model
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store import parquet as tables
+from bpkit.trace.store.joined import open_trace
 from bpkit.trace.store.manifest import Manifest, TraceError, read_manifest
 from bpkit.trace.store.parquet import from_tables, to_tables
-from bpkit.trace.store.storage import LOCK, Trace, claimed, open_trace
+from bpkit.trace.store.storage import LOCK, Trace, claimed
 from bpkit.types import Feature
 
 SIZES = (2, 3, 5, 8)
@@ -181,7 +182,7 @@ def uninterrupted(tiny_folder: Path, prompt_file: Path, tmp_path_factory: pytest
     result = run(*arguments(tiny_folder, prompt_file, out))
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
-    return open_trace(out)
+    return Trace(out)
 
 
 def pause_after_every_change(monkeypatch: pytest.MonkeyPatch) -> None:

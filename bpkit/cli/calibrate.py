@@ -179,6 +179,9 @@ def print_cost(cost: CostTable, shown: Console) -> None:
         row.append("/".join(f"{100 * known[p, size]:.1f}" if (p, size) in known else "-" for p in ("draft", "verify")))
         rows.append(TableRow(row[: len(head)]))
     shown.print(Table(f"{cost.name} ({unit}{where})", head, [rows]))
+    for place, other in enumerate(cost.sources, 1):
+        drafts = ", ".join(f"{size}: {_figure(cost, more)}" for size, more in other.draft.items()) or "nothing"
+        shown.print(escape(f"Drafts of source {place}, by block size: {drafts}."), soft_wrap=True)
     if cost.rows:
         shown.print(_rows_table(cost))
     for sentence in sentences(cost):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bpkit.judge.evaluation.splits import SplitRule
     from bpkit.registry.resolve import PolicyLike
     from bpkit.trace.cost import CostTable
-    from bpkit.trace.store.storage import Trace
+    from bpkit.trace.store.joined import AnyTrace
 
 DEFAULT_SPLIT = "0.4,0.2,0.4"
 SPLIT_HELP = "Shares of train, validation and test prompts; or a file of prompts, of which each says its `split`."
@@ -31,7 +31,14 @@ _how = partial(typer.Option, rich_help_panel="How to judge")
 
 @options.takes(files=outputs.figures_and_page, config=options.settings(options.MODELS | options.PLACE))
 def evaluate(
-    trace: Annotated[Path, typer.Argument(help="Folder that `bpkit trace` made.", metavar="TRACE")],
+    trace: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder that `bpkit trace` made; or several of the same outputs with `+` between them, each a source "
+            "of drafts.",
+            metavar="TRACE",
+        ),
+    ],
     cost: Annotated[
         str | None,
         typer.Option(
@@ -92,7 +99,7 @@ def evaluate(
     from bpkit.judge.evaluation import evaluate as judge
     from bpkit.learn.training.prompts import Part
     from bpkit.trace.collect.recompute import Recompute
-    from bpkit.trace.store.storage import open_trace
+    from bpkit.trace.store.joined import open_trace
 
     quiet_libraries()
     opened = open_trace(trace)
@@ -178,7 +185,7 @@ def cost_models(given: str | None, largest: int) -> list[CostTable]:
     return [cost, flat(cost), linear(cost)]
 
 
-def provenance(trace: Trace, costs: list[CostTable], started: float) -> dict[str, Any]:
+def provenance(trace: AnyTrace, costs: list[CostTable], started: float) -> dict[str, Any]:
     """What made the figures."""
     import torch
 

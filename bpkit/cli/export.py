@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bpkit.registry.resolve import PolicyLike
     from bpkit.trace.cost import CostTable
     from bpkit.trace.records import PromptTrace
-    from bpkit.trace.store.storage import Trace
+    from bpkit.trace.store.joined import AnyTrace
 
 
 @options.takes(config=options.settings(options.MODELS | options.PLACE))
@@ -101,7 +101,7 @@ def export(
     from bpkit.learn.training.prompts import Part
     from bpkit.trace.collect.recompute import Recompute
     from bpkit.trace.cost import read_cost
-    from bpkit.trace.store.storage import open_trace
+    from bpkit.trace.store.joined import open_trace
 
     quiet_libraries()
     specs = options.named_policies(list(dict.fromkeys(policies or [])), config)
@@ -194,7 +194,7 @@ def read(prompts: Part, policy: Policy) -> list[PromptTrace]:
     return found
 
 
-def folded(policy: Policy, model: Any, trace: Trace, costs: CostTable | None) -> Policy:
+def folded(policy: Policy, model: Any, trace: AnyTrace, costs: CostTable | None) -> Policy:
     """The policy with the target's head in its first layer. Raises PolicyError."""
     from bpkit.export.core import Foldable
 

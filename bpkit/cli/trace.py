@@ -15,6 +15,7 @@ from bpkit.cli.outputs import command_line
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
 from bpkit.prompts import BATCH_SIZE, Prompt, choose_prompts, of_domains, read_dataset
+from bpkit.registry.resolve import each_drafter
 from bpkit.sizes import parse_sizes
 from bpkit.types import Feature
 
@@ -86,6 +87,14 @@ def trace(
             autocompletion=lambda: sorted(TO_BE_ADDED),
         ),
     ] = None,
+    outputs_of: Annotated[
+        Path | None,
+        _work(
+            help="Take the outputs of this trace of the same prompts and settings, in place of decoding them: for a "
+            "further source of drafts.",
+            metavar="TRACE",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, _work(help="Prompts that each process works on together. The trace is that of one at a time.", min=1)
     ] = BATCH_SIZE,
@@ -111,6 +120,9 @@ def trace(
 
     `bpkit trace --out TRACE --prompts questions.jsonl --column question --temperature 1 --num-workers 4`
 
+    Of several drafters each is traced, in a folder of its own in TRACE. Traces of the same outputs may be read as one:
+    `bpkit evaluate A+B`.
+
     Next: `bpkit calibrate --out cost.json`, and `bpkit evaluate TRACE --cost cost.json`
     """
     require("pyarrow", extra="traces", purpose="A trace")
@@ -120,16 +132,23 @@ def trace(
     from bpkit.trace.collect import GENERATE_WITH
     from bpkit.trace.collect.job import describe, run_job
 
-    decoder = load_decoder(config, f"fixed:{GENERATE_WITH}")
-    if sizes is None:
-        sizes = tuple(range(2, decoder.spec.trained_block_size + 1))
-    settings, texts = trace_options(config, sizes, wanted), in_chat(decoder, texts)
-    manifest = describe(decoder, texts, settings, command=command_line())
-    workers = chosen_workers(decoder, config, settings, num_workers, ray, batch_size)
-    kept = f"What was traced is in {out}; the same command goes on from there."
-    with when_interrupted(kept), progress_bar() as bar:
-        done = run_job(out, manifest, texts, workers, bar)
-    report(out, done)
+    drafters = each_drafter(config.drafter)
+    for place, drafter in enumerate(drafters):
+        own = config.model_copy(update={"drafter": drafter})
+        folder = out if len(drafters) == 1 else out / str(place)
+        decoder = load_decoder(own, f"fixed:{GENERATE_WITH}")
+        offered = range(2, decoder.spec.trained_block_size + 1) if sizes is None else sizes
+        fitting = tuple(size for size in offered if size <= decoder.spec.max_block_size or len(drafters) == 1)
+        taken = str(outputs_of) if outputs_of else str(out / "0") if place else None
+        settings, ready = trace_options(own, fitting, wanted, taken), in_chat(decoder, texts)
+        manifest = describe(decoder, ready, settings, command=command_line())
+        workers = chosen_workers(decoder, own, settings, num_workers, ray, batch_size)
+        kept = f"What was traced is in {folder}; the same command goes on from there."
+        with when_interrupted(kept), progress_bar() as bar:
+            done = run_job(folder, manifest, ready, workers, bar)
+        report(folder, done)
+    said = "make COST with `bpkit calibrate --out COST`" + (" and the same drafters" if len(drafters) > 1 else "")
+    say(f"Next: bpkit evaluate {out} --cost COST ({said})")
 
 
 def known_features(names: list[str]) -> frozenset[Feature]:
@@ -142,14 +161,16 @@ def known_features(names: list[str]) -> frozenset[Feature]:
     return frozenset(Feature(name) for name in names) & TO_BE_ADDED
 
 
-def trace_options(config: Config, sizes: tuple[int, ...], features: frozenset[Feature]) -> TraceOptions:
+def trace_options(
+    config: Config, sizes: tuple[int, ...], features: frozenset[Feature], outputs_of: str | None = None
+) -> TraceOptions:
     """Settings of the trace from the config."""
     from bpkit.trace.collect import TraceOptions
 
     wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0)
     new_tokens = wanted.pop("max_new_tokens")
     seed = config.sampling.seed or 0 if wanted["temperature"] > 0 else None
-    return TraceOptions(sizes, new_tokens, wanted, seed, features)
+    return TraceOptions(sizes, new_tokens, wanted, seed, features, outputs_of)
 
 
 def chosen_workers(
@@ -190,4 +211,3 @@ def report(out: Path, manifest: Manifest) -> None:
         "size": f"{size / 1e6:.1f} MB",
     }
     say("\n".join([f"{out} is complete.", *(f"  {name:14} {value}" for name, value in facts.items())]))
-    say(f"Next: bpkit evaluate {out} --cost COST (make COST with `bpkit calibrate --out COST`)")

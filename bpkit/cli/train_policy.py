@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bpkit.judge.evaluation.splits import SplitRule
     from bpkit.learn.training.policy_module import PolicyModule
     from bpkit.learn.training.prompts import Part
-    from bpkit.trace.store.storage import Trace
+    from bpkit.trace.store.joined import AnyTrace
 
 _training = partial(typer.Option, rich_help_panel="Training")
 Logger = Literal["csv", "tensorboard"]
@@ -113,7 +113,7 @@ def train_policy(
     from bpkit.learn.training.prompts import check_alike, fingerprint_part
     from bpkit.learn.training.trainable import make_module
     from bpkit.trace.cost import read_cost
-    from bpkit.trace.store.storage import open_trace
+    from bpkit.trace.store.joined import open_trace
 
     opened, held = [open_trace(path) for path in traces], [open_trace(path) for path in validation or []]
     table, spec = read_cost(cost), opened[0].spec
@@ -152,7 +152,7 @@ def train_policy(
 
 
 def prompts_of(
-    trace: Trace, places: Sequence[int], limit: int | None, module: PolicyModule, decoder: SpeculativeDecoder | None
+    trace: AnyTrace, places: Sequence[int], limit: int | None, module: PolicyModule, decoder: SpeculativeDecoder | None
 ) -> Part:
     """Prompts of a trace with what the policy and its training read, and with a decoder also what it may read."""
     from bpkit.learn.training.prompts import Part
@@ -179,7 +179,7 @@ def with_config(spec: str, config: Config) -> str | dict[str, Any]:
     return {**{key: value for key, value in stated.items() if key not in ("", "weights")}, **given}
 
 
-def split_places(traces: Sequence[Trace], seed: int, rule: SplitRule) -> dict[str, list[list[int]]]:
+def split_places(traces: Sequence[AnyTrace], seed: int, rule: SplitRule) -> dict[str, list[list[int]]]:
     """Places of training and validation prompts in each of the traces.
 
     Each trace is split by itself, as `bpkit evaluate` does. A prompt id that several traces have belongs to the most

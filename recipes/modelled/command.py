@@ -57,7 +57,7 @@ def bench_model(
     from bpkit.learn.training.prompts import Part
     from bpkit.trace.collect.recompute import check_models
     from bpkit.trace.cost import read_cost
-    from bpkit.trace.store.storage import open_trace
+    from bpkit.trace.store.joined import open_trace
     from recipes.modelled.measure import bench_model as measure
 
     opened, table = open_trace(trace), read_cost(cost)

@@ -8,6 +8,7 @@ from typing import Any
 from bpkit.trace.fingerprint import fingerprint_values
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Fill, offered
+from bpkit.trace.store.joined import AnyTrace, JoinedTrace
 from bpkit.trace.store.manifest import TraceError
 from bpkit.trace.store.storage import Trace
 from bpkit.types import Feature
@@ -53,7 +54,7 @@ class Part(Prompts):
 
     def __init__(
         self,
-        trace: Trace,
+        trace: AnyTrace,
         places: Sequence[int],
         *,
         limit: int | None = None,
@@ -79,7 +80,7 @@ def labels(prompts: Sequence[PromptTrace], name: str) -> list[str]:
     """`id`, `domain` or `fingerprint` (of the tokens) of all prompts; they are read only if they are in no trace."""
     if isinstance(prompts, Prompts):
         return prompts.labels(name)
-    if isinstance(prompts, Trace):
+    if isinstance(prompts, (Trace, JoinedTrace)):
         known = {"id": "ids", "domain": "domains", "fingerprint": "prompt_fingerprints"}
         return list(getattr(prompts, known[name]))
     if name == "fingerprint":
@@ -100,7 +101,7 @@ def joined(traces: Sequence[Any]) -> Sequence[PromptTrace]:
     return Prompts([(trace, place) for trace in traces for place in range(len(trace))])
 
 
-def check_alike(traces: Sequence[Trace]) -> None:
+def check_alike(traces: Sequence[AnyTrace]) -> None:
     """Raise TraceError unless all traces are of the same models and block sizes; sampling may differ."""
     first = traces[0]
     for other in traces[1:]:

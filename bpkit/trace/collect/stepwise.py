@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bpkit.decode.drafter import Drafter, DrafterSession, Proposal
+from bpkit.decode.drafter import Drafter, DrafterSession, EachRow, Proposal
 from bpkit.decode.sampling import Draw, Sampler, Samplers
+from bpkit.decode.sources import work_of_drafter
 from bpkit.decode.text import RowText, RunningText
-from bpkit.draft.ngram import NgramDrafter
 from bpkit.trace.collect.drafts import Drafts, Finished
 
 
@@ -16,8 +16,7 @@ from bpkit.trace.collect.drafts import Drafts, Finished
 def trace_step_by_step(drafter: Drafter, finished: Finished) -> Drafts:
     """Draft from every position with every block size, through the drafter's own sessions."""
     drafts = Drafts(finished)
-    if type(drafter) is NgramDrafter:
-        _look_up(drafter, finished, drafts)
+    if work_of_drafter(drafter).free and _look_up(drafter, finished, drafts):
         return drafts
     for row in range(finished.rows):
         for column, block_size in enumerate(finished.block_sizes):
@@ -50,18 +49,32 @@ def _features(finished: Finished, first: int, end: int) -> list[Tensor] | None:
     return None if finished.features is None else [finished.features[0, first:end]]
 
 
-def _look_up(drafter: NgramDrafter, finished: Finished, drafts: Drafts) -> None:
-    """n-grams: a draft leaves the session as it was and begins with all smaller ones, so that one session serves."""
+def _look_up(drafter: Drafter, finished: Finished, drafts: Drafts) -> bool:
+    """Stores: looking leaves the session as it was, and a draft is the beginning of the offer, so that one serves.
+
+    Returns:
+        Whether the drafter makes offers.
+    """
     session, text = _session_at(drafter, finished, 0)
+    offer = getattr(session, "offer", None)
+    if offer is None or not _offers(session):
+        return False
+    drafts.match_length = torch.zeros(finished.rows, dtype=torch.long)
     for row in range(finished.rows):
         if row > 0:
             _append(text, finished, 1)
             session.advance(None)
-        proposal = session.draft([finished.width + 1], _draw(finished, text), None)
-        tokens, (count,) = proposal.tokens[0], proposal.counts
+        (offered,) = offer(finished.width)
+        drafts.match_length[row] = offered.match
+        tokens = torch.tensor(offered.tokens, dtype=torch.long)
         for column, block_size in enumerate(finished.block_sizes):
-            length = min(count, block_size - 1)
+            length = min(len(tokens), block_size - 1)
             drafts.tokens[row, column, :length] = tokens[:length]
+    return True
+
+
+def _offers(session: DrafterSession) -> bool:
+    return not isinstance(session, EachRow) or all(hasattr(row, "offer") for row in session.sessions)
 
 
 def _put(drafts: Drafts, row: int, column: int, proposal: Proposal) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from bpkit.decode.products import quick_products
 from bpkit.decode.result import Generation, RunMany
 from bpkit.decode.sampling import Processors
 from bpkit.decode.serving import session_class
+from bpkit.decode.sources import sources_of
 from bpkit.decode.timing import Stopwatch
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
@@ -31,6 +33,8 @@ from bpkit.trace.collect.pieces import HeldNoise, keep_freed_memory
 from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_passes
 from bpkit.trace.records import DraftTable, PromptTrace
+from bpkit.trace.store.manifest import TraceError
+from bpkit.trace.store.storage import Trace
 from bpkit.types import OF_THE_ANCHOR, Feature
 
 IndexedPrompt = tuple[int, Prompt]
@@ -60,6 +64,7 @@ class TraceOptions:
         sampling: `temperature`, and `top_p`, `top_k`, `repetition_penalty` where wanted.
         seed: of the noise; None for greedy outputs.
         features: beyond those that are always kept.
+        outputs_of: folder of another trace of the same prompts and settings whose outputs are taken; none are decoded.
     """
 
     block_sizes: tuple[int, ...]
@@ -67,6 +72,7 @@ class TraceOptions:
     sampling: Mapping[str, float] = field(default_factory=lambda: {"temperature": 0.0})
     seed: int | None = None
     features: frozenset[Feature] = frozenset()
+    outputs_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,16 @@ class Tracer:
                 "only outputs of rule 'coupled' can be traced: under 'rejection' the text depends on the policy"
             )
         drafter = decoder.drafter
+        if len(sources_of(drafter)) > 1:
+            raise ValueError(
+                f"{drafter.name} are several drafters: trace each by itself, the second with the outputs of the first, "
+                "and read the traces together, as `bpkit trace` does"
+            )
+        if getattr(drafter, "depends_on_steps", False):
+            raise ValueError(
+                f"drafter {drafter.name} drafts by what was drafted and verified before, so that a policy decides what "
+                "it drafts: no trace holds that. Measure it live, with `bpkit bench`"
+            )
         if getattr(drafter, "remembers_requests", False):
             raise ValueError(
                 f"drafter {drafter.name} remembers earlier requests, so that what it drafts for a prompt depends on "
@@ -129,6 +145,7 @@ class Tracer:
         if Feature.DRAFT_HIDDEN in options.features - drafter.provides:
             raise ValueError(f"drafter {drafter.name} has no hidden states: leave the feature draft_hidden out")
         self.decoder, self.options, self.batch_size = decoder, options, batch_size
+        self.known = None if options.outputs_of is None else Trace(Path(options.outputs_of))
         self.watch = Stopwatch(GuardedClock(WallClock(decoder.target.device, wait=True)))
         keep_freed_memory()
 
@@ -143,6 +160,10 @@ class Tracer:
         Raises:
             ValueError, RuntimeError: a prompt that cannot be decoded; the message names it.
         """
+        if self.known is not None:
+            for index, prompt in prompts:
+                yield from self.retraced([self._known_output(self.known, index, prompt)])
+            return
         asked = ({"prompt": prompt.text, "stream_id": index} for index, prompt in prompts)
         options = generation_options(self.options)
         outputs: list[Output] = []
@@ -174,9 +195,19 @@ class Tracer:
             kind = ValueError if isinstance(cause, ValueError) else RuntimeError
             raise kind(f"prompt {prompt.id!r}: {type(cause).__name__}: {cause}") from cause
         length = generation.sequences.shape[1] - generation.tokens.shape[1]
-        ids = generation.sequences[:, :length]
+        return self._output_of(index, prompt, generation.sequences[:, :length], generation.tokens)
+
+    def _output_of(self, index: int, prompt: Prompt, ids: Tensor, tokens: Tensor) -> Output:
         run = self.decoder.run(ids, stream_id=index, **generation_options(self.options))
-        return Output(index, prompt, ids, generation.tokens, run.request.sampler.processors)
+        return Output(index, prompt, ids, tokens, run.request.sampler.processors)
+
+    def _known_output(self, known: Trace, index: int, prompt: Prompt) -> Output:
+        """The output of another trace. Raises TraceError if that read the prompt otherwise."""
+        there, ids = known[index], self.decoder.token_ids(prompt.text).to(self.decoder.target.device)
+        if there.prompt_tokens.tolist() != ids[0].tolist():
+            raise TraceError(f"prompt {prompt.id!r} has other tokens than in {known.path}: give the same prompts")
+        tokens = torch.tensor(there.output_tokens.tolist(), device=ids.device)[None]
+        return self._output_of(index, prompt, ids, tokens)
 
     @torch.inference_mode()
     def retraced(self, outputs: Sequence[Output]) -> list[PromptTrace]:
@@ -277,6 +308,7 @@ class Tracer:
             tokens=_ints(drafts.tokens),
             features={name: _floats(values) for name, values in found.items()},
             match_probability=_floats(drafts.match_probability) if sampled else None,
+            match_length=None if drafts.match_length is None else _ints(drafts.match_length),
         )
 
 

@@ -16,6 +16,8 @@ import torch
 
 from bpkit.decode.clock import Clock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.drafter import Drafter
+from bpkit.decode.sources import sources_of
 from bpkit.files import utc
 from bpkit.installation.machine import describe_machine
 from bpkit.policy import Policy
@@ -129,11 +131,19 @@ def calibrate(
 ) -> CostTable:
     """Measure until every draft and every target pass is known well enough, or time is up.
 
-    The decoder's own policy does not run; its clock times the steps.
+    The decoder's own policy does not run; its clock times the steps. Several sources are measured one after the other,
+    each for its share of the time; target passes and the rest of a step are those of the first.
 
     Raises:
         ValueError: a block size that this drafter cannot draft; CostError if too little could be measured.
     """
+    sources = sources_of(decoder.drafter)
+    if len(sources) > 1:
+        first, *others = [
+            calibrate(decoder.with_policy("fixed", source), prompts, _share(settings, source, len(sources)), progress)
+            for source in sources
+        ]
+        return first.with_sources(others)
     spec, target = decoder.spec, decoder.target
     largest = _largest(spec, settings.max_block_size)
     recorder = RecordingClock(decoder.clock.waiting() if isinstance(decoder.clock, WallClock) else decoder.clock)
@@ -174,6 +184,13 @@ def calibrate(
     )
     said = f"{spec.target} with {spec.drafter} on {machine['gpu'] or machine['cpu']}, {dtype}, {threads} thread(s)"
     return cost.model_copy(update={"description": said, "measured": measured})
+
+
+def _share(settings: CalibrationSettings, source: Drafter, sources: int) -> CalibrationSettings:
+    """The settings for one of several sources, which may draft less than another."""
+    asked = settings.max_block_size
+    most = None if asked is None else min(asked, source.max_block_size)
+    return replace(settings, max_block_size=most, max_minutes=settings.max_minutes / sources)
 
 
 def _largest(spec: DecoderSpec, asked: int | None) -> int:

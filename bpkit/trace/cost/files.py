@@ -17,7 +17,7 @@ EXAMPLE = '{"verify": {"1": 1.0, "2": 1.1, "4": 1.3}}'
 
 
 def read_cost(path_or_preset: str | Path) -> CostTable:
-    """Read a cost file, or make a preset by its name.
+    """Read a cost file, or make a preset by its name; or several with `+` between them, each of a source of drafts.
 
     Raises:
         CostError: the file is no cost model; the message names file, key and what to write there.
@@ -26,6 +26,9 @@ def read_cost(path_or_preset: str | Path) -> CostTable:
     if str(path_or_preset) in PRESETS:
         return PRESETS[str(path_or_preset)]
     file = Path(path_or_preset)
+    if "+" in str(file) and not file.is_file():
+        first, *others = map(read_cost, str(file).split("+"))
+        return first.with_sources(others)
     if not file.is_file():
         raise FileNotFoundError(
             f"there is no cost file {str(path_or_preset)!r}, and no preset of that name; the presets are: "

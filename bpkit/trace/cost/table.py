@@ -8,7 +8,7 @@ other unit that the whole table shares: every comparison of policies is a ratio.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -204,6 +204,7 @@ class CostTable(BaseModel):
             between and constant outside.
         rest: everything else in a step.
         rows: the same tables for steps of several rows, by how many run; empty if it prices one row only.
+        sources: what drafts of further sources cost, from source 1 on; their verify and rest are those of this table.
         spread, measured: of tables that were measured. source: of published figures.
 
     A table that is left out costs nothing. Sizes between two given ones cost what the next larger one does. A step of
@@ -223,6 +224,7 @@ class CostTable(BaseModel):
     verify: _VerifyTable
     rest: _Free = 0.0
     rows: dict[_Many, RowsTable] = {}
+    sources: tuple[CostTable, ...] = ()
     spread: tuple[Cell, ...] = ()
     measured: Measured | None = None
 
@@ -235,7 +237,7 @@ class CostTable(BaseModel):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_empty(self, handler, "rows")
+        return _without_empty(self, handler, "rows", "sources")
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> CostTable:
         """A copy, other figures included: nothing that was looked up before is kept."""
@@ -264,6 +266,36 @@ class CostTable(BaseModel):
         if saved:
             return max(lower + share * (upper - lower) - saved * (rows * size - positions), 0.0)
         return lower + share * (upper - lower)
+
+    def of_source(self, source: int) -> CostTable:
+        """What steps cost that draft from a source. Raises CostError for one that the table does not price."""
+        if source == 0 or (not self.draft and not self.sources):  # drafts are free, wherever they come from
+            return self
+        if source > len(self.sources):
+            raise CostError(
+                f"cost model {self.name!r} prices {1 + len(self.sources)} source(s) of drafts, and source {source} was "
+                "asked for: measure it with `bpkit calibrate` and the same drafters, or join cost files, A+B"
+            )
+        return self.sources[source - 1]
+
+    def with_sources(self, others: Sequence[CostTable]) -> CostTable:
+        """This table with the drafts of further sources, as other tables price them, each measured by itself."""
+        return self.model_copy(update={"sources": (*self.sources, *(self._drafts_of(other) for other in others))})
+
+    def _drafts_of(self, other: CostTable) -> CostTable:
+        """The other's drafts, and all else as in this table."""
+        rows = {
+            number: of_rows.model_copy(
+                update={
+                    "verify": self.rows[number].verify,
+                    "rest": self.rows[number].rest,
+                    "padding": Padding(draft=of_rows.padding.draft, verify=self.rows[number].padding.verify),
+                }
+            )
+            for number, of_rows in other.rows.items()
+            if number in self.rows
+        }
+        return other.model_copy(update={"verify": self.verify, "rest": self.rest, "rows": rows})
 
     def array(
         self,

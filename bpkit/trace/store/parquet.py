@@ -58,10 +58,11 @@ MORE_OF_DRAFTS = _schema(
     ("draft_entropy", _FLOATS, "entropy of its distribution at each place, nats [draft_length]"),
     ("draft_hidden", _FLOATS, "its last hidden states [draft_length * drafter hidden]"),
     ("draft_probability", _FLOATS, "drafter's probability of each proposed token [draft_length]"),
+    ("match_length", pa.int32(), "of stores, tokens of the match that the position's drafts come from"),
     ("match_probability", _FLOATS, "chance that proposed and target token agree, noise unknown [draft_length]"),
 )
 """Columns that are there if they were asked for, or where the drafter has them."""
-MATCH = "match_probability"
+MATCH, MATCH_LENGTH = "match_probability", "match_length"
 _BY_OUTPUT_TOKEN = (Feature.LAST_HIDDEN, Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING)
 
 
@@ -89,6 +90,8 @@ def _draft_table(trace: PromptTrace) -> pa.Table:
         "tokens": _lists(drafts.tokens, length),
         **{name: _lists(values, length) for name, values in more.items()},
     }
+    if drafts.match_length is not None:
+        columns[MATCH_LENGTH] = np.repeat(drafts.match_length, sizes)
     return _table(columns, DRAFTS, MORE_OF_DRAFTS)
 
 
@@ -138,6 +141,7 @@ def _draft_arrays(table: pa.Table, rows: int, sizes: Ints) -> DraftTable:
         values[np.arange(width) < length.reshape(-1, 1)] = flat.reshape(total, *tail)
         return values.reshape(*shape, width, *tail)
 
+    matched = columns.pop(MATCH_LENGTH, None)
     more = {name: padded(name, np.nan, np.float32) for name in MORE_OF_DRAFTS.names if name in columns}
     match = more.pop(MATCH, None)
     return DraftTable(
@@ -147,4 +151,5 @@ def _draft_arrays(table: pa.Table, rows: int, sizes: Ints) -> DraftTable:
         tokens=padded("tokens", -1, np.int32),
         features={Feature(name): values for name, values in more.items()},
         match_probability=match,
+        match_length=None if matched is None else matched.to_numpy().reshape(shape)[:, 0].astype(np.int32),
     )

@@ -194,8 +194,3 @@ class Trace(Sequence[PromptTrace]):
             tables = prompts.read_row_group(index), drafts.read_row_group(index)
             trace = from_tables(*tables, self.manifest.block_sizes)
         return trace
-
-
-def open_trace(folder: Path | str) -> Trace:
-    """Open a complete trace. Raises TraceError or FileNotFoundError with a sentence that says what to do."""
-    return Trace(Path(folder))
