@@ -18,7 +18,7 @@ from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal, own_fe
 from bpkit.decode.features import draft_features
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText, padded
-from bpkit.types import DraftWork, Feature, SourceSpec, work_of
+from bpkit.types import OF_THE_DISTRIBUTION, DraftWork, Feature, SourceSpec, work_of
 
 RECENT, AT_FIRST = 0.2, 0.5
 """Weight of a step in the moving average of a source's success, and where that begins."""
@@ -164,12 +164,12 @@ class SourceSessions:
         if len(used) == 1:
             proposal = self.sessions[used[0]].draft(block_size, draw, go_on)
             self.read = {used[0]: proposal.read}
-            return proposal
+            return proposal if len(self.sessions) == 1 else _complete(proposal, wants)
         parts: dict[int, Proposal] = {}
         for place in used:
             sizes = [size if own == place else 1 for size, own in zip(block_size, source, strict=True)]
             part = self.sessions[place].draft(sizes, draw, None)
-            parts[place] = replace(part, features=draft_features(part, wants))
+            parts[place] = _complete(replace(part, features=draft_features(part, wants)), wants)
         self.read = {place: part.read for place, part in parts.items()}
         return _together(parts, source, block_size)
 
@@ -205,6 +205,15 @@ def _together(parts: Mapping[int, Proposal], source: Sequence[int], block_size: 
         max(part.read for part in parts.values()),
         features,
     )
+
+
+def _complete(part: Proposal, wants: frozenset[Feature]) -> Proposal:
+    """A proposal with NaN for wanted features of the distribution, where its source has none."""
+    if part.scores is not None:
+        return part
+    features = draft_features(part, wants)
+    absent = part.tokens.new_full(part.tokens.shape, float("nan"), dtype=torch.float32)
+    return replace(part, features={**dict.fromkeys(wants & OF_THE_DISTRIBUTION, absent), **features})
 
 
 def _names(parts: Mapping[int, Proposal]) -> set[Feature]:
