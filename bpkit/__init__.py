@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bpkit.policy import Policy, PolicyConfig, PolicyError
     from bpkit.registry.hookspecs import hookimpl
     from bpkit.registry.resolve import resolve_policy
-    from bpkit.types import Context, DecoderSpec, Draft, Feature, Prefill, Step
+    from bpkit.types import Context, DecoderSpec, Draft, Feature, Plan, Prefill, Step
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "DecoderSpec",
     "Draft",
     "Feature",
+    "Plan",
     "Policy",
     "PolicyConfig",
     "PolicyError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -240,9 +240,8 @@ def test_weights_follow_the_target_without_a_read_of_the_device(pair: TinyPair, 
     host = SpeculativeDecoder(pair.target, drafter, "fixed:4", tokenizer=pair.tokenizer)
     wanted = host.generate(prompt, **options).tokens[0].tolist()
     with SimulatedDevice() as device:
-        target, there = copy.deepcopy((pair.target, members), memo := {})
-        assert memo
-        for model in {id(model): model for model in (target, *(member.model for member in there))}.values():
+        target, there = copy.deepcopy((pair.target, members))
+        for model in {id(model): model for model in (target, *(cast(Any, member).model for member in there))}.values():
             device.put(model)
         decoder = SpeculativeDecoder(
             target, EnsembleDrafter(there, target), "fixed:4", tokenizer=pair.tokenizer, capture="off", strict=True

@@ -152,7 +152,7 @@ def outputs(pair: TinyPair, plain: PlainDecoding) -> Outputs:
 @pytest.fixture(scope="module")
 def drafters(pair: TinyPair, tiny_folder: Path) -> dict[str, Drafter]:
     """Every registered drafter, made through the registry, and the one whose drafts are often right."""
-    paths = {
+    paths: dict[str, dict[str, Any]] = {
         "block-diffusion": {"path": tiny_folder / "drafter"},
         "autoregressive": {"path": tiny_folder / "assistant"},
         "ensemble": {"members": [str(tiny_folder / "assistant"), str(tiny_folder / "target")]},

@@ -94,7 +94,7 @@ def test_sizes_that_the_decoder_cannot_draft_are_never_chosen(kind: type[Learner
     policy.bind(decoder(largest=8))
     # Size 16 was fast once, with another decoder.
     policy.arms[16] = arm_of([(16, 0.01)] * 5)
-    chosen = set()
+    chosen: set[int] = set()
     for seed in range(60):
         sizes = policy.select({}, context(seed=seed))
         chosen.update(sizes.tolist())
@@ -220,7 +220,7 @@ def test_an_arm_that_was_forgotten_is_tried_again(kind: type[Learner]) -> None:
 def test_every_arm_is_tried_before_any_comparison(kind: type[Learner]) -> None:
     policy = kind(block_sizes=(1, 2, 4, 8), min_pulls=3)
     policy.bind(decoder())
-    pulled = []
+    pulled: list[Any] = []
     for seed in range(12):
         sizes = policy.select({}, context(seed=seed)).tolist()
         policy.observe({}, step(sizes, [sizes[0]], 0.1))  # size 8 is by far the best from the start

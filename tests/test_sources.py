@@ -89,7 +89,7 @@ def test_the_text_is_that_of_plain_decoding(pair: TinyPair, rule: str, temperatu
     assert {int(step.source) for one in alone for step in one.steps} == {0, 1, 2}
 
 
-def traces_of(pair: TinyPair, folder: Path, *, batch_size: int = 1, **sampling: Any) -> JoinedTrace:
+def traces_of(pair: TinyPair, folder: Path, **sampling: float) -> JoinedTrace:
     """Traces of all sources, one with the outputs of the other."""
     for place, source in enumerate(sources(pair)):
         decoder = SpeculativeDecoder(pair.target, source, "fixed:4", tokenizer=pair.tokenizer)

@@ -128,8 +128,12 @@ class Policy:
         """
         return {}
 
-    def select(self, state: State, context: Context) -> Tensor:
-        """The block size of the next draft, anchor included: int64 [batch], from 1 (no draft) upwards."""
+    def select(self, state: State, context: Context) -> Tensor | Any:
+        """The block size of the next draft, anchor included: int64 [batch], from 1 (no draft) upwards.
+
+        Where the decoder has several sources of drafts (`context.spec.sources`), a `bpkit.Plan` also names the source;
+        block sizes alone are drafted by source 0.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define select(self, state, context)")
 
     def extend(self, state: State, draft: Draft) -> Tensor:
