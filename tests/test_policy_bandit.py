@@ -304,7 +304,8 @@ class SimulatedDecoder:
 
 def simulate(policy: Learner, seed: int, steps: int = 2000, batch: int = 1) -> list[int]:
     """The block sizes that the policy chooses, row by row."""
-    simulated, now, chosen = SimulatedDecoder(seed), context(batch, seed), []
+    simulated, now = SimulatedDecoder(seed), context(batch, seed)
+    chosen: list[Any] = []
     policy.bind(decoder())
     state = policy.begin(now)
     for _ in range(steps):
