@@ -69,12 +69,12 @@ def test_confidences_win_something_and_less_than_the_oracle(kind: str) -> None:
     calibration = calibrate([greedy(i, honest) for i in range(20)], seed=0)
     assert calibration is not None
     test = [greedy(i, honest) for i in range(40, 70)]
-    size = best_fixed(test, work_of(kind), COST)
-    fixed = sum(fixed_path(prompt, work_of(kind), COST, size).seconds for prompt in test)
+    best = best_fixed(test, work_of(kind), COST)
+    fixed = sum(fixed_path(prompt, work_of(kind), COST, *best).seconds for prompt in test)
     price = sum(prompt.decided_by_steps for prompt in test) / fixed
     paths = [Informed(p, work_of(kind), COST, calibration.survival(p)).path(price) for p in test]
     least = [oracle_step_truncate(prompt, work_of(kind), COST).seconds for prompt in test]
-    assert all(path.seconds >= best - 1e-9 for path, best in zip(paths, least, strict=True))
+    assert all(path.seconds >= fewest - 1e-9 for path, fewest in zip(paths, least, strict=True))
     assert sum(path.seconds for path in paths) < 0.97 * fixed
 
 

@@ -141,7 +141,7 @@ def test_one_set_of_weights_serves_a_device_with_other_costs(folder: Path) -> No
 def test_the_best_fixed_size_of_its_facts_is_that_of_the_training_prompts(folder: Path) -> None:
     policy = trained(folder)
     policy.bind(SPEC, COST)
-    size = best_fixed(TRAIN, SPEC.work, COST)
+    size = best_fixed(TRAIN, SPEC.work, COST).block_size
     assert policy.gains.sizes[policy.gains.floor] == size
 
 

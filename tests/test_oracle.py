@@ -109,7 +109,7 @@ def random_prompt(seed: int, work: DraftWork, output_length: int, sizes: tuple[i
 
 def fixed_for_prompt(prompt: PromptTrace, work: DraftWork, cost: CostModel) -> Path:
     """The path of the block size that is best for this prompt."""
-    return fixed_path(prompt, work, cost, best_fixed([prompt], work, cost))
+    return fixed_path(prompt, work, cost, *best_fixed([prompt], work, cost))
 
 
 # Exhaustive search, sharing nothing with the oracles but the runtime's `price`
@@ -272,7 +272,7 @@ def test_best_fixed_has_the_most_tokens_per_second_of_the_set(work: DraftWork) -
         tokens = sum(prompt.output_length - 1 for prompt in prompts)
         rate = {size: tokens / sum(stepwise_fixed(p, work, cost, size) for p in prompts) for size in (1, *sizes)}
         best = best_fixed(prompts, work, cost)
-        assert rate[best] == pytest.approx(max(rate.values()), rel=1e-12)
+        assert rate[best.block_size] == pytest.approx(max(rate.values()), rel=1e-12)
         chosen.add(best)
     assert len(chosen) > 1
 
@@ -286,7 +286,7 @@ def test_more_freedom_is_never_slower(work: DraftWork, seed: int) -> None:
     seconds = np.array(
         [
             [oracle(p, work, cost).seconds for oracle in (oracle_step_truncate, oracle_step, fixed_for_prompt)]
-            + [fixed_path(p, work, cost, best).seconds]
+            + [fixed_path(p, work, cost, *best).seconds]
             for p in prompts
         ]
     )
@@ -347,7 +347,7 @@ def test_at_equal_cost_the_smallest_draft_and_the_fewest_verified(work: DraftWor
     assert path.verify_length.tolist() == [2, 2, 2]
     nothing = oracle_step_truncate(prompt_of(np.zeros((9, 3)), (2, 4, 6), 30), work, TableCost())
     assert nothing.block_size.tolist() == [1] * 9
-    assert best_fixed([prompt_of(np.zeros((9, 3)), (2, 4, 6), 30)], work, TableCost()) == 1
+    assert best_fixed([prompt_of(np.zeros((9, 3)), (2, 4, 6), 30)], work, TableCost()) == (1, 0)
 
 
 def test_reading_the_prompt_is_paid_by_the_first_draft() -> None:
@@ -387,7 +387,7 @@ def test_one_token_takes_no_steps(work: DraftWork) -> None:
         oracle_step_truncate(prompt, work, TableCost()),
     ):
         assert (path.seconds, path.tokens, path.steps) == (0.0, 0, 0)
-    assert best_fixed([prompt], work, TableCost()) == 1
+    assert best_fixed([prompt], work, TableCost()) == (1, 0)
     expected = oracle_distributions(prompt, work, TableCost())
     assert (expected.seconds, expected.tokens, expected.steps) == (0.0, 0, 0.0)
 
@@ -488,7 +488,7 @@ def test_no_choice_expects_less(
     assert found.seconds == pytest.approx(least_expected(prompt, work, cost, truncate), rel=1e-6, abs=1e-9)
 
     def planned(state: State) -> tuple[int, int]:
-        return found.plan.choose(state.position, waiting(work, state))
+        return found.plan.choose(state.position, [waiting(work, state)])[1:]
 
     assert (found.seconds, found.steps) == pytest.approx(expected_of(prompt, work, cost, planned), rel=1e-9, abs=1e-9)
     assert found.tokens == output_length - 1
@@ -556,7 +556,7 @@ def test_drawing_the_matches_takes_what_was_expected(work: DraftWork) -> None:
     for _ in range(2000):
         state, seconds = State(), 0.0
         while state.position < prompt.output_length:
-            size, verified = found.plan.choose(state.position, waiting(work, state))
+            _, size, verified = found.plan.choose(state.position, [waiting(work, state)])
             seconds += step_seconds(prompt, work, cost, state, size, verified)
             accepted = 0
             if verified:
@@ -576,7 +576,7 @@ def test_on_average_knowing_the_noise_is_faster_and_a_fixed_size_slower() -> Non
     knowing = np.mean([oracle_step_truncate(p, BLOCK_DIFFUSION, cost).seconds for p in prompts])
     expecting = np.mean([oracle_distributions(p, BLOCK_DIFFUSION, cost).seconds for p in prompts])
     best = best_fixed(prompts, BLOCK_DIFFUSION, cost)
-    fixed = np.mean([fixed_path(p, BLOCK_DIFFUSION, cost, best).seconds for p in prompts])
+    fixed = np.mean([fixed_path(p, BLOCK_DIFFUSION, cost, *best).seconds for p in prompts])
     assert knowing < expecting < fixed
     whole = [oracle_distributions(p, BLOCK_DIFFUSION, cost, truncate=False).seconds for p in prompts]
     assert expecting <= np.mean(whole)

@@ -176,7 +176,7 @@ def rate(policy: Policy | str, prompts: Sequence[PromptTrace] = VALIDATION) -> f
 def test_the_planted_structure_is_learnt_and_beats_the_best_fixed_size(folder: Path) -> None:
     report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     judged = report["validation"]
-    best = best_fixed(VALIDATION, SPEC.work, COST)
+    best = best_fixed(VALIDATION, SPEC.work, COST).block_size
     assert judged["best_fixed"]["block_size"] == best
     assert judged["best_fixed"]["tokens_per_second"] == pytest.approx(rate(f"fixed:{best}"))
     assert judged["tokens_per_second_without_decisions"] == pytest.approx(rate(str(folder)))

@@ -3,6 +3,7 @@
 A logistic regression gives S_b(k), the chance that the first k tokens of the draft at size b stand. Each step takes the
 size and width of the largest `1 + sum over k <= v of S_b(k) - price * (draft(b) + verify(v + 1) + rest)`, or no draft,
 `1 - price * plain step`, where that is more. What a draft must catch up with is left out: it would only wait longer.
+Of several sources of drafts it knows the first alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.trace.oracle.paths import Path, walk
-from bpkit.trace.oracle.plan import Float64, step_table
+from bpkit.trace.oracle.plan import Float64, StepChoice, step_table
 from bpkit.trace.records import PromptTrace
 from bpkit.types import CostModel, DraftWork, Feature
 
@@ -81,12 +82,13 @@ class Informed:
 
     def path(self, price: float) -> Path:
         """The steps where a second is worth `price` tokens, about what is reached."""
-        table, gain = self.table, self.expected - price * self.table.draft
+        table, steps = self.table, self.table.sources[0]
+        gain = self.expected - price * steps.draft
         flat = gain.reshape(len(gain), -1)
         size, verified = np.divmod(flat.argmax(axis=1), gain.shape[2])  # the first of equals
         drafts = flat.max(axis=1) > -price * table.no_draft
-        chosen = np.where(drafts[:, None], np.stack([table.block_sizes[size], verified], axis=1), (1, 0)).tolist()
-        return walk(self.prompt, self.work, self.cost, lambda position, waiting: chosen[position - 1])
+        chosen = np.where(drafts[:, None], np.stack([steps.block_sizes[size], verified], axis=1), (1, 0)).tolist()
+        return walk(self.prompt, self.work, self.cost, lambda position, waiting: StepChoice(0, *chosen[position - 1]))
 
 
 def _known(prompt: PromptTrace) -> Float64:
