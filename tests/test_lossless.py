@@ -165,7 +165,9 @@ def test_every_registered_policy_and_drafter_is_covered_here(drafters: dict[str,
     covered = {name_of(policy) for policy in (*POLICIES, *FOR_THE_SHIPPED_PAIR)}
     assert covered == set(registry().policies) - {"onnx"}  # in the tests of exported policies
     assert set(drafters) == {*registry().drafters, "agreeable"}
-    assert {d.kind for d in drafters.values()} == {"block-diffusion", "autoregressive", "n-gram", "ensemble"}
+    assert {d.kind for d in drafters.values()} == {
+        "block-diffusion", "autoregressive", "n-gram", "ensemble", "last-pass"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=name_of_sampling)
@@ -181,7 +183,7 @@ def test_tokens_equal_plain_decoding(
                 PolicyError, match=f"wants {', '.join(sorted(missing))}, which drafter '{drafter.name}'"
             ):
                 SpeculativeDecoder(pair.target, drafter, policy)
-            assert name == "ngram"
+            assert name in {"ngram", "last-pass"}
             continue
         decoder = SpeculativeDecoder(pair.target, drafter, policy, tokenizer=pair.tokenizer, strict=True)
         for stream_id, prompt in enumerate(PROMPTS[:2]):
@@ -297,7 +299,7 @@ class Scripted(Policy):
     keeps=st.lists(st.integers(0, 15), min_size=1, max_size=12),
     extends=st.lists(st.booleans(), min_size=1, max_size=7),
     sampling=st.sampled_from(SAMPLINGS),
-    drafter=st.sampled_from(["agreeable", "autoregressive", "block-diffusion", "ngram"]),
+    drafter=st.sampled_from(["agreeable", "autoregressive", "block-diffusion", "ngram", "last-pass"]),
     prompt=st.sampled_from(PROMPTS),
 )
 def test_a_policy_drawn_at_random_at_every_step_leaves_the_text_alone(
@@ -358,7 +360,7 @@ def test_every_max_new_tokens_from_1_to_20(
             assert int(step.verify_length) == min(block_size - 1, count - step.position - 1)
 
 
-@pytest.mark.parametrize("drafter", ["agreeable", "block-diffusion", "autoregressive", "ngram"])
+@pytest.mark.parametrize("drafter", ["agreeable", "block-diffusion", "autoregressive", "ngram", "last-pass"])
 def test_an_end_token_at_any_place_of_a_draft_ends_the_text_there(
     pair: TinyPair, plain: PlainDecoding, drafters: dict[str, Drafter], drafter: str
 ) -> None:

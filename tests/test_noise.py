@@ -340,8 +340,8 @@ def exact_law(small: PreTrainedModel) -> dict[tuple[int, ...], float]:
 
 
 def small_drafter(kind: str, target: PreTrainedModel) -> Drafter | str:
-    if kind == "ngram":
-        return "ngram"
+    if kind in {"ngram", "last-pass"}:
+        return kind
     if kind == "another model":
         return AutoregressiveDrafter(small_model(1, spread=0.5), target)
     return AgreeableDrafter(target, corruption=float(kind.split()[0]) / 100)
@@ -373,6 +373,7 @@ def p_values(decoder: SpeculativeDecoder, law: dict[tuple[int, ...], float], dra
         ("100 % wrong", 3),
         ("another model", 2),
         ("ngram", 4),
+        ("last-pass", 4),
     ],
 )
 def test_outputs_under_rejection_have_the_targets_distribution(

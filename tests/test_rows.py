@@ -23,6 +23,7 @@ from bpkit.decode import loop
 from bpkit.decode.drafter import Drafter
 from bpkit.decode.result import Generation, RowFailure
 from bpkit.decode.rows import Rows
+from bpkit.draft.last_pass import LastPassDrafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
 from bpkit.registry.discovery import registry
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tests.conftest import Plain, PlainDecoding, ShippedPair
 
 SEED = 11
-DRAFTERS = ("block-diffusion", "autoregressive", "agreeable", "n-gram")
+DRAFTERS = ("block-diffusion", "autoregressive", "agreeable", "n-gram", "last-pass")
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "T=1": {"temperature": 1.0, "top_k": 0, "top_p": 0.9},
@@ -90,6 +91,7 @@ def drafter_of(pair: TinyPair, name: str) -> Drafter:
         "autoregressive": pair.autoregressive,
         "agreeable": lambda: pair.agreeable(0.3),
         "n-gram": NgramDrafter,
+        "last-pass": LastPassDrafter,
     }
     drafter: Drafter = made[name]()
     return drafter

@@ -25,7 +25,8 @@ class Verdict(NamedTuple):
     """What a rule made of a pass, on the device.
 
     Attributes:
-        tokens: int64 [rows, positions]; only the first `num_accepted + 1` of a row mean anything.
+        tokens: int64 [rows, positions]; the first `num_accepted + 1` of a row are decided. Those after them are what
+            the target would say after a wrong token, and may be drafted next.
         num_accepted: before stopping is considered, int64 [rows].
         near_tie: whether the top-2 gap was below tolerance, bool [rows, positions].
     """
@@ -180,7 +181,9 @@ class Rejection(Coupled):
         stands = (u * q < p).cumprod(dim=1).sum(dim=1)
         last = noisy(self._left_over(target, proposal, stands), n, position).argmax(dim=-1)
         at = torch.arange(width + 1, device=last.device)
-        tokens = torch.where(at < stands, torch.nn.functional.pad(drafted, (0, 1)), last)
+        # Of the positions after it the most likely, not drawn: a draft must not know the noise of an open position.
+        tokens = torch.where(at == stands, last, target.argmax(dim=-1))
+        tokens = torch.where(at < stands, torch.nn.functional.pad(drafted, (0, 1)), tokens)
         return Verdict(tokens, stands, torch.zeros_like(tokens, dtype=torch.bool))
 
     @staticmethod

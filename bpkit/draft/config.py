@@ -8,6 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 NGRAM_BLOCK_SIZE, ASSISTANT_BLOCK_SIZE = 8, 6
 """Block sizes of drafters that were trained with none."""
+LAST_PASS_WINDOW = 16
+"""Drafted tokens of `last-pass`."""
 
 
 class DrafterConfig(BaseModel):
@@ -74,3 +76,17 @@ class EnsembleConfig(DrafterConfig):
         if self.weights is not None and (len(self.weights) != len(self.members) or sum(self.weights) == 0):
             raise ValueError(f"{len(self.members)} members need as many weights, not all 0; got {list(self.weights)}")
         return self
+
+
+class LastPassConfig(DrafterConfig):
+    """Options of `last-pass`."""
+
+    window: int = Field(
+        default=LAST_PASS_WINDOW, ge=1, description="drafted tokens, where the policy has no other size"
+    )
+    repeat: int = Field(
+        default=1,
+        ge=0,
+        description="a position that no pass has read yet repeats the token so many before it: 1 the last token, the "
+        "width of an image the pixel above; 0 leaves it out",
+    )

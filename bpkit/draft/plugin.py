@@ -31,3 +31,9 @@ def bpkit_register_drafters(register: Register) -> None:
         summary="Several models draft the same positions; a weighted mixture of their distributions decides.",
         config="bpkit.draft.config:EnsembleConfig",
     )
+    register(
+        "last-pass",
+        "bpkit.draft.last_pass:LastPassDrafter.load",
+        summary="Jacobi: what the target's last pass said after its first wrong token; no model.",
+        config="bpkit.draft.config:LastPassConfig",
+    )
