@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,14 @@ from bpkit.decode.slots import SlotCache
 from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter, padded_pass
+from bpkit.draft.config import HierarchyConfig
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
+from bpkit.draft.hierarchy import HierarchyDrafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.testing import TinyPair
 from bpkit.testing.models import AgreeableDrafter
 from tests.tiny_architectures import tiny_causal_lm
+from tests.tiny_store import store_of
 
 CLOSE = 2e-4
 LARGEST = 8
@@ -279,6 +283,14 @@ def test_assistants_of_many_kinds_draft_for_each_row_as_if_it_were_alone(pair: T
 
 def test_ngrams_of_rows_are_those_of_each_alone(pair: TinyPair) -> None:
     assert sum(run(NgramDrafter(), pair, seed) for seed in range(6)) > 6
+
+
+def test_stores_of_rows_are_those_of_each_alone(pair: TinyPair, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    store = store_of(tmp_path, [[rng.randrange(TOKENS) for _ in range(80)] for _ in range(9)])
+    drafter = HierarchyDrafter(store, HierarchyConfig(order=("corpus", "context", "model")))
+    assert sum(run(drafter, pair, seed) for seed in range(6)) > 20
+    assert set(drafter.drafts) == {"context", "model", "corpus"}
 
 
 def one_row(drafter: Drafter, pair: TinyPair, model: nn.Module) -> list[dict[str, Any]]:

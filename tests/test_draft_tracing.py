@@ -33,7 +33,9 @@ from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.sampling import Draw, Processors
 from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.hierarchy import HierarchyDrafter
 from bpkit.draft.ngram import NgramDrafter
+from bpkit.draft.stores.files import open_store
 from bpkit.policy import State
 from bpkit.testing import TinyPair
 from bpkit.trace.collect import autoregressive as draft_autoregressive
@@ -42,6 +44,7 @@ from bpkit.trace.collect.drafts import Drafts, Finished, match_probability
 from bpkit.trace.collect.pieces import HeldNoise, Positions
 from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.types import Feature, Step
+from tests.tiny_store import tiny_store
 
 PROMPT = "def f(a, b):"
 REPETITIVE = "1, 2, 3, 1, 2, 3, 1, 2, "
@@ -261,12 +264,14 @@ def family(name: str, vocab: int) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def drafters(pair: TinyPair) -> dict[str, Drafter]:
+def drafters(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
+    store = open_store(tiny_store(tmp_path_factory.mktemp("store"), pair, [REPETITIVE]))
     llama = AutoregressiveDrafter(family("llama", len(pair.tokenizer)), pair.target, name="llama")
     return {
         "autoregressive": pair.autoregressive(),
         "llama": llama,
         "n-gram": NgramDrafter(),
+        "hierarchy": HierarchyDrafter(store),
         "agreeable": pair.agreeable(0.3),
         "block diffusion": pair.block_diffusion(),
     }
@@ -288,7 +293,7 @@ def test_rollouts_equal_the_live_drafts(
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-@pytest.mark.parametrize("name", ["agreeable", "n-gram", "block diffusion"])
+@pytest.mark.parametrize("name", ["agreeable", "n-gram", "hierarchy", "block diffusion"])
 def test_drafts_step_by_step_equal_the_live_drafts(
     pair: TinyPair, drafters: dict[str, Drafter], name: str, sampling: Sampling
 ) -> None:

@@ -36,6 +36,7 @@ from bpkit.policy import State
 from bpkit.registry.discovery import registry
 from bpkit.registry.resolve import PolicyLike
 from bpkit.testing import TinyPair
+from tests.tiny_store import tiny_store
 
 if TYPE_CHECKING:
     from tests.conftest import Plain, PlainDecoding, ShippedPair
@@ -150,14 +151,15 @@ def outputs(pair: TinyPair, plain: PlainDecoding) -> Outputs:
 
 
 @pytest.fixture(scope="module")
-def drafters(pair: TinyPair, tiny_folder: Path) -> dict[str, Drafter]:
+def drafters(pair: TinyPair, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
     """Every registered drafter, made through the registry, and the one whose drafts are often right."""
-    paths: dict[str, dict[str, Any]] = {
+    options: dict[str, dict[str, Any]] = {
         "block-diffusion": {"path": tiny_folder / "drafter"},
         "autoregressive": {"path": tiny_folder / "assistant"},
         "ensemble": {"members": [str(tiny_folder / "assistant"), str(tiny_folder / "target")]},
+        "hierarchy": {"store": str(tiny_store(tmp_path_factory.mktemp("store"), pair, PROMPTS))},
     }
-    made = {name: resolve_drafter({"name": name, **paths.get(name, {})}, pair.target) for name in registry().drafters}
+    made = {name: resolve_drafter({"name": name, **options.get(name, {})}, pair.target) for name in registry().drafters}
     return {**made, "agreeable": pair.agreeable()}
 
 
@@ -166,7 +168,7 @@ def test_every_registered_policy_and_drafter_is_covered_here(drafters: dict[str,
     assert covered == set(registry().policies) - {"onnx"}  # in the tests of exported policies
     assert set(drafters) == {*registry().drafters, "agreeable"}
     assert {d.kind for d in drafters.values()} == {
-        "block-diffusion", "autoregressive", "n-gram", "ensemble", "last-pass"
+        "block-diffusion", "autoregressive", "n-gram", "ensemble", "last-pass", "hierarchy"
     }  # fmt: skip
 
 
@@ -183,7 +185,7 @@ def test_tokens_equal_plain_decoding(
                 PolicyError, match=f"wants {', '.join(sorted(missing))}, which drafter '{drafter.name}'"
             ):
                 SpeculativeDecoder(pair.target, drafter, policy)
-            assert name in {"ngram", "last-pass"}
+            assert name in {"ngram", "last-pass", "hierarchy"}
             continue
         decoder = SpeculativeDecoder(pair.target, drafter, policy, tokenizer=pair.tokenizer, strict=True)
         for stream_id, prompt in enumerate(PROMPTS[:2]):
@@ -299,7 +301,7 @@ class Scripted(Policy):
     keeps=st.lists(st.integers(0, 15), min_size=1, max_size=12),
     extends=st.lists(st.booleans(), min_size=1, max_size=7),
     sampling=st.sampled_from(SAMPLINGS),
-    drafter=st.sampled_from(["agreeable", "autoregressive", "block-diffusion", "ngram", "last-pass"]),
+    drafter=st.sampled_from(["agreeable", "autoregressive", "block-diffusion", "ngram", "last-pass", "hierarchy"]),
     prompt=st.sampled_from(PROMPTS),
 )
 def test_a_policy_drawn_at_random_at_every_step_leaves_the_text_alone(
@@ -360,7 +362,9 @@ def test_every_max_new_tokens_from_1_to_20(
             assert int(step.verify_length) == min(block_size - 1, count - step.position - 1)
 
 
-@pytest.mark.parametrize("drafter", ["agreeable", "block-diffusion", "autoregressive", "ngram", "last-pass"])
+@pytest.mark.parametrize(
+    "drafter", ["agreeable", "block-diffusion", "autoregressive", "ngram", "last-pass", "hierarchy"]
+)
 def test_an_end_token_at_any_place_of_a_draft_ends_the_text_there(
     pair: TinyPair, plain: PlainDecoding, drafters: dict[str, Drafter], drafter: str
 ) -> None:

@@ -114,7 +114,7 @@ def registers(policy: str, target: str) -> str:
 def test_the_built_in_policies_and_drafters_come_through_entry_points_of_this_distribution() -> None:
     known = build()
     assert set(known.policies) == BUILT_IN
-    assert set(known.drafters) == {"block-diffusion", "autoregressive", "ngram", "ensemble", "last-pass"}
+    assert set(known.drafters) == {"block-diffusion", "autoregressive", "ngram", "ensemble", "last-pass", "hierarchy"}
     assert set(known.observers) == {"jsonl", "prometheus"}
     assert known.failures == {}
     for entry in (*known.policies.values(), *known.drafters.values(), *known.observers.values()):
@@ -681,8 +681,9 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest(wrong: str, near: 
 def test_a_name_like_nothing_gets_no_guess(known: Registry) -> None:
     with pytest.raises(PolicyError) as caught:
         known.find("drafter", "xyzzy")
-    assert "there is no drafter 'xyzzy'. Known: autoregressive, block-diffusion, ensemble, last-pass, ngram." in str(
-        caught.value
+    assert (
+        "there is no drafter 'xyzzy'. Known: autoregressive, block-diffusion, ensemble, hierarchy, last-pass, ngram."
+        in str(caught.value)
     )
 
 

@@ -26,6 +26,7 @@ from bpkit.cli import (
     generate,
     new,
     plugins,
+    store,
     trace,
     train,
 )
@@ -60,6 +61,7 @@ _COMMANDS: dict[str, tuple[Callable[..., Any] | typer.Typer, str]] = {
     "calibrate": (calibrate.calibrate, _MEASURE),
     "evaluate": (evaluate.evaluate, _MEASURE),
     "train": (train.app, _TRAIN),
+    "store": (store.app, _TRAIN),
     "export": (export.export, _TRAIN),
     "doctor": (doctor.doctor, _INSTALLATION),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -10,6 +10,10 @@ NGRAM_BLOCK_SIZE, ASSISTANT_BLOCK_SIZE = 8, 6
 """Block sizes of drafters that were trained with none."""
 LAST_PASS_WINDOW = 16
 """Drafted tokens of `last-pass`."""
+
+
+STORES: tuple[Literal["context", "model", "corpus"], ...] = ("context", "model", "corpus")
+"""Of `hierarchy`, in the published order."""
 
 
 class DrafterConfig(BaseModel):
@@ -90,3 +94,42 @@ class LastPassConfig(DrafterConfig):
         description="a position that no pass has read yet repeats the token so many before it: 1 the last token, the "
         "width of an image the pixel above; 0 leaves it out",
     )
+
+
+class HierarchyConfig(DrafterConfig):
+    """Options of `hierarchy`."""
+
+    store: str = Field(
+        default="", description="folder of `bpkit store build`; without one the context store alone is asked"
+    )
+    order: Annotated[tuple[Literal["context", "model", "corpus"], ...], BeforeValidator(_split)] = Field(
+        default=STORES, min_length=1, description="stores in the order in which they are asked, with + between them"
+    )
+    max_ngram: int = Field(default=4, ge=1, description="longest n-gram that the context store looks up, first")
+    min_ngram: int = Field(default=1, ge=1, description="shortest, if no longer one is found")
+    span: int = Field(default=4, ge=1, le=64, description="tokens that the context store keeps after each n-gram")
+    candidates: int = Field(default=7, ge=1, description="continuations that it keeps for each n-gram")
+    max_entries: int = Field(default=65536, ge=1, description="continuations that it keeps in all")
+    max_match: int = Field(default=8, ge=1, le=16, description="longest match in the corpus store")
+    min_match: int = Field(default=2, ge=1, description="shortest match in the corpus store")
+    sure_match: int = Field(
+        default=2, ge=1, description="a shorter match is passed over for a longer one in a later store"
+    )
+    go_on_match: int = Field(default=2, ge=1, description="match that a draft needs to go on beyond one look-up")
+    look_ups: int = Field(default=8, ge=1, description="look-ups of a draft at most")
+    last_pass: bool = Field(
+        default=False, description="context also keeps what the target said after a wrong token; cannot be traced"
+    )
+    across_requests: bool = Field(
+        default=False, description="one context store for all requests, so texts of one are drafted to others"
+    )
+    block_size: int = Field(default=NGRAM_BLOCK_SIZE, ge=1, description="stands for a trained block size")
+
+    @model_validator(mode="after")
+    def _fits(self) -> HierarchyConfig:
+        for less, more in (("min_ngram", "max_ngram"), ("min_match", "max_match")):
+            if getattr(self, less) > getattr(self, more):
+                raise ValueError(f"{less} {getattr(self, less)} is above {more} {getattr(self, more)}")
+        if len(set(self.order)) < len(self.order):
+            raise ValueError(f"order {'+'.join(self.order)} names a store twice")
+        return self

@@ -37,3 +37,9 @@ def bpkit_register_drafters(register: Register) -> None:
         summary="Jacobi: what the target's last pass said after its first wrong token; no model.",
         config="bpkit.draft.config:LastPassConfig",
     )
+    register(
+        "hierarchy",
+        "bpkit.draft.hierarchy:HierarchyDrafter.load",
+        summary="Three stores of n-grams, asked in order: the text, the target's answers, a corpus; no model.",
+        config="bpkit.draft.config:HierarchyConfig",
+    )

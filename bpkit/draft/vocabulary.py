@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel
@@ -86,3 +87,15 @@ def _tokens(path: str) -> dict[int, str] | None:
     except Exception:  # whatever a tokenizer's own code raises: one that cannot be read is not compared
         return None
     return {i: token for token, i in tokenizer.get_vocab().items()}
+
+
+def fingerprint_tokenizer(path: str) -> str | None:
+    """SHA-256 over the token that each id stands for, as 16 hexadecimal digits; None if no tokenizer is at hand.
+
+    Args:
+        path: folder or Hub name of a model; the network is not asked.
+    """
+    tokens = _tokens(path)
+    if tokens is None:
+        return None
+    return hashlib.sha256("".join(f"{i} {tokens[i]}\0" for i in sorted(tokens)).encode()).hexdigest()[:16]

@@ -1,0 +1,163 @@
+"""Hierarchy Drafting: three stores of n-grams, asked in order; no model (Cho et al. 2025, arXiv 2502.05609)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bpkit.decode.drafter import EachRow, GoOn, Offer, Proposal, proposed
+from bpkit.decode.sampling import Draw
+from bpkit.decode.text import RowText, RunningText
+from bpkit.draft.config import HierarchyConfig
+from bpkit.draft.stores.context import ContextStore, TextIndex
+from bpkit.draft.stores.files import Store, StoreFacts, open_store
+from bpkit.draft.vocabulary import fingerprint_tokenizer
+from bpkit.types import DraftWork, Feature
+
+
+class HierarchyDrafter:
+    """Drafts what followed the end of the text: in the text itself, in the target's answers, in a corpus.
+
+    The model and the corpus store are only read. The context store belongs to one request, unless it was asked to live
+    across requests.
+
+    Args:
+        store: the tables of the model and the corpus store; without them the context alone is asked.
+        options: see `HierarchyConfig`.
+
+    Attributes:
+        drafts: drafts made so far, by the store that began them.
+    """
+
+    kind, work = "hierarchy", DraftWork("nothing", "none")
+    feature_layers: tuple[int, ...] = ()
+    provides = frozenset({Feature.DRAFT_TOKENS})
+
+    def __init__(self, store: Store | None = None, options: HierarchyConfig | None = None) -> None:
+        self.options = options = options or HierarchyConfig()
+        self.store = store
+        self.name = "hierarchy" if store is None else f"hierarchy of {store.path.name}"
+        self.trained_block_size, self.max_block_size = options.block_size, max(32, 2 * options.block_size)
+        self.order = tuple(name for name in options.order if name == "context" or store is not None)
+        self.remembers_requests, self.depends_on_steps = options.across_requests, options.last_pass
+        self.shared = self.context() if options.across_requests else None
+        self.drafts: Counter[str] = Counter()
+
+    @classmethod
+    def load(cls, path: str, target: PreTrainedModel, *, store: str = "", **options: Any) -> HierarchyDrafter:
+        """Make one with the store in a folder.
+
+        Raises:
+            ValueError: a store of another tokenizer, or damaged. FileNotFoundError: no store there.
+        """
+        chosen = HierarchyConfig(store=store or path, **options)
+        if not chosen.store:
+            return cls(None, chosen)
+        opened = open_store(Path(chosen.store))
+        refuse_misfit(opened.facts, target, chosen.store)
+        return cls(opened, chosen)
+
+    def context(self) -> ContextStore:
+        """An empty context store."""
+        return ContextStore(self.options.span, self.options.candidates, self.options.max_entries)
+
+    def begin(self, text: RunningText) -> EachRow:
+        return EachRow(text, partial(HierarchySession, self))
+
+
+class HierarchySession:
+    """The stores as one row asks them.
+
+    Attributes:
+        source: the store that the last offer began in; empty if there was none.
+    """
+
+    def __init__(self, drafter: HierarchyDrafter, text: RowText) -> None:
+        self.drafter, self.options, self.tokens = drafter, drafter.options, text.tokens
+        sizes = range(self.options.max_ngram, self.options.min_ngram - 1, -1)
+        self.index = TextIndex(drafter.shared or drafter.context(), sizes, text.tokens)
+        self.matches = range(self.options.max_match, self.options.min_match - 1, -1)
+        self.said: list[int] = []
+        """By the target, in its last pass, after the first wrong token."""
+        self.source = ""
+        self.asked, self.made = 0, Offer([])
+        """The offer for this text, and for how many tokens: a draft is its beginning."""
+
+    def passed(self, chosen: list[int]) -> None:
+        """Take in what the target said at verified positions after the step's last token."""
+        self.said = chosen if self.options.last_pass else []
+
+    def advance(self, features: Tensor | None) -> None:
+        self.asked = 0
+        self.index.advance()
+        if self.said:
+            # Said after a wrong token, so no more than one token of what led to it is certain: short n-grams alone.
+            read = [self.tokens[-1], *self.said]
+            for end in range(1, len(read)):
+                self.index.store.add((read[end - 1],), tuple(read[end : end + self.options.span]))
+            self.said = []
+
+    def offer(self, most: int) -> Offer:
+        """What it would draft now, at most `most` tokens, and the length of the match that they follow.
+
+        What is drafted is looked up again as if it stood, as long as that finds a match of `go_on_match` tokens.
+        """
+        longest = max(self.options.max_ngram, self.options.max_match)
+        tokens, match, self.source = self.find(self.tokens[-longest:], most)
+        for _ in range(self.options.look_ups - 1):
+            if not tokens or len(tokens) >= most:
+                break
+            more, again, _ = self.find([*self.tokens[-longest:], *tokens][-longest:], most - len(tokens))
+            if again < self.options.go_on_match:
+                break
+            tokens += more
+        self.asked, self.made = most, Offer(tokens[:most], match)
+        return self.made
+
+    def find(self, tail: list[int], most: int) -> tuple[list[int], int, str]:
+        """What follows in the first store that has a match of `sure_match` tokens, else in that with the longest.
+
+        Returns:
+            tokens, of which there may be more than `most`; length of the match; and the store's name.
+        """
+        best: tuple[list[int], int, str] = [], 0, ""
+        for name in self.drafter.order:
+            tokens, match = self.look_up(name, tail, most)
+            if tokens and match > best[1]:
+                best = list(tokens), match, name
+                if match >= self.options.sure_match:
+                    break
+        return best
+
+    def look_up(self, name: str, tail: list[int], most: int) -> tuple[Sequence[int], int]:
+        """What one store has: tokens, and the length of the match."""
+        if name == "context" or self.drafter.store is None:
+            return self.index.find(tail)
+        if name == "model":
+            return self.drafter.store.model.find(tail)
+        return self.drafter.store.corpus.find(tail, self.matches, most)
+
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        most = block_size - 1
+        tokens = (self.made if self.asked >= most else self.offer(most)).tokens[:most]
+        if tokens:
+            self.drafter.drafts[self.source] += 1
+        return proposed(Offer(tokens))
+
+
+def refuse_misfit(facts: StoreFacts, target: PreTrainedModel, name: str) -> None:
+    """Raise ValueError if a store's token ids are not the target's, as far as that can be known without the network."""
+    vocab_size, path = target.config.get_text_config().vocab_size, str(target.name_or_path or "")
+    ours = fingerprint_tokenizer(path) if path and facts.tokenizer else None
+    if facts.vocab_size > vocab_size or (facts.vocab_size < vocab_size if ours is None else ours != facts.tokenizer):
+        raise ValueError(
+            f"store {name} has token ids of another tokenizer: it was made for {facts.target} ({facts.vocab_size} ids, "
+            f"fingerprint {facts.tokenizer}), and the target {path or type(target).__name__} has {vocab_size} ids, "
+            f"fingerprint {ours}; make one for this target with `bpkit store build`"
+        )

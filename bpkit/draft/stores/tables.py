@@ -1,0 +1,147 @@
+"""Look-ups in the tables of a store: the target's commonest n-grams, and a corpus by its suffixes.
+
+Token ids lie in the files as four bytes, the highest first. Then comparing bytes compares sequences of ids, and
+bisection needs neither copies nor numpy's calls: a look-up takes microseconds, and reads little of a mapped file.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
+from struct import pack, unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOKEN = np.dtype(">u4")
+"""How a token id lies in a file."""
+BYTES = TOKEN.itemsize
+SEPARATOR = 2**32 - 1
+"""Stands between the texts of a corpus: the token id that no vocabulary has."""
+VOTES = 32
+"""Occurrences that are asked for what comes next, where there are more."""
+
+
+def as_bytes(tokens: Sequence[int]) -> bytes:
+    """Token ids as they lie in files."""
+    return pack(f">{len(tokens)}I", *tokens)
+
+
+def as_tokens(data: memoryview) -> list[int]:
+    """Token ids from how they lie in files."""
+    return list(unpack(f">{len(data) // BYTES}I", data))
+
+
+class Sorted:
+    """Rows in the order of their bytes, found by what they begin with.
+
+    Args:
+        read: the first bytes of a row, so many.
+        firsts: for each token id the first row that begins with it or a higher one, and at last the number of rows.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], firsts: NDArray[np.uint32]) -> None:
+        self._read, self._firsts = read, firsts.data
+
+    def find(self, wanted: bytes) -> range:
+        """The rows that begin with `wanted`, which are one after the other."""
+        first = int.from_bytes(wanted[:BYTES])
+        if first >= len(self._firsts) - 1:
+            return range(0)
+        start, end = self._firsts[first], self._firsts[first + 1]
+        size, read = len(wanted), self._read
+        if size == BYTES or start == end:
+            return range(start, end)
+        start = bisect_left(range(end), wanted, lo=start, key=lambda row: read(row, size))
+        if start == end or read(start, size) != wanted:
+            return range(0)
+        return range(start, bisect_right(range(end), wanted, lo=start, key=lambda row: read(row, size)))
+
+
+class NgramTable:
+    """N-grams in the order of their tokens, with the number of texts that each was in.
+
+    Args:
+        ngrams: [rows, n], in the dtype `TOKEN`. counts: [rows]. firsts: [vocabulary + 1], as in `Sorted`.
+    """
+
+    def __init__(self, ngrams: NDArray[np.uint32], counts: NDArray[np.uint32], firsts: NDArray[np.uint32]) -> None:
+        self.n, self._counts = ngrams.shape[1], counts
+        self._step = step = self.n * BYTES
+        self._data = data = ngrams.reshape(-1).view(np.uint8).data
+        self._rows = Sorted(lambda row, size: bytes(data[row * step : row * step + size]), firsts)
+
+    def find(self, tail: Sequence[int]) -> tuple[list[int], int]:
+        """What follows the end of `tail` in the commonest n-gram that begins with as much of it as is found.
+
+        Returns:
+            the rest of that n-gram, and how many tokens of the tail it begins with; nothing and 0 if there is none.
+        """
+        wanted = as_bytes(tail[-(self.n - 1) :])
+        while wanted:
+            if found := self._rows.find(wanted):
+                row = found.start + int(self._counts[found.start : found.stop].argmax())
+                begin = row * self._step
+                return as_tokens(self._data[begin + len(wanted) : begin + self._step]), len(wanted) // BYTES
+            wanted = wanted[BYTES:]
+        return [], 0
+
+
+class Corpus:
+    """Texts one after the other, and where each of their suffixes begins, in the order of their tokens.
+
+    Args:
+        tokens: [length], in the dtype `TOKEN`, with `SEPARATOR` between texts.
+        suffixes: [length], sorted by at least as many tokens as are looked up.
+        firsts: [vocabulary + 1], of the suffixes, as in `Sorted`.
+    """
+
+    def __init__(self, tokens: NDArray[np.uint32], suffixes: NDArray[np.uint32], firsts: NDArray[np.uint32]) -> None:
+        self._data = data = tokens.view(np.uint8).data
+        self._starts = starts = suffixes.data
+        self._rows = Sorted(lambda row, size: bytes(data[(at := starts[row] * BYTES) : at + size]), firsts)
+        self._vocabulary = len(firsts) - 1
+
+    def find(self, tail: Sequence[int], sizes: range, most: int) -> tuple[list[int], int]:
+        """What the longest match of the end of `tail` was followed by, most often.
+
+        Args:
+            sizes: lengths of a match, the longest first.
+
+        Returns:
+            at most `most` tokens, and the length of the match; nothing and 0 if there is none.
+        """
+        wanted = as_bytes(tail[-sizes[0] :])
+        possible = [size for size in reversed(sizes) if size * BYTES <= len(wanted)]
+        matches: dict[int, range] = {}
+
+        def fails(size: int) -> bool:
+            matches[size] = self._rows.find(wanted[-size * BYTES :])
+            return not matches[size]
+
+        # What ends a long match is a shorter one, so the longest is bisected for.
+        place = bisect_left(possible, True, key=fails)
+        if place == 0:
+            return [], 0
+        size = possible[place - 1]
+        return self._vote(matches[size], size, most), size
+
+    def _vote(self, found: range, size: int, most: int) -> list[int]:
+        """Token after token what most occurrences go on with, of those that agreed so far.
+
+        It ends before an id that the vocabulary lacks, which is a separator or a fault in the file.
+        """
+        step = -(-len(found) // VOTES)
+        begins = [(self._starts[row] + size) * BYTES for row in found[::step]]
+        left = [as_tokens(self._data[at : at + most * BYTES]) for at in begins]
+        chosen: list[int] = []
+        while len(chosen) < most:
+            place = len(chosen)
+            votes = Counter(text[place] if place < len(text) else SEPARATOR for text in left)
+            token = votes.most_common(1)[0][0]
+            if token >= self._vocabulary:
+                break
+            chosen.append(token)
+            left = [text for text in left if place < len(text) and text[place] == token]
+        return chosen
