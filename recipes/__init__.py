@@ -13,6 +13,7 @@ from bpkit import hookimpl
 @hookimpl
 def bpkit_register_commands(app: typer.Typer) -> None:
     """Add the commands of all recipes."""
+    from recipes.digits.command import bench_digits
     from recipes.fold.command import bench_fold
     from recipes.modelled.command import bench_model
     from recipes.pair.commands import drafter_prompts, policy_prompts, train_target
@@ -24,6 +25,6 @@ def bpkit_register_commands(app: typer.Typer) -> None:
     from recipes.tracing.command import bench_trace
 
     making = (train_target, drafter_prompts, policy_prompts, real_prompts)
-    measuring = (bench_trace, bench_model, bench_reads, bench_rows, bench_fold, bench_peers)
+    measuring = (bench_trace, bench_model, bench_reads, bench_rows, bench_fold, bench_peers, bench_digits)
     for command in (*making, sweep, real_summary, *measuring):
         app.command()(command)

@@ -8,13 +8,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from bpkit import SpeculativeDecoder
-from bpkit.decode.drafter import Offer, Proposal
+from bpkit import Context, Policy, SpeculativeDecoder
+from bpkit.decode.drafter import Drafter, Offer, Proposal
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.text import RowText
 from bpkit.draft.last_pass import LastPassDrafter, LastPassSession
+from bpkit.policy import State
 from bpkit.testing import TinyPair
 from bpkit.testing.models import AgreeableSession
+from bpkit.types import Feature, Plan
 
 SEED = 5
 
@@ -131,7 +133,32 @@ def test_a_session_is_told_what_the_target_says_after_a_wrong_token(
     assert said > 10
 
 
-def test_beside_others_it_drafts_only_what_passes_said(pair: TinyPair) -> None:
+class InTurn(Policy):
+    """Another source first, then the last pass, as much as it has."""
+
+    wants = frozenset({Feature.SOURCE_OFFER})
+
+    def select(self, state: State, context: Context) -> Plan:
+        offers = context[Feature.SOURCE_OFFER][:, 1]
+        source = (offers > 0).long()
+        return Plan(torch.where(source == 1, offers.long() + 1, 5), source)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_beside_another_source_it_drafts_what_passes_over_its_drafts_said(pair: TinyPair, temperature: float) -> None:
+    options = {"max_new_tokens": 30, "temperature": temperature, "top_k": 0, "seed": SEED, "eos_token_id": None}
+    sources: list[Drafter] = [pair.agreeable(0.5), LastPassDrafter(repeat=0)]
+    decoder = SpeculativeDecoder(pair.target, sources, InTurn(), strict=True)
+    prompts = [pair.ids(prompt) for prompt in ("x = ", "1, 2, 1, 2, 1,", "aaaa")]
+    made = decoder.generate(prompts, batch_size=2, **options)
+    plain = decoder.generate(prompts, batch_size=1, policy="fixed:1", **options)
+    assert [one.tokens.tolist() for one in made] == [one.tokens.tolist() for one in plain]
+    ours = [step for one in made for step in one.steps if int(step.source) == 1]
+    assert len(ours) > 5
+    assert sum(int(step.num_accepted) for step in ours) > 0
+
+
+def test_alone_without_repeats_it_drafts_nothing(pair: TinyPair) -> None:
     decoder = SpeculativeDecoder(pair.target, LastPassDrafter(repeat=0), "fixed", strict=True)
     made = decoder.generate(pair.ids("x = "), max_new_tokens=8, temperature=0, eos_token_id=None)
     assert [int(step.draft_length) for step in made.steps] == [0] * 7
