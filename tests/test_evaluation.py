@@ -25,7 +25,7 @@ from bpkit.judge.tables import Table, TableRow
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable, flat, linear, write_cost
-from bpkit.trace.oracle.paths import fixed_path, oracle_step_truncate
+from bpkit.trace.oracle.paths import FixedChoice, fixed_path, oracle_step_truncate
 from bpkit.trace.records import DraftTable, PromptTrace
 from bpkit.trace.store.manifest import Manifest, ModelFacts, TraceError
 from bpkit.trace.store.storage import TraceWriter
@@ -157,7 +157,7 @@ def test_figures_of_crafted_prompts(policy: Callable[[str], str]) -> None:
     low, high = fixed["tokens_per_second_ratio"]["interval"]
     assert low < 24 / 45 < high
     assert fixed["gap_share"]["value"] == pytest.approx((24 / 45 - 1) / (24 / 21 - 1))
-    assert fixed["options"] == {"block_size": 4}
+    assert fixed["options"] == {"block_size": 4, "source": 0}
 
 
 def test_a_planted_effect_is_found_whole(policy: Callable[[str], str]) -> None:
@@ -341,12 +341,12 @@ def test_a_table_says_the_same_on_terminals_and_pages(tmp_path: Path) -> None:
 def test_choices_of_the_oracle_are_counted_by_position() -> None:
     prompt = crafted(0, stands=True, length=13)
     path = oracle_step_truncate(prompt, SPEC.work, BY_HAND)
-    said = describe_choices(2, [steps_beside(2, prompt, path)])
+    said = describe_choices(FixedChoice(2), [steps_beside(FixedChoice(2), prompt, path)])
     assert said["block_size"] == {"4": 3}
     assert said["verify_length"] == {"3": 3}
     assert said["differs"] == {"block_size": 1.0, "verify_length": 1.0, "either": 1.0}
     assert [(s["start"], s["end"], s["steps"]) for s in said["positions"]] == [(0, 2, 1), (4, 6, 1), (8, 10, 1)]
-    same = describe_choices(4, [steps_beside(4, prompt, path)])
+    same = describe_choices(FixedChoice(4), [steps_beside(FixedChoice(4), prompt, path)])
     assert same["differs"] == {"block_size": 0.0, "verify_length": 0.0, "either": 0.0}
 
 
@@ -354,7 +354,7 @@ def test_choices_of_the_oracle_are_counted_by_position() -> None:
 def test_the_best_fixed_size_does_not_differ_from_itself_where_the_limit_cuts_it_short(size: int) -> None:
     prompt = dataclasses.replace(crafted(0, stands=True, length=12), max_new_tokens=12)
     path = fixed_path(prompt, SPEC.work, BY_HAND, size)
-    assert describe_choices(size, [steps_beside(size, prompt, path)])["differs"] == {
+    assert describe_choices(FixedChoice(size), [steps_beside(FixedChoice(size), prompt, path)])["differs"] == {
         "block_size": 0,
         "verify_length": 0,
         "either": 0,

@@ -14,7 +14,7 @@ from bpkit.decode.clock import CostClock, price
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.sources import Sources, sources_of
 from bpkit.draft.ngram import NgramDrafter
-from bpkit.policy import Policy, PolicyConfig
+from bpkit.policy import Policy, PolicyConfig, PolicyError
 from bpkit.prompts import Prompt
 from bpkit.registry.resolve import each_drafter
 from bpkit.testing import TinyPair
@@ -208,6 +208,18 @@ def test_policies_that_name_no_source_draft_from_the_first(pair: TinyPair) -> No
     one = alone.generate("f(x) = 2 * x", max_new_tokens=20, temperature=0)
     assert [step.num_accepted.tolist() for step in many.steps] == [step.num_accepted.tolist() for step in one.steps]
     assert {int(step.source) for step in many.steps} == {0}
+
+
+def test_fixed_drafts_from_the_source_that_it_is_told(pair: TinyPair) -> None:
+    steps = decoder_of(pair, "fixed:4,source=1").generate("f(x) = 2 * x", max_new_tokens=20, temperature=0).steps
+    assert {int(step.source) for step in steps} == {1}
+    trained = decoder_of(pair, "fixed:source=2")
+    assert repr(trained.policy) == "Fixed(block_size=None, source=2)"
+    assert int(trained.generate("x", max_new_tokens=8, temperature=0).steps[0].block_size) == (
+        trained.spec.sources[2].trained_block_size
+    )
+    with pytest.raises(PolicyError, match="3 sources of drafts, numbered from 0, and option `source` is 3"):
+        decoder_of(pair, "fixed:source=3")
 
 
 def test_drafters_are_named_in_a_list_or_in_one_text(pair: TinyPair) -> None:

@@ -10,8 +10,14 @@ from bpkit.types import DecoderSpec
 
 
 def describe_spec(spec: DecoderSpec) -> dict[str, Any]:
-    """The models, as plain JSON values."""
-    return {name: getattr(spec, name) for name in ("target", "drafter", "drafter_kind", "trained_block_size")}
+    """The models, as plain JSON values; `sources` lists the drafters where there are several."""
+    named = {name: getattr(spec, name) for name in ("target", "drafter", "drafter_kind", "trained_block_size")}
+    if not spec.others:
+        return named
+    sources = [
+        {"drafter": s.drafter, "drafter_kind": s.kind, "trained_block_size": s.trained_block_size} for s in spec.sources
+    ]
+    return {**named, "sources": sources}
 
 
 def describe_policies(policies: Mapping[str, PolicyLike]) -> dict[str, Any]:

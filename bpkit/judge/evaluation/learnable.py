@@ -31,7 +31,7 @@ def learnable(
     features: NDArray[Any],
     seconds: NDArray[Any],
     tokens: NDArray[Any],
-    sizes: Sequence[int],
+    sizes: Sequence[object],
     *,
     permutations: int = 200,
     folds: int = 5,
@@ -44,7 +44,7 @@ def learnable(
         features: [prompts, dims], such as the prefill's hidden state.
         seconds: what each prompt takes at each size, measured or under a cost model: [prompts, sizes].
         tokens: what it yields, the same at every size: [prompts].
-        sizes: block sizes, one per column of `seconds`.
+        sizes: block sizes, or other choices, one per column of `seconds`.
         permutations: the smallest p-value that can come out is 1 / (1 + permutations).
         folds: of the cross-validation.
         seed: of folds, permutations and resamples.
@@ -95,7 +95,7 @@ def learnable(
     }
 
 
-def _check(x: Floats, s: Floats, t: Floats, sizes: Sequence[int], permutations: int, folds: int) -> None:
+def _check(x: Floats, s: Floats, t: Floats, sizes: Sequence[object], permutations: int, folds: int) -> None:
     if x.ndim != 2 or s.shape != (len(x), len(sizes)) or t.shape != (len(x),):
         raise ValueError(
             f"features {x.shape}, seconds {s.shape} and tokens {t.shape} must be [prompts, dims], "
@@ -110,7 +110,7 @@ def _check(x: Floats, s: Floats, t: Floats, sizes: Sequence[int], permutations: 
         raise ValueError(f"it takes a permutation and 2 folds at least, not {permutations} and {folds}")
 
 
-def _too_little(x: Floats, sizes: Sequence[int], fewest: int) -> str:
+def _too_little(x: Floats, sizes: Sequence[object], fewest: int) -> str:
     """Why nothing can be said, or nothing."""
     if len(sizes) < 2:
         return "Not tested: with one block size there is nothing to choose."

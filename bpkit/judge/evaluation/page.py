@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpkit.judge.evaluation import plots, tables
+from bpkit.judge.evaluation.sources import called
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,8 @@ STYLE = Path(__file__).with_name("page.css")
 def html_report(report: Mapping[str, Any]) -> str:
     """The whole page."""
     settings = report["settings"]
-    title = escape(f"{settings['target']} with {settings['drafter']}")
+    drafters = [source["drafter"] for source in settings.get("sources", [settings])]
+    title = escape(f"{settings['target']} with {' and '.join(drafters)}")
     models = report["cost_models"]
     first = next(iter(models.values()))
     terms = "".join(f"<dt>{escape(t)}</dt><dd>{escape(text)}</dd>" for t, text in report["definitions"].items())
@@ -78,11 +80,13 @@ def _headline(name: str, result: Mapping[str, Any]) -> str:
     ratio = {policy: entry[tables.RATIO] for policy, entry in group["policies"].items()}
     faster = [f"{p} {tables.figure(r)}" for p, r in ratio.items() if r["interval"][0] > 1]
     slower = [f"{p} {tables.figure(r)}" for p, r in ratio.items() if r["interval"][1] < 1]
-    most = group["oracle"]["step_truncate"][tables.RATIO]
+    bound = ""
+    if "step_truncate" in group["oracle"]:
+        most = tables.figure(group["oracle"]["step_truncate"][tables.RATIO])
+        bound = f" The bound of choosing size and verify length at every step is {most}."
     return (
-        f"Under {name} costs the best fixed size is {group['best_fixed']['block_size']}. Faster, with an interval "
-        f"above 1: {', '.join(faster) or 'no policy'}. Slower: {', '.join(slower) or 'none'}. The bound of choosing "
-        f"size and verify length at every step is {tables.figure(most)}."
+        f"Under {name} costs the best fixed size is {called(group['best_fixed'])}. Faster, with an interval "
+        f"above 1: {', '.join(faster) or 'no policy'}. Slower: {', '.join(slower) or 'none'}.{bound}"
     )
 
 
@@ -107,23 +111,39 @@ def _model(name: str, result: Mapping[str, Any]) -> str:
         ),
         "</div>",
         tables.overall_table(name, result).html(),
-        "<h3>Where the gap is, % of one's own time</h3>",
-        picture(
-            plots.regrets(group),
-            "Of each one's own time, what oracle.step_truncate does not take, by the choice that took it. A draft that "
-            "was too large only because too much of it was verified counts as verified too much.",
-        ),
-        tables.regret_table(name, group).html(),
+        *_oracle(name, result),
         f"<h3>By domain, over best fixed</h3>{tables.domain_table(name, domains).html()}" if len(domains) > 1 else "",
-        "<h3>Where the step oracle chooses otherwise</h3>",
-        picture(
-            plots.choices(result),
-            f"{tables.sentences(result)[0]} Ties go to no draft, the smaller block, the shorter verification.",
-        ),
+        *_choices(result),
         tested,
         f"<details><summary>Every fixed size on the test prompts</summary>{tables.size_table(group).html()}</details>",
     ]
     return "\n".join(parts)
+
+
+def _oracle(name: str, result: Mapping[str, Any]) -> list[str]:
+    """What the step oracle does not take; and of several sources, which of them drafted."""
+    group, parts = result["overall"], []
+    if result["oracle_choices"] is not None:
+        parts += [
+            "<h3>Where the gap is, % of one's own time</h3>",
+            picture(
+                plots.regrets(group),
+                "Of each one's own time, what oracle.step_truncate does not take, by the choice that took it. A draft "
+                "that was too large only because too much of it was verified counts as verified too much.",
+            ),
+            tables.regret_table(name, group).html(),
+        ]
+    if "best_fixed_of_source" in group:
+        parts += ["<h3>Which source drafted</h3>", tables.source_table(name, group).html()]
+    return parts
+
+
+def _choices(result: Mapping[str, Any]) -> list[str]:
+    if result["oracle_choices"] is None:
+        return []
+    said = tables.of_choices(result["oracle_choices"])
+    said += " Ties go to no draft, the smaller block, the shorter verification."
+    return ["<h3>Where the step oracle chooses otherwise</h3>", picture(plots.choices(result), said)]
 
 
 def _origin(report: Mapping[str, Any]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bpkit.judge.evaluation.figures import REASON
-from bpkit.judge.evaluation.tables import LOST, RATIO, bounds, compared, lost
+from bpkit.judge.evaluation.sources import called
+from bpkit.judge.evaluation.tables import LOST, RATIO, bounds, compared, lost, lost_titles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,6 +19,8 @@ WIDTH = 6.2
 """Inches; with letters of `STYLE` that leaves them readable at 360 pixels."""
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "bpkit"}
 DOMAINS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+LINES = ("-", "--", ":", "-.")
+"""Of sources, where there are several."""
 ABOVE: dict[str, Any] = {"frameon": False, "fontsize": 10, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
 """Where a legend stands."""
 INK, POLICY, ORACLE, FIXED = "#333333", "#0072b2", "#8a8a8a", "#d55e00"
@@ -42,38 +46,54 @@ def _figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
 
 
 def acceptance_lengths(result: Mapping[str, Any]) -> Figure:
-    """Acceptance length by fixed block size: a line for each domain, with 95% intervals."""
+    """Acceptance length by fixed block size: a line for each domain, and source, with 95% intervals."""
     figure, axes = _figure(3.6)
     groups = {"all": result["overall"]} | (result["domains"] if len(result["domains"]) > 1 else {})
+    ticks = set[int]()
     for number, (title, group) in enumerate(groups.items()):
-        sizes = [int(size) for size in group["fixed"]]
-        entries = group["fixed"].values()
-        values = [e["acceptance_length"] for e in entries]
-        low, high = zip(*(e["acceptance_length_interval"] for e in entries), strict=True)
-        colour = INK if title == "all" else DOMAINS[(number - 1) % len(DOMAINS)]
-        axes.plot(sizes, values, "o-", color=colour, ms=4, lw=2.2 if title == "all" else 1.5, label=title)
-        axes.fill_between(sizes, low, high, color=colour, alpha=0.13, lw=0)
+        for style, (source, entries) in zip(itertools.cycle(LINES), _by_source(group).items(), strict=False):
+            sizes = list(entries)
+            values = [e["acceptance_length"] for e in entries.values()]
+            low, high = zip(*(e["acceptance_length_interval"] for e in entries.values()), strict=True)
+            colour = INK if title == "all" else DOMAINS[(number - 1) % len(DOMAINS)]
+            said, width = f"{title}, {source}" if source else title, 2.2 if title == "all" else 1.5
+            axes.plot(sizes, values, f"o{style}", color=colour, ms=4, lw=width, label=said)
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.13, lw=0)
+            ticks.update(sizes)
     axes.set_xlabel("block size (1: no drafting)")
     axes.set_ylabel("acceptance length")
-    axes.set_xticks(_ticks([int(size) for size in result["overall"]["fixed"]]))
+    axes.set_xticks(_ticks(list(ticks)))
     axes.set_ylim(bottom=0.9)
     axes.legend(frameon=False, ncols=2, fontsize=10)
     return figure
 
 
+def _by_source(group: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+    """Fixed sizes by source, each with plain decoding; without a name if there is one source only."""
+    if "best_fixed_of_source" not in group:
+        return {"": {int(size): entry for size, entry in group["fixed"].items()}}
+    entries = group["fixed"].values()
+    return {
+        source: {e["block_size"]: e for e in entries if e["source"] in (None, source)}
+        for source in group["best_fixed_of_source"]
+    }
+
+
 def cost_curves(result: Mapping[str, Any]) -> Figure:
     """What a step costs by block size: its parts and the whole, as the staircases that they are."""
-    curves = result["curves"]
+    by_source = result.get("curves_of_source", {"": result["curves"]})
     seconds = result["unit"] == "seconds"
     factor = 1e3 if seconds else 1.0
     figure, axes = _figure(3.3)
-    for name, colour, width in (("step", INK, 3.5), ("verify", DOMAINS[0], 1.6), ("draft", DOMAINS[1], 1.6)):
-        values = [factor * value for value in curves[name]]
-        axes.step(curves["block_size"], values, where="pre", color=colour, lw=width)
-        axes.plot(curves["block_size"], values, "o", color=colour, ms=4, label=name, clip_on=False)
+    for style, (source, curves) in zip(itertools.cycle(LINES), by_source.items(), strict=False):
+        for name, colour, width in (("step", INK, 3.5), ("verify", DOMAINS[0], 1.6), ("draft", DOMAINS[1], 1.6)):
+            values = [factor * value for value in curves[name]]
+            said = f"{name}, {source}" if source else name
+            axes.step(curves["block_size"], values, style, where="pre", color=colour, lw=width)
+            axes.plot(curves["block_size"], values, "o", color=colour, ms=4, label=said, clip_on=False)
     axes.set_xlabel("block size, the whole draft verified")
     axes.set_ylabel("milliseconds" if seconds else "plain steps")
-    axes.set_xticks(_ticks(curves["block_size"]))
+    axes.set_xticks(_ticks(list({size for curves in by_source.values() for size in curves["block_size"]})))
     axes.set_ylim(bottom=0)
     axes.legend(ncols=3, **ABOVE)
     return figure
@@ -90,7 +110,7 @@ def ratios(group: Mapping[str, Any]) -> Figure:
     spans = [x for entry in policies.values() for x in (entry["value"], *entry["interval"])]
     if spans:
         far.axvspan(min(spans), max(spans), color=POLICY, alpha=0.2, lw=0)
-    best = group["best_fixed"]["block_size"]
+    best = called(group["best_fixed"])
     near.set_title(f"policies (line: best fixed size, {best})", loc="left", fontsize=10, color=POLICY)
     far.set_title("bounds: chosen with hindsight (band: the policies)", loc="left", fontsize=10, color=INK)
     far.set_xlabel("tokens/s over those of the best fixed size")
@@ -112,7 +132,7 @@ def _forest(axes: Any, entries: Mapping[str, Any], colour: str) -> None:
     axes.set_axisbelow(True)
 
 
-LOST_COLOURS = dict(zip((*LOST.values(), "deciding"), (*DOMAINS[:4], ORACLE), strict=True))
+LOST_COLOURS = dict(zip((*LOST.values(), "deciding"), (*DOMAINS[:5], ORACLE), strict=True))
 
 
 def regrets(group: Mapping[str, Any]) -> Figure:
@@ -120,9 +140,9 @@ def regrets(group: Mapping[str, Any]) -> Figure:
     known = {who: lost(e["regret"]) for who, e in compared(group).items() if REASON not in e["regret"]}
     figure, axes = _figure(1.8 + 0.36 * len(known))
     left = [0.0] * len(known)
-    for title, colour in LOST_COLOURS.items():
+    for title in lost_titles(group):
         values = [percents[title] for percents in known.values()]
-        axes.barh(range(len(known)), values, left=left, height=0.7, color=colour, label=title)
+        axes.barh(range(len(known)), values, left=left, height=0.7, color=LOST_COLOURS[title], label=title)
         left = [before + value for before, value in zip(left, values, strict=True)]
     axes.set_yticks(range(len(known)), list(map(_short, known)))
     axes.invert_yaxis()
@@ -141,12 +161,16 @@ def choices(result: Mapping[str, Any]) -> Figure:
     largest = max(int(size) for size in chosen["block_size"])
     colours = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, largest), "viridis_r")
     figure, (differs, sizes, lengths) = _figure(6.6, rows=3, height_ratios=(2, 3, 3), sharex=True)
-    for name, label, colour in (("block_size", "block size", POLICY), ("verify_length", "verify length", FIXED)):
+    of = (("block_size", "block size", POLICY), ("verify_length", "verify length", FIXED), ("source", "source", INK))
+    for name, label, colour in of:
+        if name not in chosen["differs"]:
+            continue
         values = [100 * stretch["differs"][name] for stretch in stretches]
         differs.plot(range(len(stretches)), values, "o-", color=colour, label=label)
     differs.set_ylim(0, 105)
-    differs.set_ylabel(f"% that differ\nfrom size {chosen['best_fixed']}")
-    differs.legend(ncols=2, **ABOVE)
+    other = "" if "source" in chosen["differs"] else "size "
+    differs.set_ylabel(f"% that differ\nfrom {other}{chosen['best_fixed']}")
+    differs.legend(ncols=3, **ABOVE)
     _shares(sizes, stretches, "block_size", colours)
     sizes.set_ylabel("block size,\n% of steps")
     _shares(lengths, stretches, "verify_length", colours)

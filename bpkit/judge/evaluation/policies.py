@@ -127,7 +127,8 @@ def tune_options(
     Raises:
         PolicyError, TraceError: the trace cannot serve the policy with any of its options.
     """
-    variations = candidate.variations(prompts[0].drafts.block_sizes.tolist())
+    traced = {size for drafts in prompts[0].sources for size in drafts.block_sizes.tolist()}
+    variations = candidate.variations(sorted(traced))
     if len(variations) == 1:
         return {name: Tuned(candidate) for name in costs}
     # One that knows no cost model is replayed once for all of them.

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bpkit.judge.evaluation.setup import Setup
 from bpkit.judge.statistics import Ints
 from bpkit.trace.cost import CostTable
+from bpkit.trace.oracle.paths import FixedChoice
 
 FEW = 20
 """Test prompts below which intervals are too narrow to be believed."""
@@ -76,26 +78,70 @@ DEFINITIONS = {
 }
 
 
-def describe_cost(cost: CostTable, sizes: Sequence[int]) -> dict[str, Any]:
-    """A cost model: its unit, and what a step costs by block size at a middle context length."""
-    at = cost.middle_context
-    drafted = [size for size in sizes if size > 1]
-    return {
+DEFINITIONS_OF_SOURCES = {
+    "source": (
+        "Where a draft comes from: one of the drafters of the decoder. A fixed choice is a source and a block size, "
+        "written SOURCE:SIZE; `best_fixed` and the oracles choose among all of them."
+    ),
+    "best_fixed_of_source": "The block size of one source alone, or 1, that is chosen as `best_fixed` is.",
+    "sources": (
+        "Of a policy, all orders together: shares of the steps in which each source drafted something, and of the "
+        "tokens that these steps yield, the last of each step included."
+    ),
+    "other_source": (
+        "Of `regret`: both the policy and the oracle draft there, from different sources; the least Q at the policy's "
+        "source and block size, less V."
+    ),
+}
+
+
+def describe_cost(cost: CostTable, choices: Sequence[FixedChoice], names: Sequence[str]) -> dict[str, Any]:
+    """A cost model: its unit, and what a step costs by block size at a middle context length.
+
+    `curves` are of the first source; where there are several, `curves_of_source` has those of each.
+    """
+    sizes = [[c.block_size for c in choices if c.source == place or c.block_size == 1] for place in range(len(names))]
+    described = {
         "unit": cost.unit,
         "description": cost.description,
         "source": cost.source,
         "decision_time_charged": cost.unit == "seconds",
-        "curves": {
-            "context_length": at,
-            "block_size": list(sizes),
-            "draft": [0.0 if size == 1 else cost.seconds("draft", size, at) for size in sizes],
-            "verify": [cost.seconds("verify", size, at) for size in sizes],
-            "rest": cost.seconds("rest", 1, at),
-            "step": [cost.step(size, at) for size in sizes],
-            "break_even": {str(size): cost.break_even(size, at) for size in drafted},
-            "target_efficiency": {str(size): cost.target_efficiency(size, at) for size in sizes},
-        },
+        "curves": _curves(cost, sizes[0]),
     }
+    if len(names) > 1:
+        described["curves_of_source"] = {
+            name: _curves(cost.of_source(place), sizes[place]) for place, name in enumerate(names)
+        }
+    return described
+
+
+def _curves(cost: CostTable, sizes: Sequence[int]) -> dict[str, Any]:
+    at = cost.middle_context
+    return {
+        "context_length": at,
+        "block_size": list(sizes),
+        "draft": [0.0 if size == 1 else cost.seconds("draft", size, at) for size in sizes],
+        "verify": [cost.seconds("verify", size, at) for size in sizes],
+        "rest": cost.seconds("rest", 1, at),
+        "step": [cost.step(size, at) for size in sizes],
+        "break_even": {str(size): cost.break_even(size, at) for size in sizes if size > 1},
+        "target_efficiency": {str(size): cost.target_efficiency(size, at) for size in sizes},
+    }
+
+
+def notes_of_sources(setup: Setup) -> list[str]:
+    """Which bounds are not there because there are several sources."""
+    if len(setup.names) == 1:
+        return []
+    said = ["Several sources of drafts: bound.confidences knows the confidences of one, and is left out."]
+    if setup.no_oracle:
+        said.append(
+            f"oracle.step and oracle.step_truncate are left out, and with them where time is lost: {setup.no_oracle}."
+        )
+    elif any(setup.summary.sampled) and not all(setup.summary.sampled):
+        lacking = [name for name, known in zip(setup.names, setup.summary.sampled, strict=True) if not known]
+        said.append(f"oracle.distributions is left out: {', '.join(lacking)} drafts from no distribution.")
+    return said
 
 
 def notes(results: Mapping[str, Any], near_ties: Ints, loops: Mapping[str, int], without_steps: int) -> list[str]:

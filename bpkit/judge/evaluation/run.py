@@ -15,7 +15,13 @@ from bpkit.judge.evaluation.figures import GroupFigures
 from bpkit.judge.evaluation.leak import find_leaks, leak_notes, refusal
 from bpkit.judge.evaluation.learnable import learnable
 from bpkit.judge.evaluation.policies import PolicyResult, judge_policy
-from bpkit.judge.evaluation.report import DEFINITIONS, describe_cost, notes
+from bpkit.judge.evaluation.report import (
+    DEFINITIONS,
+    DEFINITIONS_OF_SOURCES,
+    describe_cost,
+    notes,
+    notes_of_sources,
+)
 from bpkit.judge.evaluation.setup import Setup, TraceSummary, prepare
 from bpkit.judge.evaluation.splits import FRACTIONS, PARTS, SplitRule
 from bpkit.judge.statistics import LEVEL, RESAMPLES, Totals
@@ -104,7 +110,7 @@ def evaluate(
             known = isinstance(error, (PolicyError, TraceError))
             left_out[name] = str(error) if known else f"{type(error).__name__}: {error}"
     bounds = confidence_bounds(setup, prompts)
-    results = {}
+    results: dict[str, Any] = {}
     for cost in setup.costs:
         of_policies = {name: found[cost] for name, found in judged.items()}
         results[cost] = {
@@ -117,7 +123,7 @@ def evaluate(
     parts = {part: [summary.domains[i] for i in getattr(setup.split, part)] for part in PARTS}
     return {
         "schema_version": 1,
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS | (DEFINITIONS_OF_SOURCES if spec.others else {}),
         "settings": {
             **describe_spec(spec),
             "block_sizes": list(summary.sizes),
@@ -138,7 +144,9 @@ def evaluate(
         "loops": loops,
         "left_out": left_out,
         "leaks": {name: leak.as_json() for name, leak in leaks.items()},
-        "notes": said + notes(results, summary.near_ties[list(setup.split.test)], loops, summary.left_out),
+        "notes": said
+        + notes(results, summary.near_ties[list(setup.split.test)], loops, summary.left_out)
+        + notes_of_sources(setup),
         "cost_models": results,
     }
 
@@ -178,7 +186,7 @@ def _under_costs(
             own_best = summary.best_fixed(cost, chosen_on) if chosen_on else None
             domains[domain] = GroupFigures(results, np.searchsorted(split.test, inside), seed).as_json(own_best)
     return {
-        **describe_cost(setup.costs[cost], summary.sizes),
+        **describe_cost(setup.costs[cost], summary.choices, setup.names),
         "overall": GroupFigures(results, np.arange(len(split.test)), seed).as_json(),
         "domains": domains,
         "oracle_choices": results.choices,
@@ -193,7 +201,7 @@ def _learnable(setup: Setup, cost: str, permutations: int) -> dict[str, Any]:
         summary.features[rows],
         summary.seconds[cost][rows],
         summary.tokens[rows],
-        summary.sizes,
+        summary.choices,
         permutations=permutations,
         seed=setup.seed,
         progress=setup.progress,

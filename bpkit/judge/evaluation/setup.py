@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bpkit.judge.evaluation.sources import source_names
 from bpkit.judge.evaluation.splits import Split, SplitRule, split_prompts
 from bpkit.judge.loops import ends_in_loop
 from bpkit.judge.statistics import Floats, Ints, Totals
 from bpkit.progress import Progress
 from bpkit.trace.cost import CostTable
-from bpkit.trace.oracle.paths import fixed_path
+from bpkit.trace.oracle.paths import FixedChoice, fixed_choices, fixed_path
+from bpkit.trace.oracle.plan import waiting_source
 from bpkit.trace.records import PromptTrace
 from bpkit.types import DecoderSpec, DraftWork, Feature
 
@@ -26,20 +28,20 @@ class TraceSummary:
 
     Attributes:
         places: of the prompts in the trace.
-        sizes: 1 and every traced block size.
+        choices: plain decoding, and every traced block size of every source.
         tokens: that steps yield, float64 [prompts].
-        steps, seconds: of each fixed size, float64 [prompts, sizes]; seconds by cost model.
+        steps, seconds: of each fixed choice, float64 [prompts, choices]; seconds by cost model.
         features: `prefill_hidden` and `prefill_entropy`, float64 [prompts, dims].
         near_ties: output positions that another verify width might decide otherwise, int64 [prompts].
         loops: whether the output ends in a loop, bool [prompts].
         left_out: prompts with shorter outputs.
-        sampled: whether the trace knows the chance of a match.
+        sampled: whether the trace knows the chance of a match, of each source.
     """
 
     places: list[int]
     ids: list[str]
     domains: list[str]
-    sizes: tuple[int, ...]
+    choices: tuple[FixedChoice, ...]
     tokens: Floats
     steps: Floats
     seconds: dict[str, Floats]
@@ -47,18 +49,25 @@ class TraceSummary:
     near_ties: Ints
     loops: NDArray[np.bool_]
     left_out: int
-    sampled: bool
+    sampled: tuple[bool, ...]
 
-    def fixed(self, cost: str, prompts: Sequence[int], size: int | None = None) -> Totals:
-        """A fixed size on some prompts; without a size each prompt at the one that was fastest on it."""
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """1 and every traced block size, of any source."""
+        return tuple(sorted({choice.block_size for choice in self.choices}))
+
+    def fixed(self, cost: str, prompts: Sequence[int], choice: FixedChoice | None = None) -> Totals:
+        """A fixed choice on some prompts; without one each prompt at the one that was fastest on it."""
         rows = np.asarray(prompts, np.int64)
         seconds = self.seconds[cost][rows]
-        columns = seconds.argmin(axis=1) if size is None else self.sizes.index(size)
+        columns = seconds.argmin(axis=1) if choice is None else self.choices.index(choice)
         return Totals(self.tokens[rows], self.steps[rows, columns], self.seconds[cost][rows, columns])
 
-    def best_fixed(self, cost: str, prompts: Sequence[int]) -> int:
-        """The size with the most tokens per second on these prompts; the smaller of equals."""
-        return self.sizes[int(self.seconds[cost][np.asarray(prompts, np.int64)].sum(axis=0).argmin())]
+    def best_fixed(self, cost: str, prompts: Sequence[int], source: int | None = None) -> FixedChoice:
+        """The choice with the most tokens per second on these prompts, of one source or of all; the first of equals."""
+        seconds = self.seconds[cost][np.asarray(prompts, np.int64)].sum(axis=0)
+        among = [place for place, one in enumerate(self.choices) if source in (None, one.source) or one.block_size == 1]
+        return self.choices[min(among, key=seconds.__getitem__)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,25 @@ class Setup:
     validation: Sequence[PromptTrace]
     test: Sequence[PromptTrace]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the sources of drafts are called."""
+        return source_names(self.spec)
+
+    @property
+    def works(self) -> tuple[DraftWork, ...]:
+        """Of the sources."""
+        return tuple(source.work for source in self.spec.sources)
+
+    @property
+    def no_oracle(self) -> str:
+        """Why the best choice of each step cannot be searched for; empty if it can."""
+        try:
+            waiting_source(self.works)
+        except ValueError as error:
+            return str(error)
+        return ""
+
 
 def prepare(
     prompts: Sequence[PromptTrace],
@@ -99,7 +127,7 @@ def prepare(
     costs = {cost.name: cost for cost in cost_models}
     if len(costs) < len(cost_models) or not costs:
         raise ValueError(f"cost models need names of their own: {', '.join(c.name for c in cost_models) or 'none'}")
-    summary = summarise_trace(prompts, spec.work, costs, progress)
+    summary = summarise_trace(prompts, spec, costs, progress)
     split = split_prompts(summary.ids, summary.domains, seed=seed, rule=rule)
     if second_test:
         split = split.exchanged()
@@ -121,7 +149,7 @@ def prepare(
 
 
 def summarise_trace(
-    prompts: Sequence[PromptTrace], work: DraftWork, costs: Mapping[str, CostTable], progress: Progress
+    prompts: Sequence[PromptTrace], spec: DecoderSpec, costs: Mapping[str, CostTable], progress: Progress
 ) -> TraceSummary:
     """Read every prompt once; none is kept.
 
@@ -133,20 +161,20 @@ def summarise_trace(
     progress.start("fixed sizes", len(prompts))
     for place, prompt in enumerate(prompts):
         if prompt.decided_by_steps:
-            rows.append((place, *_summarise(prompt, work, costs)))
+            rows.append((place, *_summarise(prompt, spec, costs)))
         progress.tick()
     if not rows:
         raise ValueError("no output of this trace has a second token: there is nothing to decide; trace longer outputs")
-    places, ids, domains, sizes, tokens, steps, seconds, features, near_ties, loops, sampled = map(
+    places, ids, domains, choices, tokens, steps, seconds, features, near_ties, loops, sampled = map(
         list, zip(*rows, strict=True)
     )
-    if len(set(sizes)) > 1:
+    if len(set(choices)) > 1:
         raise ValueError("the prompts were traced at different block sizes: no one size can be compared over them")
     return TraceSummary(
         places=places,
         ids=ids,
         domains=domains,
-        sizes=sizes[0],
+        choices=choices[0],
         tokens=np.array(tokens, np.float64),
         steps=np.array(steps, np.float64),
         seconds=dict(zip(costs, np.array(seconds).swapaxes(0, 1), strict=True)),
@@ -154,24 +182,25 @@ def summarise_trace(
         near_ties=np.array(near_ties),
         loops=np.array(loops),
         left_out=len(prompts) - len(rows),
-        sampled=all(sampled),
+        sampled=tuple(all(known) for known in zip(*sampled, strict=True)),
     )
 
 
-def _summarise(prompt: PromptTrace, work: DraftWork, costs: Mapping[str, CostTable]) -> tuple[Any, ...]:
+def _summarise(prompt: PromptTrace, spec: DecoderSpec, costs: Mapping[str, CostTable]) -> tuple[Any, ...]:
     """What `TraceSummary` holds of one prompt, in its order."""
-    sizes = (1, *prompt.drafts.block_sizes.tolist())
-    paths = [[fixed_path(prompt, work, cost, size) for size in sizes] for cost in costs.values()]
+    works = [source.work for source in spec.sources]
+    choices = fixed_choices(prompt, len(works))
+    paths = [[fixed_path(prompt, works, cost, *choice) for choice in choices] for cost in costs.values()]
     hidden = prompt.features.get(Feature.PREFILL_HIDDEN, np.zeros(0, np.float32))
     return (
         prompt.id,
         prompt.domain,
-        sizes,
+        choices,
         prompt.decided_by_steps,
         [path.steps for path in paths[0]],
         [[path.seconds for path in found] for found in paths],
         np.append(hidden.astype(np.float64), prompt.prefill_entropy),
         len(prompt.near_ties),
         ends_in_loop(prompt.output_tokens.tolist()),
-        prompt.drafts.match_probability is not None,
+        [drafts.match_probability is not None for drafts in prompt.sources],
     )

@@ -8,12 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from bpkit.judge.evaluation.figures import DECIDING, FEATURES, REASON
+from bpkit.judge.evaluation.sources import called
 from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
-from bpkit.trace.oracle.regret import KINDS
+from bpkit.trace.oracle.regret import KINDS, OTHER_SOURCE
 
 BOUNDS = ("oracle.prompt", "bound.confidences", "oracle.distributions", "oracle.step", "oracle.step_truncate")
 """In the order in which they are shown."""
-LOST = {kind: kind.replace("_", " ") for kind in KINDS}
+LOST = {kind: kind.replace("_", " ") for kind in (*KINDS, OTHER_SOURCE)}
 RATIO = "tokens_per_second_ratio"
 
 
@@ -21,6 +22,8 @@ def print_evaluation(report: dict[str, Any], console: Console) -> None:
     """Print tables and notes."""
     for name, result in report["cost_models"].items():
         shown = [overall_table(name, result), regret_table(name, result["overall"])]
+        if "best_fixed_of_source" in result["overall"]:
+            shown.append(source_table(name, result["overall"]))
         if len(result["domains"]) > 1:
             shown.append(domain_table(name, result["domains"]))
         for table in shown:
@@ -37,7 +40,11 @@ def overall_table(name: str, result: Mapping[str, Any]) -> Table:
     unit = "tokens/s" if result["unit"] == "seconds" else "tokens per\nplain step"
     head = ("who", unit, "over best fixed", "acceptance\nlength", "share of the gap", "decision\nus (time %)")
     best, policies = group["best_fixed"], group["policies"]
-    fixed = TableRow((best_fixed(group), _rate(best), "1", _length(best), "0", "-", "chosen on validation prompts"))
+    fixed = [TableRow((best_fixed(group), _rate(best), "1", _length(best), "0", "-", "chosen on validation prompts"))]
+    fixed += [
+        TableRow((title, _rate(entry), figure(entry[RATIO]), _length(entry), "", "-", ""))
+        for title, entry in alone(group).items()
+    ]
     fastest = max((p["tokens_per_second"] for p in policies.values()), default=None)
     rows = [
         TableRow(
@@ -59,15 +66,17 @@ def overall_table(name: str, result: Mapping[str, Any]) -> Table:
         for title, entry in bounds(group).items()
     ]
     title = f"{name} costs ({group['prompts']} test prompts)"
-    return Table(title, (*head, "options chosen"), [[fixed], rows, limits], last_is_text=True)
+    return Table(title, (*head, "options chosen"), [fixed, rows, limits], last_is_text=True)
 
 
 def domain_table(name: str, domains: Mapping[str, Any]) -> Table:
     """Tokens/s over the best fixed size by domain."""
     groups = list(domains.values())
     own = [group.get("best_fixed_of_domain") for group in groups]
-    said = ("-" if o is None else f"{o['block_size']}: {figure(o[RATIO])}" for o in own)
+    said = ("-" if o is None else f"{called(o)}: {figure(o[RATIO])}" for o in own)
     rows = [TableRow(("best fixed of the domain", *said))]
+    for title in alone(groups[0]):
+        rows.append(TableRow((title, *(figure(alone(group)[title][RATIO]) for group in groups))))
     for policy, entry in groups[0]["policies"].items():
         rows.append(TableRow((_marked(policy, entry), *(figure(group["policies"][policy][RATIO]) for group in groups))))
     limits = [
@@ -80,9 +89,21 @@ def domain_table(name: str, domains: Mapping[str, Any]) -> Table:
 
 def regret_table(name: str, group: Mapping[str, Any]) -> Table:
     """Where the time goes that oracle.step_truncate does not take, in percent of each one's own."""
-    head = ("who", *(title.replace(" too", "\ntoo") for title in (*LOST.values(), "deciding", "together")))
-    rows = [TableRow((who, *_percents(entry["regret"]))) for who, entry in compared(group).items()]
+    titles = lost_titles(group)
+    head = ("who", *(title.replace(" too", "\ntoo") for title in (*titles, "together")))
+    rows = [TableRow((who, *_percents(entry["regret"], len(titles)))) for who, entry in compared(group).items()]
     return Table(f"{name} costs, time that the step oracle does not take, % of one's own", head, [rows])
+
+
+def source_table(name: str, group: Mapping[str, Any]) -> Table:
+    """How much of the text each source drafted under each policy."""
+    drafted = {policy: entry["sources"] for policy, entry in group["policies"].items()}
+    titles = next((list(one["steps"]) for one in drafted.values()), [])
+    rows = [
+        TableRow((policy, *(f"{100 * one['steps'][t]:.0f} / {100 * one['tokens'][t]:.0f}" for t in titles)))
+        for policy, one in drafted.items()
+    ]
+    return Table(f"{name} costs, by source: % of steps / % of the tokens they yield", ("who", *titles), [rows])
 
 
 def size_table(group: Mapping[str, Any]) -> Table:
@@ -95,12 +116,7 @@ def size_table(group: Mapping[str, Any]) -> Table:
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
     """What is to be said under the tables of one cost model."""
-    choices = result["oracle_choices"]
-    size, length = (100 * choices["differs"][name] for name in ("block_size", "verify_length"))
-    said = [
-        f"The step oracle differs from block size {choices['best_fixed']} in {size:.0f}% of its steps, and in the "
-        f"verify length in {length:.0f}%."
-    ]
+    said = [] if result["oracle_choices"] is None else [of_choices(result["oracle_choices"])]
     reason = next((p["gap_share"].get("reason") for p in result["overall"]["policies"].values()), None)
     if reason:
         said.append(f"No shares: {reason}.")
@@ -112,6 +128,21 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     if result["learnable"] is not None:
         said.append(result["learnable"]["note"])
     return said
+
+
+def of_choices(choices: Mapping[str, Any]) -> str:
+    """How often the step oracle chooses otherwise than the best fixed size."""
+    size, length = (100 * choices["differs"][name] for name in ("block_size", "verify_length"))
+    if "source" not in choices["differs"]:
+        return (
+            f"The step oracle differs from block size {choices['best_fixed']} in {size:.0f}% of its steps, and in the "
+            f"verify length in {length:.0f}%."
+        )
+    source = 100 * choices["differs"]["source"]
+    return (
+        f"The step oracle differs from {choices['best_fixed']} in the source in {source:.0f}% of its steps, in the "
+        f"block size in {size:.0f}%, and in the verify length in {length:.0f}%."
+    )
 
 
 def about(report: Mapping[str, Any]) -> str:
@@ -133,7 +164,13 @@ def about(report: Mapping[str, Any]) -> str:
 
 def best_fixed(group: Mapping[str, Any]) -> str:
     """What the best fixed size is called."""
-    return f"best fixed: {group['best_fixed']['block_size']}"
+    return f"best fixed: {called(group['best_fixed'])}"
+
+
+def alone(group: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Each source at its best fixed size, by what they are called; empty if there is one source only."""
+    own = group.get("best_fixed_of_source", {})
+    return {f"{source} alone: {entry['block_size']}": entry for source, entry in own.items()}
 
 
 def compared(group: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -155,13 +192,19 @@ def figure(entry: Mapping[str, Any], *, digits: int = 3) -> str:
 
 def lost(shares: Mapping[str, Any]) -> dict[str, float]:
     """Percents of one's own time that the oracle does not take, by what they are called; those of deciding last."""
-    percents = {title: 100 * float(shares[kind]) for kind, title in LOST.items()}
+    percents = {title: 100 * float(shares[kind]) for kind, title in LOST.items() if kind in shares}
     return {**percents, "deciding": 100 * (float(shares[DECIDING]) + float(shares[FEATURES]))}
 
 
-def _percents(shares: Mapping[str, Any]) -> list[str]:
+def lost_titles(group: Mapping[str, Any]) -> list[str]:
+    """What `lost` says of the group, in its order."""
+    own = list(LOST.values())[: len(LOST) if "best_fixed_of_source" in group else len(KINDS)]
+    return [*own, "deciding"]
+
+
+def _percents(shares: Mapping[str, Any], count: int) -> list[str]:
     if REASON in shares:
-        return ["-"] * (len(KINDS) + 2)
+        return ["-"] * (count + 1)
     parts = list(lost(shares).values())
     return [f"{value:.1f}" for value in (*parts, sum(parts))]
 
