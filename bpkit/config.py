@@ -68,6 +68,8 @@ class Runtime(_Section):
     """None: float32 on a CPU, the checkpoint's own on a GPU, which is also what `auto` means."""
     device: str | None = None
     """None: a GPU if there is one."""
+    drafter_device: str | None = None
+    """Where drafters with a model work; None: where the target is."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Of torch. `auto`: torch's own choice, and in the bench the best count that it finds."""
     capture: Annotated[Literal["auto", "off", "on"], BeforeValidator(_switched)] = "auto"

@@ -55,6 +55,7 @@ def load_decoder(
     resolve_policy(chosen)  # a mistyped policy is told before any weights are read
     cost = read_cost(config.runtime.cost) if config.runtime.cost is not None else None
     check_device(config.runtime.device)
+    check_device(config.runtime.drafter_device, "--drafter-device")
     announce_downloads(config)
     watchers = Observers(observers)
     try:
@@ -62,7 +63,7 @@ def load_decoder(
             config.target,
             config.drafter,
             chosen,
-            **config.runtime.model_dump(include={"dtype", "device", "rule", "capture", "products"}),
+            **config.runtime.model_dump(include={"dtype", "device", "rule", "capture", "products", "drafter_device"}),
             cost=cost,
             observers=watchers,
         )
@@ -91,7 +92,7 @@ def in_chat(decoder: SpeculativeDecoder, prompts: Sequence[Prompt]) -> list[Prom
     ]
 
 
-def check_device(name: str | None) -> None:
+def check_device(name: str | None, flag: str = "--device") -> None:
     """Refuse a device that is not there before any weights are read. Raises ValueError."""
     import torch
 
@@ -99,7 +100,7 @@ def check_device(name: str | None) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         said = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {said}; leave it out for what there is") from None
+        raise ValueError(f"{flag} {name} cannot be used here: {said}; leave it out for what there is") from None
 
 
 def quiet_libraries() -> None:

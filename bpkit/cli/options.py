@@ -116,6 +116,9 @@ RULE = {"rule": _runtime(str, _RULE, "RULE", completes=completion.rules)}
 COST = {"cost": _runtime(str, _COST, "FILE|PRESET", completes=completion.presets)}
 PLACE = {
     "device": _runtime(str, "Such as `cpu` or `cuda`; by default a GPU if there is one.", "DEVICE"),
+    "drafter_device": _runtime(
+        str, "Where drafters with a model work, if not with the target: `cpu`, `cuda:1`.", "DEVICE"
+    ),
     "dtype": _runtime(str, _DTYPE, "DTYPE", completes=lambda: ["auto", "float32", "bfloat16", "float16"]),
 }
 PRODUCTS = {"products": _runtime(str, _PRODUCTS, "KIND", completes=lambda: ["torch", "onednn", "auto"])}

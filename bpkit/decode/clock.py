@@ -32,26 +32,29 @@ class WallClock:
     host: what the device still works on is counted where the host next reads.
 
     Args:
-        device: of the decoder.
+        device: of the decoder. other: of its drafter, where that is another.
         wait: let each reading wait for the work that was queued on the device before it, so that the parts of a step
             are right as well. It slows decoding down; measurements of parts ask for it.
     """
 
-    def __init__(self, device: torch.device, *, wait: bool = False) -> None:
-        self.device, self.waits = device, wait and device.type != "cpu"
+    def __init__(self, device: torch.device, other: torch.device | None = None, *, wait: bool = False) -> None:
+        self.device, self.other = device, other
+        self.devices = [each for each in (device, other) if each is not None and each.type != "cpu"]
+        self.waits = wait and bool(self.devices)
 
     def waiting(self) -> WallClock:
         """The clock of the same device that waits for it."""
-        return WallClock(self.device, wait=True)
+        return WallClock(self.device, self.other, wait=True)
 
     @property
     def tells_parts(self) -> bool:
         """Whether the parts of a step are the time of the device."""
-        return self.waits or self.device.type == "cpu"
+        return self.waits or not self.devices
 
     def now(self) -> float:
         if self.waits:
-            torch.accelerator.synchronize(self.device)
+            for device in self.devices:
+                torch.accelerator.synchronize(device)
         return time.perf_counter()
 
     def charge(self, measured: Seconds, work: Work | None) -> Seconds:

@@ -51,6 +51,7 @@ from bpkit.decode.sources import SourceSessions, source_spec, sources_of
 from bpkit.decode.streaming import TextPieces
 from bpkit.decode.text import RunningText
 from bpkit.decode.timing import Stopwatch, TimedDrafter, TimedPolicy, TimedTarget
+from bpkit.decode.two_devices import elsewhere
 from bpkit.decode.verify import RULES
 from bpkit.policy import Policy, PolicyError
 from bpkit.prompts import BATCH_SIZE
@@ -89,6 +90,8 @@ class SpeculativeDecoder:
         capture: whether passes are captured in CUDA graphs: `auto`, where there is CUDA and they can be; `off`; or
             `on`, which refuses a target whose passes cannot be. Without a GPU `on` does all but the capture itself,
             for tests. Or what another decoder of this target captures, its `capture`.
+        drafter_device: where drafters with a model work, with copies of the target's embedding and head; by default
+            where the target is. It places drafters that are named, not those handed over.
         products: what multiplies matrices in linear layers in float32 on a CPU: `torch`, `onednn`
             (`bpkit.decode.products`), or `auto`, oneDNN where it can; for all decoders of this target.
 
@@ -113,17 +116,19 @@ class SpeculativeDecoder:
         observers: Sequence[ObserverLike] | Observers = (),
         capture: Mode | Capture = "auto",
         products: Products = "torch",
+        drafter_device: str | torch.device | None = None,
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"there is no verify rule {rule!r}; the rules are: {', '.join(RULES)}")
         self.target, self.model = target.eval(), inside(target)
         refuse_virtual_tokens(target)
-        self.drafter: Drafter = resolve_drafters(drafter, self.model)
+        self.drafter_device = elsewhere(drafter_device, input_device(self.model))
+        self.drafter: Drafter = resolve_drafters(drafter, self.model, self.drafter_device)
         use_products(products, self.model, *(getattr(source, "model", None) for source in sources_of(self.drafter)))
         self.products = products
         self.tokenizer, self.rule, self.streamer, self.strict = tokenizer, rule, streamer, strict
         self._max_block_size = max_block_size
-        self.clock = clock or WallClock(input_device(self.model))
+        self.clock = clock or WallClock(input_device(self.model), self.drafter_device)
         self.cost: CostModel | None = cost or getattr(self.clock, "cost", None)
         config = self.model.config.get_text_config()
         first, *others = self._sources(max_block_size)
@@ -211,6 +216,7 @@ class SpeculativeDecoder:
             observers=self.observers,
             capture=self.capture,
             products=self.products,
+            drafter_device=self.drafter_device,
         )
 
     def _for_call(self, policy: PolicyLike | None, drafter: DrafterLike | None) -> SpeculativeDecoder:

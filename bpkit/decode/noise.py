@@ -65,6 +65,7 @@ class GumbelNoise:
         self.seed, self.stream, self.width, self.device, self.salt = seed, stream, width, device, salt
         self._first = 0
         self._rows = torch.empty(0, width, device=device)
+        self._elsewhere: GumbelNoise | None = None
 
     def at(self, start: int, count: int) -> Tensor:
         """Noise of positions start .. start + count - 1, none of them forgotten: float32 [count, width]."""
@@ -78,6 +79,15 @@ class GumbelNoise:
     def forget_before(self, position: int) -> None:
         """Free the rows of positions that are decided."""
         self._rows, self._first = self._rows[position - self._first :], position
+        if self._elsewhere is not None:
+            self._elsewhere.forget_before(position)
+
+    def on(self, device: torch.device) -> GumbelNoise:
+        """The same noise computed on another device, which is kept and forgotten with this."""
+        if self._elsewhere is None:
+            self._elsewhere = GumbelNoise(self.seed, self.stream, self.width, device, salt=self.salt)
+            self._elsewhere._first = self._first
+        return self._elsewhere
 
     def _compute(self, start: int, count: int) -> Tensor:
         u = uniform(self.seed, self.stream, start, count, self.width, self.device, self.salt)

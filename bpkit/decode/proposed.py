@@ -12,7 +12,7 @@ from bpkit.decode.features import draft_features
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.host import to_host_with
 from bpkit.decode.text import counts
-from bpkit.types import Context, Draft, Feature
+from bpkit.types import ON_THE_HOST, Context, Draft, Feature
 
 
 class Proposed:
@@ -29,9 +29,10 @@ class Proposed:
         source: Tensor,
         wants: frozenset[Feature],
         policy: GuardedPolicy,
+        device: torch.device,
     ) -> None:
         self.context, self.block_size, self.wants, self.policy = context, block_size, wants, policy
-        self.source = source
+        self.source, self.device = source, device
         self.width = 0
         self._lengths = [0] * context.batch_size
         self._tokens: list[Tensor] = []
@@ -44,6 +45,8 @@ class Proposed:
         if width == 0 and self._tokens:
             return
         features = draft_features(proposal, self.wants)
+        for name in features.keys() - ON_THE_HOST:  # networks are with the target
+            features[name] = features[name].to(self.device)
         # Networks need not take a draft of no tokens.
         predictions = self.policy.predict(features) if width else None
         _, features, predictions = to_host_with((), features, predictions)

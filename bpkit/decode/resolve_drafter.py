@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bpkit.assets import drafter_path
 from bpkit.decode.drafter import Drafter
-from bpkit.decode.sources import Sources
+from bpkit.decode.sources import Sources, sources_of, work_of_drafter
+from bpkit.decode.two_devices import EmbeddingAndHead, OtherDevice
 from bpkit.policy import validated
 from bpkit.registry.discovery import registry
 from bpkit.registry.resolve import each_drafter, first_option, parse_spec
 
 
-def resolve_drafters(drafter: Any, target: PreTrainedModel) -> Drafter:
+def resolve_drafters(drafter: Any, target: PreTrainedModel, device: torch.device | None = None) -> Drafter:
     """One drafter, or several as `Sources`: of each an instance, or what `resolve_drafter` takes.
 
+    Args:
+        device: where those with a model are to work, if not with the target.
+
     Raises:
-        PolicyError, ValueError: as `resolve_drafter`; one of several that holds several itself.
+        PolicyError, ValueError: as `resolve_drafter`; one of several that holds several itself; an instance that works
+            elsewhere than on `device`.
     """
+    parts = None if device is None else EmbeddingAndHead(target, device)
     made = [
-        resolve_drafter(each, target) if isinstance(each, (str, Mapping)) else cast("Drafter", each)
+        _on(resolve_drafter(each, parts or target), device)
+        if isinstance(each, (str, Mapping))
+        else cast("Drafter", each)
         for each in each_drafter(drafter)
     ]
+    if device is not None:
+        _refuse_elsewhere(made, device)
     return made[0] if len(made) == 1 else Sources(made)
 
 
-def resolve_drafter(drafter: str | Mapping[str, Any], target: PreTrainedModel) -> Drafter:
+def _on(drafter: Drafter, device: torch.device | None) -> Drafter:
+    """A drafter with a model that was made for a device."""
+    return drafter if device is None or work_of_drafter(drafter).free else OtherDevice(drafter, device)
+
+
+def _refuse_elsewhere(drafters: Sequence[Drafter], device: torch.device) -> None:
+    for drafter in (source for each in drafters for source in sources_of(each)):
+        if not work_of_drafter(drafter).free and getattr(drafter, "device", None) != device:
+            raise ValueError(
+                f"drafter {drafter.name} was handed over as an object, and drafter_device={str(device)!r} places those "
+                "that are named: name it, or make a bpkit.decode.two_devices.OtherDevice of it"
+            )
+
+
+def resolve_drafter(drafter: str | Mapping[str, Any], target: PreTrainedModel | EmbeddingAndHead) -> Drafter:
     """Make a drafter from a registered name with options, or from a folder or Hub name of a model.
 
     `"ngram:max_ngram=4"`, `{"name": "autoregressive", "path": "some/folder"}`, `"z-lab/Qwen3-4B-DFlash-b16"`.

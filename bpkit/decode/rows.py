@@ -212,7 +212,8 @@ class Rows:
         if max(block_size) == 1:
             return self.no_draft()
         assert self.context is not None
-        proposed = Proposed(self.context, counts(block_size), counts(source), self.shared.wants, self.policy)
+        wants, device = self.shared.wants, self.text.device
+        proposed = Proposed(self.context, counts(block_size), counts(source), wants, self.policy, device)
 
         def go_on(latest: Proposal) -> list[bool]:
             proposed.add(latest)
@@ -220,10 +221,10 @@ class Rows:
 
         draw = self.rule.draw(block_size)
         asked = go_on if self.policy.extends else None
-        proposal = self.drafter.draft(block_size, source, draw, asked, self.shared.wants)
+        proposal = self.drafter.draft(block_size, source, draw, asked, wants)
         proposed.add(proposal.after(proposed.width))
         draft = proposed.draft()
-        draft.tokens, draft.logits = proposal.tokens.to(self.text.device), proposal.scores
+        draft.tokens, draft.logits = proposal.tokens.to(device), proposal.scores
         draft.read = self.drafter.read
         return draft
 

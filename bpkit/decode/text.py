@@ -53,6 +53,12 @@ class RowText:
             self._ids = torch.cat([self._ids, tail], dim=1)
         return self._ids
 
+    def on(self, device: torch.device) -> RowText:
+        """A copy for another device of a text of which only the prompt is there; tokens on the host are shared."""
+        prompt = torch.tensor([self.tokens]).to(device, non_blocking=True)
+        padding = self._ids[:, : self.padding].to(device) if self.padding else None
+        return RowText(prompt, self.max_length, padding=padding, tokens=self.tokens)
+
     def append(self, tokens: Sequence[int]) -> None:
         """Take in decided tokens."""
         self.newest = list(tokens)
@@ -110,6 +116,17 @@ class RunningText:
         self.newest, self.anchor, self.counts = ids, anchor, [len(row) for row in tokens]
         for row, more in zip(self.rows, tokens, strict=True):
             row.append(more)
+
+    def follow(self, text: RunningText) -> None:
+        """Take over what was appended to the text of which this is a copy on another device: `RowText.on`."""
+        self.counts = list(text.counts)
+        for row, original in zip(self.rows, text.rows, strict=True):
+            row.newest = original.newest
+        rows = [torch.tensor([row.newest + row.newest[-1:]]) for row in self.rows]  # the anchor once more, at the end
+        ids = padded(rows)
+        ids[:, -1] = torch.tensor([row.newest[-1] for row in self.rows])
+        ids = ids.to(self.device, non_blocking=True)
+        self.newest, self.anchor = ids[:, :-1], ids[:, -1:]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on, in this order."""

@@ -197,7 +197,7 @@ class Rejection(Coupled):
     @staticmethod
     def _proposal(drafted: Tensor, scores: Tensor | None, vocab: int) -> Tensor:
         if scores is not None:
-            return scores.softmax(dim=-1)
+            return scores.to(drafted.device).softmax(dim=-1)  # from the drafter's, where that is another
         return torch.nn.functional.one_hot(drafted, vocab).float()
 
 

@@ -13,13 +13,18 @@ import transformers
 from bpkit import __version__
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, load and versions. A load above the number of threads means that others were at work."""
+def describe_machine(device: torch.device, drafter_device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, cores, load and versions. A load above the number of threads means that others were at work.
+
+    Args:
+        drafter_device: of the drafter, if that is not the target's.
+    """
     return {
         "cpu": cpu_name(),
         "cores": available_cores(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "device": str(device),
+        **({} if drafter_device is None else _of_drafter(drafter_device)),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -27,6 +32,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "bpkit": __version__,
     }
+
+
+def _of_drafter(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"drafter_device": str(device), "drafter_gpu": gpu}
 
 
 def available_cores() -> int:

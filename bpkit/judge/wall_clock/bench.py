@@ -95,7 +95,7 @@ def run_bench(
     """Measure, and return the report as plain JSON values; `bpkit.judge.wall_clock.report` says what is in it."""
     compared, warmed_up = settings.decoders(decoder), settings.decoders(decoder)
     seed, tasks = settings.seed, encoded(decoder, prompts, settings.seed)
-    machine = describe_machine(decoder.target.device)
+    machine = describe_machine(decoder.target.device, decoder.drafter_device)
     threads, tried = choose_threads(decoder, tasks, settings, progress)
     # A run of each that is not counted: first calls allocate and compile.
     measure([*chain(*warmed_up.values())], tasks[:1], repeats=1, seed=0, threads=threads)

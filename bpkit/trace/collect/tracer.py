@@ -115,6 +115,11 @@ class Tracer:
                 "only outputs of rule 'coupled' can be traced: under 'rejection' the text depends on the policy"
             )
         drafter = decoder.drafter
+        if decoder.drafter_device is not None:
+            raise ValueError(
+                f"drafter_device={str(decoder.drafter_device)!r}: a trace holds what would be drafted, whatever the "
+                "device; leave it out to trace, and measure the two devices with `bpkit calibrate`"
+            )
         if len(sources_of(drafter)) > 1:
             raise ValueError(
                 f"{drafter.name} are several drafters: trace each by itself, the second with the outputs of the first, "
@@ -130,11 +135,6 @@ class Tracer:
                 f"drafter {drafter.name} remembers earlier requests, so that what it drafts for a prompt depends on "
                 "the prompts before it: a trace would hold for one order of prompts only. Switch its memory off to "
                 "trace it, or measure it live, with `bpkit bench`, where the order of prompts is fixed"
-            )
-        if getattr(drafter, "depends_on_steps", False):
-            raise ValueError(
-                f"what drafter {drafter.name} drafts depends on which of its drafts were verified before, and so on "
-                "the policy: there is no one trace of it. Measure it live, with `bpkit bench`"
             )
         largest = drafter.max_block_size
         if not options.block_sizes or min(options.block_sizes) < 2 or max(options.block_sizes) > largest:

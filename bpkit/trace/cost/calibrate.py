@@ -148,7 +148,7 @@ def calibrate(
     largest = _largest(spec, settings.max_block_size)
     recorder = RecordingClock(decoder.clock.waiting() if isinstance(decoder.clock, WallClock) else decoder.clock)
     variants = [decoder.with_policy(policy) for policy in _policies(decoder, largest, settings)]
-    machine = describe_machine(target.device)
+    machine = describe_machine(target.device, decoder.drafter_device)
     for variant in variants:
         variant.clock, variant.strict = recorder, True
         _warm_up(variant, prompts, settings)

@@ -53,7 +53,10 @@ def run_rows_bench(
         ValueError: a policy cannot run with these models.
     """
     compared = {size: compared_decoders(decoder, settings) for size in batch_sizes}
-    machine, tasks = describe_machine(decoder.target.device), encoded(decoder, prompts, settings.seed)
+    machine, tasks = (
+        describe_machine(decoder.target.device, decoder.drafter_device),
+        encoded(decoder, prompts, settings.seed),
+    )
     sets = dealt(tasks, max(batch_sizes))
     threads, tried = choose_rows_threads(decoder, tasks, settings, batch_sizes, progress)
     started = time.time()
