@@ -18,7 +18,7 @@ from bpkit.decode.clock import WallClock
 from bpkit.decode.drafter import Drafter
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.sampling import Processors
-from bpkit.decode.sources import Sources
+from bpkit.decode.sources import Sources, sources_of
 from bpkit.decode.text import RowText, RunningText
 from bpkit.decode.two_devices import EmbeddingAndHead, OtherDevice, elsewhere, moved
 from bpkit.draft.autoregressive import AutoregressiveDrafter
@@ -36,7 +36,7 @@ KINDS = ("block diffusion", "autoregressive", "ensemble")
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 20, "repetition_penalty": 1.2, "seed": 5}
 
 
-class Crossed(SimulatedDevice):
+class Crossed(SimulatedDevice):  # type: ignore[no-untyped-call]
     """Keeps what was copied to the device and back from it."""
 
     def __init__(self) -> None:
@@ -60,13 +60,14 @@ class Crossed(SimulatedDevice):
 
 @pytest.fixture
 def device() -> Iterator[Crossed]:
-    with Crossed() as device:
-        yield device
+    made = Crossed()
+    with made:
+        yield made
 
 
 def drafter_on(device: Crossed, pair: TinyPair, kind: str, target: Any) -> Drafter:
     """The pair's drafter on the simulated device, whose numbers are the host's."""
-    parts = EmbeddingAndHead(target, DEVICE)
+    parts: Any = EmbeddingAndHead(target, DEVICE)
 
     def put(model: nn.Module) -> Any:
         made = copy.deepcopy(model)
@@ -74,11 +75,11 @@ def drafter_on(device: Crossed, pair: TinyPair, kind: str, target: Any) -> Draft
         return made
 
     makes: dict[str, Any] = {
-        "block diffusion": lambda: BlockDiffusionDrafter(put(pair.drafter_model), parts),  # type: ignore[arg-type]
-        "autoregressive": lambda: AutoregressiveDrafter(put(pair.assistant), parts),  # type: ignore[arg-type]
+        "block diffusion": lambda: BlockDiffusionDrafter(put(pair.drafter_model), parts),
+        "autoregressive": lambda: AutoregressiveDrafter(put(pair.assistant), parts),
         "ensemble": lambda: EnsembleDrafter(
-            [AutoregressiveDrafter(put(model), parts) for model in (pair.assistant, pair.target)],  # type: ignore[arg-type]
-            parts,  # type: ignore[arg-type]
+            [AutoregressiveDrafter(put(model), parts) for model in (pair.assistant, pair.target)],
+            parts,
         ),
     }
     return OtherDevice(makes[kind](), DEVICE)
@@ -144,7 +145,8 @@ def test_a_target_on_the_device_waits_for_nothing_but_the_features(pair: TinyPai
     target = copy.deepcopy(pair.target)
     device.put(target)
     host = torch.device("cpu")
-    drafter = BlockDiffusionDrafter(pair.drafter_model, EmbeddingAndHead(target, host))  # type: ignore[arg-type]
+    parts: Any = EmbeddingAndHead(target, host)
+    drafter = BlockDiffusionDrafter(pair.drafter_model, parts)
     decoder = SpeculativeDecoder(
         target, OtherDevice(drafter, host), "fixed:4", tokenizer=pair.tokenizer, strict=True, drafter_device="cpu"
     )
@@ -177,7 +179,9 @@ def test_embedding_and_head_are_copied_and_a_tied_pair_once(pair: TinyPair) -> N
     tied.set_output_embeddings(nn.Linear(64, 100, bias=False))
     tied.get_output_embeddings().weight = tied.get_input_embeddings().weight
     parts = EmbeddingAndHead(tied, META)
-    assert parts.get_output_embeddings().weight is parts.get_input_embeddings().weight  # type: ignore[union-attr]
+    head = parts.get_output_embeddings()
+    assert head is not None
+    assert head.weight is parts.get_input_embeddings().weight
     with pytest.raises(ValueError, match="'layers' of its target, of which only embedding and head"):
         _ = parts.layers
     with pytest.raises(ValueError, match="offloaded"):
@@ -238,10 +242,11 @@ def test_named_drafters_are_placed_and_objects_are_not(pair: TinyPair, tiny_fold
     for name in ("drafter", "assistant"):
         drafters = [str(tiny_folder / name), "ngram"]
         decoder = SpeculativeDecoder(pair.target, drafters, drafter_device="meta")
-        placed, lookup = decoder.drafter.sources  # type: ignore[attr-defined]
+        placed, lookup = sources_of(decoder.drafter)
         assert isinstance(placed, OtherDevice)
         assert isinstance(lookup, NgramDrafter), "it has no model"
-        assert {weight.device for weight in placed.model.parameters()} == {META}  # type: ignore[union-attr]
+        assert placed.model is not None
+        assert {weight.device for weight in placed.model.parameters()} == {META}
         assert decoder.with_policy("fixed:2").drafter is decoder.drafter
         here = SpeculativeDecoder(pair.target, drafters, drafter_device="cpu")
         assert here.drafter_device is None
