@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bpkit_prometheus.observer import Prometheus
+from prometheus_client import CollectorRegistry
 from torch import Tensor
 
+from bpkit.cli.generate import describe
 from bpkit.decode.clock import CostClock, price
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.sources import Sources, sources_of
 from bpkit.draft.ngram import NgramDrafter
+from bpkit.judge.sources import counts_of_steps
+from bpkit.judge.wall_clock.decoders import PolicyDecoder
 from bpkit.policy import Policy, PolicyConfig, PolicyError
 from bpkit.prompts import Prompt
 from bpkit.registry.resolve import each_drafter
 from bpkit.testing import TinyPair
 from bpkit.trace.collect import TraceOptions, Tracer
-from bpkit.trace.collect.job import describe, run_job
+from bpkit.trace.collect.job import describe as describe_job
+from bpkit.trace.collect.job import run_job
 from bpkit.trace.cost import CostError, CostTable, read_cost, write_cost
 from bpkit.trace.replay import Replayer
 from bpkit.trace.store.joined import JoinedTrace, open_trace
@@ -97,7 +104,7 @@ def traces_of(pair: TinyPair, folder: Path, **sampling: float) -> JoinedTrace:
         options = TraceOptions(
             SIZES, 20, sampling or {"temperature": 0.0}, seed, outputs_of=str(folder / "0") if place else None
         )
-        run_job(folder / str(place), describe(decoder, PROMPTS, options), PROMPTS, Tracer(decoder, options))
+        run_job(folder / str(place), describe_job(decoder, PROMPTS, options), PROMPTS, Tracer(decoder, options))
     opened = open_trace(folder)
     assert isinstance(opened, JoinedTrace)
     return opened
@@ -260,7 +267,7 @@ def test_traces_of_other_outputs_are_not_joined(pair: TinyPair, tmp_path: Path) 
     decoder = SpeculativeDecoder(pair.target, NgramDrafter(), "fixed:4", tokenizer=pair.tokenizer)
     for name, tokens in (("a", 8), ("b", 9)):
         options = TraceOptions(SIZES, tokens)
-        run_job(tmp_path / name, describe(decoder, PROMPTS, options), PROMPTS, Tracer(decoder, options))
+        run_job(tmp_path / name, describe_job(decoder, PROMPTS, options), PROMPTS, Tracer(decoder, options))
     with pytest.raises(TraceError, match=r"max_new_tokens: 8, not 9.*--outputs-of"):
         open_trace(f"{tmp_path}/a+{tmp_path}/b")
     both = open_trace(f"{tmp_path}/a+{tmp_path}/a")
@@ -315,3 +322,28 @@ def test_features_that_a_source_does_not_have_are_nan(pair: TinyPair) -> None:
 
     decoder_of(pair, Sees()).generate(list(TEXTS), batch_size=4, max_new_tokens=20, temperature=0)
     assert len(seen) > 10
+
+
+def test_observers_and_reports_tell_which_source_drafted(pair: TinyPair, tmp_path: Path) -> None:
+    file, registry = tmp_path / "steps.jsonl", CollectorRegistry()
+    decoder = decoder_of(pair, Chance(), observers=[f"jsonl:{file}", Prometheus(registry=registry)])
+    result = decoder.generate("a, b, a, b, a, ", max_new_tokens=30, temperature=0)
+    logged = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert logged[0]["drafter"].count(" + ") == 2
+    steps = [line for line in logged if line["event"] == "step"]
+    assert [line["source"] for line in steps] == [int(step.source) for step in result.steps]
+
+    counts = counts_of_steps(decoder.spec, result.steps)
+    assert sum(steps for steps, _ in counts.values()) == len(result.steps)
+    assert sum(tokens for _, tokens in counts.values()) == result.tokens.shape[1] - 1
+    labels = {"policy": "Chance", "drafter": logged[0]["drafter"]}
+    for place, (name, (steps_of, tokens)) in zip(("none", "0", "1", "2"), counts.items(), strict=True):
+        found = registry.get_sample_value("bpkit_steps_by_source_total", {**labels, "source": place}) or 0
+        stood = registry.get_sample_value("bpkit_accepted_tokens_by_source_total", {**labels, "source": place}) or 0
+        assert (found, found + stood) == (steps_of, tokens), name
+    assert len([steps for steps, _ in counts.values() if steps]) > 2
+    said = describe(result, 1.0, decoder.spec)
+    assert any(line.startswith("by source, % of steps / % of their tokens: no draft ") for line in said)
+
+    ours = PolicyDecoder("chance", decoder, {"temperature": 0, "max_new_tokens": 30}, 0)
+    assert dict(ours.run(pair.ids("a, b, a, b, a, "), 0).sources).keys() == counts.keys()

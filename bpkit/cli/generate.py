@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.decode.result import Generation
+    from bpkit.types import DecoderSpec
 
 DEFAULT_NEW_TOKENS = 256
 STEPS_IN_A_LINE = 20
@@ -115,7 +116,7 @@ def generate(
         result, seconds = stream(decoder, ready, **wanted)
     if stats:
         say("")
-        for line in describe(result, seconds):
+        for line in describe(result, seconds, decoder.spec):
             say(line)
 
 
@@ -194,18 +195,22 @@ def _write(texts: Iterable[str]) -> None:
     sys.stdout.flush()
 
 
-def describe(result: Generation, seconds: float) -> list[str]:
-    """What `--stats` prints; `seconds` is wall-clock time of the whole call."""
+def describe(result: Generation, seconds: float, spec: DecoderSpec) -> list[str]:
+    """What `--stats` prints; `seconds` is wall-clock time of the whole call, and `spec` the decoder's."""
     count, parts = result.tokens.shape[1], result.seconds
     phases = {"target": parts.verify, "drafter": parts.draft, "policy": parts.policy}
     phases["other"] = max(seconds - sum(phases.values()), 0.0)
     share = ", ".join(f"{name} {100 * spent / seconds:.0f}%" for name, spent in phases.items())
     seed = "none (greedy)" if result.seed is None else result.seed
     steps = [f"{int(s.num_accepted)}/{int(s.verify_length)}" for s in result.steps]
+    from bpkit.judge.sources import counts_of_steps, shares, told
+
+    by_source = shares([counts_of_steps(spec, result.steps)])
     lines = [
         f"{count} tokens in {len(result.steps)} steps and {seconds:.2f} s: {count / seconds:.1f} tokens/s",
         f"acceptance length {result.acceptance_length:.2f} (tokens of steps / steps)",
         f"time: {share}",
+        *([f"by source, % of steps / % of their tokens: {told(by_source)}"] if by_source else []),
         f"seed {seed}, fallbacks {result.fallbacks}, near ties {result.near_ties}",
         "accepted/verified drafted tokens of each step:",
     ]

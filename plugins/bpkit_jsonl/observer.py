@@ -84,4 +84,5 @@ def _of_step(step: Step, row: int) -> dict[str, Any]:
         name: int(getattr(step, name)[row])
         for name in ("block_size", "draft_length", "verify_length", "num_accepted", "acceptance_length")
     }
-    return {"row": row, "position": int(step.position[row]), **lengths, "fallbacks": step.fallbacks}
+    place = {"row": row, "position": int(step.position[row]), "source": int(step.source[row])}
+    return {**place, **lengths, "fallbacks": step.fallbacks}

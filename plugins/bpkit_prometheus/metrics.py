@@ -34,6 +34,14 @@ class Metrics:
             counter(f"{what}_tokens_by_position", f"{what.title()} tokens by their position in the draft.", "position")
             for what in ("drafted", "verified", "accepted")
         )
+        self.steps_by, self.verified_by, self.accepted_by = (
+            counter(f"{what}_by_source", f"{said}, by the place of the source that drafted, or none.", "source")
+            for what, said in (
+                ("steps", "Turns of the loop"),
+                ("verified_tokens", "Verified tokens"),
+                ("accepted_tokens", "Accepted tokens"),
+            )
+        )
         self.fallbacks = counter("fallbacks", "Faults of the policy that the runtime mended.")
         self.near_ties = counter("near_ties", "Output tokens whose best two scores were nearly alike.")
         self.prefill_seconds = counter("prefill_seconds", "Seconds of prefill, the policy's beginning included.")

@@ -105,6 +105,13 @@ class Prometheus(Observer):
                 for position in range(1, length + 1):
                     self._one(by_position, *labels, position).inc()
 
+        columns = (step.source, step.draft_length, step.verify_length, step.num_accepted)
+        for source, drafted, verified, accepted in zip(*(column.tolist() for column in columns), strict=True):
+            by = source if drafted else "none"
+            self._one(metrics.steps_by, *labels, by).inc()
+            self._one(metrics.verified_by, *labels, by).inc(verified)
+            self._one(metrics.accepted_by, *labels, by).inc(accepted)
+
     def end(self, request: ObservedRequest, ending: Ending) -> None:
         labels = (request.policy, request.drafter)
         # Faults of the last `observe` and of `end` are in no step.

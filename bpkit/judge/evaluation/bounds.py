@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bpkit.judge.evaluation.fixed import label
 from bpkit.judge.evaluation.policies import PolicyResult
 from bpkit.judge.evaluation.setup import Setup
-from bpkit.judge.evaluation.sources import PLAIN, label
+from bpkit.judge.sources import PLAIN
 from bpkit.judge.statistics import Floats, Totals, totals_of
 from bpkit.trace.oracle import paths
 from bpkit.trace.oracle.informed import Informed, calibrate, has_confidences

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from bpkit.judge.evaluation.bounds import HEADLINE, Regret, Results
+from bpkit.judge.evaluation.fixed import described as described_choice
+from bpkit.judge.evaluation.fixed import label
 from bpkit.judge.evaluation.policies import PolicyResult
-from bpkit.judge.evaluation.sources import described as described_choice
-from bpkit.judge.evaluation.sources import label, shares
+from bpkit.judge.sources import counts_of, shares
 from bpkit.judge.statistics import TOUCHES_ZERO, Bootstrap, Floats, Ints, Totals, interval, shares_of_gap
 from bpkit.trace.oracle.paths import FixedChoice
 from bpkit.trace.oracle.regret import kinds
@@ -105,7 +106,11 @@ class GroupFigures:
         spent = result.decision.per_step * steps + result.decision.per_begin * (len(orders) * len(self.prompts))
         total = sum(float(one.seconds.sum()) for one in orders)
         charged, names = result.decision.charged, self.results.names
-        taken = [one for place in self.prompts for one in result.taken[place]]
+        counts = [
+            counts_of(names, one.source, one.draft_length, one.num_accepted)
+            for place in self.prompts
+            for one in result.taken[place]
+        ]
         return {
             "tokens_per_second": float(np.mean([one.rate for one in orders])),
             "tokens_per_second_ratio": _estimate(
@@ -130,7 +135,7 @@ class GroupFigures:
             "memory": bool(result.order_seeds),
             "orders": result.order_seeds,
             "regret": self._shares(self.results.regrets[name], total, spent if charged else 0.0),
-            **({"sources": shares(names, taken)} if len(names) > 1 else {}),
+            **({"sources": shares(counts)} if len(names) > 1 else {}),
         }
 
     def _shares(self, regret: Regret, total: float, deciding: float) -> dict[str, float | str]:

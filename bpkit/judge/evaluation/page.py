@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpkit.judge.evaluation import plots, tables
-from bpkit.judge.evaluation.sources import called
+from bpkit.judge.evaluation.fixed import called
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

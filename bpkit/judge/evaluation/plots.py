@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bpkit.judge.evaluation.figures import REASON
-from bpkit.judge.evaluation.sources import called
+from bpkit.judge.evaluation.fixed import called
 from bpkit.judge.evaluation.tables import LOST, RATIO, bounds, compared, lost, lost_titles
 
 if TYPE_CHECKING:

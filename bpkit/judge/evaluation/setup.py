@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bpkit.judge.evaluation.sources import source_names
 from bpkit.judge.evaluation.splits import Split, SplitRule, split_prompts
 from bpkit.judge.loops import ends_in_loop
+from bpkit.judge.sources import source_names
 from bpkit.judge.statistics import Floats, Ints, Totals
 from bpkit.progress import Progress
 from bpkit.trace.cost import CostTable

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from bpkit.judge.evaluation.figures import DECIDING, FEATURES, REASON
-from bpkit.judge.evaluation.sources import called
+from bpkit.judge.evaluation.fixed import called
 from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
 from bpkit.trace.oracle.regret import KINDS, OTHER_SOURCE
 

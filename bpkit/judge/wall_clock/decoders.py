@@ -22,6 +22,7 @@ from bpkit.decode.result import Generation
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.judge.sources import Counts, counts_of_steps
 from bpkit.prompts import Prompt
 from bpkit.types import DraftWork, Feature
 
@@ -41,6 +42,7 @@ class Outcome:
         target_seconds, drafter_seconds, policy_seconds: of `seconds`; None where they cannot be told apart.
         near_ties: output positions whose top-2 gap was below tolerance. Of a step that yields several tokens only
             the first position is known: the tie is there or a little later.
+        sources: steps and their tokens by source, where there are several.
     """
 
     tokens: tuple[int, ...]
@@ -51,6 +53,7 @@ class Outcome:
     policy_seconds: float | None
     fallbacks: int = 0
     near_ties: tuple[int, ...] = ()
+    sources: Counts = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class PolicyDecoder:
             policy_seconds=parts.policy,
             fallbacks=result.fallbacks,
             near_ties=near_ties_of(result),
+            sources=counts_of_steps(self.decoder.spec, result.steps),
         )
 
 

@@ -8,6 +8,8 @@ from itertools import zip_longest
 from typing import Any, Protocol
 
 from bpkit.judge.loops import ends_in_loop
+from bpkit.judge.sources import Counts
+from bpkit.judge.sources import shares as shares_by_source
 from bpkit.judge.statistics import Bootstrap, Totals, interval, totals_of
 from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, Measurement, Outcome
 from bpkit.registry.resolve import parse_spec
@@ -143,7 +145,14 @@ class BenchFigures:
             "tokens": int(mine.tokens.sum()),
             "seconds": float(mine.seconds.sum()),
             "steps": int(mine.steps.sum()),
+            **by_source([outcome.sources for outcome in every]),
         }
+
+
+def by_source(counts: Sequence[Counts]) -> dict[str, Any]:
+    """The entry `sources`, where there are several."""
+    found = shares_by_source(counts)
+    return {"sources": found} if found else {}
 
 
 def totals(outcomes: Outcomes) -> Totals:

@@ -15,7 +15,8 @@ A group:
     policies          NAME -> an entry: tokens_per_second, speedup (over plain), acceptance_length (tokens of steps /
                       steps), acceptance_length_per_prompt (mean of the prompts' own), identical_text (to plain's, on
                       all prompts and repeats), different_prompts, share of time, fallbacks, near_ties, and the sums
-                      tokens, seconds and steps
+                      tokens, seconds and steps; of several sources of drafts `sources`, shares of steps and of the
+                      tokens that these yield, by the source that drafted
     against           NAME -> an entry; identical_text is null when sampling, where other decoders draw other noise
     best_fixed        the fastest `fixed:*`, or null
 
@@ -24,11 +25,13 @@ Rates are ratios of sums. `*_interval` is [low, high]: 95%, paired bootstrap ove
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from bpkit.judge.sources import told
 from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
 
 PHASES = {"target": "#4477aa", "drafter": "#ee6677", "policy": "#ccbb44", "other": "#bbbbbb"}
@@ -123,6 +126,7 @@ def what_was_measured(report: dict[str, Any]) -> list[str]:
         f"{said}{busy}.",
         *_about_sampling(settings),
         *_about_texts(overall),
+        *about_sources(overall["policies"]),
     ]
 
 
@@ -151,6 +155,12 @@ def _about_texts(group: dict[str, Any]) -> list[str]:
                 f"({', '.join(d['id'] for d in different[:5])}{', ...' if len(different) > 5 else ''})."
             )
     return said
+
+
+def about_sources(policies: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Who drafted, where there are several sources: % of steps / % of the tokens that they yield."""
+    said = [f"{name}: {told(entry['sources'])}" for name, entry in policies.items() if "sources" in entry]
+    return [f"By source, % of steps / % of their tokens: {'; '.join(said)}."] if said else []
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:

@@ -6,7 +6,7 @@ Timed alike: wall clock from token ids in to all outputs finished, preparations 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from bpkit.decode.clock import WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.result import Generation
+from bpkit.judge.sources import Counts, counts_of_steps
 from bpkit.judge.wall_clock.decoders import EncodedPrompt, generate_options, near_ties_of, seconds_of_calls
 from bpkit.types import Prefill, Seconds, Step
 
@@ -38,6 +39,7 @@ class RunOutcome:
         passes: of the target, prefill left out.
         row_steps: steps of all rows together.
         target_seconds, drafter_seconds, policy_seconds: of `seconds`; None where they cannot be told apart.
+        sources: steps of rows and their tokens by source, where there are several.
     """
 
     texts: Mapping[str, Text]
@@ -49,6 +51,7 @@ class RunOutcome:
     drafter_seconds: float | None
     policy_seconds: float | None
     fallbacks: int = 0
+    sources: Counts = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -101,6 +104,7 @@ class PolicyRows:
             drafter_seconds=parts.draft if known else None,
             policy_seconds=parts.policy,
             fallbacks=sum(step.fallbacks for step in steps),
+            sources=counts_of_steps(self.decoder.spec, steps),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bpkit.judge.statistics import Bootstrap, Totals, interval, totals_of
 from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS
-from bpkit.judge.wall_clock.figures import differences, shares
+from bpkit.judge.wall_clock.figures import by_source, differences, shares
 from bpkit.judge.wall_clock.rows.decoders import RunOutcome, Text
 from bpkit.registry.resolve import parse_spec
 
@@ -97,6 +97,7 @@ class RowsFigures:
             "tokens": int(mine.tokens.sum()),
             "seconds": float(mine.seconds.sum()),
             "passes": int(mine.steps.sum()),
+            **by_source([outcome.sources for outcome in outcomes]),
         }
 
     def _about_texts(self, name: str, outcomes: Sequence[RunOutcome]) -> dict[str, Any]:

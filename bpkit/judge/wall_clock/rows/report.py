@@ -16,7 +16,8 @@ A group:
 An entry: tokens_per_second, ratio_to_plain and ratio_to_transformers at the same batch size, steps_ratio_to_plain (the
 same without the time of reading prompts, whose share is prefill_share), acceptance_length (tokens of steps / steps of
 rows), texts and texts_equal (to the prompt's text alone, by plain decoding; null where noise
-differs), different_prompts, near_ties, share of time, fallbacks, and the sums tokens, seconds and passes of the target.
+differs), different_prompts, near_ties, share of time, fallbacks, and the sums tokens, seconds and passes of the target;
+of several sources of drafts `sources`, shares of the rows' steps and of the tokens that these yield, by who drafted.
 
 Rates are ratios of sums. `*_interval` is [low, high]: 95%, paired bootstrap over runs; null if there was one run.
 """
@@ -29,7 +30,7 @@ from typing import Any
 from rich.console import Console
 
 from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
-from bpkit.judge.wall_clock.report import COLOURS, PHASES
+from bpkit.judge.wall_clock.report import COLOURS, PHASES, about_sources
 
 HEAD = (
     "decoding",
@@ -115,6 +116,7 @@ def what_was_measured(report: dict[str, Any]) -> list[str]:
         f"Machine: {machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, threads by "
         f"batch size: {said}.",
         *_about_texts(groups),
+        *(f"At {size}: {said}" for size, group in groups.items() for said in about_sources(group["policies"])),
     ]
 
 
