@@ -84,6 +84,7 @@ ON_THE_HOST = OF_THE_DRAFTED_TOKEN | OF_THE_DISTRIBUTION | OF_THE_ANCHOR | OF_TH
 (hidden states, embeddings, logits) stay on the decoder's device, for `Policy.predict`."""
 
 BLOCK_DIFFUSION, AUTOREGRESSIVE, NGRAM = "block-diffusion", "autoregressive", "n-gram"
+EARLY_EXIT = "early-exit"
 """Kinds of the built-in drafters: labels for people and files. What a kind costs says its `DraftWork`."""
 
 
@@ -145,6 +146,7 @@ _WORK = {
     BLOCK_DIFFUSION: DraftWork("features", "one"),
     AUTOREGRESSIVE: DraftWork("tokens", "each"),
     NGRAM: DraftWork("nothing", "none"),
+    EARLY_EXIT: DraftWork("tokens", "each"),
 }
 _OF_THE_KIND = DraftWork("nothing", "none")
 """Stands for what `work_of` says of the kind."""

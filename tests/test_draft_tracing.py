@@ -269,6 +269,7 @@ def drafters(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     llama = AutoregressiveDrafter(family("llama", len(pair.tokenizer)), pair.target, name="llama")
     return {
         "autoregressive": pair.autoregressive(),
+        "early exit": pair.early_exit(),
         "llama": llama,
         "n-gram": NgramDrafter(),
         "hierarchy": HierarchyDrafter(store),
@@ -278,7 +279,7 @@ def drafters(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-@pytest.mark.parametrize("name", ["autoregressive", "llama"])
+@pytest.mark.parametrize("name", ["autoregressive", "early exit", "llama"])
 def test_rollouts_equal_the_live_drafts(
     pair: TinyPair, drafters: dict[str, Drafter], name: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:

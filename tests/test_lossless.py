@@ -158,6 +158,7 @@ def drafters(pair: TinyPair, tiny_folder: Path, tmp_path_factory: pytest.TempPat
         "autoregressive": {"path": tiny_folder / "assistant"},
         "ensemble": {"members": [str(tiny_folder / "assistant"), str(tiny_folder / "target")]},
         "hierarchy": {"store": str(tiny_store(tmp_path_factory.mktemp("store"), pair, PROMPTS))},
+        "early-exit": {"path": tiny_folder / "exit"},
     }
     made = {name: resolve_drafter({"name": name, **options.get(name, {})}, pair.target) for name in registry().drafters}
     return {**made, "agreeable": pair.agreeable()}
@@ -168,7 +169,7 @@ def test_every_registered_policy_and_drafter_is_covered_here(drafters: dict[str,
     assert covered == set(registry().policies) - {"onnx"}  # in the tests of exported policies
     assert set(drafters) == {*registry().drafters, "agreeable"}
     assert {d.kind for d in drafters.values()} == {
-        "block-diffusion", "autoregressive", "n-gram", "ensemble", "last-pass", "hierarchy"
+        "block-diffusion", "autoregressive", "n-gram", "early-exit", "ensemble", "last-pass", "hierarchy"
     }  # fmt: skip
 
 
@@ -301,7 +302,9 @@ class Scripted(Policy):
     keeps=st.lists(st.integers(0, 15), min_size=1, max_size=12),
     extends=st.lists(st.booleans(), min_size=1, max_size=7),
     sampling=st.sampled_from(SAMPLINGS),
-    drafter=st.sampled_from(["agreeable", "autoregressive", "block-diffusion", "ngram", "last-pass", "hierarchy"]),
+    drafter=st.sampled_from(
+        ["agreeable", "autoregressive", "block-diffusion", "ngram", "early-exit", "last-pass", "hierarchy"]
+    ),
     prompt=st.sampled_from(PROMPTS),
 )
 def test_a_policy_drawn_at_random_at_every_step_leaves_the_text_alone(
@@ -363,7 +366,7 @@ def test_every_max_new_tokens_from_1_to_20(
 
 
 @pytest.mark.parametrize(
-    "drafter", ["agreeable", "block-diffusion", "autoregressive", "ngram", "last-pass", "hierarchy"]
+    "drafter", ["agreeable", "block-diffusion", "autoregressive", "ngram", "early-exit", "last-pass", "hierarchy"]
 )
 def test_an_end_token_at_any_place_of_a_draft_ends_the_text_there(
     pair: TinyPair, plain: PlainDecoding, drafters: dict[str, Drafter], drafter: str

@@ -114,7 +114,15 @@ def registers(policy: str, target: str) -> str:
 def test_the_built_in_policies_and_drafters_come_through_entry_points_of_this_distribution() -> None:
     known = build()
     assert set(known.policies) == BUILT_IN
-    assert set(known.drafters) == {"block-diffusion", "autoregressive", "ngram", "ensemble", "last-pass", "hierarchy"}
+    assert set(known.drafters) == {
+        "block-diffusion",
+        "autoregressive",
+        "ngram",
+        "early-exit",
+        "ensemble",
+        "last-pass",
+        "hierarchy",
+    }
     assert set(known.observers) == {"jsonl", "prometheus"}
     assert known.failures == {}
     for entry in (*known.policies.values(), *known.drafters.values(), *known.observers.values()):

@@ -114,6 +114,7 @@ def drafters(pair: TinyPair) -> dict[str, Drafter]:
     return {
         "block-diffusion": pair.block_diffusion(),
         "autoregressive": pair.autoregressive(),
+        "early-exit": pair.early_exit(),
         "n-gram": NgramDrafter(),
         "agreeable": pair.agreeable(),
     }
@@ -162,7 +163,7 @@ def check(decoder: SpeculativeDecoder, policy: Any, traces: list[PromptTrace], o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["block-diffusion", "autoregressive", "n-gram", "agreeable"])
+@pytest.mark.parametrize("kind", ["block-diffusion", "autoregressive", "early-exit", "n-gram", "agreeable"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_replay_is_the_live_decoder_step_for_step_on_a_tiny_pair(pair: TinyPair, kind: str, temperature: float) -> None:
     decoder = SpeculativeDecoder(pair.target, drafters(pair)[kind], "fixed:4", tokenizer=pair.tokenizer)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tests.conftest import Plain, PlainDecoding, ShippedPair
 
 SEED = 11
-DRAFTERS = ("block-diffusion", "autoregressive", "agreeable", "n-gram", "last-pass")
+DRAFTERS = ("block-diffusion", "autoregressive", "early-exit", "agreeable", "n-gram", "last-pass")
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "T=1": {"temperature": 1.0, "top_k": 0, "top_p": 0.9},
@@ -89,6 +89,7 @@ def drafter_of(pair: TinyPair, name: str) -> Drafter:
     made: dict[str, Any] = {
         "block-diffusion": pair.block_diffusion,
         "autoregressive": pair.autoregressive,
+        "early-exit": pair.early_exit,
         "agreeable": lambda: pair.agreeable(0.3),
         "n-gram": NgramDrafter,
         "last-pass": LastPassDrafter,

@@ -34,6 +34,7 @@ CLOSE = 1e-4
 DRAFTERS: dict[str, Callable[[TinyPair], Any]] = {
     "block-diffusion": lambda pair: pair.block_diffusion(),
     "autoregressive": lambda pair: pair.autoregressive(),
+    "early-exit": lambda pair: pair.early_exit(),
     "agreeable": lambda pair: pair.agreeable(),
     "n-gram": lambda pair: NgramDrafter(),
 }

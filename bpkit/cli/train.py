@@ -1,4 +1,4 @@
-"""`bpkit train drafter`, and `bpkit train POLICY`, whose options `bpkit.cli.train_policy` has."""
+"""`bpkit train drafter`, `bpkit train exit`, and `bpkit train POLICY`, whose options `bpkit.cli.train_policy` has."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ yours, `./file.py:ClassName`. `bpkit train POLICY --help` lists the options.
 
 
 class TrainGroup(Group):
-    """`drafter`, and every policy that can be trained as a command of its own."""
+    """`drafter`, `exit`, and every policy that can be trained as a command of its own."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *trainable_entries()]
@@ -63,6 +63,31 @@ def policy_command(spec: str, *, beside: Sequence[str] = ()) -> Any:
 app = typer.Typer(help=HELP, cls=TrainGroup, no_args_is_help=True)
 
 
+TargetModel = Annotated[
+    str,
+    typer.Option(help="Folder or Hub name of the target, or a name from `bpkit models`.", metavar="MODEL"),
+]
+AnsweredPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="What the target answers: JSONL with `prompt`, or text with a prompt on each line. This or --answers.",
+        metavar="FILE",
+    ),
+]
+Sequences = Annotated[int, typer.Option(help="Answers of the target to train on.", min=65)]
+NewTokens = Annotated[int, typer.Option(help="Tokens that the target generates for each.", min=2)]
+BatchSize = Annotated[int, typer.Option(help="Sequences a step on each device.", min=1)]
+Answers = Annotated[
+    Path | None,
+    typer.Option(
+        help="`outputs.safetensors` of another run with this target: its answers again, instead of --prompts.",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+
+
 class DrafterKind(StrEnum):
     """What `bpkit train drafter` can make, by the name of its kind in `bpkit drafters`."""
 
@@ -73,21 +98,9 @@ class DrafterKind(StrEnum):
 @app.command("drafter")
 @options.takes(run=options.model_run)
 def drafter(
-    target: Annotated[
-        str,
-        typer.Option(
-            help="Folder or Hub name of the target, or a name from `bpkit models`.",
-            metavar="MODEL",
-        ),
-    ],
+    target: TargetModel,
     out: options.Out,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="What the target answers: JSONL with `prompt`, or text with a prompt on each line. This or --answers.",
-            metavar="FILE",
-        ),
-    ] = None,
+    prompts: AnsweredPrompts = None,
     kind: Annotated[
         DrafterKind,
         typer.Option(help="`block-diffusion` drafts a block in one pass, `autoregressive` token after token."),
@@ -111,18 +124,10 @@ def drafter(
             min=0,
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(help="Answers of the target to train on.", min=65)] = 6000,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that the target generates for each.", min=2)] = 160,
-    batch_size: Annotated[int, typer.Option(help="Sequences a step on each device.", min=1)] = 8,
-    answers: Annotated[
-        Path | None,
-        typer.Option(
-            help="`outputs.safetensors` of another run with this target: its answers again, instead of --prompts.",
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
+    sequences: Sequences = 6000,
+    new_tokens: NewTokens = 160,
+    batch_size: BatchSize = 8,
+    answers: Answers = None,
     start_from: Annotated[
         Path | None,
         typer.Option(
@@ -146,12 +151,7 @@ def drafter(
 
     Next: `bpkit bench --target ... --drafter ...`
     """
-    if prompts is None and answers is None:
-        raise ValueError(
-            "a drafter learns from the target's answers to prompts: give --prompts FILE with a few thousand of the "
-            'kind that it will serve, one JSON object a line, such as {"prompt": "Once upon a time"}. Those that ship '
-            "with bpkit are for judging."
-        )
+    require_texts(prompts, answers)
     require("lightning", extra="train", purpose="Training")
     from bpkit.cli.models import quiet_libraries
     from bpkit.learn.training.answers import DrafterRun
@@ -177,6 +177,73 @@ def drafter(
         )
         train(target, out, prompts=texts, run=how)
     outputs.say_written(out, f"bpkit bench --target {target} --drafter {out}")
+
+
+@app.command("exit")
+@options.takes(run=options.model_run)
+def train_an_exit(
+    target: TargetModel,
+    out: options.Out,
+    prompts: AnsweredPrompts = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="How many of the target's layers are below the exit; by default a quarter.", min=1),
+    ] = None,
+    sequences: Sequences = 6000,
+    new_tokens: NewTokens = 160,
+    batch_size: BatchSize = 8,
+    answers: Answers = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="An exit of the same target to go on from, at its place; see --rate.",
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    *,
+    run: dict[str, Any],
+) -> None:
+    """Let a target answer prompts, and train an early exit on the answers.
+
+    Writes a folder with one layer; the same command goes on where it was interrupted. The exit drafts with the target's
+    first layers, this one, and the target's norm and head (drafter `early-exit`).
+
+    `bpkit train exit --target Qwen/Qwen3-4B --prompts my_prompts.jsonl --layer 6 --out runs/exit`
+
+    Next: `bpkit bench --target ... --drafter ...`
+    """
+    require_texts(prompts, answers)
+    require("lightning", extra="train", purpose="Training")
+    from bpkit.cli.models import quiet_libraries
+    from bpkit.learn.training.answers import DrafterRun
+    from bpkit.learn.training.early_exit import train_exit
+
+    quiet_libraries()
+    texts = texts_for(target, read_prompts(prompts)) if prompts is not None else []
+    with when_interrupted(checkpoint_in(out)):
+        how = DrafterRun(
+            layers=1,
+            sequences=sequences,
+            new_tokens=new_tokens,
+            answers=answers,
+            start_from=start_from,
+            batch_size=batch_size,
+            **run,
+        )
+        train_exit(target, out, prompts=texts, run=how, layer=layer)
+    outputs.say_written(out, f"bpkit bench --target {target} --drafter {out}")
+
+
+def require_texts(prompts: Path | None, answers: Path | None) -> None:
+    """Raise ValueError unless there is something to learn from."""
+    if prompts is None and answers is None:
+        raise ValueError(
+            "a drafter learns from the target's answers to prompts: give --prompts FILE with a few thousand of the "
+            'kind that it will serve, one JSON object a line, such as {"prompt": "Once upon a time"}. Those that ship '
+            "with bpkit are for judging."
+        )
 
 
 def texts_for(target: str, prompts: Sequence[Prompt]) -> list[str]:

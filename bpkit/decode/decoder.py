@@ -464,7 +464,7 @@ class SpeculativeDecoder:
         )
         session.wrapper = self.target if self.target is not self.model else None
         session.inputs = [request.inputs for request in requests]
-        drafting = SourceSessions.begun(self.drafter, self.spec.sources, text)
+        drafting = SourceSessions.begun(self.drafter, self.spec.sources, text, None if self.capture.wanted else session)
         for source, drafts in zip(sources_of(self.drafter), drafting.sessions, strict=True):
             self.capture.attach(session, source, drafts)
         return Rows(

@@ -223,6 +223,9 @@ class Drafter(Protocol):
     hold for one order of prompts only. So they do with `depends_on_steps = True`: a drafter whose drafts depend on what
     was drafted and verified before, and not on the text alone.
 
+    A drafter that may use what the target holds of the rows has `begin_beside(text, target)`, which is called instead
+    of `begin` with the target's session, where that has one whose passes are not captured.
+
     A drafter that holds several sources lists them as `sources`; see `bpkit.decode.sources`.
     """
 

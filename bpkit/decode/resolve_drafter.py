@@ -96,10 +96,12 @@ def _refuse_unknown(load: Callable[..., Any], options: Mapping[str, Any], name: 
 
 
 def _kind_of_model(path: str) -> str | None:
-    """`block-diffusion` of checkpoints that call themselves DFlash, `autoregressive` of others; None of no model."""
+    """By what a checkpoint calls itself: DFlash, an early exit, or else `autoregressive`; None of no model."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError):
         return None
+    if "EarlyExitLayer" in (config.get("architectures") or ()):
+        return "early-exit"
     named = any("dflash" in name.lower() for name in config.get("architectures") or ())
     return "block-diffusion" if named or config.get("dflash_config") else "autoregressive"

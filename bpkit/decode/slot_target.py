@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -83,6 +83,25 @@ class SlotTarget(LiveTarget):
     def verify(self, tokens: Tensor, counts: Sequence[int]) -> TargetOutput:
         replayed = None if self.graphs is None else self._replay(self.graphs, tokens, counts)
         return self._read(tokens, counts, logits_to_keep=0) if replayed is None else replayed
+
+    def read_below(self, part: nn.Module, tokens: Tensor, counts: Sequence[int], held: Sequence[int]) -> Tensor:
+        """Hidden states of tokens after the first layers, [rows, width, hidden]; keys and values are written, not held.
+
+        Args:
+            part: the model's decoder with its first layers alone, and no norm.
+            tokens: int64 [rows, width]. counts: how many of them count. held: tokens of each row before them.
+        """
+        cache = self.slot_cache
+        before, cache.held = cache.held, list(held)
+        try:
+            prepared = self._prepared(tokens, counts, {})
+        finally:
+            cache.held = before
+        cache.begin(prepared.reading)
+        hidden: Tensor = part(
+            input_ids=prepared.tokens, past_key_values=cache, use_cache=True, **prepared.inputs
+        ).last_hidden_state
+        return hidden
 
     def rollback(self, counts: Sequence[int]) -> None:
         cache = self.slot_cache

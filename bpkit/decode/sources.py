@@ -17,6 +17,7 @@ from bpkit.assets import model_name
 from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal, own_features
 from bpkit.decode.features import draft_features
 from bpkit.decode.sampling import Draw
+from bpkit.decode.target import TargetSession
 from bpkit.decode.text import RunningText, padded
 from bpkit.types import OF_THE_DISTRIBUTION, DraftWork, Feature, SourceSpec, work_of
 
@@ -76,6 +77,12 @@ def source_spec(drafter: Drafter, largest: int | None = None) -> SourceSpec:
     return SourceSpec(model_name(drafter.name), drafter.kind, trained, most, work_of_drafter(drafter))
 
 
+def _begun(source: Drafter, text: RunningText, target: TargetSession | None) -> DrafterSession:
+    beside = getattr(source, "begin_beside", None)
+    session: DrafterSession = source.begin(text) if target is None or beside is None else beside(text, target)
+    return session
+
+
 class SourceSessions:
     """The sessions of a decoder's sources for the rows of one running text.
 
@@ -103,10 +110,17 @@ class SourceSessions:
         self.success = [[AT_FIRST] * len(sessions) for _ in range(rows)]
 
     @classmethod
-    def begun(cls, drafter: Drafter, specs: Sequence[SourceSpec], text: RunningText) -> SourceSessions:
-        """Sessions of all sources that a drafter holds."""
+    def begun(
+        cls, drafter: Drafter, specs: Sequence[SourceSpec], text: RunningText, target: TargetSession | None = None
+    ) -> SourceSessions:
+        """Sessions of all sources that a drafter holds.
+
+        Args:
+            target: the session of the same rows, for sources that begin beside it; None where its passes are captured.
+        """
         sources = sources_of(drafter)
-        sessions, own_layers = zip(*((source.begin(text), source.feature_layers) for source in sources), strict=True)
+        sessions = [_begun(source, text, target) for source in sources]
+        own_layers = [source.feature_layers for source in sources]
         return cls(sessions, specs, len(text.rows), drafter.feature_layers, own_layers)
 
     def advance(self, features: Sequence[Tensor] | None) -> None:

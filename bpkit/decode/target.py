@@ -140,15 +140,16 @@ class LiveTarget:
         """Run the model over tokens.
 
         Args:
+            tokens: int64 [rows, count]; or what stands for their embeddings, [rows, count, hidden].
             logits_to_keep: positions, counted from the end, of which logits are wanted; 0 means all.
             states: indices of hidden states that are wanted.
         """
+        name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
         return (self.model if self.wrapper is None else self.wrapper)(
-            input_ids=tokens,
             use_cache=True,
             logits_to_keep=logits_to_keep,
             output_hidden_states=list(states) or False,
-            **{self.cache_argument: cache},
+            **{name: tokens, self.cache_argument: cache},
             **inputs,
         )
 

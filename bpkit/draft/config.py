@@ -46,6 +46,13 @@ class AutoregressiveConfig(DrafterConfig):
     block_size: int = Field(default=ASSISTANT_BLOCK_SIZE, ge=1, description="stands for a trained block size")
 
 
+class EarlyExitConfig(DrafterConfig):
+    """Options of `early-exit`."""
+
+    path: str = Field(default="", description="folder or Hub name of a trained exit; by default the shipped one")
+    block_size: int = Field(default=ASSISTANT_BLOCK_SIZE, ge=1, description="stands for a trained block size")
+
+
 class NgramConfig(DrafterConfig):
     """Options of `ngram`."""
 

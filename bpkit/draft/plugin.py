@@ -43,3 +43,9 @@ def bpkit_register_drafters(register: Register) -> None:
         summary="Three stores of n-grams, asked in order: the text, the target's answers, a corpus; no model.",
         config="bpkit.draft.config:HierarchyConfig",
     )
+    register(
+        "early-exit",
+        "bpkit.draft.early_exit:EarlyExitDrafter.load",
+        summary="The target's first layers and one trained layer, token after token.",
+        config="bpkit.draft.config:EarlyExitConfig",
+    )

@@ -20,15 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, 
 
 from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.noise import uniform
+from bpkit.decode.parts import new_layer
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
+from bpkit.draft.early_exit import EarlyExitDrafter, save_exit
 
 END, MASK, UNKNOWN = "<|end|>", "<|mask|>", "<|unknown|>"
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n\t"
 TRAINED_BLOCK_SIZE = 8
+EXIT_LAYER = 2
+"""Layers of the tiny target below its early exit."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class TinyPair:
         """The assistant as a drafter of the target."""
         return AutoregressiveDrafter(self.assistant, self.target)
 
+    def early_exit(self) -> EarlyExitDrafter:
+        """The target's last layer after its first two: an exit that was never trained, and sometimes agrees."""
+        return EarlyExitDrafter(new_layer(self.target, -1), self.target, layer=EXIT_LAYER)
+
     def agreeable(self, corruption: float = 0.25, *, seed: int = 0) -> AgreeableDrafter:
         """A drafter that is wrong in a chosen share of its tokens."""
         return AgreeableDrafter(self.target, corruption=corruption, seed=seed)
@@ -65,8 +73,9 @@ class TinyPair:
         return ids
 
     def save(self, folder: Path) -> None:
-        """Write `target`, `drafter` and `assistant` into a folder, each as `from_pretrained` takes it."""
+        """Write `target`, `drafter`, `assistant` and `exit` into a folder, each as it is loaded."""
         self.drafter_model.save_pretrained(folder / "drafter")
+        save_exit(new_layer(self.target, -1), self.target, EXIT_LAYER, folder / "exit")
         for name, model in {"target": self.target, "assistant": self.assistant}.items():
             model.save_pretrained(folder / name)
             self.tokenizer.save_pretrained(folder / name)

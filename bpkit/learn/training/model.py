@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -118,6 +118,9 @@ class BudgetedModule(L.LightningModule):
 
     def validation_step(self, batch: Iterable[Tensor], batch_idx: int) -> None:
         self.log("val/loss", self.loss_module(*batch), prog_bar=True, sync_dist=True)
+        agreement = getattr(self.loss_module, "agreement", None)
+        if agreement is not None:
+            self.log("val/agreement", agreement(*batch), prog_bar=True, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seconds"] = self.seconds()
@@ -133,18 +136,20 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def train_model(
     recipe: str,
-    model: PreTrainedModel,
+    model: nn.Module,
     loss: nn.Module,
     columns: tuple[Tensor, ...],
     out: Path,
     run: ModelRun,
     *,
     texts: Mapping[str, Iterable[str]],
+    save: Callable[[Path], None] | None = None,
     **arguments: Any,
 ) -> None:
     """Train `model` by `loss`, and write it to the folder `out` in bfloat16, with what made it.
 
     Args:
+        save: writes it, where it is not a model of transformers.
         recipe, arguments, texts: function that was called, with what beside `run`, and on what, for the record.
         columns: the loss's arguments, examples first in each.
     """
@@ -175,8 +180,11 @@ def train_model(
         with torch.no_grad():
             for value, before in zip(model.parameters(), start, strict=False):
                 value.lerp_(before.to(value), run.keep_start)
-        model = model.to(torch.bfloat16)
-        model.save_pretrained(out, state_dict=own_weights(model))
+        if save is not None:
+            save(out)
+        else:
+            whole = cast("PreTrainedModel", model).to(torch.bfloat16)
+            whole.save_pretrained(out, state_dict=own_weights(whole))
         data_of = {name: fingerprint(of_kind) for name, of_kind in texts.items()}
         write_provenance(out, recipe, {**asdict(run), **arguments}, data_of)
 

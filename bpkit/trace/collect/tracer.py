@@ -25,6 +25,7 @@ from bpkit.decode.sources import sources_of
 from bpkit.decode.timing import Stopwatch
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.draft.early_exit import EarlyExitDrafter
 from bpkit.prompts import Prompt
 from bpkit.trace.collect.autoregressive import trace_rollouts
 from bpkit.trace.collect.block_diffusion import trace_blocks
@@ -322,7 +323,7 @@ def trace_drafts(drafter: Drafter, finished: Sequence[Finished]) -> list[Drafts]
         windows = [layer.self_attn.sliding_window for layer in drafter.model.layers]
         if not drafter.model.config.is_causal and windows == [None] * len(windows):
             return trace_blocks(drafter, finished)
-    elif type(drafter) is AutoregressiveDrafter:
+    elif isinstance(drafter, AutoregressiveDrafter) and type(drafter) in (AutoregressiveDrafter, EarlyExitDrafter):
         return [trace_rollouts(drafter, one) if one.rows else Drafts(one) for one in finished]
     return [trace_step_by_step(drafter, one) if one.rows else Drafts(one) for one in finished]
 
