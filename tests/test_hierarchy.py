@@ -19,6 +19,7 @@ from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.config import HierarchyConfig
 from bpkit.draft.hierarchy import HierarchyDrafter, HierarchySession
+from bpkit.draft.stores import files
 from bpkit.draft.stores.context import ContextStore
 from bpkit.draft.stores.files import Store, open_store
 from bpkit.testing import TinyPair
@@ -322,6 +323,13 @@ def test_files_that_are_damaged_or_not_a_stores_are_refused(
     spoil(store.path)
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         HierarchyDrafter.load("", pair.target, store=str(store.path))
+
+
+def test_arrays_are_mapped_and_too_large_ones_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(store.model._counts, np.memmap)
+    monkeypatch.setattr(files, "MAX_BYTES", 150)
+    with pytest.raises(ValueError, match=r"npy has [\d,]+ bytes, and 150 is the most"):
+        open_store(store.path)
 
 
 def test_ids_that_the_vocabulary_lacks_are_never_drafted(store: Store) -> None:

@@ -119,7 +119,7 @@ def test_what_cannot_be_built_is_refused_in_words(
         ((*of_texts, *out, "--max-tokens", 10), "--max-tokens is 10: take fewer texts or raise it"),
         ((*of_texts, *out, "--column", "words"), "needs a 'words'"),
         ((*of_texts, *out, "--split", "0,0.5,0.5"), "no training prompts are left"),
-        ((*of_texts, "--out", tmp_path / "other"), "is no store: name a new folder"),
+        ((*of_texts, "--out", tmp_path / "other"), "has other files than a store: name a new folder"),
         ((tmp_path / "nowhere", *out), "is no trace"),
     ):
         result = run("store", "build", *arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,15 +71,19 @@ def write_store(folder: Path, facts: StoreFacts, tables: StoreTables) -> None:
     (folder / FACTS).unlink(missing_ok=True)
     for name, array in vars(tables).items():
         partial = folder / f".{name}.{os.getpid()}.npy"
-        np.save(partial, array, allow_pickle=False)
-        os.replace(partial, folder / f"{name}.npy")
+        try:
+            np.save(partial, array, allow_pickle=False)
+            os.replace(partial, folder / f"{name}.npy")
+        finally:
+            partial.unlink(missing_ok=True)
     write_json(folder / FACTS, facts)
 
 
 def check_store_folder(folder: Path) -> None:
-    """Refuse to write a store where something else lies. Raises ValueError."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file()):
-        raise ValueError(f"{folder} is there already and is no store: name a new folder")
+    """Refuse to write a store where something else lies than one, or half of one. Raises ValueError."""
+    own = {FACTS, *(f"{field.name}.npy" for field in fields(StoreTables))}
+    if folder.is_file() or (folder.is_dir() and any(path.name not in own for path in folder.iterdir())):
+        raise ValueError(f"{folder} is there already and has other files than a store: name a new folder")
 
 
 def read_facts(folder: Path) -> StoreFacts:
