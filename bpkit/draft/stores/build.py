@@ -20,7 +20,7 @@ class StoreTables:
     """What a store holds; see `NgramTable` and `Corpus` for shapes."""
 
     ngrams: NDArray[np.uint32]
-    counts: NDArray[np.uint32]
+    likeliest: NDArray[np.uint32]
     ngram_firsts: NDArray[np.uint32]
     tokens: NDArray[np.uint32]
     suffixes: NDArray[np.uint32]
@@ -48,7 +48,7 @@ def make_tables(
     ids = np.arange(vocab_size + 1)
     return StoreTables(
         ngrams=ngrams[kept].astype(TOKEN),
-        counts=counts[kept].astype(np.uint32),
+        likeliest=likeliest_rows(ngrams[kept], counts[kept]).astype(np.uint32),
         ngram_firsts=np.searchsorted(ngrams[kept, 0], ids).astype(np.uint32),
         tokens=tokens.astype(TOKEN),
         suffixes=suffixes.astype(np.uint32),
@@ -90,3 +90,25 @@ def count_ngrams(
     group = np.cumsum(is_new) - 1
     pairs = np.unique(group * (int(text_of[-1]) + 1) + text_of[starts])
     return found[is_new], np.bincount(pairs // (int(text_of[-1]) + 1), minlength=int(group[-1]) + 1)
+
+
+def likeliest_rows(ngrams: NDArray[np.uint32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which n-gram goes on best, token after token, from the first tokens of each: [rows, n - 1].
+
+    The next token is the one that most texts have there; of equally common ones that with the lowest id.
+
+    Args:
+        ngrams: in order, [rows, n]. counts: texts that each is in, [rows].
+    """
+    rows, n = ngrams.shape
+    found = np.empty((rows, n - 1), dtype=np.int64)
+    starts = best = np.arange(rows)  # of groups that begin with the same tokens: where they start, their likeliest row
+    for size in range(n - 1, 0, -1):
+        if rows:
+            begins = ngrams[starts, :size]
+            is_new = np.append(True, (begins[1:] != begins[:-1]).any(axis=1))
+            heaviest = np.lexsort((-counts, np.cumsum(is_new)))  # each group's parts stay together
+            best, starts = best[heaviest[is_new]], starts[is_new]
+            counts = np.add.reduceat(counts, np.flatnonzero(is_new))
+            found[:, size - 1] = np.repeat(best, np.diff(np.append(starts, rows)))
+    return found

@@ -114,8 +114,10 @@ def open_store(folder: Path) -> Store:
     ngrams = _array(folder / "ngrams.npy", (rows, facts.n), TOKEN)
     if ngrams.size and int(ngrams.max()) >= facts.vocab_size:
         raise ValueError(f"{folder / 'ngrams.npy'} has token ids of {facts.vocab_size} or more; build the store again")
-    counts = _array(folder / "counts.npy", (rows,))
-    model = NgramTable(ngrams, counts, _firsts(folder / "ngram_firsts.npy", ids, rows))
+    likeliest = _array(folder / "likeliest.npy", (rows, facts.n - 1))
+    if likeliest.size and int(likeliest.max()) >= rows:
+        raise ValueError(f"{folder / 'likeliest.npy'} does not belong to its table; build the store again")
+    model = NgramTable(ngrams, likeliest, _firsts(folder / "ngram_firsts.npy", ids, rows))
     tokens, suffixes = _array(folder / "tokens.npy", (length,), TOKEN), _array(folder / "suffixes.npy", (length,))
     return Store(folder, facts, model, Corpus(tokens, suffixes, _firsts(folder / "suffix_firsts.npy", ids, length)))
 

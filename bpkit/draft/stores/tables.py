@@ -60,20 +60,23 @@ class Sorted:
 
 
 class NgramTable:
-    """N-grams in the order of their tokens, with the number of texts that each was in.
+    """N-grams in the order of their tokens.
 
     Args:
-        ngrams: [rows, n], in the dtype `TOKEN`. counts: [rows]. firsts: [vocabulary + 1], as in `Sorted`.
+        ngrams: [rows, n], in the dtype `TOKEN`.
+        likeliest: for the first 1, 2, ... n - 1 tokens of each the row that goes on best from them, [rows, n - 1].
+        firsts: [vocabulary + 1], as in `Sorted`.
     """
 
-    def __init__(self, ngrams: NDArray[np.uint32], counts: NDArray[np.uint32], firsts: NDArray[np.uint32]) -> None:
-        self.n, self._counts = ngrams.shape[1], counts
+    def __init__(self, ngrams: NDArray[np.uint32], likeliest: NDArray[np.uint32], firsts: NDArray[np.uint32]) -> None:
+        self.n = ngrams.shape[1]
         self._step = step = self.n * BYTES
         self._data = data = ngrams.reshape(-1).view(np.uint8).data
+        self._likeliest = likeliest.reshape(-1).data
         self._rows = Sorted(lambda row, size: bytes(data[row * step : row * step + size]), firsts)
 
     def find(self, tail: Sequence[int]) -> tuple[list[int], int]:
-        """What follows the end of `tail` in the commonest n-gram that begins with as much of it as is found.
+        """What mostly follows as much of the end of `tail` as an n-gram begins with.
 
         Returns:
             the rest of that n-gram, and how many tokens of the tail it begins with; nothing and 0 if there is none.
@@ -81,9 +84,9 @@ class NgramTable:
         wanted = as_bytes(tail[-(self.n - 1) :])
         while wanted:
             if found := self._rows.find(wanted):
-                row = found.start + int(self._counts[found.start : found.stop].argmax())
-                begin = row * self._step
-                return as_tokens(self._data[begin + len(wanted) : begin + self._step]), len(wanted) // BYTES
+                match = len(wanted) // BYTES
+                begin = self._likeliest[found.start * (self.n - 1) + match - 1] * self._step
+                return as_tokens(self._data[begin + len(wanted) : begin + self._step]), match
             wanted = wanted[BYTES:]
         return [], 0
 
