@@ -27,6 +27,7 @@ from bpkit.policy import PolicyError
 from bpkit.testing import TinyPair, tiny_pair
 from bpkit.testing.simulated_device import SimulatedDevice
 from bpkit.trace.collect.tracer import TraceOptions, Tracer
+from bpkit.trace.fingerprint import fingerprint_models
 from bpkit.types import Feature, Step
 from tests.test_draft_rows import run
 from tests.test_noise import ENOUGH, exact_law, p_values, small_model
@@ -256,7 +257,11 @@ def test_only_fixed_weights_can_be_traced(pair: TinyPair, blocks: list[Drafter],
     following = SpeculativeDecoder(pair.target, EnsembleDrafter(blocks, pair.target), tokenizer=pair.tokenizer)
     with pytest.raises(ValueError, match="drafts by what was drafted and verified before"):
         Tracer(following, options)
-    Tracer(SpeculativeDecoder(pair.target, EnsembleDrafter(blocks, pair.target, weights=(1, 1))), options)
+    fixed = SpeculativeDecoder(pair.target, EnsembleDrafter(blocks, pair.target, weights=(1, 1)))
+    Tracer(fixed, options)
+    swapped = SpeculativeDecoder(pair.target, EnsembleDrafter(blocks[::-1], pair.target, weights=(1, 1)))
+    (_, one), (_, other) = map(fingerprint_models, (fixed, swapped))
+    assert None is not one != other
 
 
 # What may be written.

@@ -17,6 +17,7 @@ from bpkit import SpeculativeDecoder
 from bpkit.decode.clock import WallClock
 from bpkit.decode.drafter import Drafter
 from bpkit.decode.noise import GumbelNoise
+from bpkit.decode.products import use_products
 from bpkit.decode.sampling import Processors
 from bpkit.decode.sources import Sources, sources_of
 from bpkit.decode.text import RowText, RunningText
@@ -182,6 +183,9 @@ def test_embedding_and_head_are_copied_and_a_tied_pair_once(pair: TinyPair) -> N
     head = parts.get_output_embeddings()
     assert head is not None
     assert head.weight is parts.get_input_embeddings().weight
+    use_products("onednn", copied := copy.deepcopy(pair.target))
+    parts = EmbeddingAndHead(copied, META)
+    assert "forward" not in vars(parts.get_output_embeddings()), "it would compute with the weights that are here"
     with pytest.raises(ValueError, match="'layers' of its target, of which only embedding and head"):
         _ = parts.layers
     with pytest.raises(ValueError, match="offloaded"):

@@ -8,7 +8,7 @@ same noise: only tokens come back. Under rule `rejection`, whose verification ne
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,8 +49,12 @@ class EmbeddingAndHead:
             )
         # What both share is copied once.
         there: dict[int, Any] = {id(value): _weight(value, device) for value in weights}
+        # What computes with the weights that are here, such as `products`, is left behind.
+        there |= {id(vars(module)["forward"]): None for module in _modules(parts) if "forward" in vars(module)}
         copies: tuple[nn.Module, nn.Module | None] = copy.deepcopy(parts, there)
         self._embedding, self._head = copies
+        for module in _modules(copies):
+            vars(module).pop("forward", None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self._embedding
@@ -63,6 +67,10 @@ class EmbeddingAndHead:
             f"this drafter uses {name!r} of its target, of which only embedding and head are on drafter_device: leave "
             "drafter_device out"
         )
+
+
+def _modules(parts: Iterable[nn.Module | None]) -> list[nn.Module]:
+    return [module for part in parts if part is not None for module in part.modules()]
 
 
 def _weight(value: Tensor, device: torch.device) -> Tensor:

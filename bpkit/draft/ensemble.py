@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal, own_features
@@ -50,6 +50,7 @@ class EnsembleDrafter:
         self.trained_block_size = min(member.trained_block_size for member in members)
         self.max_block_size = min(member.max_block_size for member in members)
         self.feature_layers = tuple(sorted({layer for member in members for layer in member.feature_layers}))
+        self.model = nn.ModuleList(m for m in (getattr(member, "model", None) for member in members) if m is not None)
         self.depends_on_steps = weights is None
         self.remembers_requests = any(getattr(member, "remembers_requests", False) for member in members)
 
