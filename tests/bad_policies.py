@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bpkit import Policy
 from bpkit.learn import LearnedPolicy
 from bpkit.policy import State
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, FeatureNotWanted, Step
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, FeatureNotWanted, Plan, Step
 
 
 class Four(Policy):
@@ -21,7 +21,7 @@ class Four(Policy):
 
     wants = frozenset()
 
-    def select(self, state: State, context: Context) -> Tensor:
+    def select(self, state: State, context: Context) -> Tensor | Plan:
         return context.full(4)
 
 
@@ -86,6 +86,45 @@ class Half(Four):
 class MoreThanDrafted(Four):
     def truncate(self, state: State, draft: Draft) -> Tensor:
         return draft.draft_length + 1
+
+
+class NoSuchSource(Four):
+    def select(self, state: State, context: Context) -> Plan:
+        return Plan(context.full(4), context.full(1))
+
+
+# sources
+
+
+class CountsFromOne(Four):
+    def select(self, state: State, context: Context) -> Plan:
+        last = len(context.spec.sources)
+        return Plan(context.full(4), context.full(last if last > 1 else 0))
+
+
+class PlanOfNumbers(Four):
+    def select(self, state: State, context: Context) -> Plan | Tensor:
+        several = len(context.spec.sources) > 1
+        return Plan(context.full(4), 1) if several else context.full(4)  # type: ignore[arg-type]
+
+
+class PlanOfOneRow(Four):
+    def select(self, state: State, context: Context) -> Plan | Tensor:
+        several = len(context.spec.sources) > 1
+        return Plan(context.full(4), torch.tensor([[1]])) if several else context.full(4)
+
+
+class TruthOfSources(Four):
+    def select(self, state: State, context: Context) -> Plan | Tensor:
+        several = len(context.spec.sources) > 1
+        return Plan(context.full(4), context.full(1) > 0) if several else context.full(4)
+
+
+class Alternates(Four):
+    """Nothing is wrong with this one: it drafts from the sources in turn, by the position."""
+
+    def select(self, state: State, context: Context) -> Plan:
+        return Plan(context.full(4), context.position % len(context.spec.sources))
 
 
 # features

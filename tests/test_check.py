@@ -47,6 +47,11 @@ WRONG: list[tuple[str, type[Policy], list[str]]] = [
     ("sizes", bad.Nothing, ["Nothing.select", "returned [0]"]),
     ("sizes", bad.Half, ["Half.select", "[2.5], which are not whole numbers"]),
     ("sizes", bad.MoreThanDrafted, ["MoreThanDrafted.truncate", "returned [4] where [3] tokens were drafted"]),
+    ("sizes", bad.NoSuchSource, ["NoSuchSource.select", "[1] for sources, of which there are 1", "decoder.sources"]),
+    ("sources", bad.CountsFromOne, ["CountsFromOne.select", "[2] for sources, of which there are 2, numbered from 0"]),
+    ("sources", bad.PlanOfNumbers, ["PlanOfNumbers.select", "source of its Plan", "an int (1)"]),
+    ("sources", bad.PlanOfOneRow, ["PlanOfOneRow.select", "source of its Plan", "shape [1, 1] for a batch of 1"]),
+    ("sources", bad.TruthOfSources, ["TruthOfSources.select", "source of its Plan", "dtype torch.bool"]),
     ("features", bad.Undeclared, ["Undeclared.select", "'anchor_entropy', which `wants` does not name"]),
     ("features", bad.UndeclaredAndQuiet, ["UndeclaredAndQuiet.select", "'last_hidden'"]),
     ("features", bad.WrongPlace, ["WrongPlace.select", "prefill features to `begin`"]),
@@ -214,6 +219,16 @@ def test_built_in_policies_pass(name: str) -> None:
     assert remembers == ("no memory" not in report["memory"].said)
     assert not remembers or "memory across requests" in report["overlap"].said
     assert all(result.state == "passed" for result in report.results if result.name not in ("export", "overlap"))
+
+
+def test_one_that_chooses_among_sources_is_checked_with_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checked_policy, "USUAL", (DFLASH,))
+    report = check_policy(bad.Alternates, skip=["survival", "memory", "export"])
+    assert re.search(r"0 no draft|[1-9]\d* no draft, [1-9]\d* from the model, [1-9]", report["sources"].said)
+    needs = check_policy("fixed:4,source=1", skip=["survival"])
+    assert needs.drafters == (setup.SOURCES,)
+    assert "this decoder has one source" in dict(needs.left_out)[DFLASH]
+    assert needs["export"].state == "skipped"
 
 
 @pytest.mark.slow

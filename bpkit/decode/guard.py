@@ -260,6 +260,8 @@ def decision(method: str, answer: Any, most: Sequence[int]) -> list[int]:
     One copy out of the tensor and checks in Python: tensor operations on single numbers would cost several times more.
     """
     what = "a bool tensor [batch]" if method == "extend" else "int64 [batch], as context.full(8) is"
+    if method == "source":
+        what += ", for the source of its Plan"
     if not isinstance(answer, Tensor):
         got = "None" if answer is None else f"{kind_of(answer)} ({answer!r})"
         raise PolicyFault(f"it returned {got}, not {what}")

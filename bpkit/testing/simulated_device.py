@@ -72,10 +72,12 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def decoder(self, like: SpeculativeDecoder) -> SpeculativeDecoder:
         """A decoder with copies of another's models here, strict, under the policy `fixed:1`."""
         from bpkit.decode.decoder import SpeculativeDecoder
+        from bpkit.decode.sources import sources_of
 
         memo: dict[int, Any] = {}
         target, drafter = copy.deepcopy(like.model, memo), copy.deepcopy(like.drafter, memo)
-        for model in {id(value): value for value in (target, *vars(drafter).values())}.values():
+        parts = [value for source in sources_of(drafter) for value in vars(source).values()]
+        for model in {id(value): value for value in (target, *parts)}.values():
             if isinstance(model, nn.Module):
                 self.put(model)
         return SpeculativeDecoder(

@@ -61,6 +61,7 @@ _CHECKS = (
     Check("overlap", "overlap", "what it decides for a request does not depend on those that run at the same time"),
     Check("memory", "repeated", "its memory across requests is plain JSON, and takes up where it left off"),
     Check("survival", "edge_cases", "it copes with the shortest prompts and outputs, and drafts of any length"),
+    Check("sources", "sources", "with several sources of drafts it names those that are there, or none"),
     Check("device", "device", "it decides on an accelerator as on the host, and seldom makes the host wait"),
     Check("timing", "timing", "how long a decision takes (for information; nothing is required)"),
     Check("export", "repeated", "what it exports decides in onnxruntime as it does itself"),

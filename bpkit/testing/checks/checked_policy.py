@@ -18,7 +18,7 @@ from bpkit.testing.checks import setup
 from bpkit.testing.checks.fresh_weights import FreshWeights, NoTrainer, NoWeights
 from bpkit.testing.checks.recorder import CallRecorder, Fault, Recording, raised
 from bpkit.testing.checks.report import Skip, gist
-from bpkit.testing.checks.setup import ASSISTANT, PROMPTS, USUAL, Case
+from bpkit.testing.checks.setup import ASSISTANT, DFLASH, PROMPTS, SOURCES, USUAL, Case
 
 FEWER = 3
 """Cases with the assistant, whose drafts tell little that the other two do not."""
@@ -54,13 +54,17 @@ class CheckedPolicy:
         self._unbound: dict[str, Fault] = {}
         self._refused: dict[str, PolicyError] = {}
         self.drafters = [drafter for drafter in USUAL if self._serves(drafter)]
+        if not self.drafters and self._weights is None and self._serves(SOURCES):
+            self.drafters = [SOURCES]
         self.left_out = {drafter: str(why) for drafter, why in self._refused.items()}
         if not self.drafters:
             raise self._unserved()
 
     def fresh(self, drafter: str) -> Policy:
         """A new policy that was not bound yet and knows nothing; with weights, if it has any, for this drafter."""
-        return self._make() if self._weights is None else self._weights.policy(drafter)
+        if self._weights is None:
+            return self._make()
+        return self._weights.policy(DFLASH if drafter == SOURCES else drafter)  # the first of the sources
 
     def recorder(self, drafter: str, *, force: Callable[[Tensor], Tensor] | None = None) -> CallRecorder:
         """A new policy at work with a drafter. Raises PolicyError if it cannot serve it."""

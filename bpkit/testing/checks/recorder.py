@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.decode.guard import OutOfRange, PolicyFault, decision
+from bpkit.decode.guard import OutOfRange, PolicyFault
 from bpkit.decode.result import Generation
 from bpkit.policy import Policy, overrides
-from bpkit.testing.checks.records import DECIDES, Given, NotedFeatures, copied, differences, most_of
+from bpkit.testing.checks.records import DECIDES, Decided, Given, NotedFeatures, copied, differences, numbers
 from bpkit.testing.checks.setup import Case
 from bpkit.testing.checks.surroundings import seed_everything
-from bpkit.types import Context, Draft, FeatureNotWanted
+from bpkit.types import Context, Draft, FeatureNotWanted, Plan
 
 
 class Fault(NamedTuple):
@@ -60,13 +60,14 @@ class Call:
 
     Attributes:
         given: a copy of what was handed over, made before; None for `end`.
-        answer: of `select` and `truncate` the numbers, of `extend` the truth values, else None.
+        answer: of `select` and `truncate` the numbers (of a Plan pairs of block size and source), of `extend` the truth
+            values, else None.
         seconds: that the call took.
     """
 
     method: str
     given: Given | None
-    answer: list[int] | None = None
+    answer: Decided | None = None
     seconds: float = 0.0
 
 
@@ -93,7 +94,7 @@ class Recording:
         return () if self.made is None else tuple(self.made.tokens[0].tolist())
 
     @property
-    def decisions(self) -> list[tuple[str, list[int]]]:
+    def decisions(self) -> list[tuple[str, Decided]]:
         """Every decision in order: the method and its answer."""
         return [(call.method, call.answer) for call in self.calls if call.answer is not None]
 
@@ -240,15 +241,17 @@ class CallRecorder:
         *state, given = (*arguments, None) if method == "end" else arguments
         made = Call(method, None if given is None else copied(given))
         self._calls.append(made)
-        most = most_of(given, self.decoder.spec.max_block_size) if isinstance(given, Context | Draft) else []
         handed = () if given is None else (self._hand_over(method, given),)
         begun = time.perf_counter()
         answer = original(*state, *handed)
         made.seconds = time.perf_counter() - begun
         self._compare(method)
         if method in DECIDES:
-            made.answer = decision(method, answer, most)
+            assert made.given is not None
+            made.answer = numbers(method, answer, made.given)
             if method == "select" and self.force is not None:
+                if isinstance(answer, Plan):
+                    return dataclasses.replace(answer, block_size=self.force(answer.block_size))
                 return self.force(answer)
         return answer
 

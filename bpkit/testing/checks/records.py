@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bpkit.types import Context, Draft, Feature, Step
+from bpkit.decode.guard import decision
+from bpkit.types import Context, Draft, Feature, Plan, Step
 
 Given = Context | Draft | Step
 """What methods of a policy are handed, beside the state."""
 G = TypeVar("G", bound=Given)
 DECIDES = ("select", "extend", "truncate")
+Decided = list[int] | list[tuple[int, int]]
+"""Of each row the number; where a Plan was returned, block size and source."""
 
 
 class NotedFeatures(UserDict[Feature, Tensor]):
@@ -39,7 +42,8 @@ def changed(given: G, change: Callable[[Tensor], Tensor]) -> G:
         if isinstance(value, Tensor):
             return change(value)
         if isinstance(value, Mapping):
-            return {name: change(tensor) for name, tensor in _unnoted(value).items()}
+            named = _unnoted(value).items()
+            return {name: change(held) if isinstance(held, Tensor) else held for name, held in named}
         return changed(value, change) if isinstance(value, Context) else value
 
     return dataclasses.replace(given, **{e.name: of(getattr(given, e.name)) for e in dataclasses.fields(given)})
@@ -86,9 +90,17 @@ def filled(draft: Draft) -> Draft:
     return dataclasses.replace(draft, features=fill(draft.features), predictions=predictions)
 
 
-def most_of(given: Context | Draft, largest: int) -> list[int]:
-    """What may be decided about each row at most: the largest block size, or all that was drafted."""
-    return [largest] * given.batch_size if isinstance(given, Context) else given.draft_length.tolist()
+def numbers(method: str, answer: Any, given: Given) -> Decided:
+    """What was decided of each row. Raises PolicyFault, as the runtime does."""
+    assert not isinstance(given, Step)
+    if isinstance(given, Draft):
+        return decision(method, answer, given.draft_length.tolist())
+    spec, rows = given.spec, given.batch_size
+    if not isinstance(answer, Plan):
+        return decision(method, answer, [spec.max_block_size] * rows)
+    sources = decision("source", answer.source, [len(spec.sources)] * rows)
+    sizes = decision(method, answer.block_size, [spec.sources[source].max_block_size for source in sources])
+    return list(zip(sizes, sources, strict=True))
 
 
 def row_ids(given: Given) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import LATER, CheckedPolicy
 from bpkit.testing.checks.recorder import CallRecorder, first_difference, raised
 from bpkit.testing.checks.report import Findings, Skip
-from bpkit.testing.checks.setup import AGREEABLE, COST
+from bpkit.testing.checks.setup import AGREEABLE, COST, SOURCES
 
 OTHER = 12345
 """Seed of the global generators in the second generation; in the first it is 0."""
@@ -96,6 +96,8 @@ def memory(policy: CheckedPolicy, out: Findings) -> None:
 def export(policy: CheckedPolicy, out: Findings) -> None:
     """What an exportable policy writes decides as the policy does: on every row of a trace, and in decoding."""
     drafter, usual = next(iter(policy.clean().items()))
+    if drafter == SOURCES:
+        raise Skip("policies that need several sources of drafts are not exported")
     fresh = policy.fresh(drafter)
     if not isinstance(fresh, Exportable):
         raise Skip(f"{policy.name} defines no `export`, which says what its networks take and give")

@@ -18,24 +18,25 @@ import torch
 from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
-from bpkit.decode.guard import OutOfRange, decision
+from bpkit.decode.guard import OutOfRange
 from bpkit.policy import Policy, State, overrides
 from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import CheckedPolicy
 from bpkit.testing.checks.recorder import CallRecorder, raised
 from bpkit.testing.checks.records import (
     DECIDES,
+    Decided,
     Given,
     copied,
     filled,
-    most_of,
+    numbers,
     random_of,
     row_ids,
     shown,
     some_rows,
 )
 from bpkit.testing.checks.report import Findings
-from bpkit.testing.checks.setup import LARGEST, TOGETHER, Case
+from bpkit.testing.checks.setup import TOGETHER, Case
 from bpkit.testing.checks.states import bad_state, state_rows, unlike
 from bpkit.testing.checks.surroundings import seed_everything
 from bpkit.testing.checks.usual import compare_with_plain
@@ -176,7 +177,7 @@ class RowsRecorder(CallRecorder):
         return BatchCall(method, copied(given), copy.deepcopy(states[0]) if states else {}, random_of(given), policy)
 
     @property
-    def answer(self) -> list[int]:
+    def answer(self) -> Decided:
         """What the policy answered last, of all rows."""
         answer = self._calls[-1].answer
         assert answer is not None
@@ -214,20 +215,22 @@ class RowsRecorder(CallRecorder):
 
     def _sample(self, call: BatchCall, place: int, alone: State) -> None:
         """Decisions at random: the same question many times over, together and alone, must give the same mean."""
-        row, draws = self.rows[place], list[int]()
+        row, draws = self.rows[place], list[Any]()
         for places, state in ((range(len(self.rows)), call.state), ([place], alone)):
             for _ in range(SAMPLES):
                 random = torch.Generator().manual_seed(len(draws)).get_state()
                 answers = self._ask(call, call.of(places, random), copy.deepcopy(state), row)
                 draws.append(answers[places.index(place)])
-        ours, theirs = torch.tensor(draws, dtype=torch.float64).view(2, SAMPLES)
-        error = float(((ours.var() + theirs.var()) / SAMPLES).sqrt())
-        if abs(float(ours.mean() - theirs.mean())) > SIGMAS * error + 1e-9:
+        ours, theirs = torch.tensor(draws, dtype=torch.float64).view(2, SAMPLES, -1)  # of a Plan sizes and sources
+        error = ((ours.var(dim=0) + theirs.var(dim=0)) / SAMPLES).sqrt()
+        if ((ours.mean(dim=0) - theirs.mean(dim=0)).abs() > SIGMAS * error + 1e-9).any():
+            means = (", ".join(f"{mean:.2f}" for mean in each.mean(dim=0).tolist()) for each in (ours, theirs))
+            together, alone_mean = means
             self._differs(
                 call.method,
                 row,
-                f"decisions at random have the mean {float(theirs.mean()):.2f} of {SAMPLES} draws, as alone",
-                f"in the batch the mean is {float(ours.mean()):.2f}, more than {SIGMAS} standard errors away",
+                f"decisions at random have the mean {alone_mean} of {SAMPLES} draws, as alone",
+                f"in the batch the mean is {together}, more than {SIGMAS} standard errors away",
             )
 
     def _observed(self, call: BatchCall, state: State) -> None:
@@ -261,7 +264,7 @@ class RowsRecorder(CallRecorder):
             answer = getattr(policy, method)(*([] if method == "begin" else [state]), given)
             if isinstance(given, Step) or method == "begin":
                 return answer
-            return decision(method, answer, most_of(given, LARGEST))
+            return numbers(method, answer, given)
 
     # What is said
 

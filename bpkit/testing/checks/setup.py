@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from bpkit.decode.clock import CostClock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.drafter import Drafter
+from bpkit.decode.sources import Sources
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import Policy
@@ -27,8 +28,11 @@ from bpkit.types import Feature
 LARGEST = 2 * TRAINED_BLOCK_SIZE
 """`max_block_size` of every decoder here: twice the trained block size, so that sizes above it are met."""
 DFLASH, ASSISTANT, AGREEABLE, NGRAM = "block-diffusion", "autoregressive", "agreeable", "n-gram"
+SOURCES = f"{DFLASH} + {NGRAM}"
+"""Two sources of drafts in one decoder."""
 USUAL = (DFLASH, ASSISTANT, AGREEABLE)
-"""Drafters that a policy is checked with, if they give what it wants. The n-gram drafter is for edge cases."""
+"""Drafters that a policy is checked with, if they give what it wants. The n-gram drafter is for edge cases, and the two
+sources are for a check of their own, or for all of them if a policy serves nothing else."""
 TOGETHER = 3
 """Requests that run at a time, where several do."""
 PROMPTS = ("x = 1", "def f(a, b):", "id,name\n1,Ada\n", "The sum is", "aaaa")
@@ -48,7 +52,12 @@ def _tables(times: float) -> dict[str, Any]:
     }
 
 
-COST = CostTable(name="made up for checks", **_tables(1), rows={TOGETHER: RowsTable(**_tables(1.5))})
+_STORE = CostTable(
+    draft={LARGEST: 0.0002}, verify={1: 1.0}, rows={TOGETHER: RowsTable(draft={LARGEST: 0.0003}, verify={1: 1.0})}
+)
+COST = CostTable(name="made up for checks", **_tables(1), rows={TOGETHER: RowsTable(**_tables(1.5))}).with_sources(
+    [_STORE]
+)
 """Seconds that steps are said to take, so that a policy that learns from time decides the same on every machine."""
 
 
@@ -106,6 +115,7 @@ def drafters() -> dict[str, Drafter]:
         ASSISTANT: AutoregressiveDrafter(pair.assistant, pair.target, block_size=TRAINED_BLOCK_SIZE),
         AGREEABLE: pair.agreeable(),
         NGRAM: NgramDrafter(block_size=TRAINED_BLOCK_SIZE),
+        SOURCES: Sources([pair.block_diffusion(), NgramDrafter(block_size=TRAINED_BLOCK_SIZE)]),
     }
 
 

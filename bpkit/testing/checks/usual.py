@@ -53,7 +53,8 @@ def compare_with_plain(name: str, recording: Recording, plain: Plain, out: Findi
 
 
 _RANGES = {
-    "select": f"block sizes from 1 (no draft) to decoder.max_block_size, here {LARGEST}, in whole numbers",
+    "select": f"block sizes from 1 (no draft) to decoder.max_block_size, here {LARGEST}, in whole numbers, and sources "
+    "that are places in decoder.sources",
     "truncate": "lengths from 0 to draft.draft_length, in whole numbers",
 }
 
@@ -71,9 +72,15 @@ def sizes(policy: CheckedPolicy, out: Findings) -> None:
             )
     decisions = [made for recordings in policy.usual.values() for each in recordings for made in each.decisions]
     selected, verified = (
-        sorted({number for method, answer in decisions if method == name for number in answer}) for name in _RANGES
+        sorted({_size(number) for method, answer in decisions if method == name for number in answer})
+        for name in _RANGES
     )
     out.said = f"block sizes {_range(selected)}" + (f", verified lengths {_range(verified)}" if verified else "")
+
+
+def _size(number: int | tuple[int, int]) -> int:
+    """The block size of a Plan's pair."""
+    return number[0] if isinstance(number, tuple) else number
 
 
 def _range(numbers: list[int]) -> str:
