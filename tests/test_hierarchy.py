@@ -275,6 +275,7 @@ def test_the_drafter_is_made_from_a_folder_and_from_nothing(pair: TinyPair, tmp_
     [
         ("hierarchy:order=context+disk", "option 'order.*': .*'context', 'model' or 'corpus'"),
         ("hierarchy:order=model+model", "order model.model names a store twice"),
+        ("hierarchy:order=model", "order model needs a store"),
         ("hierarchy:min_match=9", "min_match 9 is above max_match 8"),
         ("hierarchy:store=nowhere", "nowhere is no store .*bpkit store build"),
     ],

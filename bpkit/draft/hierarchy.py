@@ -31,6 +31,9 @@ class HierarchyDrafter:
         store: the tables of the model and the corpus store; without them the context alone is asked.
         options: see `HierarchyConfig`.
 
+    Raises:
+        ValueError: only stores are to be asked that are not there.
+
     Attributes:
         drafts: drafts made so far, by the store that began them.
     """
@@ -45,6 +48,11 @@ class HierarchyDrafter:
         self.name = "hierarchy" if store is None else f"hierarchy of {store.path.name}"
         self.trained_block_size, self.max_block_size = options.block_size, max(32, 2 * options.block_size)
         self.order = tuple(name for name in options.order if name == "context" or store is not None)
+        if not self.order:
+            raise ValueError(
+                f"drafter hierarchy: order {'+'.join(options.order)} needs a store: store=FOLDER, which `bpkit store build` "
+                "makes"
+            )
         self.remembers_requests, self.depends_on_steps = options.across_requests, options.last_pass
         self.shared = self.context() if options.across_requests else None
         self.drafts: Counter[str] = Counter()
