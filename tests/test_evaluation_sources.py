@@ -120,7 +120,7 @@ def test_settings_table_and_page_name_the_sources(report: dict[str, Any]) -> Non
     print_evaluation(report, console)
     assert isinstance(console.file, StringIO)
     printed = console.file.getvalue()
-    for said in ("best fixed: n-gram:6", "model alone: 4", "other source", "by source", "n-gram:6 in the source"):
+    for said in ("best fixed: n-gram:6", "model alone: 4", "other source", "by source, ", "n-gram:6 in the source"):
         assert said in printed
     page = html_report(report)
     for said in ("target with model and n-gram", "n-gram alone: 6", "Which source drafted"):

@@ -89,8 +89,9 @@ def cost_curves(result: Mapping[str, Any]) -> Figure:
         for name, colour, width in (("step", INK, 3.5), ("verify", DOMAINS[0], 1.6), ("draft", DOMAINS[1], 1.6)):
             values = [factor * value for value in curves[name]]
             said = f"{name}, {source}" if source else name
-            axes.step(curves["block_size"], values, style, where="pre", color=colour, lw=width)
-            axes.plot(curves["block_size"], values, "o", color=colour, ms=4, label=said, clip_on=False)
+            line, points = (said, None) if source else (None, said)
+            axes.step(curves["block_size"], values, style, where="pre", color=colour, lw=width, label=line)
+            axes.plot(curves["block_size"], values, "o", color=colour, ms=4, label=points, clip_on=False)
     axes.set_xlabel("block size, the whole draft verified")
     axes.set_ylabel("milliseconds" if seconds else "plain steps")
     axes.set_xticks(_ticks(list({size for curves in by_source.values() for size in curves["block_size"]})))

@@ -103,7 +103,7 @@ def source_table(name: str, group: Mapping[str, Any]) -> Table:
         TableRow((policy, *(f"{100 * one['steps'][t]:.0f} / {100 * one['tokens'][t]:.0f}" for t in titles)))
         for policy, one in drafted.items()
     ]
-    return Table(f"{name} costs, by source: % of steps / % of the tokens they yield", ("who", *titles), [rows])
+    return Table(f"{name} costs, by source, % of steps / % of tokens", ("who", *titles), [rows])
 
 
 def size_table(group: Mapping[str, Any]) -> Table:
