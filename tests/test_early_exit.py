@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from bpkit import SpeculativeDecoder
 from bpkit.decode.parts import new_layer, reads_alike, with_layers
@@ -17,6 +17,7 @@ from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.draft.early_exit import EarlyExitDrafter, save_exit
 from bpkit.testing import TinyPair, tiny_pair
 from bpkit.testing.models import EXIT_LAYER
+from tests.tiny_architectures import tiny_causal_lm
 
 
 def test_a_folder_holds_one_layer_and_what_target_it_is_for(pair: TinyPair, tiny_folder: Path) -> None:
@@ -102,3 +103,51 @@ def test_training_makes_an_exit_that_agrees_more(pair: TinyPair, tiny_folder: Pa
     train_exit(target, tmp_path / "again", prompts=[], run=again)
     kept = load_file(tmp_path / "exit" / "model.safetensors")
     assert all(value.equal(kept[name]) for name, value in load_file(tmp_path / "again" / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_neox", "granite"])
+def test_targets_of_many_kinds_are_shared(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    target = tiny_causal_lm(model_type)
+    drafter, accepted = made_for(target), 0
+    monkeypatch.setattr(drafter, "begin", None)  # it must not come to that
+    prompts = [torch.arange(3, 3 + length)[None] for length in (3, 9, 14)]
+    for options in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 0}):
+        wanted: dict[str, Any] = {"max_new_tokens": 9, "seed": 3, "eos_token_id": None, **options}
+        plain = SpeculativeDecoder(target, "ngram", "fixed:1").generate(prompts, batch_size=1, **wanted)
+        made = SpeculativeDecoder(target, drafter, "fixed:4", strict=True).generate(prompts, batch_size=2, **wanted)
+        assert [one.tokens.tolist() for one in made] == [one.tokens.tolist() for one in plain]
+        accepted += sum(int(step.num_accepted) for one in made for step in one.steps)
+    assert accepted > 4
+
+
+def test_hybrids_are_refused() -> None:
+    for model_type in ("bamba", "mamba"):
+        with pytest.raises(ValueError, match="cannot be"):
+            made_for(tiny_causal_lm(model_type))
+
+
+def made_for(target: PreTrainedModel) -> EarlyExitDrafter:
+    return EarlyExitDrafter(new_layer(target, -1), target, layer=2)
+
+
+def test_the_first_layers_read_a_prompt_once(pair: TinyPair) -> None:
+    read: list[int] = []
+    hook = pair.target.model.layers[0].register_forward_hook(lambda layer, given, made: read.append(made.shape[1]))
+    drafter, ids = pair.early_exit(), pair.ids("The quick brown fox jumps over the lazy dog")
+    decoders = [SpeculativeDecoder(pair.target, drafter, "fixed:4", capture=mode) for mode in ("off", "on")]
+    totals = []
+    for decoder in decoders:
+        read.clear()
+        made = decoder.generate(ids, max_new_tokens=16, temperature=0, eos_token_id=None)
+        totals.append(sum(read))
+        if decoder is decoders[0]:
+            # The last token of a draft is read by the target alone.
+            drafted = sum(int(step.draft_length) for step in made.steps)
+            verified = sum(int(step.verify_length) + 1 for step in made.steps)
+            assert totals == [ids.shape[1] + drafted + verified]
+            texts = made.tokens
+        else:
+            assert made.tokens.equal(texts)
+    hook.remove()
+    assert totals[1] >= totals[0] + ids.shape[1], "where passes are captured it reads by itself"

@@ -23,7 +23,7 @@ class ShippedPrompt(TypedDict):
 
 
 def shipped(name: str) -> Path:
-    """Path of a shipped folder: `target`, `drafter`, `assistant` (an autoregressive drafter) or `prompts`.
+    """Path of a shipped folder: `target`, `drafter`, `assistant` (an autoregressive drafter), `exit` or `prompts`.
 
     Raises:
         FileNotFoundError: this installation does not carry it.
@@ -59,8 +59,8 @@ def drafter_path(name: str, target: str, kind: str) -> str:
     Args:
         name: as it was named; empty for the one that belongs to the target, or else the one that ships.
         target: how the target was named, or where it lies.
-        kind: `drafter` (block diffusion) or `assistant` (autoregressive). As a block-diffusion drafter, the name of a
-            known model is its drafter of that kind; as an assistant, the model itself.
+        kind: `drafter` (block diffusion), `assistant` (autoregressive) or `exit` (early exit). As a block-diffusion
+            drafter or an exit, the name of a known model is its drafter of that kind; as an assistant, that model.
 
     Raises:
         FileNotFoundError: it is not there. ValueError: as `model_path`.

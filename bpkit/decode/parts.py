@@ -41,6 +41,9 @@ def with_layers(model: PreTrainedModel, layers: Sequence[nn.Module], like: Seque
 
     Args:
         like: of each layer, the layer of the model whose kind of attention it has.
+
+    Raises:
+        ValueError: the configuration does not say of each layer what it is.
     """
     # Hooks that tell hidden states go with the layers; made twice, they would tell each twice.
     maybe_install_capturing_hooks(model.base_model)
@@ -50,10 +53,13 @@ def with_layers(model: PreTrainedModel, layers: Sequence[nn.Module], like: Seque
     made, base = copied(model), copied(model.base_model)
     base.layers = nn.ModuleList(layers)
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(layers)
     kinds = getattr(config, "layer_types", None)
-    if kinds:
-        config.layer_types = [kinds[i] for i in like]
+    try:
+        config.num_hidden_layers = len(layers)
+        if kinds:
+            config.layer_types = [kinds[i] for i in like]
+    except AttributeError as error:  # derived from something else
+        raise ValueError(f"the configuration of {type(model).__name__} cannot be that of a part: {error}") from error
     made.config = base.config = config
     setattr(made, model.base_model_prefix, base)
     return made
