@@ -49,10 +49,8 @@ class HierarchyDrafter:
         self.trained_block_size, self.max_block_size = options.block_size, max(32, 2 * options.block_size)
         self.order = tuple(name for name in options.order if name == "context" or store is not None)
         if not self.order:
-            raise ValueError(
-                f"drafter hierarchy: order {'+'.join(options.order)} needs a store: store=FOLDER, which `bpkit store build` "
-                "makes"
-            )
+            order = "+".join(options.order)
+            raise ValueError(f"order {order} needs a store, which `bpkit store build` makes: hierarchy:store=FOLDER")
         self.remembers_requests, self.depends_on_steps = options.across_requests, options.last_pass
         self.shared = self.context() if options.across_requests else None
         self.drafts: Counter[str] = Counter()
