@@ -14,6 +14,8 @@ from rich.console import Console
 from bpkit.judge.evaluation import evaluate
 from bpkit.judge.evaluation.page import html_report
 from bpkit.judge.evaluation.tables import print_evaluation
+from bpkit.learn.training.validation import Validation
+from bpkit.registry.resolve import resolve_policy
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import CostTable
 from bpkit.trace.records import DraftTable, PromptTrace
@@ -139,3 +141,10 @@ def test_with_two_sources_that_wait_there_is_no_step_oracle_and_the_rest_stays()
     assert any("oracle.step" in note and "sources 0 and 1" in note for note in report["notes"])
     print_evaluation(report, Console(file=StringIO()))
     assert "oracle.prompt" in html_report(report)
+
+
+def test_training_is_compared_with_the_best_source_and_size() -> None:
+    judge = Validation(spec_of(STORE), COST, []).judge
+    found = judge(resolve_policy("fixed:6,source=1"), prompts_of(store_of), lambda: None)  # type: ignore[arg-type]
+    assert (found["best_fixed"]["source"], found["best_fixed"]["block_size"]) == (1, 6)
+    assert found["best_fixed"]["tokens_per_second"] == pytest.approx(found["tokens_per_second_without_decisions"])

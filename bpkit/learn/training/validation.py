@@ -18,7 +18,7 @@ from bpkit.learn.trained import TrainedPolicy
 from bpkit.learn.training.policy_module import PolicyModule, TrainingOptions
 from bpkit.learn.training.prompts import labels
 from bpkit.progress import Progress
-from bpkit.trace.oracle.paths import fixed_path
+from bpkit.trace.oracle.paths import FixedChoice, fixed_choices, fixed_path
 from bpkit.trace.oracle.plan import array_cost
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
@@ -61,18 +61,20 @@ class Validation:
         return sum(run.tokens for run in runs) / sum(run.seconds(self.cost) for run in runs)
 
     def judge(self, policy: TrainedPolicy, prompts: Iterable[PromptTrace], tick: Callable[[], None]) -> dict[str, Any]:
-        """The policy and every fixed block size on all prompts: plain JSON values. `tick` is called after each."""
+        """The policy and every fixed source and block size on all prompts, as plain JSON values; `tick` after each."""
         cost, unit = self.cost, getattr(self.cost, "unit", "seconds")
         replayer, prices = Replayer(self.spec, policy, cost, strict=True), array_cost(cost)
-        runs, fixed = [], defaultdict[int, float](float)
+        works = [source.work for source in self.spec.sources]
+        runs, fixed = [], defaultdict[FixedChoice, float](float)
         for prompt in prompts:
             runs.append(replayer.run(prompt))
-            for size in (1, *prompt.drafts.block_sizes.tolist()):
-                fixed[size] += fixed_path(prompt, self.spec.work, prices, size).seconds
+            for choice in fixed_choices(prompt, len(works)):
+                fixed[choice] += fixed_path(prompt, works, prices, *choice).seconds
             tick()
         tokens, steps = sum(run.tokens for run in runs), sum(run.steps for run in runs)
         seconds, decided = sum(run.seconds(cost) for run in runs), sum(run.begin_seconds for run in runs)
-        best = min(fixed, key=lambda size: (fixed[size], size))
+        best = min(fixed, key=lambda choice: (fixed[choice], choice))
+        named = {"source": best.source} if len(works) > 1 else {}
         per_step = float(np.median(np.concatenate([run.step_seconds for run in runs]))) if steps else 0.0
         charged = seconds + (per_step * steps + decided if unit == "seconds" else 0.0)
         return {
@@ -85,7 +87,7 @@ class Validation:
             "tokens_per_second_without_decisions": tokens / seconds,
             "decision_seconds_per_step": per_step,
             "decision_seconds_per_prompt": decided / max(1, len(runs)),
-            "best_fixed": {"block_size": best, "tokens_per_second": tokens / fixed[best]},
+            "best_fixed": {"block_size": best.block_size, **named, "tokens_per_second": tokens / fixed[best]},
             "gain_over_best_fixed": fixed[best] / charged - 1,
         }
 
