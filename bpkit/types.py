@@ -523,6 +523,9 @@ class Step:
         row_ids: as in `Context`.
         stopped: whether each row ended.
         source: that drafted, int64 [batch]; 0 at block size 1. By default source 0.
+        offer_agreed: where the policy wants to know what sources offer: of each free source's offer before the step,
+            whether it was asked or not, the tokens from the first on that the step yields as well; -1 of other
+            sources. int64 [batch, sources], else None.
     """
 
     block_size: Tensor
@@ -537,6 +540,7 @@ class Step:
     row_ids: tuple[int, ...] = ()
     stopped: tuple[bool, ...] = ()
     source: Tensor = None  # type: ignore[assignment]
+    offer_agreed: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.source is None:
@@ -544,7 +548,9 @@ class Step:
 
     def clone(self) -> Step:
         """A copy with tensors of its own."""
-        return replace(self, tokens=self.tokens.clone(), **{name: getattr(self, name).clone() for name in _COUNTS})
+        agreed = None if self.offer_agreed is None else self.offer_agreed.clone()
+        own = {name: getattr(self, name).clone() for name in _COUNTS}
+        return replace(self, tokens=self.tokens.clone(), offer_agreed=agreed, **own)
 
     def row(self, place: int) -> Step:
         """The record of one row, of whom the time and the faults are all rows'."""
@@ -562,6 +568,7 @@ class Step:
             near_ties=near_ties,
             row_ids=row_ids,
             stopped=stopped,
+            offer_agreed=None if self.offer_agreed is None else self.offer_agreed[at],
         )
 
     @property

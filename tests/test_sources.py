@@ -151,6 +151,12 @@ def test_offers_matches_and_success_are_what_they_say(pair: TinyPair) -> None:
         source, count = int(step.source), int(step.verify_length)
         if int(step.block_size) > 1 and source == 1:
             assert int(step.draft_length) == min(int(step.block_size) - 1, offer[0][1])
+        agreed = step.offer_agreed
+        assert agreed is not None
+        assert agreed[0, [0, 2]].tolist() == [-1, -1]
+        assert 0 <= int(agreed[0, 1]) <= min(offer[0][1], int(step.acceptance_length))
+        if source == 1 and count:
+            assert int(agreed[0, 1]) >= int(step.num_accepted)
         if count:
             success[source] += 0.2 * (int(step.num_accepted) / count - success[source])
 

@@ -279,6 +279,7 @@ class Rows:
             row_ids=self.row_ids,
             stopped=decided.stopped,
             source=draft.source,
+            offer_agreed=self.drafter.agreed([row.newest for row in self.text.rows]),
         )
 
     @property

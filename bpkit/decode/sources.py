@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bpkit.assets import model_name
-from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal, own_features
+from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Offer, Proposal, own_features
 from bpkit.decode.features import draft_features
 from bpkit.decode.sampling import Draw
 from bpkit.decode.target import TargetSession
@@ -107,6 +107,7 @@ class SourceSessions:
         self.sessions, self.specs, self.layers = list(sessions), specs, layers
         self.own_layers = own_layers or [()] * len(sessions)
         self.read: dict[int, int] = {}
+        self._offered: list[list[Offer] | None] | None = None
         self.success = [[AT_FIRST] * len(sessions) for _ in range(rows)]
 
     @classmethod
@@ -144,20 +145,37 @@ class SourceSessions:
         """Of the sources, before a draft: each [rows, sources], on the host."""
         found: dict[Feature, Tensor] = {}
         if wants & {Feature.SOURCE_OFFER, Feature.SOURCE_MATCH}:
-            offers = [self._offers(place) for place in range(len(self.sessions))]
-            both = (torch.tensor(list(zip(*part, strict=True))) for part in zip(*offers, strict=True))
-            found[Feature.SOURCE_OFFER], found[Feature.SOURCE_MATCH] = both
+            self._offered = [self._offers(place) for place in range(len(self.sessions))]
+            most, rows = [spec.max_block_size - 1 for spec in self.specs], len(self.success)
+            counts, matches = zip(*map(partial(_counted, rows=rows), self._offered, most), strict=True)
+            found[Feature.SOURCE_OFFER], found[Feature.SOURCE_MATCH] = torch.tensor(counts).T, torch.tensor(matches).T
         if Feature.SOURCE_SUCCESS in wants:
             found[Feature.SOURCE_SUCCESS] = torch.tensor(self.success, dtype=torch.float64)
         return {name: value for name, value in found.items() if name in wants}
 
-    def _offers(self, place: int) -> tuple[list[int], list[int]]:
-        """Tokens on offer and length of the match, of each row."""
-        session, most = self.sessions[place], self.specs[place].max_block_size - 1
-        if not self.specs[place].work.free or not hasattr(session, "offer"):
-            return [most] * len(self.success), [0] * len(self.success)
-        offers = session.offer(most)
-        return [len(offer.tokens) for offer in offers], [offer.match for offer in offers]
+    def _offers(self, place: int) -> list[Offer] | None:
+        """What a free source has for each row; None of one that does not say before it drafts."""
+        spec, session = self.specs[place], self.sessions[place]
+        if not spec.work.free or not hasattr(session, "offer"):
+            return None
+        offers: list[Offer] = session.offer(spec.max_block_size - 1)
+        return offers
+
+    def agreed(self, yielded: Sequence[Sequence[int]]) -> Tensor | None:
+        """How much of what sources offered came to be; see `Step.offer_agreed`.
+
+        Args:
+            yielded: tokens of each row's step.
+        """
+        if self._offered is None:
+            return None
+        offered, self._offered = self._offered, None
+        return torch.tensor(
+            [
+                [-1 if offers is None else _common(offers[row].tokens, tokens) for offers in offered]
+                for row, tokens in enumerate(yielded)
+            ]
+        )
 
     def draft(
         self,
@@ -228,6 +246,22 @@ def _complete(part: Proposal, wants: frozenset[Feature]) -> Proposal:
     features = draft_features(part, wants)
     absent = part.tokens.new_full(part.tokens.shape, float("nan"), dtype=torch.float32)
     return replace(part, features={**dict.fromkeys(wants & OF_THE_DISTRIBUTION, absent), **features})
+
+
+def _counted(offers: list[Offer] | None, most: int, *, rows: int) -> tuple[list[int], list[int]]:
+    """Tokens on offer and length of the match, of each row."""
+    if offers is None:
+        return [most] * rows, [0] * rows
+    return [len(offer.tokens) for offer in offers], [offer.match for offer in offers]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens from the first on that are the same."""
+    count = 0
+    for count, (mine, theirs) in enumerate(zip(one, other, strict=False), 1):
+        if mine != theirs:
+            return count - 1
+    return count
 
 
 def _names(parts: Mapping[int, Proposal]) -> set[Feature]:

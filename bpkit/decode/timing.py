@@ -92,7 +92,7 @@ class TimedDrafter:
     def __init__(self, session: SourceSessions, watch: Stopwatch) -> None:
         self.session, self.watch = session, watch
         self.advance, self.keep = session.advance, session.keep
-        self.passed, self.verified = session.passed, session.verified
+        self.passed, self.verified, self.agreed = session.passed, session.verified, session.agreed
 
     @property
     def read(self) -> dict[int, int]:
