@@ -53,6 +53,9 @@ class Feature(StrEnum):
     it is the most that they can draft. Given to `begin` and `select`."""
     SOURCE_MATCH = "source_match"
     """Tokens of the match that a store's offer comes from, 0 if there is none: int64 [batch, sources]."""
+    SOURCE_SUPPORT = "source_support"
+    """Other free sources whose offers begin with the same token as a free source's: int64 [batch, sources]; 0 of
+    sources without an offer. Given to `begin` and `select`."""
     SOURCE_SUCCESS = "source_success"
     """Share of a source's drafted tokens that stood lately, of those that were verified: float64 [batch, sources]. A
     moving average over its steps in this request, each with weight 0.2, from 0.5 on."""
@@ -67,7 +70,9 @@ OF_THE_DISTRIBUTION = frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROP
 OF_THE_DRAFT = OF_THE_DRAFTED_TOKEN | OF_THE_DISTRIBUTION | {Feature.DRAFT_HIDDEN}
 """Features of drafted tokens, which only `truncate` and `extend` are given."""
 
-OF_THE_SOURCES = frozenset({Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SUCCESS})
+OF_THE_SOURCES = frozenset(
+    {Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SUPPORT, Feature.SOURCE_SUCCESS}
+)
 """What is known of each source before a draft, in every decoder, of one source or of several."""
 
 OF_THE_TARGET = frozenset(Feature) - OF_THE_DRAFT - OF_THE_SOURCES - {Feature.TARGET_FEATURES}

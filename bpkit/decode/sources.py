@@ -144,11 +144,12 @@ class SourceSessions:
     def features(self, wants: frozenset[Feature]) -> dict[Feature, Tensor]:
         """Of the sources, before a draft: each [rows, sources], on the host."""
         found: dict[Feature, Tensor] = {}
-        if wants & {Feature.SOURCE_OFFER, Feature.SOURCE_MATCH}:
+        if wants & {Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SUPPORT}:
             self._offered = [self._offers(place) for place in range(len(self.sessions))]
             most, rows = [spec.max_block_size - 1 for spec in self.specs], len(self.success)
             counts, matches = zip(*map(partial(_counted, rows=rows), self._offered, most), strict=True)
             found[Feature.SOURCE_OFFER], found[Feature.SOURCE_MATCH] = torch.tensor(counts).T, torch.tensor(matches).T
+            found[Feature.SOURCE_SUPPORT] = torch.tensor([_support(self._offered, row) for row in range(rows)])
         if Feature.SOURCE_SUCCESS in wants:
             found[Feature.SOURCE_SUCCESS] = torch.tensor(self.success, dtype=torch.float64)
         return {name: value for name, value in found.items() if name in wants}
@@ -253,6 +254,12 @@ def _counted(offers: list[Offer] | None, most: int, *, rows: int) -> tuple[list[
     if offers is None:
         return [most] * rows, [0] * rows
     return [len(offer.tokens) for offer in offers], [offer.match for offer in offers]
+
+
+def _support(offered: Sequence[list[Offer] | None], row: int) -> list[int]:
+    """How many others' offers of a row begin as each source's does."""
+    first = [offers[row].tokens[0] if offers and offers[row].tokens else None for offers in offered]
+    return [0 if token is None else first.count(token) - 1 for token in first]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,0 +1,279 @@
+"""Source and block size of each draft by expected tokens over cost, from what the sources offer and what stood before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from operator import mul
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bpkit.files import faults
+from bpkit.policy import Policy, PolicyConfig, PolicyError, State
+from bpkit.sizes import BlockSizesWithNoDraft
+from bpkit.types import Context, CostModel, DecoderSpec, Feature, Plan, Step, of_source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Counts = NDArray[np.float64]
+
+COST_CONTEXT = 64
+"""Costs are looked up once for so many context lengths: they change slowly, and a lookup costs a decision's time."""
+LONGEST_MATCH, MOST_SUPPORT, SHARES = 8, 2, (0.4, 0.6, 0.8)
+"""Longer matches and more support count as these; bounds between ranges of shares."""
+SUREST = 0.999
+"""Chances are kept below, so that their odds are finite."""
+NAMES = ("accepted", "tested")
+Clue = tuple[int, ...]
+"""What is known of an offer: length of its match, range of its share, support."""
+
+
+class PortfolioConfig(PolicyConfig):
+    """Options of `portfolio`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"discount": (0.8, 0.9, 0.95), "weight": (4.0, 8.0, 16.0)}
+
+    block_sizes: BlockSizesWithNoDraft = Field(
+        default=tuple(range(1, 17)), description="sizes to choose from: a list, or text such as 1-8+16; 1 is always one"
+    )
+    discount: float = Field(default=0.9, gt=0, le=1, description="weight of a request's past after each of its steps")
+    weight: float = Field(default=8.0, gt=0, description="drafted tokens that what is known more broadly counts for")
+    memory_discount: float = Field(
+        default=0.999, gt=0, le=1, description="weight of what all requests taught after each step"
+    )
+    prior: float = Field(default=0.6, gt=0, lt=1, description="acceptance rate to expect before any is seen")
+    slope: float = Field(
+        default=0.05, ge=0, description="cost of a further position, in plain steps, where there is no cost model"
+    )
+
+
+class PortfolioMemory(BaseModel):
+    """Discounted counts by source, clue and position: how often it was tested, and how often it stood."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    accepted: list[Any]
+    tested: list[Any]
+
+
+class Portfolio(Policy):
+    """Before every draft, the source s and block size b with the largest E[tokens](s, b) / cost(s, b).
+
+        E[tokens](s, b) = 1 + sum over k < b of (a_1 a_2 ... a_k)
+        cost(s, b) = draft_s(b) + catch_up_s(positions that wait) + verify(b) + rest
+
+    a_k is the chance that position k of the source's draft stands if all before it do. It is counted at three levels:
+    of the source, of its offers with this length of match, and of those that also have this share of occurrences and
+    this support by other sources. Each leans on the one before it with `weight` tokens, the first on position k - 1,
+    and that on `prior`. These counts are of all requests and fade by `memory_discount` a step. A request that accepts
+    more, or less, of a source than they say shifts the odds of its chances: by the odds of what it accepted over the odds
+    of what was expected, both discounted by `discount` and leaning on the expected with `weight` tokens.
+
+    An offer is compared with what the step yields whether it was drafted or not, so that free sources need no
+    exploring. No draft is worth 1 / plain step. Without a cost model a step costs 1 + slope (b - 1) plain steps.
+    """
+
+    Config = PortfolioConfig
+    wants = frozenset({Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SHARE, Feature.SOURCE_SUPPORT})
+    config: PortfolioConfig
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        self.cost, self.sources = cost, decoder.sources
+        self.sizes = [
+            [b for b in self.config.block_sizes if 1 < b <= source.max_block_size and _priced(cost, place, b)]
+            for place, source in enumerate(self.sources)
+        ]
+        self.width = max((sizes[-1] - 1 for sizes in self.sizes if sizes), default=1)
+        self.levels = [_zeros(shape) for shape in self._shapes()]
+        self._costs: dict[tuple[int, int], list[list[float]]] = {}
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of the counts of each level: accepted and tested, sources, clues, positions."""
+        clues = (LONGEST_MATCH + 1, len(SHARES) + 1, MOST_SUPPORT + 1)
+        return [(2, len(self.sources), *clues[:known], self.width) for known in (0, 1, 3)]
+
+    # Decisions
+
+    def begin(self, context: Context) -> State:
+        rows, like = (context.batch_size, len(self.sources)), context.position
+        first = [[source.work.first(n - 1) for source in self.sources] for n in context.context_length.tolist()]
+        odds = like.new_zeros((*rows, 3)).double()  # discounted tokens: accepted, expected, tested
+        return {"waiting": like.new_tensor(first), "odds": odds, "offer": like.new_zeros(rows), **_clues(context, rows)}
+
+    def select(self, state: State, context: Context) -> Plan:
+        state.update(_clues(context, tuple(state["offer"].shape)), offer=context[Feature.SOURCE_OFFER])
+        parts = (state["offer"], state["clue"], state["odds"], state["waiting"], context.context_length)
+        best = [self._best(*row, context.running) for row in zip(*(part.tolist() for part in parts), strict=True)]
+        sizes, sources = (context.position.new_tensor(column) for column in zip(*best, strict=True))
+        return Plan(sizes, sources)
+
+    def _best(
+        self,
+        offer: Sequence[int],
+        clue: Sequence[Clue],
+        odds: Sequence[Sequence[float]],
+        waiting: Sequence[int],
+        length: int,
+        running: int,
+    ) -> tuple[int, int]:
+        """Block size and source for one row."""
+        costs = self.costs(length, running)
+        best, worth = (1, 0), 1 / costs[-1][0]
+        for source, sizes in enumerate(self.sizes):
+            most = min(offer[source], self.width)
+            if not most or not sizes:
+                continue
+            chances = _shifted(self.chances(source, clue[source], most), odds[source], self.config.weight)
+            tokens = [*accumulate(accumulate(chances, mul), initial=1.0)]
+            caught_up = self._catch_up(source, waiting[source], length, running)
+            for size, cost in zip(sizes, costs[source], strict=True):
+                if size - 1 > most:
+                    break
+                if tokens[size - 1] / (cost + caught_up) > worth:
+                    best, worth = (size, source), tokens[size - 1] / (cost + caught_up)
+        return best
+
+    def chances(self, source: int, clue: Clue, count: int) -> list[float]:
+        """a_1 .. a_count of the formula, of all requests."""
+        weight, rate, found = self.config.weight, self.config.prior, []
+        match, share, support = clue
+        broad, narrow, own = self.levels
+        counts = (broad[:, source], narrow[:, source, match], own[:, source, match, share, support])
+        for columns in zip(*(level[:, :count].T.tolist() for level in counts), strict=True):
+            (hits, tries), *finer = columns
+            rate = leaning = (hits + weight * rate) / (tries + weight)
+            for hits, tries in finer:
+                leaning = (hits + weight * leaning) / (tries + weight)
+            found.append(min(leaning, SUREST))
+        return found
+
+    # Costs
+
+    def costs(self, length: int, running: int) -> list[list[float]]:
+        """What a step of each size costs a row, by source; and at last that of a plain step."""
+        key = length // COST_CONTEXT, running
+        if key not in self._costs:
+            at = key[0] * COST_CONTEXT + COST_CONTEXT // 2
+            step = partial(self._step, at, running)
+            self._costs[key] = [*([step(s, b) for b in sizes] for s, sizes in enumerate(self.sizes)), [step(0, 1)]]
+        return self._costs[key]
+
+    def _step(self, at: int, running: int, source: int, size: int) -> float:
+        if self.cost is None:
+            return 1 + self.config.slope * (size - 1)
+        draft = self._seconds(source, "draft", size, at, running) if size > 1 else 0.0
+        return draft + self._seconds(0, "verify", size, at, running) + self._seconds(0, "rest", 1, at, running)
+
+    def _catch_up(self, source: int, waiting: int, length: int, running: int) -> float:
+        if self.cost is None or not waiting:
+            return 0.0
+        return self._seconds(source, "catch_up", waiting, length, running)
+
+    def _seconds(self, source: int, phase: str, size: int, at: int, running: int) -> float:
+        """A row's share of a phase of a step in which all rows do the same."""
+        assert self.cost is not None
+        cost = of_source(self.cost, source)
+        of_rows = getattr(cost, "batch_seconds", None)
+        if running > 1 and of_rows is not None:
+            return float(of_rows(phase, size, at, running, running * size)) / running
+        return cost.seconds(phase, size, at)
+
+    # Learning
+
+    def observe(self, state: State, step: Step) -> None:
+        for level in self.levels:
+            level *= self.config.memory_discount
+        odds = (state["odds"] * self.config.discount).tolist()
+        waiting, offer, clue = (state[name].tolist() for name in ("waiting", "offer", "clue"))
+        drafts = zip(*(getattr(step, name).tolist() for name in ("source", "draft_length", "verify_length")), strict=True)
+        for row, ((source, length, verified), stood) in enumerate(zip(drafts, step.num_accepted.tolist(), strict=True)):
+            agreed = [-1] * len(offer[row]) if step.offer_agreed is None else step.offer_agreed[row].tolist()
+            for place, of_place in enumerate(self.sources):
+                drafted = place == source and length > 0
+                if agreed[place] >= 0:  # offers are tested up to what follows the first token that differs
+                    told = agreed[place], min(agreed[place] + 1, offer[row][place], stood + 1)
+                else:
+                    told = (stood, min(stood + 1, verified)) if drafted else (0, 0)
+                self._learn(odds[row][place], place, clue[row][place], *told)
+                work, waited = of_place.work, waiting[row][place]
+                after = work.after_draft(length, stood) if drafted else work.after_no_draft(waited, stood + 1)
+                waiting[row][place] = after
+        state["odds"], state["waiting"] = state["odds"].new_tensor(odds), state["waiting"].new_tensor(waiting)
+
+    def _learn(self, odds: list[float], source: int, clue: Clue, accepted: int, tested: int) -> None:
+        """Count positions of one source in one row."""
+        tested = min(tested, self.width)
+        if not tested:
+            return
+        accepted = min(accepted, tested)
+        expected = sum(self.chances(source, clue, tested))
+        odds[:] = [was + more for was, more in zip(odds, (accepted, expected, tested), strict=True)]
+        for level, at in zip(self.levels, ((), clue[:1], clue), strict=True):
+            level[(0, source, *at)][:accepted] += 1
+            level[(1, source, *at)][:tested] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of the finest level, which the others are sums of; empty if nothing was learned."""
+        finest = self.levels[-1]
+        return {name: finest[i].tolist() for i, name in enumerate(NAMES)} if finest.any() else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned. Raises PolicyError if it is of other sources or sizes."""
+        import numpy as np  # here, so that options can be listed without it
+
+        loaded = np.zeros(self._shapes()[-1])
+        if state:
+            try:
+                memory = PortfolioMemory.model_validate(state)
+                loaded = np.array([memory.accepted, memory.tested], np.float64)
+            except (ValidationError, ValueError) as error:
+                why = faults(error) if isinstance(error, ValidationError) else error
+                raise PolicyError(f"this is no memory of Portfolio ({why})") from None
+        if loaded.shape != self.levels[-1].shape or not np.isfinite(loaded).all() or (loaded < 0).any():
+            raise PolicyError(
+                f"this is no memory of this Portfolio: counts of shape {list(loaded.shape)}, where {len(self.sources)} "
+                f"source(s) and {self.width} positions need {list(self.levels[-1].shape)}, none of them negative"
+            )
+        self.levels = [loaded.sum((2, 3, 4)), loaded.sum((3, 4)), loaded]
+
+
+def _zeros(shape: tuple[int, ...]) -> Counts:
+    import numpy as np  # here, so that options can be listed without it
+
+    return np.zeros(shape)
+
+
+def _clues(context: Context, rows: tuple[int, ...]) -> State:
+    """What is known of each source's offer: int64 [batch, sources, 3]."""
+    import torch  # here, so that options can be listed without it
+
+    match = context[Feature.SOURCE_MATCH].clamp(max=LONGEST_MATCH)
+    share = torch.bucketize(context[Feature.SOURCE_SHARE], torch.tensor(SHARES, dtype=torch.float64), right=True)
+    support = context[Feature.SOURCE_SUPPORT].clamp(max=MOST_SUPPORT)
+    return {"clue": torch.stack([match, share, support], dim=-1).view(*rows, 3)}
+
+
+def _shifted(chances: Sequence[float], odds: Sequence[float], weight: float) -> list[float]:
+    """Chances with the odds shifted by how much more or less was accepted than expected."""
+    accepted, expected, tested = odds
+    share = expected / tested if tested else 0.5
+    stands = (accepted + weight * share) / (expected + weight * share)
+    falls = (tested - accepted + weight * (1 - share)) / (tested - expected + weight * (1 - share))
+    shift = stands / falls
+    return [chance * shift / (1 - chance + chance * shift) for chance in chances]
+
+
+def _priced(cost: CostModel | None, source: int, block_size: int) -> bool:
+    """Whether the cost model, if there is one, has costs for this block size."""
+    if cost is None:
+        return True
+    try:
+        of_source(cost, source).seconds("draft", block_size, 1)
+        cost.seconds("verify", block_size, 1)
+    except ValueError:  # a table ends somewhere
+        return False
+    return True
