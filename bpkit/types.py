@@ -53,6 +53,10 @@ class Feature(StrEnum):
     it is the most that they can draft. Given to `begin` and `select`."""
     SOURCE_MATCH = "source_match"
     """Tokens of the match that a store's offer comes from, 0 if there is none: int64 [batch, sources]."""
+    SOURCE_SHARE = "source_share"
+    """Of the occurrences of that match, the share that goes on with the offer's first token: the number of these over
+    the number of all plus one, so that few are not sure of much. 1 of sources that do not count, 0 without an offer.
+    float64 [batch, sources]. Given to `begin` and `select`."""
     SOURCE_SUPPORT = "source_support"
     """Other free sources whose offers begin with the same token as a free source's: int64 [batch, sources]; 0 of
     sources without an offer. Given to `begin` and `select`."""
@@ -71,9 +75,18 @@ OF_THE_DRAFT = OF_THE_DRAFTED_TOKEN | OF_THE_DISTRIBUTION | {Feature.DRAFT_HIDDE
 """Features of drafted tokens, which only `truncate` and `extend` are given."""
 
 OF_THE_SOURCES = frozenset(
-    {Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SUPPORT, Feature.SOURCE_SUCCESS}
+    {
+        Feature.SOURCE_OFFER,
+        Feature.SOURCE_MATCH,
+        Feature.SOURCE_SHARE,
+        Feature.SOURCE_SUPPORT,
+        Feature.SOURCE_SUCCESS,
+    }
 )
 """What is known of each source before a draft, in every decoder, of one source or of several."""
+
+OF_OFFERS = OF_THE_SOURCES - {Feature.SOURCE_SUCCESS}
+"""What is known of a source by asking what it would draft."""
 
 OF_THE_TARGET = frozenset(Feature) - OF_THE_DRAFT - OF_THE_SOURCES - {Feature.TARGET_FEATURES}
 """Features that every target provides. `target_features` are there with drafters that have feature layers."""

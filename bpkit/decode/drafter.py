@@ -55,10 +55,13 @@ class Offer:
     Attributes:
         tokens: that it would draft now.
         match: length of the match that they come from, in tokens; 0 if there is none.
+        share: of the match's occurrences that go on with the first token, as `Feature.SOURCE_SHARE` counts; 1 if they
+            are not counted.
     """
 
     tokens: list[int]
     match: int = 0
+    share: float = 1.0
 
 
 def proposed(offer: Offer) -> Proposal:

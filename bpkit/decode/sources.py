@@ -19,7 +19,7 @@ from bpkit.decode.features import draft_features
 from bpkit.decode.sampling import Draw
 from bpkit.decode.target import TargetSession
 from bpkit.decode.text import RunningText, padded
-from bpkit.types import OF_THE_DISTRIBUTION, DraftWork, Feature, SourceSpec, work_of
+from bpkit.types import OF_OFFERS, OF_THE_DISTRIBUTION, DraftWork, Feature, SourceSpec, work_of
 
 RECENT, AT_FIRST = 0.2, 0.5
 """Weight of a step in the moving average of a source's success, and where that begins."""
@@ -144,12 +144,16 @@ class SourceSessions:
     def features(self, wants: frozenset[Feature]) -> dict[Feature, Tensor]:
         """Of the sources, before a draft: each [rows, sources], on the host."""
         found: dict[Feature, Tensor] = {}
-        if wants & {Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SUPPORT}:
+        if wants & OF_OFFERS:
             self._offered = [self._offers(place) for place in range(len(self.sessions))]
-            most, rows = [spec.max_block_size - 1 for spec in self.specs], len(self.success)
-            counts, matches = zip(*map(partial(_counted, rows=rows), self._offered, most), strict=True)
-            found[Feature.SOURCE_OFFER], found[Feature.SOURCE_MATCH] = torch.tensor(counts).T, torch.tensor(matches).T
-            found[Feature.SOURCE_SUPPORT] = torch.tensor([_support(self._offered, row) for row in range(rows)])
+            known = [
+                _known(offers, spec, len(self.success)) for offers, spec in zip(self._offered, self.specs, strict=True)
+            ]
+            count, match, share = zip(*known, strict=True)
+            found[Feature.SOURCE_OFFER], found[Feature.SOURCE_MATCH] = torch.tensor(count).T, torch.tensor(match).T
+            found[Feature.SOURCE_SHARE] = torch.tensor(share, dtype=torch.float64).T
+            rows = range(len(self.success))
+            found[Feature.SOURCE_SUPPORT] = torch.tensor([_support(self._offered, row) for row in rows])
         if Feature.SOURCE_SUCCESS in wants:
             found[Feature.SOURCE_SUCCESS] = torch.tensor(self.success, dtype=torch.float64)
         return {name: value for name, value in found.items() if name in wants}
@@ -249,11 +253,12 @@ def _complete(part: Proposal, wants: frozenset[Feature]) -> Proposal:
     return replace(part, features={**dict.fromkeys(wants & OF_THE_DISTRIBUTION, absent), **features})
 
 
-def _counted(offers: list[Offer] | None, most: int, *, rows: int) -> tuple[list[int], list[int]]:
-    """Tokens on offer and length of the match, of each row."""
+def _known(offers: list[Offer] | None, spec: SourceSpec, rows: int) -> tuple[list[int], list[int], list[float]]:
+    """Tokens on offer, length of the match, and its share, of each row."""
     if offers is None:
-        return [most] * rows, [0] * rows
-    return [len(offer.tokens) for offer in offers], [offer.match for offer in offers]
+        return [spec.max_block_size - 1] * rows, [0] * rows, [1.0] * rows
+    share = [offer.share if offer.tokens else 0.0 for offer in offers]
+    return [len(offer.tokens) for offer in offers], [offer.match for offer in offers], share
 
 
 def _support(offered: Sequence[list[Offer] | None], row: int) -> list[int]:

@@ -188,7 +188,7 @@ class Replayer:
 def offered(prompt: PromptTrace) -> frozenset[Feature]:
     """Features that a trace holds, or that follow from it."""
     of_drafts = {name for drafts in prompt.sources for name in drafts.features}
-    known = OF_THE_SOURCES - (set() if knows_matches(prompt) else {Feature.SOURCE_MATCH})
+    known = OF_THE_SOURCES - (set() if knows_matches(prompt) else {Feature.SOURCE_MATCH, Feature.SOURCE_SHARE})
     return frozenset({Feature.DRAFT_TOKENS, *prompt.features, *of_drafts, *known})
 
 
@@ -290,7 +290,8 @@ class _TracedDrafter:
     def offer(self, most: int) -> Offer:
         at = self.text.position - 1
         tokens = self.drafts.tokens[at, -1, : self.drafts.draft_length[at, -1]].tolist()
-        return Offer(tokens, 0 if self.drafts.match_length is None else int(self.drafts.match_length[at]))
+        match, share = self.drafts.match_length, self.drafts.match_share
+        return Offer(tokens, 0 if match is None else int(match[at]), 1.0 if share is None else float(share[at]))
 
     def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
         at = self.text.position - 1, _column(self.drafts, block_size)

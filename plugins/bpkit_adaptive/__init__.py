@@ -1,4 +1,4 @@
-"""Policies that follow recent acceptance: `ema` by thresholds, `goodput` by expected tokens over cost."""
+"""Policies by recent acceptance: `ema` by thresholds, `goodput` and `portfolio` by expected tokens over cost."""
 
 from __future__ import annotations
 
@@ -18,4 +18,10 @@ def bpkit_register_policies(register: Register) -> None:
         "bpkit_adaptive.goodput:Goodput",
         summary="Before every draft: the block size with the most expected tokens per second, from recent acceptance.",
         config="bpkit_adaptive.goodput:GoodputConfig",
+    )
+    register(
+        "portfolio",
+        "bpkit_adaptive.portfolio:Portfolio",
+        summary="Source and block size by expected tokens over cost, from what sources offer.",
+        config="bpkit_adaptive.portfolio:PortfolioConfig",
     )

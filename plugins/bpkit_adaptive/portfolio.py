@@ -1,9 +1,8 @@
-"""Source and block size of each draft by expected tokens over cost, from what the sources offer and what stood before."""
+"""Source and block size of each draft by expected tokens over cost, from what sources offer and what stood before."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,8 +69,8 @@ class Portfolio(Policy):
     of the source, of its offers with this length of match, and of those that also have this share of occurrences and
     this support by other sources. Each leans on the one before it with `weight` tokens, the first on position k - 1,
     and that on `prior`. These counts are of all requests and fade by `memory_discount` a step. A request that accepts
-    more, or less, of a source than they say shifts the odds of its chances: by the odds of what it accepted over the odds
-    of what was expected, both discounted by `discount` and leaning on the expected with `weight` tokens.
+    more, or less, of a source than they say shifts the odds of its chances: by the odds of what it accepted over the
+    odds of what was expected, both discounted by `discount` and leaning on the expected with `weight` tokens.
 
     An offer is compared with what the step yields whether it was drafted or not, so that free sources need no
     exploring. No draft is worth 1 / plain step. Without a cost model a step costs 1 + slope (b - 1) plain steps.
@@ -89,7 +88,7 @@ class Portfolio(Policy):
         ]
         self.width = max((sizes[-1] - 1 for sizes in self.sizes if sizes), default=1)
         self.levels = [_zeros(shape) for shape in self._shapes()]
-        self._costs: dict[tuple[int, int], list[list[float]]] = {}
+        self._costs: dict[tuple[int, int], StepCosts] = {}
 
     def _shapes(self) -> list[tuple[int, ...]]:
         """Of the counts of each level: accepted and tested, sources, clues, positions."""
@@ -106,31 +105,30 @@ class Portfolio(Policy):
 
     def select(self, state: State, context: Context) -> Plan:
         state.update(_clues(context, tuple(state["offer"].shape)), offer=context[Feature.SOURCE_OFFER])
-        parts = (state["offer"], state["clue"], state["odds"], state["waiting"], context.context_length)
-        best = [self._best(*row, context.running) for row in zip(*(part.tolist() for part in parts), strict=True)]
+        parts = [state[name].tolist() for name in ("offer", "clue", "odds", "waiting")]
+        rows = zip(context.context_length.tolist(), *parts, strict=True)
+        best = [self._best(self.costs(length, context.running), *row) for length, *row in rows]
         sizes, sources = (context.position.new_tensor(column) for column in zip(*best, strict=True))
         return Plan(sizes, sources)
 
     def _best(
         self,
+        costs: StepCosts,
         offer: Sequence[int],
         clue: Sequence[Clue],
         odds: Sequence[Sequence[float]],
         waiting: Sequence[int],
-        length: int,
-        running: int,
     ) -> tuple[int, int]:
         """Block size and source for one row."""
-        costs = self.costs(length, running)
-        best, worth = (1, 0), 1 / costs[-1][0]
+        best, worth = (1, 0), 1 / costs.plain
         for source, sizes in enumerate(self.sizes):
             most = min(offer[source], self.width)
             if not most or not sizes:
                 continue
             chances = _shifted(self.chances(source, clue[source], most), odds[source], self.config.weight)
             tokens = [*accumulate(accumulate(chances, mul), initial=1.0)]
-            caught_up = self._catch_up(source, waiting[source], length, running)
-            for size, cost in zip(sizes, costs[source], strict=True):
+            caught_up = costs.catch_up(source, waiting[source])
+            for size, cost in zip(sizes, costs.steps[source], strict=True):
                 if size - 1 > most:
                     break
                 if tokens[size - 1] / (cost + caught_up) > worth:
@@ -151,36 +149,13 @@ class Portfolio(Policy):
             found.append(min(leaning, SUREST))
         return found
 
-    # Costs
-
-    def costs(self, length: int, running: int) -> list[list[float]]:
-        """What a step of each size costs a row, by source; and at last that of a plain step."""
+    def costs(self, length: int, running: int) -> StepCosts:
+        """What steps cost a row at about this context length, beside so many that run."""
         key = length // COST_CONTEXT, running
         if key not in self._costs:
             at = key[0] * COST_CONTEXT + COST_CONTEXT // 2
-            step = partial(self._step, at, running)
-            self._costs[key] = [*([step(s, b) for b in sizes] for s, sizes in enumerate(self.sizes)), [step(0, 1)]]
+            self._costs[key] = StepCosts(self.cost, self.config.slope, self.sizes, at, running)
         return self._costs[key]
-
-    def _step(self, at: int, running: int, source: int, size: int) -> float:
-        if self.cost is None:
-            return 1 + self.config.slope * (size - 1)
-        draft = self._seconds(source, "draft", size, at, running) if size > 1 else 0.0
-        return draft + self._seconds(0, "verify", size, at, running) + self._seconds(0, "rest", 1, at, running)
-
-    def _catch_up(self, source: int, waiting: int, length: int, running: int) -> float:
-        if self.cost is None or not waiting:
-            return 0.0
-        return self._seconds(source, "catch_up", waiting, length, running)
-
-    def _seconds(self, source: int, phase: str, size: int, at: int, running: int) -> float:
-        """A row's share of a phase of a step in which all rows do the same."""
-        assert self.cost is not None
-        cost = of_source(self.cost, source)
-        of_rows = getattr(cost, "batch_seconds", None)
-        if running > 1 and of_rows is not None:
-            return float(of_rows(phase, size, at, running, running * size)) / running
-        return cost.seconds(phase, size, at)
 
     # Learning
 
@@ -189,7 +164,9 @@ class Portfolio(Policy):
             level *= self.config.memory_discount
         odds = (state["odds"] * self.config.discount).tolist()
         waiting, offer, clue = (state[name].tolist() for name in ("waiting", "offer", "clue"))
-        drafts = zip(*(getattr(step, name).tolist() for name in ("source", "draft_length", "verify_length")), strict=True)
+        drafts = zip(
+            *(getattr(step, name).tolist() for name in ("source", "draft_length", "verify_length")), strict=True
+        )
         for row, ((source, length, verified), stood) in enumerate(zip(drafts, step.num_accepted.tolist(), strict=True)):
             agreed = [-1] * len(offer[row]) if step.offer_agreed is None else step.offer_agreed[row].tolist()
             for place, of_place in enumerate(self.sources):
@@ -239,6 +216,53 @@ class Portfolio(Policy):
                 f"source(s) and {self.width} positions need {list(self.levels[-1].shape)}, none of them negative"
             )
         self.levels = [loaded.sum((2, 3, 4)), loaded.sum((3, 4)), loaded]
+
+
+class StepCosts:
+    """What steps cost a row at one context length, where all rows that run do the same.
+
+    Attributes:
+        plain: a step without a draft. steps: by source, of each of its block sizes, without catching up.
+    """
+
+    def __init__(
+        self, cost: CostModel | None, slope: float, sizes: Sequence[Sequence[int]], at: int, running: int
+    ) -> None:
+        self._at, self._slope, self._rows = at, slope, 1
+        self._models = None if cost is None else [of_source(cost, source) for source in range(len(sizes))]
+        if running > 1 and cost is not None and _prices_rows(cost, at, running):
+            self._rows = running
+        self.plain = self._step(0, 1)
+        self.steps = [[self._step(source, size) for size in own] for source, own in enumerate(sizes)]
+
+    def catch_up(self, source: int, waiting: int) -> float:
+        """What a draft takes longer for positions that wait."""
+        return self._seconds(source, "catch_up", waiting) if waiting else 0.0
+
+    def _step(self, source: int, size: int) -> float:
+        if self._models is None:
+            return 1 + self._slope * (size - 1)
+        draft = self._seconds(source, "draft", size) if size > 1 else 0.0
+        return draft + self._seconds(0, "verify", size) + self._seconds(0, "rest", 1)
+
+    def _seconds(self, source: int, phase: str, size: int) -> float:
+        """A row's share of a phase."""
+        if self._models is None:
+            return 0.0
+        cost, rows = self._models[source], self._rows
+        if rows == 1:
+            return cost.seconds(phase, size, self._at)
+        of_rows: Any = cost
+        return float(of_rows.batch_seconds(phase, size, self._at, rows, rows * size)) / rows
+
+
+def _prices_rows(cost: Any, at: int, rows: int) -> bool:
+    """Whether a cost model has figures for so many rows."""
+    try:
+        cost.batch_seconds("verify", 1, at, rows, rows)
+    except (AttributeError, ValueError):
+        return False
+    return True
 
 
 def _zeros(shape: tuple[int, ...]) -> Counts:

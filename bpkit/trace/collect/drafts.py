@@ -67,7 +67,7 @@ class Drafts:
         probability: of each token, by the drafter. entropy: of the drafter's distribution, in nats. match_probability:
             the chance that target and drafter agree, for sampled traces. All float32 [rows, sizes, width].
         hidden: float32 [rows, sizes, width, drafter hidden], made when the first is put.
-        match_length: of drafters that say so, tokens of the match that a row's drafts come from, int64 [rows].
+        match_length, match_share: of free sources, as in `DraftTable`: int64 and float64 [rows].
     """
 
     def __init__(self, finished: Finished) -> None:
@@ -77,6 +77,7 @@ class Drafts:
         self.probability, self.entropy, self.match_probability = torch.full((3, *shape), float("nan"))
         self.hidden: Tensor | None = None
         self.match_length: Tensor | None = None
+        self.match_share: Tensor | None = None
 
     @property
     def draft_length(self) -> Tensor:

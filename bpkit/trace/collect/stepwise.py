@@ -60,12 +60,13 @@ def _look_up(drafter: Drafter, finished: Finished, drafts: Drafts) -> bool:
     if offer is None or not _offers(session):
         return False
     drafts.match_length = torch.zeros(finished.rows, dtype=torch.long)
+    drafts.match_share = torch.zeros(finished.rows, dtype=torch.float64)
     for row in range(finished.rows):
         if row > 0:
             _append(text, finished, 1)
             session.advance(None)
         (offered,) = offer(finished.width)
-        drafts.match_length[row] = offered.match
+        drafts.match_length[row], drafts.match_share[row] = offered.match, offered.share
         tokens = torch.tensor(offered.tokens, dtype=torch.long)
         for column, block_size in enumerate(finished.block_sizes):
             length = min(len(tokens), block_size - 1)

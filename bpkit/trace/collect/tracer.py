@@ -310,6 +310,7 @@ class Tracer:
             features={name: _floats(values) for name, values in found.items()},
             match_probability=_floats(drafts.match_probability) if sampled else None,
             match_length=None if drafts.match_length is None else _ints(drafts.match_length),
+            match_share=None if drafts.match_share is None else drafts.match_share.numpy(),
         )
 
 

@@ -59,10 +59,11 @@ MORE_OF_DRAFTS = _schema(
     ("draft_hidden", _FLOATS, "its last hidden states [draft_length * drafter hidden]"),
     ("draft_probability", _FLOATS, "drafter's probability of each proposed token [draft_length]"),
     ("match_length", pa.int32(), "of stores, tokens of the match that the position's drafts come from"),
+    ("match_share", pa.float64(), "of its occurrences, those that go on alike over all and one"),
     ("match_probability", _FLOATS, "chance that proposed and target token agree, noise unknown [draft_length]"),
 )
 """Columns that are there if they were asked for, or where the drafter has them."""
-MATCH, MATCH_LENGTH = "match_probability", "match_length"
+MATCH, MATCH_LENGTH, MATCH_SHARE = "match_probability", "match_length", "match_share"
 _BY_OUTPUT_TOKEN = (Feature.LAST_HIDDEN, Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING)
 
 
@@ -90,8 +91,9 @@ def _draft_table(trace: PromptTrace) -> pa.Table:
         "tokens": _lists(drafts.tokens, length),
         **{name: _lists(values, length) for name, values in more.items()},
     }
-    if drafts.match_length is not None:
-        columns[MATCH_LENGTH] = np.repeat(drafts.match_length, sizes)
+    for name, of_rows in ((MATCH_LENGTH, drafts.match_length), (MATCH_SHARE, drafts.match_share)):
+        if of_rows is not None:
+            columns[name] = np.repeat(of_rows, sizes)
     return _table(columns, DRAFTS, MORE_OF_DRAFTS)
 
 
@@ -141,7 +143,8 @@ def _draft_arrays(table: pa.Table, rows: int, sizes: Ints) -> DraftTable:
         values[np.arange(width) < length.reshape(-1, 1)] = flat.reshape(total, *tail)
         return values.reshape(*shape, width, *tail)
 
-    matched = columns.pop(MATCH_LENGTH, None)
+    matched = {name: columns.pop(name).to_numpy() for name in (MATCH_LENGTH, MATCH_SHARE) if name in columns}
+    of_rows = {name: values.reshape(shape)[:, 0] for name, values in matched.items()}
     more = {name: padded(name, np.nan, np.float32) for name in MORE_OF_DRAFTS.names if name in columns}
     match = more.pop(MATCH, None)
     return DraftTable(
@@ -151,5 +154,5 @@ def _draft_arrays(table: pa.Table, rows: int, sizes: Ints) -> DraftTable:
         tokens=padded("tokens", -1, np.int32),
         features={Feature(name): values for name, values in more.items()},
         match_probability=match,
-        match_length=None if matched is None else matched.to_numpy().reshape(shape)[:, 0].astype(np.int32),
+        **of_rows,
     )
