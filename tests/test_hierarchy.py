@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bpkit import SpeculativeDecoder
-from bpkit.decode.drafter import EachRow
+from bpkit.decode.drafter import EachRow, Offer
 from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.config import HierarchyConfig
@@ -25,6 +25,10 @@ from bpkit.draft.stores.files import Store, open_store
 from bpkit.testing import TinyPair
 from bpkit.trace.collect import TraceOptions, Tracer
 from tests.tiny_store import store_of, tiny_store
+
+
+def found(offer: Offer) -> tuple[list[int], int]:
+    return offer.tokens, offer.match
 
 
 def begun(drafter: HierarchyDrafter, tokens: list[int]) -> HierarchySession:
@@ -58,7 +62,7 @@ def test_tables_are_those_of_counting_by_hand(tmp_path: Path) -> None:
     assert set(map(tuple, np.load(tmp_path / "ngrams.npy").tolist())) == set(where)
     for _ in range(300):
         tail = [rng.randrange(5) for _ in range(rng.randint(1, 10))]
-        tokens, match = store.model.find(tail)
+        tokens, match = found(store.model.find(tail))
         beginning = {size: [n for n in where if n[:size] == tuple(tail[-size:])] for size in range(1, 5)}
         expected = max((size for size in range(1, min(5, len(tail) + 1)) if beginning[size]), default=0)
         assert match == expected
@@ -68,7 +72,7 @@ def test_tables_are_those_of_counting_by_hand(tmp_path: Path) -> None:
             for ngram in stands:
                 votes[ngram[match + place]] += len(where[ngram])
             assert votes[token] == max(votes.values())
-        tokens, match = store.corpus.find(tail, range(8, 1, -1), 3)
+        tokens, match = found(store.corpus.find(tail, range(8, 1, -1), 3))
         after = {
             size: [t[i + size] if i + size < len(t) else None for t in texts for i in range(len(t))
                    if size <= len(tail) and t[i : i + size] == tail[-size:]]
@@ -84,14 +88,22 @@ def test_an_ngram_counts_once_for_each_text_and_the_commonest_are_kept(tmp_path:
     loops, others = [1, 2] * 40, [[5, 6, 7, 8, 9]] * 3
     store = store_of(tmp_path, [loops, *others], ngrams=1)
     assert np.load(tmp_path / "ngrams.npy").tolist() == [[5, 6, 7, 8, 9]]
-    assert store.model.find([1, 2]) == ([], 0)
-    assert store.corpus.find([1, 2], range(8, 1, -1), 4) == ([1, 2, 1, 2], 2)
+    assert found(store.model.find([1, 2])) == ([], 0)
+    assert found(store.corpus.find([1, 2], range(8, 1, -1), 4)) == ([1, 2, 1, 2], 2)
+
+
+def test_the_share_is_of_those_that_go_on_alike_over_all_and_one(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [[1, 2, 3], [1, 2, 3], [1, 2, 4], [5, 6, 7]])
+    assert store.corpus.find([1, 2], range(8, 1, -1), 4) == Offer([3], 2, 2 / 4)
+    assert store.corpus.find([5, 6], range(8, 1, -1), 4) == Offer([7], 2, 1 / 2)
+    session = begun(alone(max_ngram=1, span=1), [1, 2, 1, 2, 1, 3, 1])
+    assert session.offer(1) == Offer([3], 1, 1 / 3), "what is kept is 2 and 3, each once"
 
 
 def test_a_continuation_ends_where_its_text_does(store: Store) -> None:
-    assert store.corpus.find([8, 3, 4], range(8, 1, -1), 6) == ([5], 3)
-    assert store.corpus.find([9, 9, 9], range(8, 1, -1), 6) == ([], 3)
-    assert store.corpus.find([6, 1, 2], range(8, 1, -1), 3) == ([3, 4, 5], 2), "and none goes on in the next one"
+    assert found(store.corpus.find([8, 3, 4], range(8, 1, -1), 6)) == ([5], 3)
+    assert found(store.corpus.find([9, 9, 9], range(8, 1, -1), 6)) == ([], 3)
+    assert found(store.corpus.find([6, 1, 2], range(8, 1, -1), 3)) == ([3, 4, 5], 2), "and none goes on in the next one"
 
 
 def test_the_context_store_keeps_the_latest_of_each_ngram_and_no_more_than_its_limit() -> None:
@@ -336,7 +348,7 @@ def test_ids_that_the_vocabulary_lacks_are_never_drafted(store: Store) -> None:
     tokens = np.load(store.path / "tokens.npy")
     tokens[tokens == 5] = 5000
     np.save(store.path / "tokens.npy", tokens)
-    assert open_store(store.path).corpus.find([2, 3], range(8, 1, -1), 4) == ([4], 2)
+    assert found(open_store(store.path).corpus.find([2, 3], range(8, 1, -1), 4)) == ([4], 2)
     ngrams = np.load(store.path / "ngrams.npy")
     np.save(store.path / "ngrams.npy", (ngrams + 100).astype(ngrams.dtype))
     with pytest.raises(ValueError, match=r"ngrams.npy has token ids of 100 or more"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,34 +114,35 @@ class HierarchySession:
         What is drafted is looked up again as if it stood, as long as that finds a match of `go_on_match` tokens.
         """
         longest = max(self.options.max_ngram, self.options.max_match)
-        tokens, match, self.source = self.find(self.tokens[-longest:], most)
+        first, self.source = self.find(self.tokens[-longest:], most)
+        tokens = first.tokens
         for _ in range(self.options.look_ups - 1):
             if not tokens or len(tokens) >= most:
                 break
-            more, again, _ = self.find([*self.tokens[-longest:], *tokens][-longest:], most - len(tokens))
-            if again < self.options.go_on_match:
+            more, _ = self.find([*self.tokens[-longest:], *tokens][-longest:], most - len(tokens))
+            if more.match < self.options.go_on_match:
                 break
-            tokens += more
-        self.asked, self.made = most, Offer(tokens[:most], match)
+            tokens = tokens + more.tokens
+        self.asked, self.made = most, Offer(tokens[:most], first.match, first.share)
         return self.made
 
-    def find(self, tail: list[int], most: int) -> tuple[list[int], int, str]:
+    def find(self, tail: list[int], most: int) -> tuple[Offer, str]:
         """What follows in the first store that has a match of `sure_match` tokens, else in that with the longest.
 
         Returns:
-            tokens, of which there may be more than `most`; length of the match; and the store's name.
+            an offer, perhaps of more than `most` tokens, and the store's name.
         """
-        best: tuple[list[int], int, str] = [], 0, ""
+        best, store = Offer([]), ""
         for name in self.drafter.order:
-            tokens, match = self.look_up(name, tail, most)
-            if tokens and match > best[1]:
-                best = list(tokens), match, name
-                if match >= self.options.sure_match:
+            found = self.look_up(name, tail, most)
+            if found.tokens and found.match > best.match:
+                best, store = found, name
+                if found.match >= self.options.sure_match:
                     break
-        return best
+        return best, store
 
-    def look_up(self, name: str, tail: list[int], most: int) -> tuple[Sequence[int], int]:
-        """What one store has: tokens, and the length of the match."""
+    def look_up(self, name: str, tail: list[int], most: int) -> Offer:
+        """What one store has."""
         if name == "context" or self.drafter.store is None:
             return self.index.find(tail)
         if name == "model":

@@ -38,7 +38,7 @@ class DraftTable:
             autoregressive draft goes on from its own tokens, so that after one that does not match this is no longer
             the chance given that all earlier ones matched; `oracle_distributions` takes another.
         match_length: of free sources, tokens of the match that each position's drafts come from: int32 [rows].
-        match_share: of them, the share of its occurrences that goes on alike, as `Feature.SOURCE_SHARE`: float64 [rows].
+        match_share: of them, the share of its occurrences that goes on alike (`Feature.SOURCE_SHARE`): float64 [rows].
     """
 
     block_sizes: Ints

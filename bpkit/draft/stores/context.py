@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bpkit.decode.drafter import Offer
+
 Ngram = tuple[int, ...]
 
 
@@ -66,16 +68,18 @@ class TextIndex:
                     self.store.add(tuple(tokens[end - size : end]), continuation)
         self.indexed = max(self.indexed, whole)
 
-    def find(self, tail: list[int]) -> tuple[Sequence[int], int]:
-        """What followed the longest n-gram at the end of `tail`, the latest time, and the n-gram's length."""
+    def find(self, tail: list[int]) -> Offer:
+        """What followed the longest n-gram at the end of `tail`, the latest time; its share is of what is kept."""
         for size in self.sizes:
             if size > len(tail):
                 continue
             ngram = tail[-size:]
+            found: list[Sequence[int]] = [*self.store.find(tuple(ngram))]
             # The newest n-grams, whose continuations are still growing, are not in the store yet.
-            for end in range(len(self.tokens) - 1, self.indexed - 1, -1):
+            for end in range(self.indexed, len(self.tokens)):
                 if end >= size and self.tokens[end - size : end] == ngram:
-                    return self.tokens[end:], size
-            if found := self.store.find(tuple(ngram)):
-                return found[0], size
-        return (), 0
+                    found.insert(0, self.tokens[end:])
+            if found:
+                agreeing = sum(other[0] == found[0][0] for other in found)
+                return Offer(list(found[0]), size, agreeing / (len(found) + 1))
+        return Offer([])

@@ -14,6 +14,8 @@ from struct import pack, unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from bpkit.decode.drafter import Offer
+
 TOKEN = np.dtype(">u4")
 """How a token id lies in a file."""
 BYTES = TOKEN.itemsize
@@ -75,20 +77,20 @@ class NgramTable:
         self._likeliest = likeliest.reshape(-1).data
         self._rows = Sorted(lambda row, size: bytes(data[row * step : row * step + size]), firsts)
 
-    def find(self, tail: Sequence[int]) -> tuple[list[int], int]:
+    def find(self, tail: Sequence[int]) -> Offer:
         """What mostly follows as much of the end of `tail` as an n-gram begins with.
 
         Returns:
-            the rest of that n-gram, and how many tokens of the tail it begins with; nothing and 0 if there is none.
+            the rest of that n-gram; the match is how many tokens of the tail it begins with.
         """
         wanted = as_bytes(tail[-(self.n - 1) :])
         while wanted:
             if found := self._rows.find(wanted):
                 match = len(wanted) // BYTES
                 begin = self._likeliest[found.start * (self.n - 1) + match - 1] * self._step
-                return as_tokens(self._data[begin + len(wanted) : begin + self._step]), match
+                return Offer(as_tokens(self._data[begin + len(wanted) : begin + self._step]), match)
             wanted = wanted[BYTES:]
-        return [], 0
+        return Offer([])
 
 
 class Corpus:
@@ -106,14 +108,14 @@ class Corpus:
         self._rows = Sorted(lambda row, size: bytes(data[(at := starts[row] * BYTES) : at + size]), firsts)
         self._vocabulary = len(firsts) - 1
 
-    def find(self, tail: Sequence[int], sizes: range, most: int) -> tuple[list[int], int]:
+    def find(self, tail: Sequence[int], sizes: range, most: int) -> Offer:
         """What the longest match of the end of `tail` was followed by, most often.
 
         Args:
             sizes: lengths of a match, the longest first.
 
         Returns:
-            at most `most` tokens, and the length of the match; nothing and 0 if there is none.
+            at most `most` tokens.
         """
         wanted = as_bytes(tail[-sizes[0] :])
         possible = [size for size in reversed(sizes) if size * BYTES <= len(wanted)]
@@ -126,11 +128,11 @@ class Corpus:
         # What ends a long match is a shorter one, so the longest is bisected for.
         place = bisect_left(possible, True, key=fails)
         if place == 0:
-            return [], 0
+            return Offer([])
         size = possible[place - 1]
-        return self._vote(matches[size], size, most), size
+        return self._vote(matches[size], size, most)
 
-    def _vote(self, found: range, size: int, most: int) -> list[int]:
+    def _vote(self, found: range, size: int, most: int) -> Offer:
         """Token after token what most occurrences go on with, of those that agreed so far.
 
         It ends before an id that the vocabulary lacks, which is a separator or a fault in the file.
@@ -139,6 +141,7 @@ class Corpus:
         begins = [(self._starts[row] + size) * BYTES for row in found[::step]]
         left = [as_tokens(self._data[at : at + most * BYTES]) for at in begins]
         chosen: list[int] = []
+        all_of_them, agreeing = len(left), 0
         while len(chosen) < most:
             place = len(chosen)
             votes = Counter(text[place] if place < len(text) else SEPARATOR for text in left)
@@ -147,4 +150,5 @@ class Corpus:
                 break
             chosen.append(token)
             left = [text for text in left if place < len(text) and text[place] == token]
-        return chosen
+            agreeing = agreeing or len(left)
+        return Offer(chosen, size, agreeing / (all_of_them + 1))
