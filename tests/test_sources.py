@@ -134,7 +134,7 @@ def test_replay_decides_as_the_decoder_does(pair: TinyPair, sampling: dict[str, 
         )
     assert live.seen == replayed.seen
     assert {source for _, (source,), *_ in live.seen} == {0, 1, 2}
-    matches = [match for *_, match, _, _ in live.seen]
+    matches = [match for _, _, _, match, *_ in live.seen]
     assert any(row[1] > 0 for (row,) in matches)
 
 
@@ -142,9 +142,10 @@ def test_offers_matches_and_success_are_what_they_say(pair: TinyPair) -> None:
     policy = Chance()
     generation = decoder_of(pair, policy).generate("a, b, a, b, a, ", max_new_tokens=20, temperature=0)
     success = [0.5, 0.5, 0.5]
-    for step, (position, _, _, match, offer, known) in zip(generation.steps, policy.seen, strict=True):
+    for step, (position, _, _, match, offer, share, known, support) in zip(generation.steps, policy.seen, strict=True):
         assert int(step.position) == position
         assert known == [pytest.approx(success)]
+        assert (share, support) == ([[1.0, float(offer[0][1] > 0), 1.0]], [[0, 0, 0]])
         assert offer[0][0] == offer[0][2] == 4
         assert match[0][0] == match[0][2] == 0
         assert (offer[0][1] > 0) == (match[0][1] > 0)
