@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
@@ -27,6 +28,7 @@ LONGEST_MATCH, MOST_SUPPORT, SHARES = 8, 2, (0.4, 0.6, 0.8)
 SUREST = 0.999
 """Chances are kept below, so that their odds are finite."""
 NAMES = ("accepted", "tested")
+OF_AN_OFFER = (Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SHARE, Feature.SOURCE_SUPPORT)
 Clue = tuple[int, ...]
 """What is known of an offer: length of its match, range of its share, support."""
 
@@ -77,7 +79,7 @@ class Portfolio(Policy):
     """
 
     Config = PortfolioConfig
-    wants = frozenset({Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SHARE, Feature.SOURCE_SUPPORT})
+    wants = frozenset(OF_AN_OFFER)
     config: PortfolioConfig
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
@@ -101,12 +103,12 @@ class Portfolio(Policy):
         rows, like = (context.batch_size, len(self.sources)), context.position
         first = [[source.work.first(n - 1) for source in self.sources] for n in context.context_length.tolist()]
         odds = like.new_zeros((*rows, 3)).double()  # discounted tokens: accepted, expected, tested
-        return {"waiting": like.new_tensor(first), "odds": odds, "offer": like.new_zeros(rows), **_clues(context, rows)}
+        return {"waiting": like.new_tensor(first), "odds": odds, **_known(context)}
 
     def select(self, state: State, context: Context) -> Plan:
-        state.update(_clues(context, tuple(state["offer"].shape)), offer=context[Feature.SOURCE_OFFER])
-        parts = [state[name].tolist() for name in ("offer", "clue", "odds", "waiting")]
-        rows = zip(context.context_length.tolist(), *parts, strict=True)
+        state.update(_known(context))
+        parts = (state["odds"].tolist(), state["waiting"].tolist())
+        rows = zip(context.context_length.tolist(), *_offers(state), *parts, strict=True)
         best = [self._best(self.costs(length, context.running), *row) for length, *row in rows]
         sizes, sources = (context.position.new_tensor(column) for column in zip(*best, strict=True))
         return Plan(sizes, sources)
@@ -163,7 +165,7 @@ class Portfolio(Policy):
         for level in self.levels:
             level *= self.config.memory_discount
         odds = (state["odds"] * self.config.discount).tolist()
-        waiting, offer, clue = (state[name].tolist() for name in ("waiting", "offer", "clue"))
+        waiting, (offer, clue) = state["waiting"].tolist(), _offers(state)
         drafts = zip(
             *(getattr(step, name).tolist() for name in ("source", "draft_length", "verify_length")), strict=True
         )
@@ -271,14 +273,19 @@ def _zeros(shape: tuple[int, ...]) -> Counts:
     return np.zeros(shape)
 
 
-def _clues(context: Context, rows: tuple[int, ...]) -> State:
-    """What is known of each source's offer: int64 [batch, sources, 3]."""
-    import torch  # here, so that options can be listed without it
+def _known(context: Context) -> State:
+    """What is known of the sources' offers: each [batch, sources]."""
+    return {str(name): context[name] for name in OF_AN_OFFER}
 
-    match = context[Feature.SOURCE_MATCH].clamp(max=LONGEST_MATCH)
-    share = torch.bucketize(context[Feature.SOURCE_SHARE], torch.tensor(SHARES, dtype=torch.float64), right=True)
-    support = context[Feature.SOURCE_SUPPORT].clamp(max=MOST_SUPPORT)
-    return {"clue": torch.stack([match, share, support], dim=-1).view(*rows, 3)}
+
+def _offers(state: State) -> tuple[list[list[int]], list[list[Clue]]]:
+    """Tokens on offer, and what is known of the offer, by row and source."""
+    offer, *parts = (state[name].tolist() for name in OF_AN_OFFER)
+    return offer, [[*map(_clue, *row)] for row in zip(*parts, strict=True)]
+
+
+def _clue(match: int, share: float, support: int) -> Clue:
+    return min(match, LONGEST_MATCH), bisect_right(SHARES, share), min(support, MOST_SUPPORT)
 
 
 def _shifted(chances: Sequence[float], odds: Sequence[float], weight: float) -> list[float]:
