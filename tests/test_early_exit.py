@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from bpkit import SpeculativeDecoder
+from bpkit.assets import prompts
 from bpkit.decode.parts import new_layer, reads_alike, with_layers
 from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.draft.early_exit import EarlyExitDrafter, save_exit
@@ -111,11 +112,11 @@ def test_targets_of_many_kinds_are_shared(model_type: str, monkeypatch: pytest.M
     target = tiny_causal_lm(model_type)
     drafter, accepted = made_for(target), 0
     monkeypatch.setattr(drafter, "begin", None)  # it must not come to that
-    prompts = [torch.arange(3, 3 + length)[None] for length in (3, 9, 14)]
+    texts = [torch.arange(3, 3 + length)[None] for length in (3, 9, 14)]
     for options in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 0}):
         wanted: dict[str, Any] = {"max_new_tokens": 9, "seed": 3, "eos_token_id": None, **options}
-        plain = SpeculativeDecoder(target, "ngram", "fixed:1").generate(prompts, batch_size=1, **wanted)
-        made = SpeculativeDecoder(target, drafter, "fixed:4", strict=True).generate(prompts, batch_size=2, **wanted)
+        plain = SpeculativeDecoder(target, "ngram", "fixed:1").generate(texts, batch_size=1, **wanted)
+        made = SpeculativeDecoder(target, drafter, "fixed:4", strict=True).generate(texts, batch_size=2, **wanted)
         assert [one.tokens.tolist() for one in made] == [one.tokens.tolist() for one in plain]
         accepted += sum(int(step.num_accepted) for one in made for step in one.steps)
     assert accepted > 4
@@ -151,3 +152,12 @@ def test_the_first_layers_read_a_prompt_once(pair: TinyPair) -> None:
             assert made.tokens.equal(texts)
     hook.remove()
     assert totals[1] >= totals[0] + ids.shape[1], "where passes are captured it reads by itself"
+
+
+def test_the_shipped_exit_drafts_for_the_shipped_target() -> None:
+    decoder = SpeculativeDecoder.from_pretrained(drafter="early-exit", policy="fixed:4")
+    assert decoder.spec.drafter == "shipped exit"
+    text = prompts("structured", limit=1)[0]["prompt"]
+    made = decoder.generate(text, max_new_tokens=24, temperature=0)
+    assert made.acceptance_length > 1.5
+    assert made.text == decoder.with_policy("fixed:1").generate(text, max_new_tokens=24, temperature=0).text

@@ -115,9 +115,9 @@ class EarlyExitDrafter(AutoregressiveDrafter):
 
         Beside any other it reads texts by itself, with the same layers and a cache of its own.
         """
-        if isinstance(target, SlotTarget) and target.wrapper is None and self._shares:
+        if isinstance(target, SlotTarget) and target.wrapper is None and self._shares and self.below is not None:
             self._follow_the_target()
-            return SharedExitSession(self, text, target)
+            return SharedExitSession(self, text, target, self.alone, self.below)
         return self.begin(text)
 
     def _follow_the_target(self) -> None:

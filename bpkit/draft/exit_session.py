@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bpkit.decode.slot_target import SlotTarget
 from bpkit.decode.text import RunningText, padded
-from bpkit.draft.autoregressive import AutoregressiveSession
+from bpkit.draft.autoregressive import AutoregressiveDrafter, AutoregressiveSession
 from bpkit.draft.newcomers import LONG, newcomers, take_in
-
-if TYPE_CHECKING:
-    from bpkit.draft.early_exit import EarlyExitDrafter
 
 
 class SharedExitSession(AutoregressiveSession):
@@ -26,13 +23,22 @@ class SharedExitSession(AutoregressiveSession):
 
     Args:
         target: the session of the target for the same rows.
+        alone: the exit with the target's norm and head, which reads hidden states.
+        below: the first layers, which give them.
     """
 
     reader: SlotTarget
 
-    def __init__(self, drafter: EarlyExitDrafter, text: RunningText, target: SlotTarget) -> None:
-        self.drafter = self.exits = drafter
-        self.text, self.target = text, target
+    def __init__(
+        self,
+        drafter: AutoregressiveDrafter,
+        text: RunningText,
+        target: SlotTarget,
+        alone: PreTrainedModel,
+        below: PreTrainedModel,
+    ) -> None:
+        self.drafter, self.text, self.target = drafter, text, target
+        self.alone, self.below = alone, below
         self.reader = self._new_reader(len(text.rows), text.slots)
         self.held = [0] * len(text.rows)
         self.states: list[list[Tensor]] = [[] for _ in text.rows]
@@ -57,7 +63,7 @@ class SharedExitSession(AutoregressiveSession):
 
     def _new_reader(self, rows: int, slots: int) -> SlotTarget:
         return SlotTarget(
-            self.exits.alone, rows=rows, slots=slots, capacity=self.capacity, feature_layers=(), keep_hidden=True
+            self.alone, rows=rows, slots=slots, capacity=self.capacity, feature_layers=(), keep_hidden=True
         )
 
     def _read_text(self) -> tuple[Tensor, Tensor]:
@@ -99,8 +105,7 @@ class SharedExitSession(AutoregressiveSession):
         Args:
             held: tokens of each row that come before these.
         """
-        assert self.exits.below is not None
-        return self.target.read_below(self.exits.below, tokens, counts, held)
+        return self.target.read_below(self.below, tokens, counts, held)
 
 
 def _side_by_side(states: Sequence[Tensor]) -> Tensor:
