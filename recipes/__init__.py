@@ -21,10 +21,11 @@ def bpkit_register_commands(app: typer.Typer) -> None:
     from recipes.reads.command import bench_reads
     from recipes.real.command import real_prompts, real_summary
     from recipes.rows.command import bench_rows
+    from recipes.sources.command import sources_summary
     from recipes.sweep.command import sweep
     from recipes.tracing.command import bench_trace
 
     making = (train_target, drafter_prompts, policy_prompts, real_prompts)
     measuring = (bench_trace, bench_model, bench_reads, bench_rows, bench_fold, bench_peers, bench_digits)
-    for command in (*making, sweep, real_summary, *measuring):
+    for command in (*making, sweep, real_summary, sources_summary, *measuring):
         app.command()(command)

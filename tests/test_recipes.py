@@ -338,3 +338,44 @@ def test_bench_rows_sums_up_both_drafters_and_figures_of_other_commands(
         refused = recipe(*given, *more)
         assert refused.exit_code == 2
         assert said in refused.stderr
+
+
+def test_gains_over_single_sources_and_rules_are_paired_over_prompts(recipe: Recipe, tmp_path: Path) -> None:
+    def written(name: str, content: Any) -> Path:
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        return tmp_path / f"{name}.json"
+
+    speeds = {"portfolio": 15.0, "fixed:6": 12.0, "fixed:3,source=1": 11.0, "priority": 14.0}
+    rows = [
+        {"contestant": name, "prompt": prompt, "tokens": 60 * more, "seconds": 60 * more / speed}
+        for name, speed in speeds.items()
+        for prompt, more in (("a", 1), ("b", 2))
+    ]
+    entries = {
+        name: {"speedup": speed / 10, "speedup_interval": [1, 2], "acceptance_length": 2.0, "identical_text": True}
+        for name, speed in speeds.items()
+    }
+    group = {"prompts": 2, "loops": 0, "policies": entries}
+    about = {"machine": {}, "settings": {"seed": 0}, "measurements": rows}
+    live = written("live", {"overall": group, "domains": {"chat": group}, **about})
+    best = {**group_of(6, 12.0, {"portfolio": 15.0}), "oracle": {}}
+    best["best_fixed"]["source"] = 0
+    costs = {"measured": {"overall": best, "domains": {}}}
+    replay = written("replay", {"cost_models": costs, "settings": {"sources": ["a", "b"]}})
+    passes = written("last_pass", {"headline": {"jacobi_passes_ratio": 3.5}})
+    arguments = ["sources-summary", "--json", tmp_path / "sources.json", "--last-pass", passes]
+    arguments += ["--live", f"pair={live}", "--replay", f"pair={replay}", "--selection", f"pair={replay}"]
+    arguments += ["--single", "pair=fixed:6", "--single", "pair=fixed:3,source=1", "--rule", "pair=priority"]
+    result = recipe(*arguments)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((tmp_path / "sources.json").read_text(encoding="utf-8"))
+    headline = found["headline"]
+    assert found["pairs"]["pair"]["best_single"] == "fixed:6"
+    assert headline["gain_over_best_single_percent"]["value"] == pytest.approx(25)
+    assert headline["gain_over_best_single_percent"]["interval"] == pytest.approx([25, 25])
+    assert headline["gain_over_fixed_rules_percent"]["priority"]["value"] == pytest.approx(100 / 14)
+    assert headline["least_over_plain_in_any_kind"] == 1.5
+    assert headline["jacobi_passes_ratio"] == 3.5
+    refused = recipe(*arguments, "--rule", "pair=other")
+    assert refused.exit_code == 2
+    assert "bpkit bench was run without other" in " ".join(refused.stderr.split())

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
-from bpkit.judge.statistics import Bootstrap, interval
 from bpkit.registry.resolve import written
+from recipes.paired import gain
 
 SCHEMA_VERSION = 1
 Reports = Mapping[str, Mapping[str, Any]]
@@ -71,23 +69,10 @@ def headline(peers: Mapping[str, Any], fixed: str, policy: str) -> dict[str, Any
         "best_policy": policy,
         "best_policy_speedup": speedups[policy],
         "gain_over_best_fixed_percent": 100 * (speedups[policy] / speedups[fixed] - 1),
-        "gain_interval": gain_interval(peers, fixed, policy),
+        "gain_interval": gain(peers, policy, fixed)["interval"],
         "loops_percent": 100 * overall["loops"] / overall["prompts"],
         "peers": {name: speedup for name, speedup in speedups.items() if "@" not in name},
     }
-
-
-def gain_interval(peers: Mapping[str, Any], fixed: str, policy: str) -> tuple[float, float]:
-    """95% of the gain in per cent, paired over prompts."""
-    runs: dict[str, dict[str, tuple[int, float]]] = {fixed: {}, policy: {}}
-    for row in peers["measurements"]:
-        if row["contestant"] in runs:
-            runs[row["contestant"]][row["prompt"]] = row["tokens"], row["seconds"]
-    prompts, seed = peers["settings"]["prompts"], peers["settings"]["seed"]
-    bootstrap = Bootstrap(len(prompts), seed)
-    theirs, ours = (bootstrap.ratios(*np.array([runs[name][p] for p in prompts]).T) for name in (fixed, policy))
-    low, high = interval(100 * (ours / theirs - 1))
-    return low, high
 
 
 def measured(report: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,0 +1,1 @@
+"""What several sources of drafts gain: live and by replay, in one file."""
