@@ -28,7 +28,7 @@ def sources_summary(
     ],
     single: Annotated[
         list[str],
-        typer.Option(help="The best fixed size of a source, as in the bench: NAME=fixed:6,source=1.", metavar="NAME=SPEC"),
+        typer.Option(help="The best fixed size of a source, as in the bench.", metavar="NAME=SPEC"),
     ],
     rule: Annotated[list[str], typer.Option(help="A fixed rule, as in the bench.", metavar="NAME=SPEC")],
     last_pass: Annotated[Path, typer.Option(help="Of `bench-digits`.", metavar="FILE", exists=True, dir_okay=False)],

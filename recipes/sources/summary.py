@@ -127,7 +127,9 @@ def replay_figures(report: Report) -> dict[str, Any]:
     groups = {"overall": found["overall"], **found["domains"]}
     return {
         "groups": {title: _group(group) for title, group in groups.items()},
-        "options": {name: entry.get("tuning", {}).get("chosen") for name, entry in groups["overall"]["policies"].items()},
+        "options": {
+            name: entry.get("tuning", {}).get("chosen") for name, entry in found["overall"]["policies"].items()
+        },
         "sources": report["settings"].get("sources"),
     }
 
