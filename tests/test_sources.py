@@ -12,8 +12,10 @@ import torch
 from bpkit_prometheus.observer import Prometheus
 from prometheus_client import CollectorRegistry
 from torch import Tensor
+from typer.testing import CliRunner
 
 from bpkit.cli.generate import describe
+from bpkit.cli.main import build_app
 from bpkit.decode.clock import CostClock, price
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.sources import Sources, sources_of
@@ -270,6 +272,14 @@ def test_what_cannot_be_traced_is_refused(pair: TinyPair, tmp_path: Path) -> Non
         Tracer(SpeculativeDecoder(pair.target, drafter, "fixed:4"), TraceOptions(SIZES))
 
 
+def test_no_source_is_traced_where_one_cannot_be(tiny_folder: Path, tmp_path: Path) -> None:
+    given = ["--target", str(tiny_folder / "target"), "--drafter", "ngram+last-pass", "--limit", "1"]
+    result = CliRunner().invoke(build_app(), ["trace", "--out", str(tmp_path / "trace"), *given])
+    assert result.exit_code == 2
+    assert "no trace holds that" in result.stderr
+    assert not (tmp_path / "trace").exists()
+
+
 def test_traces_of_other_outputs_are_not_joined(pair: TinyPair, tmp_path: Path) -> None:
     decoder = SpeculativeDecoder(pair.target, NgramDrafter(), "fixed:4", tokenizer=pair.tokenizer)
     for name, tokens in (("a", 8), ("b", 9)):
@@ -297,6 +307,9 @@ def test_a_cost_table_prices_each_source(tmp_path: Path) -> None:
     joined = read_cost(f"{first}+{second}")
     assert (joined.of_source(1).seconds("draft", 5, 0), joined.of_source(1).seconds("verify", 5, 0)) == (0.1, 1.5)
     assert joined.of_source(1).rest == 0
+    wider = COST.with_sources([CostTable(draft={8: 0.1}, verify={1: 7.0, 5: 9.0, 8: 9.5})])
+    for source in range(4):  # passes wider than the first table's are the other's
+        assert [wider.of_source(source).seconds("verify", width, 0) for width in (5, 8)] == [1.2, 9.5]
     write_cost(joined, tmp_path / "both.json")
     again = read_cost(tmp_path / "both.json")
     assert again.sources == joined.sources

@@ -181,7 +181,8 @@ def print_cost(cost: CostTable, shown: Console) -> None:
     shown.print(Table(f"{cost.name} ({unit}{where})", head, [rows]))
     for place, other in enumerate(cost.sources, 1):
         drafts = ", ".join(f"{size}: {_figure(cost, more)}" for size, more in other.draft.items()) or "nothing"
-        shown.print(escape(f"Drafts of source {place}, by block size: {drafts}."), soft_wrap=True)
+        whose = f"source {place}" + (f" ({other.measured.drafter})" if other.measured else "")
+        shown.print(escape(f"Drafts of {whose}, by block size: {drafts}."), soft_wrap=True)
     if cost.rows:
         shown.print(_rows_table(cost))
     for sentence in sentences(cost):

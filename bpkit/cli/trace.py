@@ -120,8 +120,7 @@ def trace(
 
     `bpkit trace --out TRACE --prompts questions.jsonl --column question --temperature 1 --num-workers 4`
 
-    Of several drafters each is traced, in a folder of its own in TRACE. Traces of the same outputs may be read as one:
-    `bpkit evaluate A+B`.
+    Of several drafters (`--drafter block-diffusion+ngram`) each is traced, in a folder of its own in TRACE.
 
     Next: `bpkit calibrate --out cost.json`, and `bpkit evaluate TRACE --cost cost.json`
     """
@@ -129,25 +128,30 @@ def trace(
     wanted = known_features(features or [])
     sizes = parse_sizes(block_sizes, smallest=2) if block_sizes else None
     from bpkit.cli.models import in_chat, load_decoder
+    from bpkit.decode.sources import sources_of
     from bpkit.trace.collect import GENERATE_WITH
     from bpkit.trace.collect.job import describe, run_job
+    from bpkit.trace.collect.tracer import refuse_untraceable
 
-    drafters = each_drafter(config.drafter)
-    for place, drafter in enumerate(drafters):
+    decoder = load_decoder(config, f"fixed:{GENERATE_WITH}")
+    refuse_untraceable(decoder)  # before any of several drafters is traced
+    sources, written = sources_of(decoder.drafter), each_drafter(config.drafter)
+    several = len(sources) > 1
+    for place, (source, drafter) in enumerate(zip(sources, written, strict=True)):
         own = config.model_copy(update={"drafter": drafter})
-        folder = out if len(drafters) == 1 else out / str(place)
-        decoder = load_decoder(own, f"fixed:{GENERATE_WITH}")
-        offered = range(2, decoder.spec.trained_block_size + 1) if sizes is None else sizes
-        fitting = tuple(size for size in offered if size <= decoder.spec.max_block_size or len(drafters) == 1)
+        folder = out / str(place) if several else out
+        alone = decoder.with_policy(f"fixed:{GENERATE_WITH}", source) if several else decoder
+        offered = range(2, alone.spec.trained_block_size + 1) if sizes is None else sizes
+        fitting = tuple(size for size in offered if size <= alone.spec.max_block_size or not several)
         taken = str(outputs_of) if outputs_of else str(out / "0") if place else None
-        settings, ready = trace_options(own, fitting, wanted, taken), in_chat(decoder, texts)
-        manifest = describe(decoder, ready, settings, command=command_line())
-        workers = chosen_workers(decoder, own, settings, num_workers, ray, batch_size)
+        settings, ready = trace_options(own, fitting, wanted, taken), in_chat(alone, texts)
+        manifest = describe(alone, ready, settings, command=command_line())
+        workers = chosen_workers(alone, own, settings, num_workers, ray, batch_size)
         kept = f"What was traced is in {folder}; the same command goes on from there."
         with when_interrupted(kept), progress_bar() as bar:
             done = run_job(folder, manifest, ready, workers, bar)
         report(folder, done)
-    said = "make COST with `bpkit calibrate --out COST`" + (" and the same drafters" if len(drafters) > 1 else "")
+    said = "make COST with `bpkit calibrate --out COST`" + (" and the same drafters" if several else "")
     say(f"Next: bpkit evaluate {out} --cost COST ({said})")
 
 
@@ -204,6 +208,7 @@ def report(out: Path, manifest: Manifest) -> None:
     """Say what is there now."""
     size = sum(path.stat().st_size for path in out.glob("*.parquet"))
     facts = {
+        "drafter": manifest.drafter.name,
         "prompts": f"{len(manifest.prompt_ids):,}",
         "output tokens": f"{manifest.output_tokens or 0:,}",
         "block sizes": "+".join(map(str, manifest.block_sizes)),

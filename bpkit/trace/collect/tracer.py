@@ -96,6 +96,31 @@ class Output:
         return self.ids.shape[1] + self.tokens.shape[1]
 
 
+def refuse_untraceable(decoder: SpeculativeDecoder) -> None:
+    """Raise ValueError for a decoder for whose drafts, of any of its sources, there is no exact trace."""
+    if decoder.rule != "coupled":
+        raise ValueError(
+            "only outputs of rule 'coupled' can be traced: under 'rejection' the text depends on the policy"
+        )
+    if decoder.drafter_device is not None:
+        raise ValueError(
+            f"drafter_device={str(decoder.drafter_device)!r}: a trace holds what would be drafted, whatever the "
+            "device; leave it out to trace, and measure the two devices with `bpkit calibrate`"
+        )
+    for drafter in sources_of(decoder.drafter):
+        if getattr(drafter, "depends_on_steps", False):
+            raise ValueError(
+                f"drafter {drafter.name} drafts by what was drafted and verified before, so that a policy decides what "
+                "it drafts: no trace holds that. Measure it live, with `bpkit bench`"
+            )
+        if getattr(drafter, "remembers_requests", False):
+            raise ValueError(
+                f"drafter {drafter.name} remembers earlier requests, so that what it drafts for a prompt depends on "
+                "the prompts before it: a trace would hold for one order of prompts only. Switch its memory off to "
+                "trace it, or measure it live, with `bpkit bench`, where the order of prompts is fixed"
+            )
+
+
 class Tracer:
     """Traces prompts with one decoder.
 
@@ -111,31 +136,12 @@ class Tracer:
     """
 
     def __init__(self, decoder: SpeculativeDecoder, options: TraceOptions, *, batch_size: int = 1) -> None:
-        if decoder.rule != "coupled":
-            raise ValueError(
-                "only outputs of rule 'coupled' can be traced: under 'rejection' the text depends on the policy"
-            )
+        refuse_untraceable(decoder)
         drafter = decoder.drafter
-        if decoder.drafter_device is not None:
-            raise ValueError(
-                f"drafter_device={str(decoder.drafter_device)!r}: a trace holds what would be drafted, whatever the "
-                "device; leave it out to trace, and measure the two devices with `bpkit calibrate`"
-            )
         if len(sources_of(drafter)) > 1:
             raise ValueError(
                 f"{drafter.name} are several drafters: trace each by itself, the second with the outputs of the first, "
                 "and read the traces together, as `bpkit trace` does"
-            )
-        if getattr(drafter, "depends_on_steps", False):
-            raise ValueError(
-                f"drafter {drafter.name} drafts by what was drafted and verified before, so that a policy decides what "
-                "it drafts: no trace holds that. Measure it live, with `bpkit bench`"
-            )
-        if getattr(drafter, "remembers_requests", False):
-            raise ValueError(
-                f"drafter {drafter.name} remembers earlier requests, so that what it drafts for a prompt depends on "
-                "the prompts before it: a trace would hold for one order of prompts only. Switch its memory off to "
-                "trace it, or measure it live, with `bpkit bench`, where the order of prompts is fixed"
             )
         largest = drafter.max_block_size
         if not options.block_sizes or min(options.block_sizes) < 2 or max(options.block_sizes) > largest:

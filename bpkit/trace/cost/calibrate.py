@@ -132,7 +132,7 @@ def calibrate(
     """Measure until every draft and every target pass is known well enough, or time is up.
 
     The decoder's own policy does not run; its clock times the steps. Several sources are measured one after the other,
-    each for its share of the time; target passes and the rest of a step are those of the first.
+    each for its share of the time; target passes, up to its widest, and the rest of a step are those of the first.
 
     Raises:
         ValueError: a block size that this drafter cannot draft; CostError if too little could be measured.

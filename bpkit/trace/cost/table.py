@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -279,8 +279,13 @@ class CostTable(BaseModel):
         return self.sources[source - 1]
 
     def with_sources(self, others: Sequence[CostTable]) -> CostTable:
-        """This table with the drafts of further sources, as other tables price them, each measured by itself."""
-        return self.model_copy(update={"sources": (*self.sources, *(self._drafts_of(other) for other in others))})
+        """This table with the drafts of further sources, as other tables price them, each measured by itself.
+
+        Passes of the target that are wider than this table's widest are priced as in the table that has them.
+        """
+        whole = reduce(_with_wider_passes, others, self)
+        drafts = tuple(whole._drafts_of(other) for other in (*self.sources, *others))
+        return whole.model_copy(update={"sources": drafts})
 
     def _drafts_of(self, other: CostTable) -> CostTable:
         """The other's drafts, and all else as in this table."""
@@ -406,3 +411,21 @@ class CostTable(BaseModel):
             return self.batch_seconds(phase, size, at, rows, rows * size)
 
         return seconds("draft", block_size) + seconds("verify", block_size) + seconds("rest", 1)
+
+
+def _with_wider_passes(table: CostTable, other: CostTable) -> CostTable:
+    """A table with what another has of wider passes of the target."""
+    widest = max(table.verify)
+    cells = (cell for cell in other.spread if cell.phase == "verify" and cell.size > widest)
+    rows = {
+        number: of_rows.model_copy(update={"verify": _wider(of_rows.verify, other.rows[number].verify)})
+        for number, of_rows in table.rows.items()
+        if number in other.rows
+    }
+    update = {"verify": _wider(table.verify, other.verify), "spread": (*table.spread, *cells)}
+    return table.model_copy(update={**update, "rows": {**table.rows, **rows}})
+
+
+def _wider(verify: _VerifyTable, other: _VerifyTable) -> _VerifyTable:
+    widest = max(verify)
+    return {**verify, **{width: cost for width, cost in other.items() if width > widest}}
