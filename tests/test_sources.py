@@ -243,6 +243,7 @@ def test_drafters_are_named_in_a_list_or_in_one_text(pair: TinyPair) -> None:
     assert each_drafter(["ngram", {"name": "ngram"}]) == ["ngram", {"name": "ngram"}]
     assert each_drafter("ngram:x=1+2+ngram") == ["ngram:x=1+2", "ngram"]
     assert each_drafter("folder+1") == ["folder+1"]
+    assert each_drafter("ngram+nggram") == ["ngram", "nggram"]
     for written in ("ngram:max_ngram=4+ngram", ["ngram:max_ngram=4", "ngram"]):
         decoder = SpeculativeDecoder(pair.target, written, "fixed:4")
         first, second = sources_of(decoder.drafter)

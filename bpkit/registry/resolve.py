@@ -170,7 +170,7 @@ def each_drafter(given: Any) -> list[Any]:
         return [given]
     names, found = discovery.registry().drafters, list[str]()
     for part in given.split("+"):
-        if not found or part.partition(":")[0] in names:
+        if not found or part.partition(":")[0] in names or ":" not in found[-1]:
             found.append(part)
         else:  # of an option of the one before, such as a list
             found[-1] += f"+{part}"

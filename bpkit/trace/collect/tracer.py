@@ -6,7 +6,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -34,8 +33,8 @@ from bpkit.trace.collect.pieces import HeldNoise, keep_freed_memory
 from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_passes
 from bpkit.trace.records import DraftTable, PromptTrace
+from bpkit.trace.store.joined import AnyTrace, open_trace
 from bpkit.trace.store.manifest import TraceError
-from bpkit.trace.store.storage import Trace
 from bpkit.types import OF_THE_ANCHOR, Feature
 
 IndexedPrompt = tuple[int, Prompt]
@@ -152,7 +151,7 @@ class Tracer:
         if Feature.DRAFT_HIDDEN in options.features - drafter.provides:
             raise ValueError(f"drafter {drafter.name} has no hidden states: leave the feature draft_hidden out")
         self.decoder, self.options, self.batch_size = decoder, options, batch_size
-        self.known = None if options.outputs_of is None else Trace(Path(options.outputs_of))
+        self.known = None if options.outputs_of is None else open_trace(options.outputs_of)
         self.watch = Stopwatch(GuardedClock(WallClock(decoder.target.device, wait=True)))
         keep_freed_memory()
 
@@ -208,7 +207,7 @@ class Tracer:
         run = self.decoder.run(ids, stream_id=index, **generation_options(self.options))
         return Output(index, prompt, ids, tokens, run.request.sampler.processors)
 
-    def _known_output(self, known: Trace, index: int, prompt: Prompt) -> Output:
+    def _known_output(self, known: AnyTrace, index: int, prompt: Prompt) -> Output:
         """The output of another trace. Raises TraceError if that read the prompt otherwise."""
         there, ids = known[index], self.decoder.token_ids(prompt.text).to(self.decoder.target.device)
         if there.prompt_tokens.tolist() != ids[0].tolist():
