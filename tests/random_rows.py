@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bpkit.policy import State
-from bpkit.types import OF_THE_DRAFT, Context, DecoderSpec, Draft, Feature, Seconds, Step
+from bpkit.types import OF_THE_DRAFT, OF_THE_SOURCES, Context, DecoderSpec, Draft, Feature, Seconds, Step
 
 SHIPPED = DecoderSpec("shipped target", "shipped drafter", "block-diffusion", 16, 32, hidden_size=256, vocab_size=4096)
 _WIDTH = {
@@ -72,7 +72,9 @@ def _values(name: Feature, shape: tuple[int, ...], random: torch.Generator) -> T
         return torch.randint(SHIPPED.vocab_size, shape, generator=random)
     if name in _WIDTH:
         return torch.randn(*shape, _WIDTH[name], generator=random)
-    value = torch.rand(shape, generator=random)
+    if name in OF_THE_SOURCES - {Feature.SOURCE_SHARE, Feature.SOURCE_SUCCESS}:
+        return torch.randint(32, (*shape, 1), generator=random)
+    value = torch.rand((*shape, 1) if name in OF_THE_SOURCES else shape, generator=random)
     if name == Feature.DRAFT_PROBABILITY:
         return value**0.1
     return value.log() if name == Feature.ANCHOR_LOG_PROBABILITY else value

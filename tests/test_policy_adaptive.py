@@ -13,6 +13,7 @@ import pytest
 import torch
 from bpkit_adaptive.ema import Ema
 from bpkit_adaptive.goodput import Goodput
+from bpkit_adaptive.portfolio import Portfolio
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.policy import Policy, PolicyError
@@ -28,6 +29,8 @@ COST = CostTable(
     rest=0.1,
 )
 
+KINDS = {"ema": Ema, "goodput": Goodput, "portfolio": Portfolio}
+
 
 # both -----------------------------------------------------------------------------------------------------------
 
@@ -39,10 +42,9 @@ def test_options_load_without_torch() -> None:
 
 def test_registered_names_load_their_classes() -> None:
     policies = build([EntryPoint("adaptive", "bpkit_adaptive", "bpkit")]).policies
-    assert {name: entry.load() for name, entry in policies.items()} == {"ema": Ema, "goodput": Goodput}
+    assert {name: entry.load() for name, entry in policies.items()} == KINDS
     assert {name: entry.load_config() for name, entry in policies.items()} == {
-        "ema": Ema.Config,
-        "goodput": Goodput.Config,
+        name: kind.Config for name, kind in KINDS.items()
     }
 
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from bpkit_bandit.eesd import Eesd
+from torch import Tensor
 
 from bpkit.learn import TrainedPolicy
-from bpkit.policy import Policy, RememberingPolicy, State, overrides
+from bpkit.policy import Policy, State, overrides
 from bpkit.registry.discovery import registry
 from bpkit.registry.resolve import resolve_policy
+from bpkit.types import Plan
 from tests.random_rows import SHIPPED, random_context, random_draft, random_step, row_of, state_of
 
 DRAWS = Eesd
@@ -77,9 +79,9 @@ def turn_of_rows(
     """Ask about all rows and about each alone; the states of both learn from the step."""
     rows = len(states)
     context = random_context(rows, policy.wants, random)
-    sizes = policy.select(state, context)
+    sizes = sizes_of(policy.select(state, context))
     assert (sizes.shape, sizes.dtype) == ((rows,), torch.int64)
-    answers = [int(one.select(states[row], row_of(context, row))) for row, one in enumerate(alone)]
+    answers = [int(sizes_of(one.select(states[row], row_of(context, row)))) for row, one in enumerate(alone)]
     if not isinstance(policy, DRAWS):
         assert sizes.tolist() == answers
     # Drafters may propose less than was asked, and one row has no draft at all.
@@ -103,9 +105,13 @@ def turn_of_rows(
         one.observe(states[row], row_of(step, row))
 
 
+def sizes_of(answer: Tensor | Plan) -> Tensor:
+    return answer.block_size if isinstance(answer, Plan) else answer
+
+
 def row_alone(policy: Policy) -> Policy:
     """The policy itself, or a copy where it learns for all."""
-    return copy.deepcopy(policy) if isinstance(policy, RememberingPolicy) else policy
+    return copy.deepcopy(policy) if overrides(policy, "state_dict") else policy
 
 
 @torch.inference_mode()

@@ -81,9 +81,15 @@ class Portfolio(Policy):
     Config = PortfolioConfig
     wants = frozenset(OF_AN_OFFER)
     config: PortfolioConfig
+    levels: Sequence[Counts] = ()
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         self.cost, self.sources = cost, decoder.sources
+        try:
+            for place in range(len(self.sources) if cost is not None else 0):
+                of_source(cost, place)
+        except ValueError as error:
+            raise PolicyError(f"policy 'portfolio': {error}") from None
         self.sizes = [
             [b for b in self.config.block_sizes if 1 < b <= source.max_block_size and _priced(cost, place, b)]
             for place, source in enumerate(self.sources)
@@ -156,7 +162,10 @@ class Portfolio(Policy):
         key = length // COST_CONTEXT, running
         if key not in self._costs:
             at = key[0] * COST_CONTEXT + COST_CONTEXT // 2
-            self._costs[key] = StepCosts(self.cost, self.config.slope, self.sizes, at, running)
+            try:
+                self._costs[key] = StepCosts(self.cost, self.config.slope, self.sizes, at, running)
+            except (AttributeError, ValueError):  # it has no figures for so many rows
+                self._costs[key] = StepCosts(self.cost, self.config.slope, self.sizes, at)
         return self._costs[key]
 
     # Learning
@@ -166,6 +175,7 @@ class Portfolio(Policy):
             level *= self.config.memory_discount
         odds = (state["odds"] * self.config.discount).tolist()
         waiting, (offer, clue) = state["waiting"].tolist(), _offers(state)
+        counted: list[tuple[int, Clue, int, int]] = []  # after all rows, so that none depends on another's place
         drafts = zip(
             *(getattr(step, name).tolist() for name in ("source", "draft_length", "verify_length")), strict=True
         )
@@ -177,42 +187,47 @@ class Portfolio(Policy):
                     told = agreed[place], min(agreed[place] + 1, offer[row][place], stood + 1)
                 else:
                     told = (stood, min(stood + 1, verified)) if drafted else (0, 0)
-                self._learn(odds[row][place], place, clue[row][place], *told)
+                tested = min(told[1], self.width)
+                accepted = min(told[0], tested)
+                if tested:
+                    expected = sum(self.chances(place, clue[row][place], tested))
+                    shown = zip(odds[row][place], (accepted, expected, tested), strict=True)
+                    odds[row][place] = [was + more for was, more in shown]
+                    counted.append((place, clue[row][place], accepted, tested))
                 work, waited = of_place.work, waiting[row][place]
                 after = work.after_draft(length, stood) if drafted else work.after_no_draft(waited, stood + 1)
                 waiting[row][place] = after
+        for known in counted:
+            self._count(*known)
         state["odds"], state["waiting"] = state["odds"].new_tensor(odds), state["waiting"].new_tensor(waiting)
 
-    def _learn(self, odds: list[float], source: int, clue: Clue, accepted: int, tested: int) -> None:
+    def _count(self, source: int, clue: Clue, accepted: int, tested: int) -> None:
         """Count positions of one source in one row."""
-        tested = min(tested, self.width)
-        if not tested:
-            return
-        accepted = min(accepted, tested)
-        expected = sum(self.chances(source, clue, tested))
-        odds[:] = [was + more for was, more in zip(odds, (accepted, expected, tested), strict=True)]
         for level, at in zip(self.levels, ((), clue[:1], clue), strict=True):
             level[(0, source, *at)][:accepted] += 1
             level[(1, source, *at)][:tested] += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of the finest level, which the others are sums of; empty if nothing was learned."""
-        finest = self.levels[-1]
-        return {name: finest[i].tolist() for i, name in enumerate(NAMES)} if finest.any() else {}
+        if not self.levels or not self.levels[-1].any():
+            return {}
+        return {name: self.levels[-1][i].tolist() for i, name in enumerate(NAMES)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned. Raises PolicyError if it is of other sources or sizes."""
         import numpy as np  # here, so that options can be listed without it
 
+        if not self.levels:
+            raise PolicyError("a Portfolio takes up a memory after `bind`, which says what sources and sizes there are")
         loaded = np.zeros(self._shapes()[-1])
         if state:
             try:
                 memory = PortfolioMemory.model_validate(state)
                 loaded = np.array([memory.accepted, memory.tested], np.float64)
-            except (ValidationError, ValueError) as error:
+            except (ValidationError, ValueError, TypeError) as error:
                 why = faults(error) if isinstance(error, ValidationError) else error
                 raise PolicyError(f"this is no memory of Portfolio ({why})") from None
-        if loaded.shape != self.levels[-1].shape or not np.isfinite(loaded).all() or (loaded < 0).any():
+        if loaded.shape != self.levels[-1].shape or not (np.isfinite(loaded) & (loaded >= 0)).all():
             raise PolicyError(
                 f"this is no memory of this Portfolio: counts of shape {list(loaded.shape)}, where {len(self.sources)} "
                 f"source(s) and {self.width} positions need {list(self.levels[-1].shape)}, none of them negative"
@@ -225,15 +240,16 @@ class StepCosts:
 
     Attributes:
         plain: a step without a draft. steps: by source, of each of its block sizes, without catching up.
+
+    Raises:
+        AttributeError, ValueError: the cost model does not price so many rows.
     """
 
     def __init__(
-        self, cost: CostModel | None, slope: float, sizes: Sequence[Sequence[int]], at: int, running: int
+        self, cost: CostModel | None, slope: float, sizes: Sequence[Sequence[int]], at: int, rows: int = 1
     ) -> None:
-        self._at, self._slope, self._rows = at, slope, 1
+        self._at, self._slope, self._rows = at, slope, rows
         self._models = None if cost is None else [of_source(cost, source) for source in range(len(sizes))]
-        if running > 1 and cost is not None and _prices_rows(cost, at, running):
-            self._rows = running
         self.plain = self._step(0, 1)
         self.steps = [[self._step(source, size) for size in own] for source, own in enumerate(sizes)]
 
@@ -256,15 +272,6 @@ class StepCosts:
             return cost.seconds(phase, size, self._at)
         of_rows: Any = cost
         return float(of_rows.batch_seconds(phase, size, self._at, rows, rows * size)) / rows
-
-
-def _prices_rows(cost: Any, at: int, rows: int) -> bool:
-    """Whether a cost model has figures for so many rows."""
-    try:
-        cost.batch_seconds("verify", 1, at, rows, rows)
-    except (AttributeError, ValueError):
-        return False
-    return True
 
 
 def _zeros(shape: tuple[int, ...]) -> Counts:

@@ -20,6 +20,12 @@ def bpkit_register_policies(register: Register) -> None:
         config="bpkit_bandit.bandit:UCBConfig",
     )
     register(
+        "source_bandit",
+        "bpkit_bandit.source_bandit:SourceBandit",
+        summary="Learns tokens per second of every source and block size; Thompson sampling picks before each draft.",
+        config="bpkit_bandit.source_bandit:SourceBanditConfig",
+    )
+    register(
         "exp3",
         "bpkit_bandit.exp3:Exp3",
         summary="Draws a block size before each draft by exponential weights of what each has cost so far.",

@@ -116,18 +116,25 @@ def likeliest(
 
     Untried arms come first, at random. The noise is of the context's generator.
     """
+    draws = drawn(arms, usable, min_pulls, context, spread)
+    return max(draws, key=draws.__getitem__)
+
+
+def drawn(
+    arms: Mapping[Name, Arm], usable: Sequence[Name], min_pulls: int, context: Context, spread: float = 1.0
+) -> dict[Name, tuple[bool, float]]:
+    """What `likeliest` compares, of every usable arm: whether it is untried, and its draw."""
     import torch  # here, so that options can be listed without it
 
     typical_rate, of = pooled_rate(arms.values()), context.generator
     noise = torch.randn(len(usable), generator=of, device=of.device, dtype=torch.float64).tolist()
 
-    def draw(place: int) -> tuple[bool, float]:
-        arm, z = arms[usable[place]], noise[place]
+    def draw(arm: Arm, z: float) -> tuple[bool, float]:
         if not arm.tried(min_pulls):
             return True, z
         return False, arm.rate + spread * z * arm.spread(typical_rate) / math.sqrt(arm.count)
 
-    return usable[max(range(len(usable)), key=draw)]
+    return {name: draw(arms[name], z) for name, z in zip(usable, noise, strict=True)}
 
 
 def row_seconds(step: Step) -> float:

@@ -1,4 +1,4 @@
-"""The `fixed` policy: the same block size at every step, as engines do today."""
+"""Policies that learn nothing: `fixed`, the same block size at every step, and `priority`, a fixed order of sources."""
 
 from __future__ import annotations
 
@@ -12,4 +12,10 @@ def bpkit_register_policies(register: Register) -> None:
         "bpkit_fixed.policy:Fixed",
         summary="The same block size before every draft.",
         config="bpkit_fixed.policy:FixedConfig",
+    )
+    register(
+        "priority",
+        "bpkit_fixed.priority:Priority",
+        summary="Of several sources, in an order, the first that has something to offer drafts.",
+        config="bpkit_fixed.priority:PriorityConfig",
     )
