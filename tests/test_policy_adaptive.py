@@ -29,7 +29,7 @@ COST = CostTable(
     rest=0.1,
 )
 
-KINDS = {"ema": Ema, "goodput": Goodput, "portfolio": Portfolio}
+KINDS: dict[str, type[Policy]] = {"ema": Ema, "goodput": Goodput, "portfolio": Portfolio}
 
 
 # both -----------------------------------------------------------------------------------------------------------

@@ -84,19 +84,29 @@ class Portfolio(Policy):
     levels: Sequence[Counts] = ()
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
-        self.cost, self.sources = cost, decoder.sources
+        self.sources = decoder.sources
         try:
-            for place in range(len(self.sources) if cost is not None else 0):
-                of_source(cost, place)
+            self.models = [] if cost is None else [of_source(cost, place) for place in range(len(self.sources))]
         except ValueError as error:
             raise PolicyError(f"policy 'portfolio': {error}") from None
         self.sizes = [
-            [b for b in self.config.block_sizes if 1 < b <= source.max_block_size and _priced(cost, place, b)]
+            [b for b in self.config.block_sizes if 1 < b <= source.max_block_size and self._priced(place, b)]
             for place, source in enumerate(self.sources)
         ]
         self.width = max((sizes[-1] - 1 for sizes in self.sizes if sizes), default=1)
         self.levels = [_zeros(shape) for shape in self._shapes()]
         self._costs: dict[tuple[int, int], StepCosts] = {}
+
+    def _priced(self, source: int, block_size: int) -> bool:
+        """Whether the cost model, if there is one, has costs for this block size."""
+        if not self.models:
+            return True
+        try:
+            self.models[source].seconds("draft", block_size, 1)
+            self.models[0].seconds("verify", block_size, 1)
+        except ValueError:  # a table ends somewhere
+            return False
+        return True
 
     def _shapes(self) -> list[tuple[int, ...]]:
         """Of the counts of each level: accepted and tested, sources, clues, positions."""
@@ -163,9 +173,9 @@ class Portfolio(Policy):
         if key not in self._costs:
             at = key[0] * COST_CONTEXT + COST_CONTEXT // 2
             try:
-                self._costs[key] = StepCosts(self.cost, self.config.slope, self.sizes, at, running)
+                self._costs[key] = StepCosts(self.models, self.config.slope, self.sizes, at, running)
             except (AttributeError, ValueError):  # it has no figures for so many rows
-                self._costs[key] = StepCosts(self.cost, self.config.slope, self.sizes, at)
+                self._costs[key] = StepCosts(self.models, self.config.slope, self.sizes, at)
         return self._costs[key]
 
     # Learning
@@ -246,10 +256,10 @@ class StepCosts:
     """
 
     def __init__(
-        self, cost: CostModel | None, slope: float, sizes: Sequence[Sequence[int]], at: int, rows: int = 1
+        self, models: Sequence[CostModel], slope: float, sizes: Sequence[Sequence[int]], at: int, rows: int = 1
     ) -> None:
         self._at, self._slope, self._rows = at, slope, rows
-        self._models = None if cost is None else [of_source(cost, source) for source in range(len(sizes))]
+        self._models = models
         self.plain = self._step(0, 1)
         self.steps = [[self._step(source, size) for size in own] for source, own in enumerate(sizes)]
 
@@ -258,14 +268,14 @@ class StepCosts:
         return self._seconds(source, "catch_up", waiting) if waiting else 0.0
 
     def _step(self, source: int, size: int) -> float:
-        if self._models is None:
+        if not self._models:
             return 1 + self._slope * (size - 1)
         draft = self._seconds(source, "draft", size) if size > 1 else 0.0
         return draft + self._seconds(0, "verify", size) + self._seconds(0, "rest", 1)
 
     def _seconds(self, source: int, phase: str, size: int) -> float:
         """A row's share of a phase."""
-        if self._models is None:
+        if not self._models:
             return 0.0
         cost, rows = self._models[source], self._rows
         if rows == 1:
@@ -303,15 +313,3 @@ def _shifted(chances: Sequence[float], odds: Sequence[float], weight: float) -> 
     falls = (tested - accepted + weight * (1 - share)) / (tested - expected + weight * (1 - share))
     shift = stands / falls
     return [chance * shift / (1 - chance + chance * shift) for chance in chances]
-
-
-def _priced(cost: CostModel | None, source: int, block_size: int) -> bool:
-    """Whether the cost model, if there is one, has costs for this block size."""
-    if cost is None:
-        return True
-    try:
-        of_source(cost, source).seconds("draft", block_size, 1)
-        cost.seconds("verify", block_size, 1)
-    except ValueError:  # a table ends somewhere
-        return False
-    return True
