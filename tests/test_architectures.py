@@ -19,10 +19,16 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from bpkit import SpeculativeDecoder
 from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Proposal
 from bpkit.decode.noise import GumbelNoise
+from bpkit.decode.parts import new_layer
 from bpkit.decode.result import Generation
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
 from bpkit.draft.autoregressive import AutoregressiveDrafter
+from bpkit.draft.config import HierarchyConfig
+from bpkit.draft.early_exit import EarlyExitDrafter
+from bpkit.draft.ensemble import EnsembleDrafter
+from bpkit.draft.hierarchy import HierarchyDrafter
+from bpkit.draft.last_pass import LastPassDrafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.registry.discovery import registry
 from tests.tiny_architectures import REPEATING, VOCABULARY, WINDOW, disturbed, repeating_causal_lm, tiny_dflash
@@ -227,6 +233,21 @@ class Models:
             "ngram": NgramDrafter(),
         }
 
+    @functools.cached_property
+    def others(self) -> dict[str, Any]:
+        """Drafters that are made of the others, or of the target itself."""
+        exit = EarlyExitDrafter(new_layer(self.target, -1), self.target, layer=1) if self.has_layers else None
+        made = {
+            "ensemble": EnsembleDrafter([self.assistant, self.assistant], self.target),
+            "hierarchy": HierarchyDrafter(None, HierarchyConfig(last_pass=True)),
+            "last-pass": LastPassDrafter(window=BLOCK_SIZE - 1),
+        }
+        return made if exit is None else {**made, "early-exit": exit}
+
+    @property
+    def has_layers(self) -> bool:
+        return hasattr(self.target.get_decoder(), "layers")
+
     def free_text(self, prompt: tuple[int, ...], temperature: int) -> Free:
         key = (prompt, temperature)
         if key not in self.free:
@@ -259,7 +280,8 @@ class Counts:
 
 
 def test_every_registered_drafter_is_in_the_table() -> None:
-    assert set(models("llama").drafters([])) == set(registry().drafters)
+    llama = models("llama")
+    assert {*llama.drafters([]), *llama.others} == set(registry().drafters)
 
 
 @pytest.mark.slow
@@ -274,7 +296,8 @@ def test_options_do_to_the_text_what_they_do_in_plain_decoding(architecture: str
         wanted = generated(model.target, prompt, temperature, **options)
         happened += case.happened(free, wanted)
         # After an end token the text would have gone on as it does without.
-        for name, drafter in model.drafters([*wanted, *free.tokens[len(wanted) :]]).items():
+        more = model.others if case.each else {}
+        for name, drafter in {**model.drafters([*wanted, *free.tokens[len(wanted) :]]), **more}.items():
             decoder = SpeculativeDecoder(model.target, drafter, f"fixed:{BLOCK_SIZE}", strict=True)
             made = decoder.generate(prompt, max_new_tokens=COUNT, seed=SEED, **SAMPLING[temperature], **options)
             assert made.tokens[0].tolist() == wanted, f"{name} at temperature {temperature} with {options}"
@@ -287,7 +310,7 @@ def test_options_do_to_the_text_what_they_do_in_plain_decoding(architecture: str
         assert min(informed.accepted, assistant.accepted) >= 10
         assert informed.rejected >= 3
     if case.each:
-        assert all(drafter.accepted and drafter.rejected for drafter in counts.values())
+        assert all(drafter.accepted and drafter.rejected for drafter in (informed, assistant, ngram))
         assert ngram.shorter, "no match lay so near the end that fewer tokens followed than were asked for"
 
 
