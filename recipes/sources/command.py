@@ -42,8 +42,7 @@ def sources_summary(
     Over the best single source and size and over fixed rules, live and by replay, by kind of text. What is called best
     was chosen on validation prompts.
 
-    `bpkit --plugin recipes sources-summary --json sources.json --live smollm2=live.json --replay smollm2=replay.json
-    --selection smollm2=selection.json --single smollm2=fixed:6 --rule smollm2=priority --last-pass last_pass.json`
+    `bpkit --plugin recipes sources-summary --live smollm2=live.json --replay smollm2=replay.json ... --json out.json`
     """
     from recipes.sources.summary import Pair, summarise
 
