@@ -359,12 +359,14 @@ def test_gains_over_single_sources_and_rules_are_paired_over_prompts(recipe: Rec
     about = {"machine": {}, "settings": {"seed": 0}, "measurements": rows}
     live = written("live", {"overall": group, "domains": {"chat": group}, **about})
     best = {**group_of(6, 12.0, {"portfolio": 15.0}), "oracle": {}}
-    best["best_fixed"]["source"] = 0
+    best["best_fixed"]["source"] = "a store"
     costs = {"measured": {"overall": best, "domains": {}}}
-    replay = written("replay", {"cost_models": costs, "settings": {"sources": ["a", "b"]}})
+    replay = written(
+        "replay", {"cost_models": costs, "settings": {"sources": [{"drafter": "a store"}, {"drafter": "b"}]}}
+    )
     passes = written("last_pass", {"headline": {"jacobi_passes_ratio": 3.5}})
     arguments = ["sources-summary", "--json", tmp_path / "sources.json", "--last-pass", passes]
-    arguments += ["--live", f"pair={live}", "--replay", f"pair={replay}", "--selection", f"pair={replay}"]
+    arguments += ["--live", f"pair={live}", "--replay", f"pair={replay}"]
     arguments += ["--single", "pair=fixed:6", "--single", "pair=fixed:3,source=1", "--rule", "pair=priority"]
     result = recipe(*arguments)
     assert result.exit_code == 0, result.stderr

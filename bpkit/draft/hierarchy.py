@@ -44,7 +44,8 @@ class HierarchyDrafter:
     def __init__(self, store: Store | None = None, options: HierarchyConfig | None = None) -> None:
         self.options = options = options or HierarchyConfig()
         self.store = store
-        self.name = "hierarchy" if store is None else f"hierarchy of {store.path.name}"
+        asked = "" if options.order == HierarchyConfig().order else f" {'+'.join(options.order)}"
+        self.name = f"hierarchy{asked}" + ("" if store is None else f" of {store.path.name}")
         self.trained_block_size, self.max_block_size = options.block_size, max(32, 2 * options.block_size)
         self.order = tuple(name for name in options.order if name == "context" or store is not None)
         if not self.order:

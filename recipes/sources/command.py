@@ -22,10 +22,6 @@ def sources_summary(
     replay: Annotated[
         list[str], typer.Option(help=f"Of `bpkit evaluate` on test prompts. {_OF_PAIR}", metavar="NAME=FILE")
     ],
-    selection: Annotated[
-        list[str],
-        typer.Option(help="The same with validation prompts in the place of test prompts.", metavar="NAME=FILE"),
-    ],
     single: Annotated[
         list[str],
         typer.Option(help="The best fixed size of a source, as in the bench.", metavar="NAME=SPEC"),
@@ -39,26 +35,24 @@ def sources_summary(
 ) -> None:
     """Sum up what a policy that picks among sources gains.
 
-    Over the best single source and size and over fixed rules, live and by replay, by kind of text. What is called best
-    was chosen on validation prompts.
+    Over the best single source and size and over fixed rules, live and by replay, by kind of text. The best single one
+    is the evaluation's, chosen on validation prompts.
 
     `bpkit --plugin recipes sources-summary --live smollm2=live.json --replay smollm2=replay.json ... --json out.json`
     """
     from recipes.sources.summary import Pair, summarise
 
     check_writable(out, suffixes=(".json",))
-    files = {what: _by_name(given) for what, given in (("live", live), ("replay", replay), ("selection", selection))}
-    of_rows = _by_name(rows or [])
+    of_replay, of_rows = _by_name(replay), _by_name(rows or [])
     pairs = {
         name: Pair(
             _read(file),
             _read(of_rows[name]) if name in of_rows else None,
-            _read(files["replay"][name]),
-            _read(files["selection"][name]),
+            _read(of_replay[name]),
             _all_of(single, name),
             _all_of(rule, name),
         )
-        for name, file in files["live"].items()
+        for name, file in _by_name(live).items()
     }
     write_json(out, {"command": portable(sys.argv[1:]), **summarise(pairs, method, _read(str(last_pass)))})
     say(f"wrote {out}")

@@ -18,14 +18,13 @@ class Pair:
 
     Attributes:
         live: of `bpkit bench`, one prompt at a time. rows: of `bpkit bench --batch-size N`, if there is one.
-        replay: of `bpkit evaluate` on test prompts. selection: the same with validation prompts in their place.
+        replay: of `bpkit evaluate`.
         singles: the best fixed size of each source, as typed; rules: the fixed rules. All chosen on validation prompts.
     """
 
     live: Report
     rows: Report | None
     replay: Report
-    selection: Report
     singles: Sequence[str]
     rules: Sequence[str]
 
@@ -55,18 +54,26 @@ def of_pair(pair: Pair, method: str) -> dict[str, Any]:
     """Figures of one target."""
     best = best_single(pair)
     found = {"best_single": best, "live": live_figures(pair, method, best), "replay": replay_figures(pair.replay)}
-    found["selection"] = replay_figures(pair.selection)
     if pair.rows is not None:
         found["rows"] = rows_figures(pair.rows, method, best, pair.rules)
     return found
 
 
 def best_single(pair: Pair) -> str:
-    """The source and size that is fastest on validation prompts, as it is typed for `bpkit bench`."""
-    best = measured(pair.selection)["overall"]["best_fixed"]
-    source = best.get("place", best.get("source", 0))
-    wanted = {f"fixed:{best['block_size']}", f"fixed:{best['block_size']},source={source}"}
-    return next((name for name in pair.singles if name in wanted), pair.singles[0])
+    """The source and size that is fastest on validation prompts, as it is typed for `bpkit bench`.
+
+    Raises:
+        ValueError: it is not among the single sources.
+    """
+    best = measured(pair.replay)["overall"]["best_fixed"]
+    drafters = [source["drafter"] for source in pair.replay["settings"]["sources"]]
+    names = [name if drafters.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(drafters)]
+    size, place = f"fixed:{best['block_size']}", names.index(best["source"])
+    typed = (f"{size},source={place}", *([size] if place == 0 else []))
+    for name in typed:
+        if name in pair.singles:
+            return name
+    raise ValueError(f"the best single source and size is {typed[0]}: name it with --single, and in the bench")
 
 
 def live_figures(pair: Pair, method: str, best: str) -> dict[str, Any]:
