@@ -36,13 +36,13 @@ Clue = tuple[int, ...]
 class PortfolioConfig(PolicyConfig):
     """Options of `portfolio`."""
 
-    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"discount": (0.8, 0.9, 0.95), "weight": (4.0, 8.0, 16.0)}
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {"discount": (0.8, 0.9, 0.95), "weight": (8.0, 16.0, 32.0)}
 
     block_sizes: BlockSizesWithNoDraft = Field(
         default=tuple(range(1, 17)), description="sizes to choose from: a list, or text such as 1-8+16; 1 is always one"
     )
     discount: float = Field(default=0.9, gt=0, le=1, description="weight of a request's past after each of its steps")
-    weight: float = Field(default=8.0, gt=0, description="drafted tokens that what is known more broadly counts for")
+    weight: float = Field(default=16.0, gt=0, description="drafted tokens that what is known more broadly counts for")
     memory_discount: float = Field(
         default=0.999, gt=0, le=1, description="weight of what all requests taught after each step"
     )
