@@ -7,7 +7,7 @@ from collections import Counter
 from bpkit.policy import PolicyError
 from bpkit.testing.checks import setup
 from bpkit.testing.checks.checked_policy import CheckedPolicy
-from bpkit.testing.checks.recorder import Recording
+from bpkit.testing.checks.recorder import Recording, raised
 from bpkit.testing.checks.report import Findings, Skip
 from bpkit.testing.checks.setup import SOURCES, TOGETHER, Case
 from bpkit.testing.checks.usual import compare_with_plain
@@ -22,6 +22,15 @@ def sources(policy: CheckedPolicy, out: Findings) -> None:
         recorder = policy.recorder(SOURCES)
     except PolicyError as error:
         raise Skip(f"it does not serve a decoder with several sources of drafts: {error}") from error
+    except Exception as error:
+        if any(fault.method == "bind" for _, fault in policy.faults):  # which has its own check
+            raise Skip("the policy cannot be bound; mend that first") from error
+        out.fail(
+            "bound the policy to a decoder with several sources of drafts",
+            f"{policy.name}.bind raises PolicyError for a decoder that the policy cannot serve, and nothing else",
+            raised(error),
+        )
+        return
     cases = [Case(text, float(place % 2), policy.seed, place) for place, text in enumerate(TEXTS)]
     recordings = [recorder.record(case) for case in cases]
     if not policy.fails_in_batches:
