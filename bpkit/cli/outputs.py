@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,9 @@ class Outputs:
 # Groups of options, for `bpkit.cli.options.takes`.
 
 
+_ABSOLUTE = re.compile(r"(?<![^=:+,])[/~][^,+]*")
+"""A path from the root or from home, as a whole argument or as the value of an option within one."""
+
 def figures(json: Json = None) -> Outputs:
     """`--json`."""
     return Outputs(json)
@@ -95,9 +99,11 @@ def command_line() -> str:
 
 
 def portable(arguments: Sequence[str]) -> str:
-    """A command as it is recorded in what is passed on: of absolute paths only the name is kept.
+    """A command as it is recorded in what is passed on: of absolute paths only the name is kept, also within options.
 
     >>> portable(["train", "mlp", "/home/me/runs/trace", "--out", "runs/mlp"])
     'bpkit train mlp trace --out runs/mlp'
+    >>> portable(["trace", "--drafter", "ngram+hierarchy:store=/home/me/store,order=model"])
+    'bpkit trace --drafter ngram+hierarchy:store=store,order=model'
     """
-    return shlex.join(["bpkit", *(Path(a).name if a.startswith(("/", "~")) else a for a in arguments)])
+    return shlex.join(["bpkit", *(_ABSOLUTE.sub(lambda path: Path(path[0]).name, a) for a in arguments)])
