@@ -331,7 +331,7 @@ def trace_drafts(drafter: Drafter, finished: Sequence[Finished]) -> list[Drafts]
             return trace_blocks(drafter, finished)
     elif isinstance(drafter, AutoregressiveDrafter) and type(drafter) in (AutoregressiveDrafter, EarlyExitDrafter):
         return [trace_rollouts(drafter, one) if one.rows else Drafts(one) for one in finished]
-    return [trace_step_by_step(drafter, one) if one.rows else Drafts(one) for one in finished]
+    return [trace_step_by_step(drafter, one) for one in finished]
 
 
 def _first(outputs: Sequence[Output], tokens: int) -> list[Output]:
