@@ -924,7 +924,8 @@ def test_every_column_and_field_is_documented() -> None:
     schema = {field.name: field for field in fields}
     assert documented == schema.keys() | Manifest.model_fields.keys()
     for name, field in schema.items():
-        kind = re.sub(r"list<\w+: (\w+)>", r"list of \1", str(field.type)).replace("float", "float32").replace("double", "float64")
+        kind = re.sub(r"list<\w+: (\w+)>", r"list of \1", str(field.type))
+        kind = kind.replace("float", "float32").replace("double", "float64")
         assert re.search(rf"^\| `{name}` \| {kind} \|", text, re.MULTILINE), f"{name} is {kind}"
 
 
