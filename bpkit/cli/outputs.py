@@ -71,6 +71,7 @@ class Outputs:
 _ABSOLUTE = re.compile(r"(?<![^=:+,])[/~][^,+]*")
 """A path from the root or from home, as a whole argument or as the value of an option within one."""
 
+
 def figures(json: Json = None) -> Outputs:
     """`--json`."""
     return Outputs(json)
