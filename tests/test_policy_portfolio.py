@@ -102,10 +102,10 @@ def test_the_choice_is_the_maximum_of_the_formula(seed: int) -> None:
         state = policy.begin(now)
         assert int(state["waiting"][0, 0]) == 39, "the prompt: the anchor is the fortieth token"
         (made,) = choice(policy, state, now)
-        assert made == brute_force(rates, offer, 39, 0.2, 8.0)
+        assert made == brute_force(rates, offer, 39, 0.2, 16.0)
         state["waiting"][0, 0] = 1
         (made,) = choice(policy, state, now)
-        assert made == brute_force(rates, offer, 1, 0.2, 8.0)
+        assert made == brute_force(rates, offer, 1, 0.2, 16.0)
         found.add(made)
     assert len(found) > 2
 

@@ -29,6 +29,8 @@ SUREST = 0.999
 """Chances are kept below, so that their odds are finite."""
 NAMES = ("accepted", "tested")
 OF_AN_OFFER = (Feature.SOURCE_OFFER, Feature.SOURCE_MATCH, Feature.SOURCE_SHARE, Feature.SOURCE_SUPPORT)
+Option = tuple[float, int, int]
+"""Expected tokens, block size and source."""
 Clue = tuple[int, ...]
 """What is known of an offer: length of its match, range of its share, support."""
 
@@ -76,10 +78,15 @@ class Portfolio(Policy):
 
     An offer is compared with what the step yields whether it was drafted or not, so that free sources need no
     exploring. No draft is worth 1 / plain step. Without a cost model a step costs 1 + slope (b - 1) plain steps.
+
+    Rows that run together share passes as wide as the widest of them. Where the cost model prices so many rows, they
+    are decided together: for each width every row takes what promises most within it, and the width with the most
+    tokens of all rows over the cost of the step is chosen. Catching up is left out there.
     """
 
     Config = PortfolioConfig
     wants = frozenset(OF_AN_OFFER)
+    joint = True
     config: PortfolioConfig
     levels: Sequence[Counts] = ()
 
@@ -123,35 +130,29 @@ class Portfolio(Policy):
 
     def select(self, state: State, context: Context) -> Plan:
         state.update(_known(context))
-        parts = (state["odds"].tolist(), state["waiting"].tolist())
-        rows = zip(context.context_length.tolist(), *_offers(state), *parts, strict=True)
-        best = [self._best(self.costs(length, context.running), *row) for length, *row in rows]
+        rows = [*zip(*_offers(state), state["odds"].tolist(), strict=True)]
+        options = [self._options(*row) for row in rows]
+        lengths, waiting = context.context_length.tolist(), state["waiting"].tolist()
+        costs = [self.costs(length, context.running) for length in lengths]
+        longest = costs[lengths.index(max(lengths))]
+        if len(rows) > 1 and longest.of_rows:
+            best = _together(options, longest, [source.work.free for source in self.sources])
+        else:
+            best = [_alone(*row) for row in zip(options, costs, waiting, strict=True)]
         sizes, sources = (context.position.new_tensor(column) for column in zip(*best, strict=True))
         return Plan(sizes, sources)
 
-    def _best(
-        self,
-        costs: StepCosts,
-        offer: Sequence[int],
-        clue: Sequence[Clue],
-        odds: Sequence[Sequence[float]],
-        waiting: Sequence[int],
-    ) -> tuple[int, int]:
-        """Block size and source for one row."""
-        best, worth = (1, 0), 1 / costs.plain
+    def _options(self, offer: Sequence[int], clue: Sequence[Clue], odds: Sequence[Sequence[float]]) -> list[Option]:
+        """What one row may draft, and the tokens to expect of it."""
+        found = [(1.0, 1, 0)]
         for source, sizes in enumerate(self.sizes):
             most = min(offer[source], self.width)
             if not most or not sizes:
                 continue
             chances = _shifted(self.chances(source, clue[source], most), odds[source], self.config.weight)
             tokens = [*accumulate(accumulate(chances, mul), initial=1.0)]
-            caught_up = costs.catch_up(source, waiting[source])
-            for size, cost in zip(sizes, costs.steps[source], strict=True):
-                if size - 1 > most:
-                    break
-                if tokens[size - 1] / (cost + caught_up) > worth:
-                    best, worth = (size, source), tokens[size - 1] / (cost + caught_up)
-        return best
+            found += [(tokens[size - 1], size, source) for size in sizes if size - 1 <= most]
+        return found
 
     def chances(self, source: int, clue: Clue, count: int) -> list[float]:
         """a_1 .. a_count of the formula, of all requests."""
@@ -245,11 +246,46 @@ class Portfolio(Policy):
         self.levels = [loaded.sum((2, 3, 4)), loaded.sum((3, 4)), loaded]
 
 
+def _alone(options: Sequence[Option], costs: StepCosts, waiting: Sequence[int]) -> tuple[int, int]:
+    """Block size and source with the most tokens over cost, for a row that pays for its own positions alone."""
+    best, worth = (1, 0), 1 / costs.steps[0, 1]
+    for tokens, size, source in options[1:]:
+        rate = tokens / (costs.steps[source, size] + costs.catch_up(source, waiting[source]))
+        if rate > worth:
+            best, worth = (size, source), rate
+    return best
+
+
+def _together(rows: Sequence[Sequence[Option]], costs: StepCosts, free: Sequence[bool]) -> list[tuple[int, int]]:
+    """The same for rows that share passes as wide as the widest: the width with the most tokens of all over the step.
+
+    Within a width each row takes what promises most. A draft of a model costs its pass, so widths are tried without
+    models, too.
+    """
+    best, worth = [(1, 0)] * len(rows), 0.0
+    for width in sorted({size for options in rows for _, size, _ in options}):
+        for models in (False, True):
+            picked = [
+                max((o for o in options if o[1] <= width and (models or free[o[2]] or o[1] == 1)), key=_promise)
+                for options in rows
+            ]
+            rate = sum(tokens for tokens, _, _ in picked) / costs.of_all([(size, source) for _, size, source in picked])
+            if rate > worth:
+                best, worth = [(size, source) for _, size, source in picked], rate
+    return best
+
+
+def _promise(option: Option) -> tuple[float, int]:
+    """Expected tokens; of equals the smaller block."""
+    return option[0], -option[1]
+
+
 class StepCosts:
     """What steps cost a row at one context length, where all rows that run do the same.
 
     Attributes:
-        plain: a step without a draft. steps: by source, of each of its block sizes, without catching up.
+        steps: by source and block size, without catching up; (0, 1) is a step without a draft.
+        of_rows: whether they are shares of what the cost model says of so many rows.
 
     Raises:
         AttributeError, ValueError: the cost model does not price so many rows.
@@ -259,9 +295,23 @@ class StepCosts:
         self, models: Sequence[CostModel], slope: float, sizes: Sequence[Sequence[int]], at: int, rows: int = 1
     ) -> None:
         self._at, self._slope, self._rows = at, slope, rows
-        self._models = models
-        self.plain = self._step(0, 1)
-        self.steps = [[self._step(source, size) for size in own] for source, own in enumerate(sizes)]
+        self._models, self.of_rows = models, rows > 1
+        self.steps = {(source, size): self._step(source, size) for source, own in enumerate(sizes) for size in own}
+        self.steps[0, 1] = self._step(0, 1)
+
+    def of_all(self, drafts: Sequence[tuple[int, int]]) -> float:
+        """A step of all rows, of which each has a block size and a source. With figures of so many rows only."""
+        sizes: dict[int, list[int]] = {}
+        for size, source in drafts:
+            if size > 1:
+                sizes.setdefault(source, []).append(size)
+        widths = [size for size, _ in drafts]
+        seconds = self._of_all(0, "verify", max(widths), sum(widths)) + self._of_all(0, "rest", 1, len(drafts))
+        return seconds + sum(self._of_all(source, "draft", max(own), sum(own)) for source, own in sizes.items())
+
+    def _of_all(self, source: int, phase: str, size: int, positions: int) -> float:
+        of_rows: Any = self._models[source]
+        return float(of_rows.batch_seconds(phase, size, self._at, self._rows, positions))
 
     def catch_up(self, source: int, waiting: int) -> float:
         """What a draft takes longer for positions that wait."""
@@ -277,11 +327,9 @@ class StepCosts:
         """A row's share of a phase."""
         if not self._models:
             return 0.0
-        cost, rows = self._models[source], self._rows
-        if rows == 1:
-            return cost.seconds(phase, size, self._at)
-        of_rows: Any = cost
-        return float(of_rows.batch_seconds(phase, size, self._at, rows, rows * size)) / rows
+        if self._rows == 1:
+            return self._models[source].seconds(phase, size, self._at)
+        return self._of_all(source, phase, size, self._rows * size) / self._rows
 
 
 def _zeros(shape: tuple[int, ...]) -> Counts:
