@@ -30,7 +30,7 @@ def bench_digits(
     *,
     files: Outputs,
 ) -> None:
-    """Count passes of the target for each image, with drafts of its last pass (Jacobi decoding).
+    """Count passes for each image with drafts of the last pass.
 
     Trains a small autoregressive model of scikit-learn's digits (8 x 8 pixels of 17 grey levels, raster order, the
     class as the prompt), then makes images at temperature 1: by plain decoding, with `last-pass` under both verify
