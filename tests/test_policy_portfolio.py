@@ -299,3 +299,16 @@ def test_strange_memories_are_refused(change: dict[str, Any], error: str) -> Non
     assert policy.state_dict() == before
     with pytest.raises(PolicyError, match="after `bind`"):
         Portfolio().load_state_dict(before)
+
+
+def test_rows_that_share_passes_are_decided_together() -> None:
+    """One sure row does not make seven others pay for its width; where all are sure, all draft."""
+    many = RowsTable(draft={6: 0.1}, verify={1: 1.0, 6: 2.0})
+    priced = CostTable(draft={6: 0.1}, verify={1: 1.0, 6: 1.05}, rows={8: many})
+    priced = priced.with_sources([priced])
+    for sure, size in ((1, 1), (8, 6)):  # 12.9 tokens in 2.1 are less than 8 in 1.0, and 47 are more
+        policy: Portfolio = bound(Portfolio(), SPEC, priced)
+        policy.load_state_dict(counts([[0.99] * 5, [0.99] * 5], 500.0))
+        now = context([[5, 5]] * sure + [[0, 0]] * (8 - sure), running=8)
+        made = choice(policy, policy.begin(now), now)
+        assert [chosen for _, chosen in made] == [size] * sure + [1] * (8 - sure)

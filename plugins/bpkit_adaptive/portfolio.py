@@ -295,7 +295,7 @@ class StepCosts:
         self, models: Sequence[CostModel], slope: float, sizes: Sequence[Sequence[int]], at: int, rows: int = 1
     ) -> None:
         self._at, self._slope, self._rows = at, slope, rows
-        self._models, self.of_rows = models, rows > 1
+        self._models, self.of_rows = models, rows > 1 and len(models) > 0
         self.steps = {(source, size): self._step(source, size) for source, own in enumerate(sizes) for size in own}
         self.steps[0, 1] = self._step(0, 1)
 
