@@ -549,8 +549,9 @@ class SpeculativeDecoder:
         made = policy_for(policy, self)
         missing = made.wants - self._offered()
         if missing:
+            drafter = model_name(self.drafter.name)
             raise PolicyError(
-                f"policy {type(made).__name__} wants {', '.join(sorted(missing))}, which drafter {self.drafter.name!r} "
+                f"policy {type(made).__name__} wants {', '.join(sorted(missing))}, which drafter {drafter!r} "
                 f"({self.drafter.kind}) does not provide; it provides: {', '.join(sorted(self.drafter.provides))}"
             )
         made.bind(self.spec, self.cost)
