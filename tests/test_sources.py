@@ -18,7 +18,9 @@ from bpkit.cli.generate import describe
 from bpkit.cli.main import build_app
 from bpkit.decode.clock import CostClock, price
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.drafter import EachRow, Offer, Proposal, proposed
 from bpkit.decode.sources import Sources, sources_of
+from bpkit.decode.text import RunningText
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.judge.sources import counts_of_steps
 from bpkit.judge.wall_clock.decoders import PolicyDecoder
@@ -368,3 +370,25 @@ def test_observers_and_reports_tell_which_source_drafted(pair: TinyPair, tmp_pat
 
     ours = PolicyDecoder("chance", decoder, {"temperature": 0, "max_new_tokens": 30}, 0)
     assert dict(ours.run(pair.ids("a, b, a, b, a, "), 0).sources).keys() == counts.keys()
+
+
+def test_a_store_that_makes_no_offers_is_not_asked(pair: TinyPair) -> None:
+    class Silent:
+        def advance(self, features: Any) -> None: ...
+
+        def draft(self, block_size: int, draw: Any, go_on: Any) -> Proposal:
+            return proposed(Offer([5] * (block_size - 1)))
+
+    class Mute(NgramDrafter):
+        def begin(self, text: RunningText) -> EachRow:
+            return EachRow(text, lambda row: Silent())
+
+    policy = Chance()
+    decoder = SpeculativeDecoder(pair.target, [Mute(), NgramDrafter()], policy, tokenizer=pair.tokenizer, strict=True)
+    made = decoder.generate("a, b, a, b, a, ", max_new_tokens=12, temperature=0)
+    plain = decoder_of(pair, "fixed:1").generate("a, b, a, b, a, ", max_new_tokens=12, temperature=0)
+    assert torch.equal(made.tokens, plain.tokens)
+    assert all(int(step.offer_agreed[0, 0]) == -1 for step in made.steps if step.offer_agreed is not None)
+    options = TraceOptions(SIZES, 8)
+    traced = Tracer(SpeculativeDecoder(pair.target, Mute(), "fixed:4", tokenizer=pair.tokenizer), options)
+    assert traced.trace(0, PROMPTS[0]).drafts.match_length is None

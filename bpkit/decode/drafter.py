@@ -150,8 +150,13 @@ class EachRow:
         ]
         return side_by_side(made)
 
+    @property
+    def offers(self) -> bool:
+        """Whether the sessions of all rows make offers."""
+        return all(hasattr(session, "offer") for session in self.sessions)
+
     def offer(self, most: int) -> list[Offer]:
-        """What each row's session would draft, up to `most` tokens. For free sources only."""
+        """What each row's session would draft, up to `most` tokens. Where `offers` only."""
         return [session.offer(most) for session in self.sessions]  # type: ignore[attr-defined]
 
     def passed(self, chosen: Sequence[list[int]]) -> None:
@@ -191,6 +196,15 @@ def side_by_side(made: Sequence[Proposal | None]) -> Proposal:
         max(proposal.read for proposal in each),
         features,
     )
+
+
+def offers_of(session: DrafterSession, most: int) -> list[Offer] | None:
+    """What each row of a free source would draft, up to `most` tokens; None of one that makes no offers."""
+    if not getattr(session, "offers", hasattr(session, "offer")):
+        return None
+    offering: Any = session
+    made: list[Offer] = offering.offer(most)
+    return made
 
 
 def own_features(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bpkit.assets import model_name
-from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Offer, Proposal, own_features
+from bpkit.decode.drafter import Drafter, DrafterSession, GoOn, Offer, Proposal, offers_of, own_features
 from bpkit.decode.features import draft_features
 from bpkit.decode.sampling import Draw
 from bpkit.decode.target import TargetSession
@@ -160,11 +160,8 @@ class SourceSessions:
 
     def _offers(self, place: int) -> list[Offer] | None:
         """What a free source has for each row; None of one that does not say before it drafts."""
-        spec, session = self.specs[place], self.sessions[place]
-        if not spec.work.free or not hasattr(session, "offer"):
-            return None
-        offers: list[Offer] = session.offer(spec.max_block_size - 1)
-        return offers
+        spec = self.specs[place]
+        return offers_of(self.sessions[place], spec.max_block_size - 1) if spec.work.free else None
 
     def agreed(self, yielded: Sequence[Sequence[int]]) -> Tensor | None:
         """How much of what sources offered came to be; see `Step.offer_agreed`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bpkit.decode.drafter import Drafter, DrafterSession, EachRow, Proposal
+from bpkit.decode.drafter import Drafter, DrafterSession, Proposal, offers_of
 from bpkit.decode.sampling import Draw, Sampler, Samplers
 from bpkit.decode.sources import work_of_drafter
 from bpkit.decode.text import RowText, RunningText
@@ -56,8 +56,7 @@ def _look_up(drafter: Drafter, finished: Finished, drafts: Drafts) -> bool:
         Whether the drafter makes offers.
     """
     session, text = _session_at(drafter, finished, 0)
-    offer = getattr(session, "offer", None)
-    if offer is None or not _offers(session):
+    if offers_of(session, finished.width) is None:
         return False
     drafts.match_length = torch.zeros(finished.rows, dtype=torch.long)
     drafts.match_share = torch.zeros(finished.rows, dtype=torch.float64)
@@ -65,17 +64,15 @@ def _look_up(drafter: Drafter, finished: Finished, drafts: Drafts) -> bool:
         if row > 0:
             _append(text, finished, 1)
             session.advance(None)
-        (offered,) = offer(finished.width)
+        offers = offers_of(session, finished.width)
+        assert offers is not None
+        (offered,) = offers
         drafts.match_length[row], drafts.match_share[row] = offered.match, offered.share
         tokens = torch.tensor(offered.tokens, dtype=torch.long)
         for column, block_size in enumerate(finished.block_sizes):
             length = min(len(tokens), block_size - 1)
             drafts.tokens[row, column, :length] = tokens[:length]
     return True
-
-
-def _offers(session: DrafterSession) -> bool:
-    return not isinstance(session, EachRow) or all(hasattr(row, "offer") for row in session.sessions)
 
 
 def _put(drafts: Drafts, row: int, column: int, proposal: Proposal) -> None:

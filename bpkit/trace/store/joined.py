@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.store.manifest import MANIFEST, TraceError
-from bpkit.trace.store.storage import Trace
+from bpkit.trace.store.storage import PromptTraces, Trace
 from bpkit.types import DecoderSpec, SourceSpec
 
 OF_THE_DRAFTER = frozenset(
@@ -20,7 +19,7 @@ OF_THE_DRAFTER = frozenset(
 """What may differ between traces of one output."""
 
 
-class JoinedTrace(Sequence[PromptTrace]):
+class JoinedTrace(PromptTraces):
     """Traces of one output, each a source of drafts in the order given; features of the target are the first one's.
 
     Raises:
@@ -50,17 +49,6 @@ class JoinedTrace(Sequence[PromptTrace]):
     def prompt_fingerprints(self) -> list[str]:
         """Of the tokens of each prompt."""
         return self.traces[0].prompt_fingerprints
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @overload
-    def __getitem__(self, place: int) -> PromptTrace: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[PromptTrace]: ...
-    def __getitem__(self, place: int | slice) -> PromptTrace | list[PromptTrace]:
-        found = range(len(self))[place]
-        return self._read(found) if isinstance(found, int) else [self._read(i) for i in found]
 
     def _read(self, index: int) -> PromptTrace:
         first, *others = (trace[index] for trace in self.traces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -145,7 +146,32 @@ def _join(parts: Sequence[Path], out: Path) -> None:
             writer.write_table(table, row_group_size=max(1, len(table)))
 
 
-class Trace(Sequence[PromptTrace]):
+class PromptTraces(Sequence[PromptTrace]):
+    """Prompts that are read when they are asked for.
+
+    Attributes:
+        ids: of all prompts, in their order.
+    """
+
+    ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, place: int) -> PromptTrace: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PromptTrace]: ...
+    def __getitem__(self, place: int | slice) -> PromptTrace | list[PromptTrace]:
+        found = range(len(self))[place]
+        return self._read(found) if isinstance(found, int) else [self._read(i) for i in found]
+
+    @abstractmethod
+    def _read(self, index: int) -> PromptTrace:
+        """One prompt by its place. Raises TraceError."""
+
+
+class Trace(PromptTraces):
     """A complete trace. Prompts are read when they are asked for, so that memory stays flat."""
 
     def __init__(self, folder: Path) -> None:
@@ -176,17 +202,6 @@ class Trace(Sequence[PromptTrace]):
         with _readable(str(self.path)):
             column = self._files[0].read(columns=["prompt_tokens"]).column("prompt_tokens")
         return [fingerprint_values(tokens) for tokens in column.to_pylist()]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @overload
-    def __getitem__(self, place: int) -> PromptTrace: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[PromptTrace]: ...
-    def __getitem__(self, place: int | slice) -> PromptTrace | list[PromptTrace]:
-        found = range(len(self))[place]
-        return self._read(found) if isinstance(found, int) else [self._read(i) for i in found]
 
     def _read(self, index: int) -> PromptTrace:
         prompts, drafts = self._files
