@@ -323,8 +323,8 @@ class Work:
         return (own, *self.others)
 
 
-PHASES = ("draft", "catch_up", "features", "verify", "rest")
-"""The parts of a step that a cost model prices."""
+PHASES = ("draft", "catch_up", "features", "verify", "rest", "prefill")
+"""What a cost model prices: the parts of a step, and reading prompts."""
 
 
 class CostModel(Protocol):
@@ -335,7 +335,9 @@ class CostModel(Protocol):
 
         `draft` goes by block size, with one position waiting; `catch_up` is what a draft takes longer by the number
         of waiting positions; `features` is what probabilities and entropies of a draft take, by block size; `verify`
-        goes by verified positions, anchor included; `rest` is all else in a step, its size is 1.
+        goes by verified positions, anchor included; `rest` is all else in a step, its size is 1; `prefill` is a pass of
+        the target that reads prompts, by their tokens in it, of all rows together. Only where time under load is
+        simulated is a cost model asked for that.
         """
         ...
 
@@ -369,7 +371,7 @@ class BatchCostModel(CostModel, Protocol):
             size, context_length: as in `seconds`, of the widest and of the longest row.
             rows: that run.
             positions: of all rows, without padding: draft sizes for `draft`, verified positions for `verify`. Other
-                phases do not look at it.
+                phases do not look at it, and `prefill` not at `rows` either.
         """
         ...
 

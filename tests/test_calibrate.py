@@ -28,7 +28,7 @@ from bpkit.trace.cost.estimate import estimate, merged_ranges, waiting_range
 from bpkit.trace.cost.held_out import held_out_error
 from bpkit.trace.cost.random_sizes import RandomSizes
 from bpkit.trace.cost.statistics import slope_within, trimmed
-from bpkit.trace.cost.timed import TimedSteps
+from bpkit.trace.cost.timed import TimedPrompts, TimedSteps
 from bpkit.types import AUTOREGRESSIVE, BLOCK_DIFFUSION, NGRAM, Context, DecoderSpec, Draft, Seconds, Work, work_of
 
 LARGEST = 6
@@ -39,7 +39,7 @@ OPTIONS = {"max_new_tokens": 160, "temperature": 0.0}
 DRAFT = {2: 0.010, 3: 0.030, 4: 0.020, 5: 0.020, 6: 0.045}
 FEATURES = {2: 0.001, 3: 0.001, 4: 0.004, 5: 0.002, 6: 0.003}
 VERIFY = {1: 0.100, 2: 0.150, 3: 0.130, 4: 0.131, 5: 0.200, 6: 0.190}
-CATCH_UP, REST, DECISION = 0.005, 0.007, 0.002
+CATCH_UP, REST, DECISION, PREFILL = 0.005, 0.007, 0.002, 0.25
 
 
 class KnownClock:
@@ -53,7 +53,7 @@ class KnownClock:
 
     def charge(self, measured: Seconds, work: Work | None) -> Seconds:
         if work is None:
-            return Seconds()
+            return Seconds(verify=PREFILL)
         draft = DRAFT[work.draft_size] + CATCH_UP * (work.waiting > 1) if work.draft_size else 0.0
         features = FEATURES[work.draft_size] if work.features else 0.0
         rest = REST + self.rest_per_width * (work.verify_width - 1)
@@ -92,6 +92,38 @@ def test_drafts_catching_up_features_and_the_rest_are_found_again(found: CostTab
     assert min(found.catch_up) == 2
     assert found.seconds("catch_up", 1, 0) == 0.0
     assert found.seconds("catch_up", 2, 0) == pytest.approx(CATCH_UP, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_prompts_are_priced_by_their_tokens(found: CostTable, pair: TinyPair) -> None:
+    lengths = [len(pair.tokenizer(prompt.text)["input_ids"]) for prompt in PROMPTS]
+    assert found.prices_prefill
+    assert min(lengths) <= min(found.prefill) <= max(found.prefill) <= max(lengths)
+    assert set(found.prefill.values()) == {PREFILL}
+    cells = [cell for cell in found.spread if cell.phase == "prefill"]
+    assert [cell.size for cell in cells] == sorted(found.prefill)
+    assert sum(cell.count for cell in cells) == 2 * len(PROMPTS)
+
+
+def test_passes_that_read_prompts_of_one_length_are_timed(pair: TinyPair) -> None:
+    decoder = decoder_of(pair, NgramDrafter(block_size=2))
+    short, alike = settings(options={"max_new_tokens": 3, "temperature": 0.0}), replace(PROMPTS[0], id="again")
+    tokens = len(pair.tokenizer(alike.text)["input_ids"])
+
+    def timed(*prompts: Prompt) -> list[TimedPrompts]:
+        return TimedPrompts.of(run_batch(decoder, list(enumerate(prompts)), short))
+
+    assert timed(alike) == [TimedPrompts(tokens, PREFILL)]
+    assert timed(PROMPTS[0], alike) == [TimedPrompts(2 * tokens, PREFILL)]
+    assert timed(PROMPTS[0], PROMPTS[1]) == []  # two passes: the last tokens have one of their own
+    cut = run_batch(decoder, [(0, alike), (1, alike)], settings(), deadline=0.0)
+    assert TimedPrompts.of(cut) == []
+
+
+def test_prompts_are_priced_in_ranges_that_double() -> None:
+    timed = [TimedPrompts(tokens, tokens / 1000) for tokens in range(64, 200)] + [TimedPrompts(10, 0.0)]
+    figures = estimate(batch_steps(0, 300, (1,)), LARGEST, work_of(BLOCK_DIFFUSION), prompts=timed).prefill
+    assert figures == pytest.approx({96: 0.0955, 164: 0.1635}, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ def table(**more: Any) -> CostTable:
         "features": {8: 0.03125},
         "verify": {1: {100: 1.0, 300: 2.0}, 2: 1.5, 8: {100: 2.0, 200: 4.0, 400: 3.0}},
         "rest": 0.125,
+        "prefill": {9: 5.0, 21: 8.0},
     }
     return CostTable(**{**values, **more})
 
@@ -58,6 +59,12 @@ def table(**more: Any) -> CostTable:
         ("verify", 2, 200, 1.5),  # one figure for all
         ("verify", 3, 300, 3.5),
         ("rest", 1, 50, 0.125),
+        ("prefill", 0, 200, 0.0),
+        ("prefill", 1, 200, 1.5),  # a pass over one position
+        ("prefill", 5, 200, 3.25),  # linear from there on
+        ("prefill", 9, 200, 5.0),
+        ("prefill", 15, 200, 6.5),
+        ("prefill", 42, 200, 16.0),  # beyond the largest: in proportion
     ],
 )
 def test_figures_of_sizes_and_context_lengths(phase: str, size: int, context_length: int, seconds: float) -> None:
@@ -74,6 +81,8 @@ def test_many_at_once_are_the_same_as_one_by_one(phase: str) -> None:
         for j, context in enumerate(contexts.tolist()):
             assert found[i, j] == pytest.approx(cost.seconds(phase, size, context), rel=1e-14)
     assert cost.array("catch_up", [1, 2, 24]).tolist() == [0.0, 0.0625, 0.75]
+    assert cost.array("prefill", [0, 1, 5, 9, 15, 42], 200).tolist() == [0.0, 1.5, 3.25, 5.0, 6.5, 16.0]
+    assert table(prefill={1: 2.0}).array("prefill", [0, 1, 5], 200).tolist() == [0.0, 2.0, 10.0]
     assert cost.array(phase, np.zeros((0, 3), int), 5).shape == (0, 3)
 
 
@@ -82,6 +91,18 @@ def test_a_table_that_is_left_out_costs_nothing() -> None:
     assert price(cost, Work(draft_size=40, waiting=500, verify_width=40, context_length=9, features=True)).total == 2.0
     assert cost.array("draft", [2, 999]).tolist() == [0.0, 0.0]
     assert cost.largest_block_size is None
+
+
+def test_prompts_are_priced_where_the_table_says_so() -> None:
+    assert table().prices_prefill
+    unpriced = table(prefill={})
+    assert not unpriced.prices_prefill
+    assert unpriced.seconds("prefill", 500, 100) == 0.0
+    assert unpriced.array("prefill", [5, 500]).tolist() == [0.0, 0.0]
+    assert "prefill" not in unpriced.model_dump()
+    for other in (table().with_sources([unpriced]).of_source(1), flat(table()), linear(table())):
+        assert other.seconds("prefill", 15, 0) == 6.5
+    assert unpriced.model_copy(update={"prefill": {9: 2.0}}).seconds("prefill", 9, 0) == 2.0
 
 
 def test_a_step_is_priced_phase_by_phase() -> None:
@@ -106,8 +127,8 @@ def test_what_is_no_step_has_no_cost() -> None:
         table().seconds("verify", 0, 1)
     with pytest.raises(CostError, match="verifies at least the anchor"):
         table().array("verify", [1, 0], 1)
-    with pytest.raises(CostError, match="draft, catch_up, features, verify, rest"):
-        table().seconds("prefill", 1, 1)
+    with pytest.raises(CostError, match="draft, catch_up, features, verify, rest, prefill"):
+        table().seconds("postfill", 1, 1)
 
 
 def test_a_table_goes_to_other_processes() -> None:
@@ -175,6 +196,7 @@ def of_rows(**more: Any) -> CostTable:
         ("catch_up", 6, 0, 8, 0, 0.0),
         ("features", 6, 0, 8, 48, 0.0),
         ("rest", 1, 0, 5, 0, 0.5 + 0.25 / 4),
+        ("prefill", 15, 0, 99, 0, 6.5),  # by the tokens of all rows together, however many rows
         ("verify", 8, 200, 8, 1, 0.0),  # padding cannot save more than everything
         ("verify", 8, 200, 1, 8, 4.0),  # one row: as before
     ],
@@ -360,6 +382,7 @@ def test_rows_are_written_where_there_are_any(tmp_path: Path) -> None:
         "features",
         "verify",
         "rest",
+        "prefill",
     ]
     assert list(json.loads(one.read_text())) == [*keys, "spread", "measured"]
     assert list(json.loads(several.read_text())) == [*keys, "rows", "spread", "measured"]
@@ -392,6 +415,7 @@ def test_files_of_one_row_are_read_and_written_as_they_were(file: Path, tmp_path
         ('{"verify": {"1": 1}, "draft": {"1": 0.5}}', "draft.1: keys must be whole numbers from 2"),
         ('{"verify": {"1": 1}, "draft": 3}', "draft must hold figures by size"),
         ('{"verify": {"1": 1}, "rest": -1}', "rest must not be negative"),
+        ('{"verify": {"1": 1}, "prefill": {"64": 0}}', "prefill.64 must be above 0"),
         ('{"verify": {"1": 1}, "drafts": {}}', "drafts is not a key of a cost model; the keys are: .*draft, catch_up"),
         ('{"verify": {"1": 1}, "schema_version": 9}', "schema_version is another than this version of bpkit knows"),
         ('{"verify": {"1": 1}, "rows": {"1": {"verify": {"1": 1}}}}', "rows.1: keys must be whole numbers from 2"),

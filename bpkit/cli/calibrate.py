@@ -211,6 +211,7 @@ def _rows_table(cost: CostTable) -> Table:
 def sentences(cost: CostTable) -> list[str]:
     """What the table does not show, and how it was measured."""
     catching_up = ", ".join(f"{size}: {_figure(cost, more)}" for size, more in cost.catch_up.items())
+    reading = ", ".join(f"{tokens}: {_figure(cost, more)}" for tokens, more in cost.prefill.items())
     features = [f"{_figure(cost, more)} at block size {size}" for size, more in cost.features.items()]
     contexts = sorted(cost.verify[1]) if isinstance(cost.verify[1], dict) else []
     said = [
@@ -220,6 +221,7 @@ def sentences(cost: CostTable) -> list[str]:
         f"Probabilities and entropies of a draft: {' to '.join(features[:: max(len(features) - 1, 1)])}."
         if features
         else "",
+        f"Reading prompts, by tokens of a pass: {reading}." if reading else "",
         f"Context lengths measured in plain steps: {', '.join(map(str, contexts))}." if contexts else "",
         cost.description,
         f"Source: {cost.source}" if cost.source else "",

@@ -17,6 +17,7 @@ import torch
 from bpkit.decode.clock import Clock, WallClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.drafter import Drafter
+from bpkit.decode.result import Generation
 from bpkit.decode.sources import sources_of
 from bpkit.files import utc
 from bpkit.installation.machine import describe_machine
@@ -27,7 +28,7 @@ from bpkit.trace.cost.figures import CostError
 from bpkit.trace.cost.held_out import held_out_error
 from bpkit.trace.cost.random_sizes import RandomSizes
 from bpkit.trace.cost.table import Cell, CostTable, HeldOut, Measured
-from bpkit.trace.cost.timed import TimedSteps
+from bpkit.trace.cost.timed import TimedPrompts, TimedSteps
 from bpkit.types import OF_THE_DISTRIBUTION, DecoderSpec, DraftWork, Feature, Seconds, Work
 
 RUNS_BETWEEN_LOOKS = 10
@@ -97,10 +98,12 @@ class TimedRuns:
 
     Attributes:
         runs: batch size and timed steps of each.
+        prompts: passes that read them.
         rounds: that were begun. ended: why measuring ended.
     """
 
     runs: list[tuple[int, Timed]] = field(default_factory=list)
+    prompts: list[TimedPrompts] = field(default_factory=list)
     rounds: int = 0
     ended: str = ""
 
@@ -155,7 +158,8 @@ def calibrate(
     started = time.time()
     runs = _measure(variants, recorder, prompts, settings, largest, progress)
     steps = TimedSteps.of(runs.timed)
-    cost, worst = estimate(steps, largest, spec.work, settings.sizes), _worst(steps, largest, settings.sizes)
+    cost = estimate(steps, largest, spec.work, settings.sizes, runs.prompts)
+    worst = _worst(steps, largest, settings.sizes)
     assert worst is not None  # or there would be no figures
     seconds, modelled, half = steps.measured, steps.modelled(cost), len(steps) // 2
     early, late = (seconds[part].sum() / modelled[part].sum() for part in (slice(half), slice(half, None)))
@@ -243,7 +247,8 @@ def _measure(
             if progress is not None:
                 progress(f"round {round_}, {known}", done, len(batches))
             recorder.timed = []
-            run_batch(variants[(round_ + done) % len(variants)], batch, settings, deadline)
+            ended = run_batch(variants[(round_ + done) % len(variants)], batch, settings, deadline)
+            runs.prompts += TimedPrompts.of(ended)
             runs.runs.append((len(batch), recorder.timed))
             if time.monotonic() > deadline:
                 runs.ended = f"{settings.max_minutes:g} minutes were over"
@@ -272,20 +277,24 @@ def _round(tasks: list[tuple[int, Prompt]], sizes: Sequence[int], rng: random.Ra
 
 def run_batch(
     variant: SpeculativeDecoder, batch: Batch, settings: CalibrationSettings, deadline: float = math.inf
-) -> None:
-    """Decode prompts at once: one to its end, several to the end of the last or the first step after the deadline."""
+) -> list[Generation]:
+    """Decode prompts at once: one to its end, several to the end of the last or the first step after the deadline.
+
+    Returns those that ended.
+    """
     if len(batch) == 1:
         ((stream, prompt),) = batch
-        variant.run(prompt.text, seed=settings.seed, stream_id=stream, **settings.options).finish()
-        return
+        return [variant.run(prompt.text, seed=settings.seed, stream_id=stream, **settings.options).finish()]
     prompts = [{"prompt": prompt.text, "stream_id": stream} for stream, prompt in batch]
     with variant.run_many(prompts, batch_size=len(batch), seed=settings.seed, **settings.options) as runs:
         for _ in runs:
             if time.monotonic() > deadline:
                 break
-        for _, generation in runs.ended():
-            if generation.error is not None:
-                raise generation.error
+        ended = [generation for _, generation in runs.ended()]
+    for generation in ended:
+        if generation.error is not None:
+            raise generation.error
+    return ended
 
 
 def _worst(steps: TimedSteps, largest: int, sizes: Sequence[int]) -> tuple[int, Cell] | None:

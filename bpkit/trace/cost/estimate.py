@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bpkit.trace.cost.figures import CostError
 from bpkit.trace.cost.statistics import cell_of, combined, slope_within, trimmed
 from bpkit.trace.cost.table import Cell, CostTable, Padding, RowsTable
-from bpkit.trace.cost.timed import Mask, TimedSteps
+from bpkit.trace.cost.timed import Mask, TimedPrompts, TimedSteps
 from bpkit.types import DraftWork
 
 FEWEST = 40
@@ -24,6 +24,8 @@ SURE = 3.0
 """Standard errors that padding must save something by."""
 CHEAP = 0.01
 """A figure below this share of a plain step is not waited for: its spread hardly moves a step's."""
+FEWEST_PROMPTS = 4
+"""Passes over prompts that a range of their tokens must have; one with fewer is merged with the next."""
 _WAITING_LITTLE = 8
 _WAITING: tuple[int, ...] = (
     *range(2, _WAITING_LITTLE + 1),
@@ -32,17 +34,28 @@ _WAITING: tuple[int, ...] = (
 """Waiting positions: one by one at first, then ranges that end here."""
 
 
-def estimate(steps: TimedSteps, largest: int, work: DraftWork, batch_sizes: Sequence[int] = (1,)) -> CostTable:
+def estimate(
+    steps: TimedSteps,
+    largest: int,
+    work: DraftWork,
+    batch_sizes: Sequence[int] = (1,),
+    prompts: Sequence[TimedPrompts] = (),
+) -> CostTable:
     """The figures for block sizes and verify widths up to `largest`, at one row and at each of `batch_sizes`.
 
     Steps of other numbers of rows are not looked at.
 
+    Args:
+        prompts: passes that read them; without any, reading prompts has no price.
+
     Raises:
         CostError: too little was measured to say what the largest block or a plain step costs.
     """
+    reading, tables = prefill_cells(prompts), _tables(steps.of_rows(1), largest, work)
     return CostTable(
         name="measured",
-        **_tables(steps.of_rows(1), largest, work),
+        **{**tables, "spread": (*tables["spread"], *reading)},
+        prefill=_figures(reading),
         rows={rows: _of_rows(steps.of_rows(rows), largest, work) for rows in sorted(batch_sizes) if rows > 1},
     )
 
@@ -182,6 +195,15 @@ def verify_cells(steps: TimedSteps) -> tuple[list[Cell], list[Cell]]:
         widths.append(cell_of("verify", width, seconds).model_copy(update=pooled))
         contexts += parts
     return widths, contexts
+
+
+def prefill_cells(prompts: Sequence[TimedPrompts]) -> list[Cell]:
+    """What reading prompts takes, in ranges of tokens that double; the size of a cell is the mean of its samples'."""
+    timed = [prompt for prompt in prompts if prompt.seconds > 0]  # a cost clock charges nothing for prompts
+    tokens = np.array([prompt.tokens for prompt in timed], np.int64)
+    seconds = np.array([prompt.seconds for prompt in timed], np.float64)
+    ranges = merged_ranges(tokens, lambda n: n.bit_length(), FEWEST_PROMPTS) if timed else ()
+    return [cell_of("prefill", round(float(tokens[part].mean())), seconds[part]) for part in ranges]
 
 
 # Ranges

@@ -65,6 +65,45 @@ class Figures:
         return np.where(sizes < self.free_below, 0.0, found)
 
 
+class PromptFigures:
+    """Figures of reading prompts, by tokens of a pass: lines between those given, in proportion above the largest.
+
+    Args:
+        given: seconds by tokens; without any, prompts are free.
+        passes: of the target. The lines begin at what a pass over one position costs.
+    """
+
+    def __init__(self, given: Mapping[int, float], passes: Figures) -> None:
+        self.tokens, self.passes = sorted(given), passes
+        self.values = [given[tokens] for tokens in self.tokens]
+
+    def at(self, tokens: int, context_length: int) -> float:
+        """The figure of a pass over so many tokens of prompts."""
+        if not self.tokens or tokens < 1:
+            return 0.0
+        place = bisect_left(self.tokens, tokens)
+        if place == len(self.tokens):
+            return self.values[-1] * (tokens / self.tokens[-1])
+        after, high = self.tokens[place], self.values[place]
+        if after == tokens:
+            return high
+        before, low = (
+            (self.tokens[place - 1], self.values[place - 1]) if place else (1, self.passes.at(1, context_length))
+        )
+        return low + (high - low) / (after - before) * (tokens - before)
+
+    def array(self, tokens: NDArray[Any], context_lengths: NDArray[Any]) -> NDArray[np.float64]:
+        """`at` of every number of tokens and context length, two arrays of one shape: float64 of that shape."""
+        if not self.tokens:
+            return np.zeros(tokens.shape)
+        (first, *_, last), high = (self.tokens[0], *self.tokens), self.values[0]
+        low = self.passes.array(np.ones_like(tokens), context_lengths)
+        begins = low + (high - low) / max(first - 1, 1) * (tokens - 1)
+        found = np.where(tokens < first, begins, np.interp(tokens, self.tokens, self.values))
+        found = np.where(tokens > last, self.values[-1] * (tokens / last), found)
+        return np.where(tokens < 1, 0.0, found)
+
+
 class Tables(Protocol):
     """What steps of some number of rows cost, as it is written."""
 

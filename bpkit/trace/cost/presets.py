@@ -27,7 +27,8 @@ PRESETS = {_DFLASH.name: _DFLASH}
 def flat(cost: CostTable) -> CostTable:
     """Every step costs the same, what verifying one position does, of however many rows it is.
 
-    Then tokens/s and acceptance length coincide. Both derived models price as many rows as `cost` does.
+    Then tokens/s and acceptance length coincide. Both derived models price as many rows as `cost` does, and prompts as
+    it does.
     """
     return _derived(cost, "flat", 0.0, "Every step costs what a target pass over one position does; drafts are free.")
 
@@ -55,5 +56,6 @@ def _derived(cost: CostTable, name: str, slope: float, description: str) -> Cost
         description=f"{description} One position: as in {cost.name!r}.",
         unit=cost.unit,
         verify=verify(1),
+        prefill=cost.prefill,
         rows={most: RowsTable(verify=verify(most), padding=padding)} if most > 1 else {},
     )

@@ -25,7 +25,7 @@ from pydantic import (
     model_serializer,
 )
 
-from bpkit.trace.cost.figures import CostError, StepFigures
+from bpkit.trace.cost.figures import CostError, PromptFigures, StepFigures
 
 
 def _shape(value: Any) -> str:
@@ -203,7 +203,9 @@ class CostTable(BaseModel):
         verify: by verified positions, anchor included; each one figure, or figures by context length, linear in
             between and constant outside.
         rest: everything else in a step.
-        rows: the same tables for steps of several rows, by how many run; empty if it prices one row only.
+        prefill: reading prompts, by their tokens in one pass of the target, of all rows together. Linear in between, in
+            proportion above the largest; between one token, which a pass of width 1 reads, and the smallest linear too.
+        rows: the tables of steps for several rows, by how many run; empty if it prices one row only.
         sources: what drafts of further sources cost, from source 1 on; their verify and rest are those of this table.
         spread, measured: of tables that were measured. source: of published figures.
 
@@ -223,6 +225,7 @@ class CostTable(BaseModel):
     features: dict[_BlockSize, _Free] = {}
     verify: _VerifyTable
     rest: _Free = 0.0
+    prefill: dict[_Size, _Paid] = {}
     rows: dict[_Many, RowsTable] = {}
     sources: tuple[CostTable, ...] = ()
     spread: tuple[Cell, ...] = ()
@@ -237,12 +240,12 @@ class CostTable(BaseModel):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_empty(self, handler, "rows", "sources")
+        return _without_empty(self, handler, "prefill", "rows", "sources")
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> CostTable:
         """A copy, other figures included: nothing that was looked up before is kept."""
         copied = super().model_copy(update=update, deep=deep)
-        for looked_up in ("_figures", "_figures_of_rows"):
+        for looked_up in ("_figures", "_figures_of_rows", "_prompts"):
             copied.__dict__.pop(looked_up, None)
         return copied
 
@@ -250,6 +253,8 @@ class CostTable(BaseModel):
 
     def seconds(self, phase: str, size: int, context_length: int) -> float:
         """Cost of one of `PHASES` for one row. Raises CostError for a size above the largest that the table gives."""
+        if phase == "prefill":
+            return self._prompts.at(size, context_length)
         return self._figures.seconds(phase, size, context_length)
 
     def batch_seconds(self, phase: str, size: int, context_length: int, rows: int, positions: int) -> float:
@@ -258,7 +263,7 @@ class CostTable(BaseModel):
         Raises:
             CostError: a size, or a number of rows, above the largest that the table gives.
         """
-        if rows == 1:
+        if rows == 1 or phase == "prefill":
             return self.seconds(phase, size, context_length)
         low, high, share = self._around(rows)
         lower, upper = (figures.seconds(phase, size, context_length) for figures in (low, high))
@@ -300,7 +305,8 @@ class CostTable(BaseModel):
             for number, of_rows in other.rows.items()
             if number in self.rows
         }
-        return other.model_copy(update={"verify": self.verify, "rest": self.rest, "rows": rows})
+        own = {"verify": self.verify, "rest": self.rest, "prefill": self.prefill}
+        return other.model_copy(update={**own, "rows": rows})
 
     def array(
         self,
@@ -318,6 +324,9 @@ class CostTable(BaseModel):
         Raises CostError, as `batch_seconds`.
         """
         counts = np.asarray(rows)
+        if phase == "prefill":
+            size, at, _ = np.broadcast_arrays(np.asarray(sizes), np.asarray(context_lengths), counts)
+            return self._prompts.array(size, at)
         if counts.ndim == 0 and counts == 1:
             return self._figures.array(phase, *np.broadcast_arrays(np.asarray(sizes), np.asarray(context_lengths)))
         asked = np.asarray(sizes) * counts if positions is None else np.asarray(positions)
@@ -338,6 +347,10 @@ class CostTable(BaseModel):
     def _figures(self) -> StepFigures:
         """Sorted once: `seconds` is called several times in every step."""
         return StepFigures(self, self.name)
+
+    @cached_property
+    def _prompts(self) -> PromptFigures:
+        return PromptFigures(self.prefill, self._figures.phases["verify"])
 
     @cached_property
     def _figures_of_rows(self) -> tuple[list[int], list[StepFigures]]:
@@ -370,6 +383,11 @@ class CostTable(BaseModel):
     def largest_rows(self) -> int:
         """The largest number of rows that has a cost."""
         return max(self.rows, default=1)
+
+    @property
+    def prices_prefill(self) -> bool:
+        """Whether reading prompts has a cost; if not, it costs 0."""
+        return bool(self.prefill)
 
     @property
     def largest_width(self) -> int:

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.decode.reread import commits
+from bpkit.decode.result import Generation
 from bpkit.trace.cost.statistics import trimmed
 from bpkit.trace.cost.table import CostTable
-from bpkit.types import Seconds, Work
+from bpkit.types import Prefill, Seconds, Work
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+
+
+class TimedPrompts(NamedTuple):
+    """A pass of the target that read prompts: their tokens, of all rows together, and its seconds."""
+
+    tokens: int
+    seconds: float
+
+    @classmethod
+    def of(cls, generations: Iterable[Generation]) -> list[TimedPrompts]:
+        """The passes in which the prompts of these were read, where they had one length: others take two passes."""
+        read: dict[int, tuple[Prefill, list[int]]] = {}
+        for generation in generations:
+            record, _ = generation.records[0]
+            assert isinstance(record, Prefill)
+            length = generation.sequences.shape[1] - generation.tokens.shape[1]
+            read.setdefault(id(record), (record, []))[1].append(length)
+        return [
+            cls(sum(lengths), record.seconds.verify)
+            for record, lengths in read.values()
+            if len(lengths) == len(record.row_ids) and len(set(lengths)) == 1
+        ]
 
 
 @dataclass(frozen=True)
