@@ -111,6 +111,7 @@ POLICIES: tuple[PolicyLike, ...] = (
     "portfolio",
     "priority",
     "source_bandit",
+    "batch_table",
 )
 FOR_THE_SHIPPED_PAIR: tuple[PolicyLike, ...] = (
     "forecast",

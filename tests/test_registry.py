@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "adaedl",
     "bandit",
+    "batch_table",
     "blockpilot",
     "confidence",
     "eesd",

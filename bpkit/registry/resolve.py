@@ -201,8 +201,14 @@ def written(policy: PolicyLike) -> str:
     if isinstance(policy, str):
         return policy
     name, rest = str(policy.get("name", "")), {k: v for k, v in policy.items() if k != "name"}
-    typed = {k: "+".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in rest.items()}
-    return name + (":" + ",".join(f"{k}={v}" for k, v in typed.items()) if typed else "")
+    return name + (":" + ",".join(f"{k}={_typed(v)}" for k, v in rest.items()) if rest else "")
+
+
+def _typed(value: Any) -> str:
+    """An option as text: entries of a list or a mapping have `+` between them."""
+    if isinstance(value, Mapping):
+        return "+".join(f"{key}:{_typed(entry)}" for key, entry in value.items())
+    return "+".join(map(_typed, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def name_of(kind: type[Policy]) -> str:
