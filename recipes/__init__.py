@@ -15,6 +15,7 @@ def bpkit_register_commands(app: typer.Typer) -> None:
     """Add the commands of all recipes."""
     from recipes.digits.command import bench_digits
     from recipes.fold.command import bench_fold
+    from recipes.load.command import load_prompts
     from recipes.modelled.command import bench_model
     from recipes.pair.commands import drafter_prompts, policy_prompts, train_target
     from recipes.peers.command import bench_peers
@@ -25,7 +26,7 @@ def bpkit_register_commands(app: typer.Typer) -> None:
     from recipes.sweep.command import sweep
     from recipes.tracing.command import bench_trace
 
-    making = (train_target, drafter_prompts, policy_prompts, real_prompts)
+    making = (train_target, drafter_prompts, policy_prompts, real_prompts, load_prompts)
     measuring = (bench_trace, bench_model, bench_reads, bench_rows, bench_fold, bench_peers, bench_digits)
     for command in (*making, sweep, real_summary, sources_summary, *measuring):
         app.command()(command)

@@ -185,21 +185,22 @@ def _whole(text: str, rng: random.Random) -> str:
     return text
 
 
-def _code_opening(text: str, rng: random.Random) -> str:
+def code_opening(text: str, rng: random.Random) -> str:
     """The first lines, cut at a line's end where there is one."""
     head = text[: rng.randint(*_CODE_OPENING)]
     return head[: head.rfind("\n") + 1] or head
 
 
-def _first_records(text: str, rng: random.Random) -> str:
+def first_records(text: str) -> str:
+    """Complete lines, 240 characters or a little more."""
     end = text.find("\n", _RECORD_OPENING)
     return text[: end + 1] if end != -1 else text + "\n"
 
 
 _CUTS: dict[str, Callable[[str, random.Random], str]] = {
     "maths": _whole,
-    "code": _code_opening,
-    "structured": _first_records,
+    "code": code_opening,
+    "structured": lambda text, rng: first_records(text),
 }
 
 
