@@ -112,6 +112,8 @@ POLICIES: tuple[PolicyLike, ...] = (
     "priority",
     "source_bandit",
     "batch_table",
+    "batch_ema",
+    "turbospec",
 )
 FOR_THE_SHIPPED_PAIR: tuple[PolicyLike, ...] = (
     "forecast",

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "adaedl",
     "bandit",
+    "batch_ema",
     "batch_table",
     "blockpilot",
     "confidence",
@@ -61,6 +62,7 @@ BUILT_IN = {
     "svip",
     "tapout",
     "threshold",
+    "turbospec",
     "ucb",
 }
 

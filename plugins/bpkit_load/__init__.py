@@ -13,3 +13,15 @@ def bpkit_register_policies(register: Register) -> None:
         summary="A block size for each number of running rows, from a table, as in vLLM.",
         config="bpkit_load.batch_table:BatchTableConfig",
     )
+    register(
+        "batch_ema",
+        "bpkit_load.batch_ema:BatchEma",
+        summary="For all rows: a block size by one moving average of accepted tokens, as in SGLang.",
+        config="bpkit_load.batch_ema:BatchEmaConfig",
+    )
+    register(
+        "turbospec",
+        "bpkit_load.turbospec:TurboSpec",
+        summary="For all rows: the block size with the most tokens per second, from one acceptance rate (TurboSpec).",
+        config="bpkit_load.turbospec:TurboSpecConfig",
+    )
