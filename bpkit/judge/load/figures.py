@@ -1,0 +1,220 @@
+"""The figures of one load, as plain JSON values: means over seeds, and ratios to the best fixed size, seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bpkit.judge.evaluation.fixed import described
+from bpkit.judge.load.setup import BOUNDS, CONCURRENCY, FIXED, POLICIES, RATE, LoadCase, LoadSetup
+from bpkit.judge.sources import source_names
+from bpkit.judge.statistics import LEVEL, TOUCHES_ZERO, Floats
+from bpkit.trace.server import Served
+
+
+@dataclass(frozen=True)
+class ServerRun:
+    """What a server did, and the seconds that simulating it took."""
+
+    served: Served
+    seconds: float
+
+
+CaseRuns = dict[str, dict[str, list[ServerRun]]]
+"""The runs of one load by group and name, seed by seed."""
+TOKENS_PER_SECOND, PER_REQUEST = "tokens_per_second", "tokens_per_second_per_request"
+MOST_POINTS = 400
+"""Steps of a changing load that are kept for its picture."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a run that figures are of.
+
+    Attributes:
+        tokens: that the engine gave in it. seconds: that it took.
+        requests: which ended in it, bool [requests].
+    """
+
+    tokens: int
+    seconds: float
+    requests: Any
+
+    @classmethod
+    def of(cls, case: LoadCase, served: Served, *, prompts_cost: bool) -> Window:
+        """The steps with all rows busy of a closed loop; else everything.
+
+        A first token is decided by reading the prompt: it counts where that has a price.
+        """
+        closed = case.kind == CONCURRENCY and served.full > 0
+        steps = served.full if closed else len(served.time)
+        end = float(served.time[steps - 1])
+        first = int((served.first <= end).sum()) if prompts_cost else 0
+        ended = served.ended <= end
+        return cls(int(served.tokens[:steps].sum()) + first, end, ended if ended.any() else np.ones_like(ended))
+
+
+class CaseFigures:
+    """Figures of one load.
+
+    Args:
+        runs: of seeds in which everything was run; one or more.
+    """
+
+    def __init__(self, setup: LoadSetup, case: LoadCase, runs: CaseRuns) -> None:
+        self.setup, self.case, self.runs = setup, case, runs
+        self.compared = PER_REQUEST if case.kind == RATE else TOKENS_PER_SECOND
+        self.rates = {(group, name): self._rates(some) for group, of in runs.items() for name, some in of.items()}
+        fixed = [key for key in self.rates if key[0] == FIXED]
+        self.best = max(fixed, key=lambda key: float(np.log(self.rates[key]).mean()))
+        self.bound = next((key for key in self.rates if key[0] == BOUNDS), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        names = source_names(self.setup.spec)
+        choice = described(names, self.setup.fixed[self.best[1]])
+        of = {group: {name: self._entry(group, name) for name in self.runs.get(group, {})} for group in self.runs}
+        return {
+            **self.case.as_json(),
+            "seeds": len(self.rates[self.best]),
+            "compared": self.compared,
+            "best_fixed": {**choice, **of[FIXED][self.best[1]]},
+            "bound": None if self.bound is None else {"name": self.bound[1], **of[BOUNDS][self.bound[1]]},
+            **{group: of.get(group, {}) for group in (BOUNDS, POLICIES, FIXED)},
+            **({"rows_over_time": self._rows_over_time()} if self.case.levels else {}),
+        }
+
+    def _rates(self, runs: Sequence[ServerRun]) -> Floats:
+        """What is compared, by seed: float64 [seeds]."""
+        of = _per_request if self.compared == PER_REQUEST else _engine
+        return np.array([of(run.served, self._window(run)) for run in runs])
+
+    def _window(self, run: ServerRun) -> Window:
+        return Window.of(self.case, run.served, prompts_cost=self.setup.cost.prices_prefill)
+
+    def _entry(self, group: str, name: str) -> dict[str, Any]:
+        runs, key = self.runs[group][name], (group, name)
+        served, windows = [run.served for run in runs], [self._window(run) for run in runs]
+        ratios = self.rates[key] / self.rates[self.best]
+        return {
+            TOKENS_PER_SECOND: _geometric([_engine(one, w) for one, w in zip(served, windows, strict=True)]),
+            PER_REQUEST: _geometric([_per_request(one, w) for one, w in zip(served, windows, strict=True)]),
+            "tokens_per_second_ratio": _geometric(ratios),
+            "interval": None if key == self.best else ratio_interval(ratios),
+            "by_seed": ratios.tolist(),
+            **({"gap_share": self._gap_share(key)} if group != FIXED else {}),
+            **self._latencies(served, windows),
+            **_work(served),
+            "decision_us": self._decision(group, served),
+            "fallbacks": sum(one.fallbacks for one in served),
+            "simulated_steps_per_second": _per_second(runs, lambda one: len(one.rows)),
+            "simulated_row_steps_per_second": _per_second(runs, lambda one: int(one.rows.sum())),
+        }
+
+    def _gap_share(self, key: tuple[str, str]) -> float | None:
+        """(it - best fixed) / (bound - best fixed); None where the interval of that gap touches zero."""
+        if self.bound is None:
+            return None
+        own, bound = (self.rates[which] / self.rates[self.best] for which in (key, self.bound))
+        interval = ratio_interval(bound)
+        if _geometric(bound) - 1 <= TOUCHES_ZERO or (interval is not None and interval[0] <= 1):
+            return None
+        return (_geometric(own) - 1) / (_geometric(bound) - 1)
+
+    def _latencies(self, served: Sequence[Served], windows: Sequence[Window]) -> dict[str, Any]:
+        """Of the requests that ended in the window."""
+        first, each, slow = [], [], []
+        for one, window in zip(served, windows, strict=True):
+            inside = window.requests
+            first.append((one.first - one.arrived)[inside])
+            several = inside & (one.output_lengths > 1)
+            each.append(((one.ended - one.first)[several]) / (one.output_lengths[several] - 1))
+            slow.append(inside.sum() - several.sum())
+        described = {"ttft": _quantiles(np.concatenate(first)), "tpot": _quantiles(np.concatenate(each))}
+        limit = self.setup.slo_tpot
+        if limit is None:
+            return described
+        within = [int((some <= limit).sum() + others) for some, others in zip(each, slow, strict=True)]
+        share = sum(within) / sum(int(window.requests.sum()) for window in windows)
+        rates = [count / window.seconds for count, window in zip(within, windows, strict=True)]
+        return {**described, "goodput": {"share": share, "requests_per_second": float(np.mean(rates))}}
+
+    def _decision(self, group: str, served: Sequence[Served]) -> float | None:
+        """Microseconds of a step's decisions; None where they were not charged."""
+        if group != POLICIES or not self.setup.charged:
+            return None
+        return 1e6 * float(np.concatenate([one.decisions for one in served]).mean())
+
+    def _rows_over_time(self) -> dict[str, Any]:
+        """Time and rows of the first seed's steps, for the best fixed size and the policies."""
+        shown = {self.best[1]: self.runs[FIXED][self.best[1]], **self.runs.get(POLICIES, {})}
+        found = {}
+        for name, runs in shown.items():
+            served = runs[0].served
+            some = np.unique(np.linspace(0, len(served.time) - 1, MOST_POINTS).astype(int))
+            tokens = np.cumsum(served.tokens)
+            found[name] = {
+                "time": served.time[some].tolist(),
+                "rows": served.rows[some].tolist(),
+                "tokens": tokens[some].tolist(),
+            }
+        return found
+
+
+def ratio_interval(ratios: Floats) -> list[float] | None:
+    """[low, high]: 95%, Student's t of the logarithms; None for a single seed."""
+    if len(ratios) < 2:
+        return None
+    from scipy import stats
+
+    logs = np.log(ratios)
+    half = stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5
+    return [float(end) for end in np.exp(logs.mean() + np.array([-half, half]))]
+
+
+def _engine(served: Served, window: Window) -> float:
+    return window.tokens / window.seconds
+
+
+def _per_request(served: Served, window: Window) -> float:
+    """Tokens over seconds from arrival to end, sums over requests."""
+    inside = window.requests
+    return float(served.output_lengths[inside].sum() / (served.ended - served.arrived)[inside].sum())
+
+
+def _geometric(values: Sequence[float] | Floats) -> float:
+    """So that a mean of ratios is the ratio of means."""
+    return float(np.exp(np.log(values).mean()))
+
+
+def _quantiles(values: Floats) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    p50, p99 = np.quantile(values, [0.5, 0.99])
+    return {"mean": float(values.mean()), "p50": float(p50), "p99": float(p99)}
+
+
+def _work(served: Sequence[Served]) -> dict[str, Any]:
+    """What steps did, all seeds together."""
+    sums = {
+        name: sum(int(getattr(one, name).sum()) for one in served) for name in ("rows", "drafted", "verified", "tokens")
+    }
+    steps, tokens = sum(len(one.rows) for one in served), sums["tokens"]
+    tested, accepted = (np.sum([getattr(one, name) for one in served], axis=0) for name in ("tested", "accepted"))
+    some = tested > 0
+    return {
+        "acceptance_length": tokens / sums["rows"],
+        "acceptance_by_position": (accepted[some] / tested[some]).tolist(),
+        "drafted_per_token": sums["drafted"] / tokens,
+        "verified_per_token": sums["verified"] / tokens,
+        "wasted_per_token": (sums["verified"] - tokens) / tokens,
+        "rows": sums["rows"] / steps,
+        "steps": steps / len(served),
+    }
+
+
+def _per_second(runs: Sequence[ServerRun], count: Callable[[Served], int]) -> float:
+    return sum(count(run.served) for run in runs) / sum(run.seconds for run in runs)

@@ -1,0 +1,116 @@
+"""What the JSON of an evaluation under load says beside its figures: terms, settings and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from bpkit.judge.described import describe_policies, describe_spec
+from bpkit.judge.load.figures import CaseFigures, CaseRuns
+from bpkit.judge.load.setup import POLICIES, LoadSetup
+from bpkit.judge.statistics import LEVEL
+
+DEFINITIONS = {
+    "tokens_per_second": (
+        "Output tokens of the engine over simulated seconds, in which prompts are read and policies decide. Of a "
+        "closed loop: until the first row is missing because no request is left; of other loads: of the whole run. "
+        "First tokens count where reading prompts has a price. Geometric mean over seeds."
+    ),
+    "tokens_per_second_per_request": "Output tokens over seconds from arrival to end, sums over requests.",
+    "best_fixed": (
+        "The one block size with the most of what is `compared`, chosen afterwards for each load on the same requests: "
+        "none that is set in advance does better. It is charged no decision time."
+    ),
+    "compared": (
+        "What ratios are of: `tokens_per_second`, or for arrivals, whose rate says how many tokens there are, "
+        "`tokens_per_second_per_request`."
+    ),
+    "tokens_per_second_ratio": "What is `compared`, over that of the best fixed size; geometric mean over seeds.",
+    "interval": (
+        "95%, Student's t of the logarithms of the seeds' ratios. Each seed has prompts, an order and arrivals of its "
+        "own, the same for all that are compared, and no prompt is in two seeds."
+    ),
+    "gap_share": "(policy - best fixed) / (bound - best fixed); null where the interval of that gap touches zero.",
+    "ttft": "Time to first token, from arrival: waiting and reading the prompt. Mean, median and 99th percentile.",
+    "tpot": "Time per output token after the first, of each request: from its first token to its end.",
+    "goodput": "Requests whose time per output token is within the limit: their share, and their number a second.",
+    "acceptance_by_position": (
+        "By position in the draft: of the drafted tokens that were verified after none was rejected, the share that "
+        "stands."
+    ),
+    "drafted_per_token": "Drafted tokens for each output token of steps.",
+    "verified_per_token": "Positions of the target, anchors included and padding left out, for each output token.",
+    "wasted_per_token": "Those of them that yielded nothing.",
+    "decision_us": (
+        "Microseconds of a step's decisions, for all rows together, as charged: the median of the last ones about as "
+        "many rows, measured on the machine that simulates. Null where they were not charged."
+    ),
+}
+
+
+def load_report(setup: LoadSetup, cases: Iterable[CaseRuns]) -> dict[str, Any]:
+    """Plain JSON values.
+
+    Args:
+        cases: the runs of each load; loads without a complete seed are left out.
+    """
+    loads = {
+        case.name: CaseFigures(setup, case, runs).as_json()
+        for case, runs in zip(setup.cases, cases, strict=True)
+        if all(some for of in runs.values() for some in of.values())
+    }
+    return {
+        "schema_version": 1,
+        "definitions": DEFINITIONS,
+        "settings": _settings(setup),
+        "notes": _notes(setup, loads),
+        "loads": loads,
+    }
+
+
+def _settings(setup: LoadSetup) -> dict[str, Any]:
+    domains = [prompt.domain for prompt in setup.prompts]
+    return {
+        **describe_spec(setup.spec),
+        "cost": {"name": setup.cost.name, "description": setup.cost.description, "source": setup.cost.source},
+        "unit": setup.cost.unit,
+        "prices_prefill": setup.cost.prices_prefill,
+        "policies": describe_policies(setup.policies),
+        "fixed": list(setup.fixed),
+        "prompts": {domain: domains.count(domain) for domain in dict.fromkeys(domains)},
+        "seed": setup.seed,
+        "seeds": setup.seeds,
+        "shares": [[setup.prompts[place].id for place in share] for share in setup.shares],
+        "max_tokens": setup.max_tokens,
+        "decision_time_charged": setup.charged,
+        "slo_tpot": setup.slo_tpot,
+        "level": LEVEL,
+    }
+
+
+def _notes(setup: LoadSetup, loads: dict[str, Any]) -> list[str]:
+    said = []
+    if not setup.cost.prices_prefill:
+        said.append(
+            "The cost model has no price for reading prompts (`prefill`), so that it takes no time here: times to "
+            "first token are of waiting alone. `bpkit calibrate` measures it."
+        )
+    if setup.charges_decisions and not setup.charged:
+        said.append(f"Costs are in {setup.cost.unit}, not in seconds: decision time is not charged.")
+    if setup.seeds < 2:
+        said.append("One seed says nothing of the spread: there are no intervals.")
+    short = [name for name, load in loads.items() if load["seeds"] < setup.seeds]
+    missing = [case.name for case in setup.cases if case.name not in loads]
+    if short or missing:
+        said.append(
+            "Interrupted: "
+            + ", ".join([*(f"{name} has fewer seeds" for name in short), *(f"{name} is missing" for name in missing)])
+            + "."
+        )
+    mended = {name: sum(load[POLICIES][name]["fallbacks"] for load in loads.values()) for name in setup.policies}
+    said += [
+        f"Policy {name} made {count} decisions that had to be mended (`fallbacks`); the figures are of the mended ones."
+        for name, count in mended.items()
+        if count
+    ]
+    return said

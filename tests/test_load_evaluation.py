@@ -1,0 +1,154 @@
+"""Policies judged on a simulated server: who is compared with whom, over which requests, and what figures are of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bpkit.judge.load import LoadCase, LoadRuns, LoadSetup, evaluate_load
+from bpkit.judge.load.figures import ratio_interval
+from bpkit.judge.load.report import load_report
+from bpkit.policy import PolicyError
+from bpkit.testing.traces import synthetic_prompts
+from bpkit.trace.load import ClosedLoop
+from bpkit.trace.server import ServerReplayer
+from tests.test_server_replay import COST, SPEC
+
+ONE, FOUR = LoadCase.concurrency(1, 6), LoadCase.concurrency(4, 16)
+POLICIES = {"fixed:6": "fixed:6", "batch_table:1:6+4:1": "batch_table:1:6+4:1"}
+
+
+def setup(*cases: LoadCase, **options: Any) -> LoadSetup:
+    given = {"policies": POLICIES, "seeds": 2, "charges_decisions": False, **options}
+    return LoadSetup(synthetic_prompts(8), SPEC, COST, cases=cases, **given)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return evaluate_load(setup(ONE, FOUR, slo_tpot=0.02))
+
+
+def test_seeds_have_prompts_of_their_own_and_the_same_mix_of_domains() -> None:
+    made = setup(FOUR)
+    first, second = made.shares
+    assert sorted((*first, *second)) == list(range(8))
+    for number, share in enumerate(made.shares):
+        prompts, places = made.requests(FOUR, number)
+        assert [prompt.index for prompt in prompts] == list(share)
+        assert [prompt.domain for prompt in prompts].count("easy") == 2
+        assert sorted(places) == sorted(4 * [0, 1, 2, 3])
+        assert made.requests(FOUR, number)[1] == places
+
+
+def test_ratios_are_to_the_fixed_size_that_is_best_at_each_load(report: dict[str, Any]) -> None:
+    assert list(report["loads"]) == ["concurrency:1", "concurrency:4"]
+    for load in report["loads"].values():
+        best = load["best_fixed"]
+        assert best["tokens_per_second"] == max(entry["tokens_per_second"] for entry in load["fixed"].values())
+        assert load["fixed"][str(best["block_size"])]["tokens_per_second_ratio"] == 1
+        for entry in (*load["fixed"].values(), *load["policies"].values()):
+            assert entry["tokens_per_second_ratio"] == pytest.approx(
+                entry["tokens_per_second"] / best["tokens_per_second"]
+            )
+    one, four = (load["policies"] for load in report["loads"].values())
+    assert one["fixed:6"]["tokens_per_second_ratio"] == one["batch_table:1:6+4:1"]["tokens_per_second_ratio"]
+    assert four["fixed:6"]["tokens_per_second"] == report["loads"]["concurrency:4"]["fixed"]["6"]["tokens_per_second"]
+
+
+def test_figures_are_those_of_the_server(report: dict[str, Any]) -> None:
+    made = setup(FOUR)
+    rates, waits, spent = [], [], []
+    for number in range(2):
+        prompts, places = made.requests(FOUR, number)
+        served = ServerReplayer(SPEC, "fixed:6", COST, strict=True).serve(prompts, places, ClosedLoop(4))
+        end = served.time[served.full - 1]
+        rates.append((served.tokens[: served.full].sum() + (served.first <= end).sum()) / end)
+        inside = served.ended <= end
+        waits += (served.first - served.arrived)[inside].tolist()
+        spent += ((served.ended - served.first) / (served.output_lengths - 1))[inside].tolist()
+        assert 0 < inside.sum() < len(inside)
+    entry = report["loads"]["concurrency:4"]["policies"]["fixed:6"]
+    assert entry["tokens_per_second"] == pytest.approx(np.prod(rates) ** 0.5)
+    assert entry["ttft"]["mean"] == pytest.approx(np.mean(waits))
+    assert entry["tpot"]["p99"] == pytest.approx(np.quantile(spent, 0.99))
+    assert entry["goodput"]["share"] == pytest.approx(np.mean(np.array(spent) <= 0.02))
+    assert entry["verified_per_token"] == pytest.approx(entry["wasted_per_token"] + 1)
+    assert entry["acceptance_length"] > 1.5
+    assert entry["decision_us"] is None
+    low, high = entry["interval"]
+    assert low < entry["tokens_per_second_ratio"] < high
+
+
+def test_an_interval_is_that_of_students_t() -> None:
+    low, high = ratio_interval(np.exp([0.0, 0.1, 0.2])) or [0, 0]
+    assert np.log([low, high]) == pytest.approx(0.1 + np.array([-1, 1]) * 4.30265 * 0.1 / 3**0.5, rel=1e-5)
+    assert ratio_interval(np.array([1.2])) is None
+
+
+def test_arrivals_are_compared_by_request_and_a_load_that_changes_by_its_whole_run() -> None:
+    arrivals, changing = LoadCase.arrivals(40.0, 4, 10), LoadCase.changing([1, 4, 1])
+    report = evaluate_load(setup(arrivals, changing, block_sizes=(2, 6)))
+    poisson, waves = report["loads"]["rate:40"], report["loads"]["changing:1-4-1"]
+    assert poisson["compared"] == "tokens_per_second_per_request"
+    assert poisson["policies"]["fixed:6"]["ttft"]["mean"] > 0
+    assert set(waves["fixed"]) == {"1", "2", "6"}
+    over_time = waves["rows_over_time"]["batch_table:1:6+4:1"]
+    assert max(over_time["rows"]) == 4
+    assert waves["requests"] == 12
+
+
+def test_decisions_of_policies_are_charged_and_fixed_sizes_decide_nothing() -> None:
+    load = evaluate_load(setup(ONE, charges_decisions=True, block_sizes=(6,)))["loads"]["concurrency:1"]
+    assert load["policies"]["fixed:6"]["decision_us"] > 0
+    assert load["policies"]["fixed:6"]["tokens_per_second_ratio"] < 1
+    assert load["fixed"]["6"]["decision_us"] is None
+
+
+def test_what_was_done_before_an_interruption_is_reported() -> None:
+    class Impatient:
+        left = 10
+
+        def start(self, phase: str, total: int) -> None:
+            assert total == 16
+
+        def tick(self) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    made = setup(ONE, FOUR, block_sizes=(1, 6))
+    runs = LoadRuns(made)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(Impatient())
+    report = runs.report()
+    assert list(report["loads"]) == ["concurrency:1"]
+    assert "concurrency:4 is missing" in report["notes"][-1]
+    runs.run()
+    assert list(runs.report()["loads"]) == ["concurrency:1", "concurrency:4"]
+    assert not runs.report()["notes"]
+    assert load_report(made, map(runs.complete, (0, 1))) == runs.report()
+
+
+@pytest.mark.slow
+def test_processes_find_the_same() -> None:
+    made = setup(ONE, block_sizes=(1, 6))
+    alone, shared = evaluate_load(made), evaluate_load(made, workers=2)
+    for load in (*alone["loads"].values(), *shared["loads"].values()):
+        for entry in (load["best_fixed"], *load["policies"].values(), *load["fixed"].values()):
+            entry.pop("simulated_steps_per_second"), entry.pop("simulated_row_steps_per_second")
+    assert alone == shared
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    with pytest.raises(ValueError, match="8 prompts for 9 seeds"):
+        setup(ONE, seeds=9)
+    with pytest.raises(ValueError, match="no load"):
+        setup()
+    with pytest.raises(ValueError, match="prices up to 8"):
+        setup(LoadCase.concurrency(16))
+    with pytest.raises(ValueError, match="block sizes 5 were not traced"):
+        setup(ONE, block_sizes=(5, 6))
+    with pytest.raises(PolicyError, match="memory"):
+        LoadRuns(setup(ONE, policies={"bandit": "bandit:memory=learned.json"}))
