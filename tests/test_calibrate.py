@@ -543,7 +543,7 @@ def test_the_command_measures_writes_and_prints(on_tiny: list[str], tmp_path: Pa
     assert done.exit_code == 0, done.output
     for word in ("break-even", "T(1)/T(v)", "spread", "the round was over"):
         assert word in done.stdout
-    cost = read_cost(out)
+    cost = read_cost(out).table()
     assert set(cost.draft) == {2, 3}
     assert set(cost.verify) == {1, 2, 3}
     assert cost.measured is not None
@@ -561,7 +561,7 @@ def test_the_command_measures_several_rows(on_tiny: list[str], tmp_path: Path) -
     assert done.exit_code == 0, done.output
     for words in ("steps of all rows together", "Held out:", "% in the mean mix", "2 rounds were over"):
         assert words in done.stdout
-    cost = read_cost(out)
+    cost = read_cost(out).table()
     assert set(cost.rows) == {2}
     assert set(cost.rows[2].draft) == {2, 3}
     assert set(cost.rows[2].verify) == {1, 2, 3}
@@ -619,7 +619,7 @@ def test_on_the_shipped_pair(tmp_path: Path) -> None:
     out = tmp_path / "cost.json"
     done = run("--out", str(out), "--threads", "1", "--limit", "4", "--rounds", "1", "--max-new-tokens", "96")
     assert done.exit_code == 0, done.output
-    cost = read_cost(out)
+    cost = read_cost(out).table()
     assert set(cost.draft) == set(range(2, 17))
     assert set(cost.verify) == set(range(1, 17))
     assert cost.seconds("verify", 1, 100) < cost.seconds("verify", 16, 100)

@@ -307,14 +307,14 @@ def test_a_cost_table_prices_each_source(tmp_path: Path) -> None:
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     write_cost(CostTable(draft={5: 0.5}, verify={1: 1.0, 5: 1.5}), first)
     write_cost(CostTable(draft={5: 0.1}, verify={1: 7.0, 5: 9.0}, rest=3.0), second)
-    joined = read_cost(f"{first}+{second}")
+    joined = read_cost(f"{first}+{second}").table()
     assert (joined.of_source(1).seconds("draft", 5, 0), joined.of_source(1).seconds("verify", 5, 0)) == (0.1, 1.5)
     assert joined.of_source(1).rest == 0
     wider = COST.with_sources([CostTable(draft={8: 0.1}, verify={1: 7.0, 5: 9.0, 8: 9.5})])
     for source in range(4):  # passes wider than the first table's are the other's
         assert [wider.of_source(source).seconds("verify", width, 0) for width in (5, 8)] == [1.2, 9.5]
     write_cost(joined, tmp_path / "both.json")
-    again = read_cost(tmp_path / "both.json")
+    again = read_cost(tmp_path / "both.json").table()
     assert again.sources == joined.sources
     mixed = Work(5, 0, 5, 10, rows=1, source=1)
     assert price(joined, mixed).total == pytest.approx(0.1 + 1.5)

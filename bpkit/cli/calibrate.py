@@ -106,7 +106,7 @@ def calibrate(
     sizes = numbers_of_rows(batch_sizes)
     files = Outputs(out if show is None else None, plot=plot)
     if show is not None:
-        cost = read_cost(show)
+        cost = read_cost(show).table()
     else:
         from bpkit.cli.models import in_chat, load_decoder
         from bpkit.trace.cost.calibrate import CalibrationSettings
@@ -222,7 +222,7 @@ def sentences(cost: CostTable) -> list[str]:
         if features
         else "",
         f"Reading prompts, by tokens of a pass: {reading}." if reading else "",
-        f"Context lengths measured in plain steps: {', '.join(map(str, contexts))}." if contexts else "",
+        f"Context lengths that plain steps have figures for: {', '.join(map(str, contexts))}." if contexts else "",
         cost.description,
         f"Source: {cost.source}" if cost.source else "",
     ]

@@ -21,7 +21,7 @@ from bpkit.prompts import read_prompts
 if TYPE_CHECKING:
     from bpkit.judge.evaluation.splits import SplitRule
     from bpkit.registry.resolve import PolicyLike
-    from bpkit.trace.cost import CostTable
+    from bpkit.trace.cost import NamedCost
     from bpkit.trace.store.joined import AnyTrace
 
 DEFAULT_SPLIT = "0.4,0.2,0.4"
@@ -170,7 +170,7 @@ def all_policies() -> dict[str, PolicyLike]:
     return enough
 
 
-def cost_models(given: str | None, largest: int) -> list[CostTable]:
+def cost_models(given: str | None, largest: int) -> list[NamedCost]:
     """The given cost model, under the name `measured` if it was measured, and the two made from it."""
     from bpkit.trace.cost import CostTable, flat, linear, read_cost
 
@@ -178,14 +178,14 @@ def cost_models(given: str | None, largest: int) -> list[CostTable]:
         plain = CostTable(name="a plain step", unit="plain steps", verify={1: 1.0, largest: 1.0})
         return [flat(plain)]
     cost = read_cost(given)
-    if cost.measured is not None:
+    if isinstance(cost, CostTable) and cost.measured is not None:
         cost = cost.model_copy(update={"name": "measured"})
     elif cost.name in ("flat", "linear"):
         cost = cost.model_copy(update={"name": f"given ({cost.name})"})
     return [cost, flat(cost), linear(cost)]
 
 
-def provenance(trace: AnyTrace, costs: list[CostTable], started: float) -> dict[str, Any]:
+def provenance(trace: AnyTrace, costs: list[NamedCost], started: float) -> dict[str, Any]:
     """What made the figures."""
     import torch
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bpkit.learn.training.prompts import Part
     from bpkit.progress import Progress
     from bpkit.registry.resolve import PolicyLike
-    from bpkit.trace.cost import CostTable
+    from bpkit.trace.cost import NamedCost
     from bpkit.trace.records import PromptTrace
     from bpkit.trace.store.joined import AnyTrace
 
@@ -148,7 +148,7 @@ def export_name(spec: str, policy: Policy, given: str | None) -> str:
 
 
 def write(
-    policy: Policy, prompts: Part, out: Path, *, cost: CostTable | None, opset: int, progress: Progress
+    policy: Policy, prompts: Part, out: Path, *, cost: NamedCost | None, opset: int, progress: Progress
 ) -> ExportedPolicy:
     """Export one policy to the folder `out`, whose name is its own, and try it on prompts."""
     from importlib.metadata import version
@@ -194,7 +194,7 @@ def read(prompts: Part, policy: Policy) -> list[PromptTrace]:
     return found
 
 
-def folded(policy: Policy, model: Any, trace: AnyTrace, costs: CostTable | None) -> Policy:
+def folded(policy: Policy, model: Any, trace: AnyTrace, costs: NamedCost | None) -> Policy:
     """The policy with the target's head in its first layer. Raises PolicyError."""
     from bpkit.export.core import Foldable
 

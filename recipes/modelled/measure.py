@@ -23,7 +23,7 @@ from bpkit.judge.statistics import LEVEL, RESAMPLES, interval, resampled_sums
 from bpkit.progress import NoProgress, Progress
 from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.collect import TraceOptions, generation_options
-from bpkit.trace.cost import CostTable
+from bpkit.trace.cost import CostTable, NamedCost
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
 from bpkit.trace.store.manifest import Manifest
@@ -39,7 +39,7 @@ class _LiveAndReplayed:
         same_steps: of each prompt, whether both took the same steps.
     """
 
-    def __init__(self, decoder: SpeculativeDecoder, manifest: Manifest, policy: PolicyLike, cost: CostTable) -> None:
+    def __init__(self, decoder: SpeculativeDecoder, manifest: Manifest, policy: PolicyLike, cost: NamedCost) -> None:
         clock, largest = WallClock(decoder.target.device), max(manifest.block_sizes)
         self.live = SpeculativeDecoder(
             decoder.target, decoder.drafter, policy, clock=clock, max_block_size=largest, capture=decoder.capture
@@ -76,7 +76,7 @@ def bench_model(
     manifest: Manifest,
     prompts: Sequence[PromptTrace],
     policies: Mapping[str, PolicyLike],
-    cost: CostTable,
+    cost: NamedCost,
     *,
     seed: int = 0,
     progress: Progress | None = None,
@@ -111,7 +111,7 @@ def bench_model(
             "options": options,
             "prompts": [prompt.id for prompt in prompts],
             "cost": cost.name,
-            "calibrated": None if cost.measured is None else cost.measured.started,
+            "calibrated": cost.measured.started if isinstance(cost, CostTable) and cost.measured else None,
             "seed": seed,
             "resamples": RESAMPLES,
             "level": LEVEL,

@@ -14,7 +14,7 @@ import numpy as np
 from bpkit.judge.statistics import Totals, trimmed_mean
 from bpkit.policy import Policy, PolicyError, overrides, validated
 from bpkit.registry.resolve import PolicyLike, resolve_policy
-from bpkit.trace.cost import CostTable
+from bpkit.trace.cost import NamedCost
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayed, Replayer
 from bpkit.types import DecoderSpec
@@ -147,7 +147,7 @@ class PolicyReplay:
     """
 
     def __init__(
-        self, candidate: Candidate, spec: DecoderSpec, costs: Mapping[str, CostTable], seed: int | None = None
+        self, candidate: Candidate, spec: DecoderSpec, costs: Mapping[str, NamedCost], seed: int | None = None
     ) -> None:
         self.costs = costs
         names = list(costs)[:1] if candidate.knows_no_cost(spec) else list(costs)
@@ -183,7 +183,7 @@ class DecisionTime:
     charged: bool
 
     @classmethod
-    def measured(cls, prompts: Sequence[Priced], cost: CostTable) -> DecisionTime:
+    def measured(cls, prompts: Sequence[Priced], cost: NamedCost) -> DecisionTime:
         """From all steps of one or several replays of one policy."""
         steps = np.concatenate([one.step_seconds for one, _ in prompts] or [np.zeros(0)])
         begins = np.array([one.begin_seconds for one, _ in prompts])

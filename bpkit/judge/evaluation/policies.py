@@ -17,7 +17,7 @@ from bpkit.judge.statistics import Ints, Totals
 from bpkit.policy import PolicyError
 from bpkit.progress import Progress
 from bpkit.registry.resolve import PolicyLike
-from bpkit.trace.cost import CostTable
+from bpkit.trace.cost import NamedCost
 from bpkit.trace.records import PromptTrace, Taken
 from bpkit.trace.store.manifest import TraceError
 from bpkit.types import DecoderSpec
@@ -112,7 +112,7 @@ def judge_policy(setup: Setup, policy: PolicyLike, title: str, *, orders: int, t
 def tune_options(
     candidate: Candidate,
     spec: DecoderSpec,
-    costs: Mapping[str, CostTable],
+    costs: Mapping[str, NamedCost],
     prompts: Sequence[PromptTrace],
     *,
     seed: int | None = None,
@@ -161,7 +161,7 @@ def rounds(candidates: int, prompts: int) -> list[tuple[int, int]]:
 def _try_in_rounds(
     candidates: list[Candidate],
     spec: DecoderSpec,
-    costs: Mapping[str, CostTable],
+    costs: Mapping[str, NamedCost],
     prompts: Sequence[PromptTrace],
     seed: int | None,
     progress: Progress,

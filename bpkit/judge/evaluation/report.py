@@ -8,7 +8,7 @@ from typing import Any
 
 from bpkit.judge.evaluation.setup import Setup
 from bpkit.judge.statistics import Ints
-from bpkit.trace.cost import CostTable
+from bpkit.trace.cost import NamedCost
 from bpkit.trace.oracle.paths import FixedChoice
 
 FEW = 20
@@ -95,7 +95,7 @@ DEFINITIONS_OF_SOURCES = {
 }
 
 
-def describe_cost(cost: CostTable, choices: Sequence[FixedChoice], names: Sequence[str]) -> dict[str, Any]:
+def describe_cost(cost: NamedCost, choices: Sequence[FixedChoice], names: Sequence[str]) -> dict[str, Any]:
     """A cost model: its unit, and what a step costs by block size at a middle context length.
 
     `curves` are of the first source; where there are several, `curves_of_source` has those of each.
@@ -115,7 +115,7 @@ def describe_cost(cost: CostTable, choices: Sequence[FixedChoice], names: Sequen
     return described
 
 
-def _curves(cost: CostTable, sizes: Sequence[int]) -> dict[str, Any]:
+def _curves(cost: NamedCost, sizes: Sequence[int]) -> dict[str, Any]:
     at = cost.middle_context
     return {
         "context_length": at,

@@ -28,7 +28,7 @@ from bpkit.judge.statistics import LEVEL, RESAMPLES, Totals
 from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress, Progress
 from bpkit.registry.resolve import PolicyLike
-from bpkit.trace.cost import CostTable
+from bpkit.trace.cost import NamedCost
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Fill, offered
 from bpkit.trace.store.manifest import TraceError
@@ -39,7 +39,7 @@ def evaluate(
     prompts: Sequence[PromptTrace],
     spec: DecoderSpec,
     policies: Mapping[str, PolicyLike],
-    cost_models: Sequence[CostTable],
+    cost_models: Sequence[NamedCost],
     *,
     seed: int = 0,
     split: SplitRule = FRACTIONS,

@@ -15,7 +15,7 @@ from bpkit.judge.loops import ends_in_loop
 from bpkit.judge.sources import source_names
 from bpkit.judge.statistics import Floats, Ints, Totals
 from bpkit.progress import Progress
-from bpkit.trace.cost import CostTable
+from bpkit.trace.cost import NamedCost
 from bpkit.trace.oracle.paths import FixedChoice, fixed_choices, fixed_path
 from bpkit.trace.oracle.plan import waiting_source
 from bpkit.trace.records import PromptTrace
@@ -83,7 +83,7 @@ class Setup:
 
     spec: DecoderSpec
     trace_seed: int | None
-    costs: Mapping[str, CostTable]
+    costs: Mapping[str, NamedCost]
     seed: int
     progress: Progress
     summary: TraceSummary
@@ -114,7 +114,7 @@ class Setup:
 def prepare(
     prompts: Sequence[PromptTrace],
     spec: DecoderSpec,
-    cost_models: Sequence[CostTable],
+    cost_models: Sequence[NamedCost],
     *,
     trace_seed: int | None,
     seed: int,
@@ -149,7 +149,7 @@ def prepare(
 
 
 def summarise_trace(
-    prompts: Sequence[PromptTrace], spec: DecoderSpec, costs: Mapping[str, CostTable], progress: Progress
+    prompts: Sequence[PromptTrace], spec: DecoderSpec, costs: Mapping[str, NamedCost], progress: Progress
 ) -> TraceSummary:
     """Read every prompt once; none is kept.
 
@@ -186,7 +186,7 @@ def summarise_trace(
     )
 
 
-def _summarise(prompt: PromptTrace, spec: DecoderSpec, costs: Mapping[str, CostTable]) -> tuple[Any, ...]:
+def _summarise(prompt: PromptTrace, spec: DecoderSpec, costs: Mapping[str, NamedCost]) -> tuple[Any, ...]:
     """What `TraceSummary` holds of one prompt, in its order."""
     works = [source.work for source in spec.sources]
     choices = fixed_choices(prompt, len(works))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bpkit.trace.cost.gpus import H100_8B, H100_MOE, H200_4B
+from bpkit.trace.cost.named import NamedCost
 from bpkit.trace.cost.table import CostTable, Padding, RowsTable
 
 _DFLASH = CostTable(
@@ -20,11 +22,11 @@ _DFLASH = CostTable(
     draft={16: 6.54 / 4.91 - 1},  # acceptance length / speed-up is a step in plain steps
     verify={1: 1.0, 16: 1.0},
 )
-PRESETS = {_DFLASH.name: _DFLASH}
-"""By name. Relative: the unit is a plain decoding step."""
+PRESETS: dict[str, NamedCost] = {cost.name: cost for cost in (_DFLASH, H200_4B, H100_8B, H100_MOE)}
+"""By name."""
 
 
-def flat(cost: CostTable) -> CostTable:
+def flat(cost: NamedCost) -> CostTable:
     """Every step costs the same, what verifying one position does, of however many rows it is.
 
     Then tokens/s and acceptance length coincide. Both derived models price as many rows as `cost` does, and prompts as
@@ -33,7 +35,7 @@ def flat(cost: CostTable) -> CostTable:
     return _derived(cost, "flat", 0.0, "Every step costs what a target pass over one position does; drafts are free.")
 
 
-def linear(cost: CostTable, slope: float = 0.1) -> CostTable:
+def linear(cost: NamedCost, slope: float = 0.1) -> CostTable:
     """A target pass over v positions costs `1 + slope * (v - 1)` times one over a single position; drafts are free.
 
     The positions of all rows count together, those that are padding do not.
@@ -42,7 +44,8 @@ def linear(cost: CostTable, slope: float = 0.1) -> CostTable:
     return _derived(cost, "linear", slope, f"{said} Drafts are free.")
 
 
-def _derived(cost: CostTable, name: str, slope: float, description: str) -> CostTable:
+def _derived(model: NamedCost, name: str, slope: float, description: str) -> CostTable:
+    cost: CostTable = model.table()
     plain = cost.seconds("verify", 1, cost.middle_context)
     widths = range(1, max(cost.largest_width, cost.largest_block_size or 1) + 1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property, reduce
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,20 +26,19 @@ from pydantic import (
 )
 
 from bpkit.trace.cost.figures import CostError, PromptFigures, StepFigures
+from bpkit.trace.cost.named import Free, NamedCost, Paid, without_empty
 
 
 def _shape(value: Any) -> str:
     return "by context length" if isinstance(value, Mapping) else "one figure"
 
 
-_Free = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
-_Paid = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 _Size = Annotated[int, Field(ge=1)]
 _BlockSize = Annotated[int, Field(ge=2)]
 _Many = Annotated[int, Field(ge=2)]
-_ByContext = Annotated[dict[Annotated[int, Field(ge=0)], _Paid], Field(min_length=1)]
+_ByContext = Annotated[dict[Annotated[int, Field(ge=0)], Paid], Field(min_length=1)]
 _Verify = Annotated[
-    Annotated[_Paid, Tag("one figure")] | Annotated[_ByContext, Tag("by context length")], Discriminator(_shape)
+    Annotated[Paid, Tag("one figure")] | Annotated[_ByContext, Tag("by context length")], Discriminator(_shape)
 ]
 _VerifyTable = Annotated[dict[_Size, _Verify], Field(min_length=1)]
 
@@ -108,12 +107,6 @@ class HeldOut(BaseModel):
     between_error: float | None
 
 
-def _without_empty(model: BaseModel, handler: SerializerFunctionWrapHandler, *names: str) -> dict[str, Any]:
-    """A model as it is written, without some of its fields where they say nothing."""
-    written: dict[str, Any] = handler(model)
-    return {name: value for name, value in written.items() if value or name not in names}
-
-
 class Measured(BaseModel):
     """What a measured table was measured on, and how.
 
@@ -156,7 +149,7 @@ class Measured(BaseModel):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_empty(self, handler, "held_out")
+        return without_empty(self, handler, "held_out")
 
 
 class Padding(BaseModel):
@@ -164,8 +157,8 @@ class Padding(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    draft: _Free = 0.0
-    verify: _Free = 0.0
+    draft: Free = 0.0
+    verify: Free = 0.0
 
 
 class RowsTable(BaseModel):
@@ -183,16 +176,16 @@ class RowsTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    draft: dict[_BlockSize, _Free] = {}
-    catch_up: dict[_Size, _Free] = {}
-    features: dict[_BlockSize, _Free] = {}
+    draft: dict[_BlockSize, Free] = {}
+    catch_up: dict[_Size, Free] = {}
+    features: dict[_BlockSize, Free] = {}
     verify: _VerifyTable
-    rest: _Free = 0.0
+    rest: Free = 0.0
     padding: Padding = Padding()
     spread: tuple[Cell, ...] = ()
 
 
-class CostTable(BaseModel):
+class CostTable(NamedCost):
     """A `bpkit.types.BatchCostModel` as a table, and the schema of a cost file. All figures are in `unit`.
 
     Attributes:
@@ -207,25 +200,18 @@ class CostTable(BaseModel):
             proportion above the largest; between one token, which a pass of width 1 reads, and the smallest linear too.
         rows: the tables of steps for several rows, by how many run; empty if it prices one row only.
         sources: what drafts of further sources cost, from source 1 on; their verify and rest are those of this table.
-        spread, measured: of tables that were measured. source: of published figures.
+        spread, measured: of tables that were measured.
 
     A table that is left out costs nothing. Sizes between two given ones cost what the next larger one does. A step of
     a number of rows between two given ones costs what the line between their prices says.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: Literal[1] = 1
-    name: str = "custom"
-    description: str = ""
-    source: str = ""
-    unit: Literal["seconds", "plain steps"] = "seconds"
-    draft: dict[_BlockSize, _Free] = {}
-    catch_up: dict[_Size, _Free] = {}
-    features: dict[_BlockSize, _Free] = {}
+    draft: dict[_BlockSize, Free] = {}
+    catch_up: dict[_Size, Free] = {}
+    features: dict[_BlockSize, Free] = {}
     verify: _VerifyTable
-    rest: _Free = 0.0
-    prefill: dict[_Size, _Paid] = {}
+    rest: Free = 0.0
+    prefill: dict[_Size, Paid] = {}
     rows: dict[_Many, RowsTable] = {}
     sources: tuple[CostTable, ...] = ()
     spread: tuple[Cell, ...] = ()
@@ -240,14 +226,7 @@ class CostTable(BaseModel):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_empty(self, handler, "prefill", "rows", "sources")
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> CostTable:
-        """A copy, other figures included: nothing that was looked up before is kept."""
-        copied = super().model_copy(update=update, deep=deep)
-        for looked_up in ("_figures", "_figures_of_rows", "_prompts"):
-            copied.__dict__.pop(looked_up, None)
-        return copied
+        return without_empty(self, handler, "prefill", "rows", "sources")
 
     # The CostModel protocol
 
@@ -316,13 +295,7 @@ class CostTable(BaseModel):
         rows: ArrayLike = 1,
         positions: ArrayLike | None = None,
     ) -> NDArray[np.float64]:
-        """`batch_seconds` of many at once: float64, of the shape that all arguments broadcast to.
-
-        Args:
-            positions: that are no padding; None if there is no padding.
-
-        Raises CostError, as `batch_seconds`.
-        """
+        """`batch_seconds` of many at once; see `NamedCost`."""
         counts = np.asarray(rows)
         if phase == "prefill":
             size, at, _ = np.broadcast_arrays(np.asarray(sizes), np.asarray(context_lengths), counts)
@@ -405,30 +378,9 @@ class CostTable(BaseModel):
         plain = self.verify[1]
         return sorted(plain)[len(plain) // 2] if isinstance(plain, dict) else 0
 
-    def target_efficiency(self, width: int, context_length: int | None = None) -> float:
-        """T(1) / T(width): what share of the ideal a verification keeps (MoESD, 2505.19645). 1 is ideal."""
-        at = self.middle_context if context_length is None else context_length
-        return self.seconds("verify", 1, at) / self.seconds("verify", width, at)
-
-    def break_even(self, block_size: int, context_length: int | None = None) -> float:
-        """The mean acceptance length from which drafting this block at every step beats plain decoding.
-
-        (draft + verify + rest) / (verify of width 1 + rest), with one position waiting and the whole draft verified.
-        """
-        return self.step(block_size, context_length) / self.step(1, context_length)
-
-    def step(self, block_size: int, context_length: int | None = None, rows: int = 1) -> float:
-        """Cost of a step with one position waiting whose whole draft is verified; block size 1 is a plain step.
-
-        Args:
-            rows: that all draft a block of this size.
-        """
-        at = self.middle_context if context_length is None else context_length
-
-        def seconds(phase: str, size: int) -> float:
-            return self.batch_seconds(phase, size, at, rows, rows * size)
-
-        return seconds("draft", block_size) + seconds("verify", block_size) + seconds("rest", 1)
+    def table(self) -> CostTable:
+        """Itself."""
+        return self
 
 
 def _with_wider_passes(table: CostTable, other: CostTable) -> CostTable:
