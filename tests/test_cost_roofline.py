@@ -68,6 +68,7 @@ def test_a_pass_is_bound_by_what_takes_longest(
 
 def test_padding_is_not_paid() -> None:
     cost = roofline(experts=EXPERTS, overhead=0.25)
+    assert cost.largest_rows > 10**6
     packed = cost.batch_seconds("verify", 8, 0, 4, 11)
     assert packed == pytest.approx(0.25 + 2.0 + 4.0 * (1 - 0.75**11))
     assert packed < cost.batch_seconds("verify", 8, 0, 4, 32)

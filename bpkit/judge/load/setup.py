@@ -11,7 +11,7 @@ import numpy as np
 from bpkit.judge.evaluation.fixed import label
 from bpkit.judge.sources import source_names
 from bpkit.registry.resolve import PolicyLike
-from bpkit.trace.cost import CostTable
+from bpkit.trace.cost import NamedCost
 from bpkit.trace.load import ChangingLoad, ClosedLoop, Load, PoissonLoad
 from bpkit.trace.oracle.paths import FixedChoice, fixed_choices
 from bpkit.trace.records import PromptTrace
@@ -103,7 +103,7 @@ class LoadSetup:
 
     prompts: Sequence[PromptTrace]
     spec: DecoderSpec
-    cost: CostTable
+    cost: NamedCost
     policies: Mapping[str, PolicyLike]
     cases: Sequence[LoadCase]
     block_sizes: tuple[int, ...] | None = None

@@ -91,6 +91,11 @@ class NamedCost(BaseModel, ABC):
 
     @property
     @abstractmethod
+    def largest_rows(self) -> float:
+        """The largest number of rows that has a cost; infinite if all have one."""
+
+    @property
+    @abstractmethod
     def prices_prefill(self) -> bool:
         """Whether reading prompts has a cost; if not, it costs 0."""
 

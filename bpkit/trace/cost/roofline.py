@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -286,6 +287,11 @@ class Roofline(NamedCost):
     def middle_context(self) -> int:
         """The context length where it is asked without one."""
         return self.context_length
+
+    @property
+    def largest_rows(self) -> float:
+        """Any number of rows has a cost."""
+        return math.inf
 
     @property
     def prices_prefill(self) -> bool:
