@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
+import numpy as np
 import pytest
+import torch
+from bpkit_load.adaptive_verification import AdaptiveVerification, most_tokens_per_second
 from bpkit_load.batch_ema import BatchEma
 from bpkit_load.batch_table import BatchTable
+from bpkit_load.prices import PassPrices, StepPrices
 from bpkit_load.turbospec import TurboSpec
 
 from bpkit.decode.decoder import SpeculativeDecoder
@@ -19,10 +24,16 @@ from bpkit.registry.discovery import build
 from bpkit.registry.resolve import parse_spec, resolve_policy, written
 from bpkit.testing import TinyPair
 from bpkit.trace.cost import CostTable
-from bpkit.types import Context
+from bpkit.types import Context, Draft
 from tests.records import bound, context, decoder, step
 
-KINDS: dict[str, type[Policy]] = {"batch_table": BatchTable, "batch_ema": BatchEma, "turbospec": TurboSpec}
+KINDS: dict[str, type[Policy]] = {
+    "batch_table": BatchTable,
+    "batch_ema": BatchEma,
+    "turbospec": TurboSpec,
+    "adaptive_verification": AdaptiveVerification,
+}
+LEARNING = [BatchEma, TurboSpec, AdaptiveVerification]
 
 
 def running(rows: int, batch: int | None = None) -> Context:
@@ -55,6 +66,8 @@ def test_registered_names_load_their_classes() -> None:
         "batch_ema:warmup=0,interval=1,ladders=1:2+4+8+3:1+2+4",
         "turbospec",
         "turbospec:slope=0.5,discount=0.8",
+        "adaptive_verification:slope=0.2",
+        "adaptive_verification:slope=0.2,when=before",
     ],
 )
 @pytest.mark.parametrize("kind", ["block_diffusion", "autoregressive"])
@@ -70,19 +83,20 @@ def test_rows_run_without_faults(pair: TinyPair, spec: str, kind: str) -> None:
     assert [each.tokens.tolist() for each in made] == [each.tokens.tolist() for each in plain]
 
 
-@pytest.mark.parametrize("kind", [BatchEma, TurboSpec])
+@pytest.mark.parametrize("kind", LEARNING)
 def test_every_value_of_the_grid_is_valid(kind: type[Policy]) -> None:
     for name, values in kind.Config.grid.items():
         for value in values:
             kind(**{name: value})
 
 
-@pytest.mark.parametrize("kind", [BatchEma, TurboSpec])
+@pytest.mark.parametrize("kind", LEARNING)
 def test_memory_survives_json_and_strangers_are_refused(kind: type[Policy]) -> None:
     policy = bound(kind())
     assert policy.state_dict() == {}
+    state = policy.begin(context(3))
     for accepted in ([7, 3, 0], [7, 7, 7]):
-        policy.observe({}, step([7] * 3, accepted))
+        policy.observe(state, step([7] * 3, accepted))
     fresh = bound(kind())
     fresh.load_state_dict(json.loads(json.dumps(policy.state_dict())))
     assert fresh.memory == policy.memory != kind().memory  # type: ignore[attr-defined]
@@ -268,3 +282,169 @@ def test_turbospec_prices_rows_alone_where_a_table_has_no_more() -> None:
     assert bound(TurboSpec(), cost=alone).costs(0, 4) == pytest.approx(table.costs(0, 1))
     narrow = COST.model_copy(update={"rows": {16: COST.rows[16].model_copy(update={"verify": {1: 2.0, 4: 2.0}})}})
     assert bound(TurboSpec(prior=0.9), cost=narrow).select({}, running(16)).tolist() == [4] * 16
+
+
+# adaptive_verification ------------------------------------------------------------------------------------------
+
+
+def drafted(lengths: list[int]) -> Draft:
+    """A draft of so many tokens in each row."""
+    now, length = running(len(lengths)), torch.tensor(lengths)
+    return Draft(now, length + 1, length, torch.zeros(len(lengths), max(lengths), dtype=torch.long))
+
+
+def seen(policy: AdaptiveVerification, *steps: tuple[list[int], list[int]]) -> dict[str, torch.Tensor]:
+    """The state of rows after steps, given as verified and accepted tokens."""
+    state = policy.begin(context(len(steps[0][0])))
+    for verified, accepted in steps:
+        policy.observe(state, step(verified, accepted))
+    return state
+
+
+def test_adaptive_verification_takes_the_k_that_pays_by_hand() -> None:
+    """Two rows whose tokens stand with 0.9, 0.5 and 0.6, 0.1; k positions more cost 2 + slope k."""
+    survival = np.array([[0.9, 0.5], [0.6, 0.1]])
+    # slope 1/2: 2/2, 2.9/2.5, 3.5/3, 4/3.5, 4.1/4 = 1, 1.16, 1.167, 1.143, 1.025
+    # slope 1/5: 2/2, 2.9/2.2, 3.5/2.4, 4/2.6, 4.1/2.8 = 1, 1.318, 1.458, 1.538, 1.464
+    for slope, taken in ((1.0, [0, 0]), (0.5, [1, 1]), (0.2, [2, 1]), (0.01, [2, 2])):
+        policy = bound(AdaptiveVerification(slope=slope, block_size=3))
+        prices = policy.prices(40, 2)
+        assert most_tokens_per_second(survival, np.array([2, 2]), prices) == taken
+    assert most_tokens_per_second(survival, np.array([1, 2]), prices) == [1, 2]
+    assert most_tokens_per_second(survival, np.array([0, 0]), prices) == [0, 0]
+
+
+# Padding costs nothing here: passes of one width differ by what is asked for alone.
+BY_POSITIONS = CostTable.model_validate(
+    {
+        "draft": {6: 0.5},
+        "verify": {1: 1.0, 6: 1.2},
+        "rest": 0.3,
+        "rows": {
+            3: {
+                "draft": {6: 0.9},
+                "verify": {b: 0.6 + 0.4 * 3 * b for b in range(1, 7)},
+                "rest": 0.3,
+                "padding": {"verify": 0.4},
+            }
+        },
+    }
+)
+
+
+def test_adaptive_verification_is_the_best_allocation_where_positions_alone_cost() -> None:
+    policy, numbers, found = bound(AdaptiveVerification(block_size=6), cost=BY_POSITIONS), random.Random(2), set()
+    for _ in range(60):
+        likely = numbers.uniform(0.1, 1)
+        rates = np.array([[min(1.0, numbers.uniform(0, 2 * likely)) for _ in range(5)] for _ in range(3)])
+        survival, most = rates.cumprod(axis=1), [numbers.choice((0, 2, 5)) for _ in range(3)]
+
+        def goodput(taken: tuple[int, ...], survival: np.ndarray = survival) -> float:
+            tokens = 3 + sum(survival[row, :count].sum() for row, count in enumerate(taken))
+            return float(tokens / (0.6 + 0.4 * (3 + sum(taken)) + 0.3 + 0.9))
+
+        taken = tuple(most_tokens_per_second(survival, np.array(most), policy.prices(40, 3)))
+        best = max(map(goodput, itertools.product(*(range(count + 1) for count in most))))
+        assert goodput(taken) == pytest.approx(best)
+        found.add(taken)
+    assert len(found) > 20
+
+
+def test_adaptive_verification_prices_the_widest_row() -> None:
+    """One row of four has seven tokens that stand: worth a pass so wide only if the padding beside them is cheap."""
+    wide = CostTable.model_validate(
+        {"verify": {1: 1.0, 8: 1.0}, "rows": {4: {"verify": {b: 1 + 0.4 * b for b in range(1, 9)}}}}
+    )
+    survival = np.array([[0.99**i for i in range(1, 8)], *[[0.01**i for i in range(1, 8)]] * 3])
+    for padding, taken in ((0.0, [0, 0, 0, 0]), (0.4 / 4, [7, 0, 0, 0])):
+        rows = wide.rows[4].model_copy(update={"padding": wide.rows[4].padding.model_copy(update={"verify": padding})})
+        policy = bound(AdaptiveVerification(block_size=8), cost=wide.model_copy(update={"rows": {4: rows}}))
+        assert most_tokens_per_second(survival, np.array([7] * 4), policy.prices(40, 4)) == taken
+
+
+def test_tokens_that_tie_are_taken_or_left_together() -> None:
+    policy = bound(AdaptiveVerification(block_size=4, slope=0.5, weight=1.0))
+    state = seen(policy, ([3, 3, 3, 3], [3, 1, 1, 0]))  # chances 0.87 (three rows), 0.62, 0.54, 0.37, ...
+    assert policy.truncate(state, drafted([3, 3, 3, 3])).tolist() == [2, 1, 1, 0]
+    turned = {name: value.flip(0) for name, value in state.items()}
+    assert policy.truncate(turned, drafted([3, 3, 3, 3])).tolist() == [0, 1, 1, 2]
+    fresh = bound(AdaptiveVerification(block_size=4, slope=0.6))
+    assert fresh.truncate(fresh.begin(context(4)), drafted([3, 3, 3, 3])).tolist() == [1, 1, 1, 1], (
+        "0.7 each, then 0.49"
+    )
+
+
+def test_adaptive_verification_knows_each_row_and_position() -> None:
+    policy = bound(AdaptiveVerification(block_size=4, weight=2.0, discount=0.5, memory_discount=0.8, prior=0.6))
+    state = seen(policy, ([3, 3, 0], [1, 3, 0]), ([2, 1, 1], [0, 1, 0]))
+    assert state["accepted"].tolist() == [[0.5, 0, 0], [1.5, 0.5, 0.5], [0, 0, 0]]
+    assert state["tested"].tolist() == [[1.5, 0.5, 0], [1.5, 0.5, 0.5], [1, 0, 0]]
+    assert policy.memory.accepted == pytest.approx([0.8 * 2 + 1, 0.8, 0.8])
+    assert policy.memory.tested == pytest.approx([0.8 * 2 + 3, 1.6, 0.8])
+    first = (2.6 + 2 * 0.6) / (4.6 + 2)
+    second = (0.8 + 2 * first) / (1.6 + 2)
+    third = (0.8 + 2 * second) / (0.8 + 2)
+    assert policy.rates() == pytest.approx([first, second, third])
+    own = [(0.5 + 2 * first) / 3.5, 2 * second / 2.5, third]
+    assert policy.survivals(state)[0] == pytest.approx([own[0], own[0] * own[1], own[0] * own[1] * own[2]])
+    assert policy.begin(context(1))["tested"].tolist() == [[0, 0, 0]], "a new row knows what all taught"
+
+
+def test_adaptive_verification_drafts_whole_blocks_or_what_it_verifies() -> None:
+    after = bound(AdaptiveVerification(slope=2.0))
+    state = after.begin(context(2))
+    assert after.select(state, running(2)).tolist() == [8, 8]
+    assert after.truncate(state, drafted([7, 7])).tolist() == [0, 0]
+    before = bound(AdaptiveVerification(slope=2.0, when="before"))
+    assert before.select(before.begin(context(2)), running(2)).tolist() == [1, 1]
+    cheap = bound(AdaptiveVerification(slope=0.1, when="before"))
+    sizes = cheap.select(cheap.begin(context(2)), running(2))
+    assert sizes.tolist() == [5, 5], "2.53 / 1.3, 2.77 / 1.4, 2.94 / 1.5 tokens a plain step"
+    assert cheap.truncate({}, drafted([4, 4])).tolist() == [4, 4]
+
+
+def test_before_the_draft_its_cost_counts() -> None:
+    policy = bound(AdaptiveVerification(block_size=6, when="before"), cost=BY_POSITIONS)
+    prices = policy.prices(40, 3)
+    places = np.array([0, 1, 0, 2])  # in the order of their chances
+    drafts, widths, positions = [0.0, 0.9, 0.9, 0.9, 0.9], [1, 2, 3, 3, 4], [3, 4, 5, 6, 7]
+    verified = [
+        BY_POSITIONS.batch_seconds("verify", width, 40, 3, asked)
+        for width, asked in zip(widths, positions, strict=True)
+    ]
+    assert prices.of(places) == pytest.approx(np.add(verified, drafts) + 0.3)
+
+
+def test_adaptive_verification_takes_no_more_than_is_left_to_generate() -> None:
+    policy, draft = bound(AdaptiveVerification(slope=0.0)), drafted([7, 5, 7])
+    draft.context.remaining = torch.tensor([100, 100, 3])
+    assert policy.truncate(policy.begin(context(3)), draft).tolist() == [7, 5, 2]
+
+
+def test_prices_of_passes_are_the_cost_model_s() -> None:
+    table = CostTable.model_validate(
+        {
+            "draft": {2: 0.1, 6: 0.5},
+            "verify": {b: {0: 1.0 + b, 100: 2.0 + b} for b in range(1, 7)},
+            "rows": {
+                4: {
+                    "draft": {2: 0.2, 6: 1.0},
+                    "verify": {b: {0: 1.0 + 2 * b, 100: 4.0 + 2 * b} for b in range(1, 6)},
+                    "padding": {"verify": 0.25, "draft": 0.03},
+                }
+            },
+        }
+    )
+    prices = StepPrices(table, 0.0, 40, rows=4)
+    assert prices.shared
+    for phase, smallest in (("verify", 1), ("draft", 2)):
+        passes = PassPrices(prices, phase, smallest, 6)
+        for size in range(smallest, 6):
+            asked = np.arange(size + 3 if phase == "verify" else size, 4 * size + 1)
+            exact = [table.batch_seconds(phase, size, 32, 4, positions) for positions in asked.tolist()]
+            assert passes.of(np.full(len(asked), size), asked) == pytest.approx(exact)
+    assert PassPrices(prices, "verify", 1, 6).of(np.array([6]), np.array([12])) == [np.inf], "4 rows of 6 have no price"
+    alone = StepPrices(table, 0.0, 40, rows=5)
+    assert not alone.shared
+    mean = PassPrices(alone, "verify", 1, 6).of(np.array([3, 6]), np.array([10, 20]))
+    assert mean == pytest.approx([5 * table.seconds("verify", size, 32) for size in (2, 4)])

@@ -114,6 +114,8 @@ POLICIES: tuple[PolicyLike, ...] = (
     "batch_table",
     "batch_ema",
     "turbospec",
+    "adaptive_verification",
+    "adaptive_verification:when=before",
 )
 FOR_THE_SHIPPED_PAIR: tuple[PolicyLike, ...] = (
     "forecast",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "adaedl",
+    "adaptive_verification",
     "bandit",
     "batch_ema",
     "batch_table",

@@ -25,3 +25,9 @@ def bpkit_register_policies(register: Register) -> None:
         summary="For all rows: the block size with the most tokens per second, from one acceptance rate (TurboSpec).",
         config="bpkit_load.turbospec:TurboSpecConfig",
     )
+    register(
+        "adaptive_verification",
+        "bpkit_load.adaptive_verification:AdaptiveVerification",
+        summary="After the draft: the tokens of all rows that are most likely to stand, as many as pay, as in vLLM.",
+        config="bpkit_load.adaptive_verification:AdaptiveVerificationConfig",
+    )

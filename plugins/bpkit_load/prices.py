@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bpkit.types import CostModel
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 COST_CONTEXT = 64
 """Costs are looked up once for so many context lengths: they change slowly, and a lookup costs a decision's time."""
+POINTS = 5
+"""Numbers of positions at which a pass of one size is priced."""
 
 
 def priced(cost: CostModel | None, sizes: Iterable[int]) -> list[int]:
@@ -67,3 +73,34 @@ class StepPrices:
         """A step in which all rows draft a block of this size and verify it whole."""
         drafting = self.of("draft", size) if size > 1 else 0.0
         return drafting + self.of("verify", size) + self.of("rest", 1)
+
+
+class PassPrices:
+    """What one phase of a step costs by the size of the widest row and the positions of all rows without padding.
+
+    It is looked up at a few numbers of positions of each size, and is a line in between. Where rows pay what they would
+    alone, it is the price at their mean size, whatever the widest.
+    """
+
+    def __init__(self, prices: StepPrices, phase: str, smallest: int, largest: int) -> None:
+        import numpy as np  # here, so that options can be listed without it
+
+        sizes, rows = np.arange(smallest, largest + 1), prices.rows
+        fewest, most = (sizes if phase == "draft" else sizes + rows - 1), sizes * rows
+        mean = [] if prices.shared else [prices.of(phase, size) for size in sizes.tolist()]
+        tables = []
+        for size, low, high in zip(sizes.tolist(), fewest.tolist(), most.tolist(), strict=True):
+            asked, known, found = range(low, high + 1), most, mean
+            if prices.shared:
+                known = np.unique(np.linspace(low, high, POINTS).astype(int))
+                found = [prices.of(phase, size, positions) for positions in known.tolist()]
+            tables.append(np.interp(asked, known, found) if math.inf not in found else np.full(len(asked), math.inf))
+        self._table = np.concatenate(tables)
+        lengths = [len(table) for table in tables]
+        self._start = np.zeros(largest + 1, np.int64)  # of each size's table, less its fewest positions
+        self._start[smallest:] = np.cumsum([0, *lengths[:-1]]) - fewest
+
+    def of(self, sizes: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The prices of several passes: float64 [passes]."""
+        found: NDArray[np.float64] = self._table[self._start[sizes] + positions]
+        return found
