@@ -105,7 +105,7 @@ def test_the_top_help_groups_commands_by_what_they_are_for() -> None:
     for name in root.list_commands(context):
         panels.setdefault(root.get_command(context, name).rich_help_panel, []).append(name)
     assert list(panels) == ["Decode", "Write a policy", "Measure", "Train and export", "Installation"]
-    assert panels["Measure"] == ["bench", "trace", "calibrate", "evaluate"]
+    assert panels["Measure"] == ["bench", "trace", "calibrate", "evaluate", "evaluate-load"]
 
 
 class _Commands:

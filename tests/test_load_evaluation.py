@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from bpkit.cli.main import build_app
 from bpkit.judge.load import LoadCase, LoadRuns, LoadSetup, evaluate_load
 from bpkit.judge.load.figures import ratio_interval
 from bpkit.judge.load.report import load_report
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
+from bpkit.trace.cost import write_cost
 from bpkit.trace.load import ClosedLoop
 from bpkit.trace.server import ServerReplayer
+from tests.test_evaluation import trace as trace
 from tests.test_server_replay import COST, SPEC
 
 ONE, FOUR = LoadCase.concurrency(1, 6), LoadCase.concurrency(4, 16)
@@ -152,3 +158,60 @@ def test_what_cannot_be_judged_is_refused() -> None:
         setup(ONE, block_sizes=(5, 6))
     with pytest.raises(PolicyError, match="memory"):
         LoadRuns(setup(ONE, policies={"bandit": "bandit:memory=learned.json"}))
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(build_app(), ["evaluate-load", *map(str, arguments)], env={"COLUMNS": "160"})
+
+
+def test_the_command_writes_tables_figures_a_picture_and_a_page(trace: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_cost(COST, tmp_path / "cost.json")
+    files = {option: tmp_path / f"load.{suffix}" for option, suffix in (("json", "json"), ("plot", "png"))}
+    files["report"] = tmp_path / "load.html"
+    written = [part for option, path in files.items() for part in (f"--{option}", path)]
+    loads = ("--concurrency", "1,4", "--rate", 30, "--max-rows", 4, "--changing", "1,4,1", "--requests", 6)
+    how = ("--part", "all", "--seeds", 2, "--block-sizes", "4", "--slo-tpot-ms", 10, "--policy", "batch_table:1:4+4:1")
+    result = run(trace, "--cost", tmp_path / "cost.json", *loads, *how, *written)
+    assert result.exit_code == 0, result.stderr
+    for text in ("best fixed size", "4 at once", "30 a second", "1-4-1", "% within", "positions for an output token"):
+        assert text in result.stdout
+    report = json.loads(files["json"].read_text(encoding="utf-8"))
+    assert list(report["loads"]) == ["concurrency:1", "concurrency:4", "rate:30", "changing:1-4-1"]
+    assert report["settings"]["prompts"] == {"easy": 20, "hard": 20}
+    assert report["settings"]["slo_tpot"] == 0.01
+    assert set(report["definitions"]) >= {"best_fixed", "tpot", "gap_share"}
+    page = files["report"].read_text(encoding="utf-8")
+    assert page.count("<img ") == 4
+    assert "bpkit" in report["provenance"]["command"]
+    assert files["plot"].stat().st_size > 1000
+    assert "evaluate-load" in page or "Made by" in page
+
+
+def test_policies_of_all_rows_are_judged_where_none_is_named(trace: Path, tmp_path: Path) -> None:
+    write_cost(COST, tmp_path / "cost.json")
+    how = ("--concurrency", 2, "--requests", 4, "--seeds", 1, "--block-sizes", 4, "--part", "validation")
+    result = run(trace, "--cost", tmp_path / "cost.json", *how, "--json", tmp_path / "load.json", "--domain", "easy")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
+    assert "batch_table" in report["loads"]["concurrency:2"]["policies"]
+    assert "fixed" not in report["loads"]["concurrency:2"]["policies"]
+    assert set(report["settings"]["prompts"]) == {"easy"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--rate", "3"), "--rate and --max-rows go together"),
+        (("--concurrency", "1,x"), "--concurrency 1,x: write numbers above 0"),
+        (("--changing", "0"), "--changing 0: write numbers above 0"),
+        (("--decisions", "no"), "--decisions no: say"),
+        (("--part", "half"), "--part half: say one of train, validation, test, all"),
+        (("--concurrency", "64"), "prices up to 8"),
+    ],
+)
+def test_wrong_options_are_explained(trace: Path, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    write_cost(COST, tmp_path / "cost.json")
+    result = run(trace, "--cost", tmp_path / "cost.json", *options)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())

@@ -14,7 +14,7 @@ from bpkit.cli import completion, options, outputs
 from bpkit.cli.errors import require
 from bpkit.cli.outputs import Outputs, command_line
 from bpkit.config import Config
-from bpkit.files import utc, write_at_once
+from bpkit.files import utc
 from bpkit.policy import PolicyError
 from bpkit.prompts import read_prompts
 
@@ -134,7 +134,7 @@ def evaluate(
     from bpkit.judge.evaluation.page import html_report
     from bpkit.judge.evaluation.tables import print_evaluation
 
-    files.deliver(result, print_evaluation, lambda report, page: write_at_once(page, html_report(report)))
+    files.deliver(result, print_evaluation, page=html_report)
 
 
 def parse_split(text: str) -> SplitRule:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bpkit.cli.errors import nothing_written, require, when_interrupted
 from bpkit.cli.terminal import Bar, console, progress_bar, say
-from bpkit.files import PICTURES, check_writable, write_json
+from bpkit.files import PICTURES, check_writable, write_at_once, write_json
 
 PAGES = (".html", ".htm")
 Json = Annotated[Path | None, typer.Option("--json", help="Write all figures here.", metavar="FILE")]
@@ -28,11 +28,11 @@ class Outputs:
     """Files that are written at the end. One that cannot be is refused when this is made, not after minutes of work.
 
     Attributes:
-        figures, picture: None for what was not asked for.
+        figures, picture, page: None for what was not asked for.
     """
 
     def __init__(self, figures: Path | None = None, *, plot: Path | None = None, page: Path | None = None) -> None:
-        self.figures, self.picture = figures, plot or page
+        self.figures, self.picture, self.page = figures, plot, page
         if figures is not None:
             check_writable(figures)
         for path, purpose, suffixes in ((plot, "A plot", PICTURES), (page, "A report", PAGES)):
@@ -43,7 +43,7 @@ class Outputs:
     @contextmanager
     def pending(self) -> Iterator[Bar]:
         """Around the work: a progress bar. Whoever interrupts it is told that nothing was written."""
-        with when_interrupted(nothing_written(self.figures, self.picture)), progress_bar() as bar:
+        with when_interrupted(nothing_written(self.figures, self.picture, self.page)), progress_bar() as bar:
             yield bar
 
     def deliver(
@@ -51,16 +51,19 @@ class Outputs:
         result: Any,
         show: Callable[[Any, Console], None],
         draw: Callable[[Any, Path], None] | None = None,
+        page: Callable[[Any], str] | None = None,
         *,
         write: Callable[[Path, Any], None] = write_json,
     ) -> None:
-        """Write the figures, print the tables, draw the picture, and say what was written."""
+        """Write the figures, print the tables, draw the picture, write the page, and say what was written."""
         if self.figures is not None:
             write(self.figures, result)
         show(result, console())
         if self.picture is not None and draw is not None:
             draw(result, self.picture)
-        for path in (self.figures, self.picture):
+        if self.page is not None and page is not None:
+            write_at_once(self.page, page(result))
+        for path in (self.figures, self.picture, self.page):
             if path is not None:
                 say(f"wrote {path}")
 
@@ -85,6 +88,11 @@ def figures_and_plot(json: Json = None, plot: Plot = None) -> Outputs:
 def figures_and_page(json: Json = None, report: Page = None) -> Outputs:
     """`--json` and `--report`."""
     return Outputs(json, page=report)
+
+
+def figures_plot_and_page(json: Json = None, plot: Plot = None, report: Page = None) -> Outputs:
+    """`--json`, `--plot` and `--report`."""
+    return Outputs(json, plot=plot, page=report)
 
 
 def say_written(out: Path, following: str) -> None:

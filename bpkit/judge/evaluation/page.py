@@ -1,23 +1,14 @@
-"""An evaluation as one HTML file: pictures, tables, terms and where it all comes from. No script, nothing from outside.
-
-Needs matplotlib. Texts are escaped where they become elements.
-"""
+"""An evaluation as one HTML file: pictures, tables, terms and where it all comes from. Needs matplotlib."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bpkit.judge.evaluation import plots, tables
 from bpkit.judge.evaluation.fixed import called
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-STYLE = Path(__file__).with_name("page.css")
+from bpkit.judge.html import definitions, html_page, origin, paragraphs, picture
 
 
 def html_report(report: Mapping[str, Any]) -> str:
@@ -27,7 +18,6 @@ def html_report(report: Mapping[str, Any]) -> str:
     title = escape(f"{settings['target']} with {' and '.join(drafters)}")
     models = report["cost_models"]
     first = next(iter(models.values()))
-    terms = "".join(f"<dt>{escape(t)}</dt><dd>{escape(text)}</dd>" for t, text in report["definitions"].items())
     body = [
         f"<h1>Block-size policies on {title}</h1>",
         _summary(report),
@@ -38,21 +28,10 @@ def html_report(report: Mapping[str, Any]) -> str:
             "more tokens a step, and each step costs more: which size is fastest depends on the costs below.",
         ),
         *(_model(name, result) for name, result in models.items()),
-        f"<h2>Terms</h2><dl>{terms}</dl>",
+        definitions(report["definitions"]),
         _origin(report),
     ]
-    return "\n".join(
-        (
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>",
-            f"{STYLE.read_text(encoding='utf-8')}</style></head>",
-            "<body>",
-            *body,
-            "</body></html>\n",
-        )
-    )
+    return html_page(title, body)
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -153,24 +132,4 @@ def _origin(report: Mapping[str, Any]) -> str:
         f"Seed {settings['seed']}; prompt orders: {settings['orders']}; resamples: {settings['resamples']}; "
         f"permutations: {settings['permutations']}; options tuned: {'yes' if settings['tune'] else 'no'}."
     ]
-    command = report.get("provenance", {}).get("command")
-    if command:
-        said.append(f"Made by: {command}")
-    folded = {"provenance": report.get("provenance"), "settings": settings, "split": report["split"]}
-    details = "".join(
-        f"<details><summary>{name}</summary><pre>{escape(json.dumps(value, indent=1))}</pre></details>"
-        for name, value in folded.items()
-        if value
-    )
-    return f"<h2>Where this comes from</h2>{paragraphs(said)}{details}"
-
-
-def paragraphs(texts: Iterable[str]) -> str:
-    """A paragraph for each text."""
-    return "".join(f"<p>{escape(text)}</p>" for text in texts)
-
-
-def picture(figure: Figure, caption: str) -> str:
-    """A picture that is part of the page, with a caption that also says it to those who cannot see it."""
-    said = escape(caption)
-    return f'<figure><img src="{plots.data_uri(figure)}" alt="{said}"><figcaption>{said}</figcaption></figure>'
+    return origin(said, report, ("provenance", "settings", "split"))

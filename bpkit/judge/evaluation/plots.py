@@ -1,9 +1,7 @@
-"""The pictures of an evaluation. Needs matplotlib. Each is narrow enough to be read on a phone."""
+"""The pictures of an evaluation. Needs matplotlib."""
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,43 +9,15 @@ from typing import TYPE_CHECKING, Any
 from bpkit.judge.evaluation.figures import REASON
 from bpkit.judge.evaluation.fixed import called
 from bpkit.judge.evaluation.tables import LOST, RATIO, bounds, compared, lost, lost_titles
+from bpkit.judge.pictures import ABOVE, DOMAINS, FIXED, INK, LINES, ORACLE, POLICY, draw, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 6.2
-"""Inches; with letters of `STYLE` that leaves them readable at 360 pixels."""
-STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "bpkit"}
-DOMAINS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-LINES = ("-", "--", ":", "-.")
-"""Of sources, where there are several."""
-ABOVE: dict[str, Any] = {"frameon": False, "fontsize": 10, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
-"""Where a legend stands."""
-INK, POLICY, ORACLE, FIXED = "#333333", "#0072b2", "#8a8a8a", "#d55e00"
-
-
-def data_uri(figure: Figure) -> str:
-    """A picture as it stands in an `img` element, as SVG: the same text for the same figures."""
-    import matplotlib as mpl
-
-    out = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode("ascii")
-
-
-def _figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure  # no pyplot: it would look for a display
-
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        return figure, figure.subplots(rows, 1, **options)
-
 
 def acceptance_lengths(result: Mapping[str, Any]) -> Figure:
     """Acceptance length by fixed block size: a line for each domain, and source, with 95% intervals."""
-    figure, axes = _figure(3.6)
+    figure, axes = draw(3.6)
     groups = {"all": result["overall"]} | (result["domains"] if len(result["domains"]) > 1 else {})
     ticks = set[int]()
     for number, (title, group) in enumerate(groups.items()):
@@ -84,7 +54,7 @@ def cost_curves(result: Mapping[str, Any]) -> Figure:
     by_source = result.get("curves_of_source", {"": result["curves"]})
     seconds = result["unit"] == "seconds"
     factor = 1e3 if seconds else 1.0
-    figure, axes = _figure(3.3)
+    figure, axes = draw(3.3)
     for style, (source, curves) in zip(itertools.cycle(LINES), by_source.items(), strict=False):
         for name, colour, width in (("step", INK, 3.5), ("verify", DOMAINS[0], 1.6), ("draft", DOMAINS[1], 1.6)):
             values = [factor * value for value in curves[name]]
@@ -105,7 +75,7 @@ def ratios(group: Mapping[str, Any]) -> Figure:
     policies = {name: entry[RATIO] for name, entry in group["policies"].items()}
     hindsight = {name: entry[RATIO] for name, entry in bounds(group).items()}
     heights = [max(1, len(policies)), len(hindsight)]
-    figure, (near, far) = _figure(2.0 + 0.34 * sum(heights), rows=2, height_ratios=heights)
+    figure, (near, far) = draw(2.0 + 0.34 * sum(heights), rows=2, height_ratios=heights)
     _forest(near, policies, POLICY)
     _forest(far, hindsight, ORACLE)
     spans = [x for entry in policies.values() for x in (entry["value"], *entry["interval"])]
@@ -124,7 +94,7 @@ def _forest(axes: Any, entries: Mapping[str, Any], colour: str) -> None:
         axes.plot(entry["interval"], [row, row], color=colour, lw=3, alpha=0.45, solid_capstyle="butt")
         axes.plot([entry["value"]], [row], "o", color=colour, ms=6)
     axes.axvline(1, color=FIXED, lw=1.5)
-    axes.set_yticks(range(len(entries)), list(map(_short, entries)))
+    axes.set_yticks(range(len(entries)), list(map(short, entries)))
     axes.set_ylim(max(1, len(entries)) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.08)
@@ -139,13 +109,13 @@ LOST_COLOURS = dict(zip((*LOST.values(), "deciding"), (*DOMAINS[:5], ORACLE), st
 def regrets(group: Mapping[str, Any]) -> Figure:
     """Of each one's time, what the step oracle does not take: a bar for the best fixed size and for each policy."""
     known = {who: lost(e["regret"]) for who, e in compared(group).items() if REASON not in e["regret"]}
-    figure, axes = _figure(1.8 + 0.36 * len(known))
+    figure, axes = draw(1.8 + 0.36 * len(known))
     left = [0.0] * len(known)
     for title in lost_titles(group):
         values = [percents[title] for percents in known.values()]
         axes.barh(range(len(known)), values, left=left, height=0.7, color=LOST_COLOURS[title], label=title)
         left = [before + value for before, value in zip(left, values, strict=True)]
-    axes.set_yticks(range(len(known)), list(map(_short, known)))
+    axes.set_yticks(range(len(known)), list(map(short, known)))
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("% of one's own time")
@@ -161,7 +131,7 @@ def choices(result: Mapping[str, Any]) -> Figure:
     stretches = chosen["positions"]
     largest = max(int(size) for size in chosen["block_size"])
     colours = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, largest), "viridis_r")
-    figure, (differs, sizes, lengths) = _figure(6.6, rows=3, height_ratios=(2, 3, 3), sharex=True)
+    figure, (differs, sizes, lengths) = draw(6.6, rows=3, height_ratios=(2, 3, 3), sharex=True)
     of = (("block_size", "block size", POLICY), ("verify_length", "verify length", FIXED), ("source", "source", INK))
     for name, label, colour in of:
         if name not in chosen["differs"]:
@@ -205,7 +175,3 @@ def _ticks(sizes: list[int]) -> list[int]:
         if not kept or kept[-1] - size >= gap:
             kept.append(size)
     return sorted(kept)
-
-
-def _short(name: str, most: int = 26) -> str:
-    return name if len(name) <= most else name[: most - 3] + "..."

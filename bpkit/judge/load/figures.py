@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ class CaseFigures:
             "best_fixed": {**choice, **of[FIXED][self.best[1]]},
             "bound": None if self.bound is None else {"name": self.bound[1], **of[BOUNDS][self.bound[1]]},
             **{group: of.get(group, {}) for group in (BOUNDS, POLICIES, FIXED)},
+            **_simulated([run for of in self.runs.values() for some in of.values() for run in some]),
             **({"rows_over_time": self._rows_over_time()} if self.case.levels else {}),
         }
 
@@ -110,8 +111,7 @@ class CaseFigures:
             **_work(served),
             "decision_us": self._decision(group, served),
             "fallbacks": sum(one.fallbacks for one in served),
-            "simulated_steps_per_second": _per_second(runs, lambda one: len(one.rows)),
-            "simulated_row_steps_per_second": _per_second(runs, lambda one: int(one.rows.sum())),
+            **_simulated(runs),
         }
 
     def _gap_share(self, key: tuple[str, str]) -> float | None:
@@ -216,5 +216,8 @@ def _work(served: Sequence[Served]) -> dict[str, Any]:
     }
 
 
-def _per_second(runs: Sequence[ServerRun], count: Callable[[Served], int]) -> float:
-    return sum(count(run.served) for run in runs) / sum(run.seconds for run in runs)
+def _simulated(runs: Sequence[ServerRun]) -> dict[str, float]:
+    """How fast the simulation itself was: steps, and steps of single rows, over its own seconds."""
+    seconds = sum(run.seconds for run in runs)
+    steps, row_steps = sum(len(run.served.rows) for run in runs), sum(int(run.served.rows.sum()) for run in runs)
+    return {"simulated_steps_per_second": steps / seconds, "simulated_row_steps_per_second": row_steps / seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -107,7 +108,9 @@ def _notes(setup: LoadSetup, loads: dict[str, Any]) -> list[str]:
             + ", ".join([*(f"{name} has fewer seeds" for name in short), *(f"{name} is missing" for name in missing)])
             + "."
         )
-    mended = {name: sum(load[POLICIES][name]["fallbacks"] for load in loads.values()) for name in setup.policies}
+    mended: Counter[str] = Counter()
+    for load in loads.values():
+        mended.update({name: entry["fallbacks"] for name, entry in load[POLICIES].items()})
     said += [
         f"Policy {name} made {count} decisions that had to be mended (`fallbacks`); the figures are of the mended ones."
         for name, count in mended.items()

@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bpkit.judge.evaluation.candidate import Candidate
+from bpkit.judge.evaluation.leak import find_leaks, leak_notes, refusal
 from bpkit.judge.load.figures import CaseRuns, ServerRun
 from bpkit.judge.load.report import load_report
 from bpkit.judge.load.setup import FIXED, POLICIES, LoadSetup
+from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress, Progress
+from bpkit.registry.resolve import PolicyLike
+from bpkit.trace.load import ClosedLoop
 from bpkit.trace.server import ServerReplayer
+from bpkit.trace.store.manifest import TraceError
 
 
 class Job(NamedTuple):
@@ -30,16 +35,45 @@ class LoadRuns:
 
     Attributes:
         done: by job.
+        candidates: the policies that are judged. left_out: why others are not. leak_notes: what some have seen before.
+
+    Raises:
+        PolicyError, TraceError: the trace cannot serve a policy, or holds what it was trained on.
+        CostError: the cost model cannot price a step.
     """
 
     def __init__(self, setup: LoadSetup) -> None:
         self.setup = setup
         self.done: dict[Job, ServerRun] = {}
-        self.candidates = {name: Candidate(policy).fitted(setup.traced) for name, policy in setup.policies.items()}
+        self.candidates: dict[str, Candidate] = {}
+        self.left_out: dict[str, str] = {}
+        held = {"validation": (), "test": setup.prompts}
+        leaks, silent = find_leaks(setup.policies, held, setup.spec, setup.cost)
+        for name, policy in setup.policies.items():
+            try:
+                if name in leaks and not setup.allow_leaks:
+                    raise PolicyError(refusal(name, leaks[name]))
+                self.candidates[name] = self._checked(Candidate(policy).fitted(setup.traced))
+            except (PolicyError, TraceError) as error:
+                if not setup.leave_out:
+                    raise
+                self.left_out[name] = str(error)
+        seen = {name: leak for name, leak in leaks.items() if name in self.candidates}
+        self.leak_notes = leak_notes(seen, [name for name in silent if name in self.candidates])
+
+    def _checked(self, candidate: Candidate) -> Candidate:
+        """One that has served a request: what is wrong with it is told before anything long begins."""
+        self._replayer(candidate.make()).serve(self.setup.prompts[:1], [0], ClosedLoop(1))
+        return candidate
+
+    def _replayer(self, policy: PolicyLike, *, charged: bool = False) -> ServerReplayer:
+        setup = self.setup
+        how: dict[str, Any] = {"max_tokens": setup.max_tokens, "charges_decisions": charged}
+        return ServerReplayer(setup.spec, policy, setup.cost, seed=setup.trace_seed, **how)
 
     def jobs(self) -> list[Job]:
         """All of them, in the order in which they are done: load by load, and there seed by seed."""
-        who = [(FIXED, name) for name in self.setup.fixed] + [(POLICIES, name) for name in self.setup.policies]
+        who = [(FIXED, name) for name in self.setup.fixed] + [(POLICIES, name) for name in self.candidates]
         return [
             Job(case, number, group, name)
             for case in range(len(self.setup.cases))
@@ -77,18 +111,11 @@ class LoadRuns:
         prompts, places = setup.requests(case, job.number)
         load = case.load(setup.seed + job.number)
         started = time.perf_counter()
-        replayer = ServerReplayer(
-            setup.spec,
-            self._policy(job),
-            setup.cost,
-            seed=setup.trace_seed,
-            max_tokens=setup.max_tokens,
-            charges_decisions=setup.charged and job.group == POLICIES,
-        )
+        replayer = self._replayer(self._policy(job), charged=setup.charged and job.group == POLICIES)
         served = replayer.serve(prompts, places, load)
         return ServerRun(served, time.perf_counter() - started)
 
-    def _policy(self, job: Job) -> Any:
+    def _policy(self, job: Job) -> PolicyLike:
         if job.group == POLICIES:
             return self.candidates[job.name].make()
         size, source = self.setup.fixed[job.name]
@@ -107,7 +134,8 @@ class LoadRuns:
 
     def report(self) -> dict[str, Any]:
         """Plain JSON values of what is done, see `docs/load.md`; loads without a complete seed are left out."""
-        return load_report(self.setup, map(self.complete, range(len(self.setup.cases))))
+        report = load_report(self.setup, map(self.complete, range(len(self.setup.cases))))
+        return {**report, "left_out": self.left_out, "notes": [*self.leak_notes, *report["notes"]]}
 
 
 def evaluate_load(setup: LoadSetup, progress: Progress | None = None, *, workers: int = 1) -> dict[str, Any]:

@@ -96,6 +96,9 @@ class LoadSetup:
             not charged; costs that are not in seconds charge nobody.
         slo_tpot: seconds an output token may take, of a request that counts for goodput.
         trace_seed: of the trace, for the policies' own random numbers.
+        leave_out: a policy that the trace cannot serve is left out with a sentence; otherwise it is an error.
+        allow_leaks: judge a trained policy also on prompts that it was trained or chosen on, and say so in `notes`;
+            otherwise such a policy is one that the trace cannot serve.
 
     Raises:
         ValueError: fewer prompts than seeds, no load, or what was not traced or has no price.
@@ -113,6 +116,8 @@ class LoadSetup:
     charges_decisions: bool = True
     slo_tpot: float | None = None
     trace_seed: int | None = None
+    leave_out: bool = False
+    allow_leaks: bool = False
     shares: tuple[tuple[int, ...], ...] = field(init=False)
     fixed: Mapping[str, FixedChoice] = field(init=False)
 
