@@ -217,7 +217,7 @@ def test_the_page_of_commands_has_every_command_and_option() -> None:
 
 def test_the_readme_lists_every_command() -> None:
     told = set(re.findall(r"^\| .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
-    listed = {name for row in told for name in re.findall(r"`bpkit ([a-z]+)", row)}
+    listed = {name for row in told for name in re.findall(r"`bpkit ([a-z-]+)", row)}
     assert {path[0] for path in commands(build_app()) if path} == listed
 
 

@@ -44,8 +44,8 @@ def evaluate_load(
     concurrency: Annotated[
         str | None,
         _load(
-            help="Requests that run at once, as long as any are left; by default 1, 2, 4, ... up to what COST prices or 128, "
-            "unless another load is named.",
+            help="Requests that run at once, as long as any are left; by default 1, 2, 4, ... up to 128 or what COST "
+            "prices, unless another load is named.",
             metavar="N,N,...",
         ),
     ] = None,
