@@ -134,10 +134,10 @@ def price(cost: CostModel, work: Work) -> Seconds:
         ValueError: the step has several rows, and the cost model has no `batch_seconds` (see `BatchCostModel`). A cost
             model may raise what it likes where it has no figure.
     """
-    seconds, rows, at = _asked(cost, work.rows), work.rows, work.context_length
+    seconds, rows, at = asked(cost, work.rows), work.rows, work.context_length
     draft = 0.0
     for made in work.drafts:
-        priced = seconds if made.source == 0 else _asked(of_source(cost, made.source), rows)
+        priced = seconds if made.source == 0 else asked(of_source(cost, made.source), rows)
         draft += priced("draft", made.draft_size, at, made.drafted) + priced("catch_up", made.waiting, at, 0)
         if made.features:
             draft += priced("features", made.draft_size, at, made.drafted)
@@ -150,7 +150,7 @@ def price(cost: CostModel, work: Work) -> Seconds:
     return Seconds(draft=draft, verify=verify, rest=seconds("rest", 1, at, 0))
 
 
-def _asked(cost: CostModel, rows: int) -> Callable[[str, int, int, int], float]:
+def asked(cost: CostModel, rows: int) -> Callable[[str, int, int, int], float]:
     """Cost of a phase by its name, size, context length and positions without padding."""
     if rows == 1:
         return lambda phase, size, at, _: cost.seconds(phase, size, at)

@@ -166,8 +166,7 @@ def oracle_distributions(prompt: PromptTrace, work: Works, cost: CostModel, *, t
     table = step_table(prompt, work, cost, truncate=truncate)
     sources = zip(prompt.sources, works_of(work), table.sources, strict=False)
     chances = [
-        _match_probability(prompt, drafts, each, table.room, steps.draft.shape[2] - 1)
-        for drafts, each, steps in sources
+        match_chances(prompt, drafts, each, table.room, steps.draft.shape[2] - 1) for drafts, each, steps in sources
     ]
     plan = solve(table, chances)
     return Expectation(float(plan.seconds[0, 0]), float(plan.steps[0, 0]), prompt.decided_by_steps, plan)
@@ -218,7 +217,7 @@ def _seconds(prompt: PromptTrace, cost: CostModel, taken: Taken, waited: Int64) 
     return seconds + prices.array("rest", np.ones_like(at), at)
 
 
-def _match_probability(prompt: PromptTrace, drafts: DraftTable, work: DraftWork, room: Int64, width: int) -> Float64:
+def match_chances(prompt: PromptTrace, drafts: DraftTable, work: DraftWork, room: Int64, width: int) -> Float64:
     """Chance that a drafted token matches if those before it did: float64 [rows, sizes, width], 0 where there is none.
 
     Raises:

@@ -277,7 +277,7 @@ def solve(table: StepTable, match: Sequence[Float64]) -> Solution:
             [rows, sizes, width].
     """
     rows, columns = len(table.no_draft), table.columns
-    chances = [_chances(each) for each in match]
+    chances = [chances_of(each) for each in match]
     seconds, steps = np.zeros((rows + 1, columns)), np.zeros((rows + 1, columns))
     source, size, width = (np.full((rows, columns), value, np.int32) for value in NO_DRAFT)
     one_later = waited_on(columns, 1)
@@ -307,7 +307,7 @@ def solve(table: StepTable, match: Sequence[Float64]) -> Solution:
     return Solution(table, source, size, width, seconds, steps)
 
 
-def _chances(match: Float64) -> tuple[Float64, Float64]:
+def chances_of(match: Float64) -> tuple[Float64, Float64]:
     """Chance that the first v tokens all match, [rows, sizes, width + 1], and that just v do, of the same shape."""
     reach = np.ones((*match.shape[:2], match.shape[2] + 1))
     np.cumprod(match, axis=2, out=reach[:, :, 1:])
