@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint
 import numpy as np
 import pytest
 import torch
+from bpkit_load.acceptance_fit import AcceptanceFit, log_odds
 from bpkit_load.adaptive_verification import AdaptiveVerification, most_tokens_per_second
 from bpkit_load.batch_ema import BatchEma
 from bpkit_load.batch_table import BatchTable
@@ -24,8 +25,8 @@ from bpkit.registry.discovery import build
 from bpkit.registry.resolve import parse_spec, resolve_policy, written
 from bpkit.testing import TinyPair
 from bpkit.trace.cost import CostTable
-from bpkit.types import Context, Draft
-from tests.records import bound, context, decoder, step
+from bpkit.types import Context, Draft, Feature
+from tests.records import bound, context, decoder, draft, step
 
 KINDS: dict[str, type[Policy]] = {
     "batch_table": BatchTable,
@@ -68,6 +69,7 @@ def test_registered_names_load_their_classes() -> None:
         "turbospec:slope=0.5,discount=0.8",
         "adaptive_verification:slope=0.2",
         "adaptive_verification:slope=0.2,when=before",
+        "adaptive_verification:slope=0.2,signal=probability,fit_every=2,first_fits=1",
     ],
 )
 @pytest.mark.parametrize("kind", ["block_diffusion", "autoregressive"])
@@ -435,7 +437,7 @@ def test_prices_of_passes_are_the_cost_model_s() -> None:
             },
         }
     )
-    prices = StepPrices(table, 0.0, 40, rows=4)
+    prices = StepPrices(table, 0.0, 32, rows=4)
     assert prices.shared
     for phase, smallest in (("verify", 1), ("draft", 2)):
         passes = PassPrices(prices, phase, smallest, 6)
@@ -444,7 +446,83 @@ def test_prices_of_passes_are_the_cost_model_s() -> None:
             exact = [table.batch_seconds(phase, size, 32, 4, positions) for positions in asked.tolist()]
             assert passes.of(np.full(len(asked), size), asked) == pytest.approx(exact)
     assert PassPrices(prices, "verify", 1, 6).of(np.array([6]), np.array([12])) == [np.inf], "4 rows of 6 have no price"
-    alone = StepPrices(table, 0.0, 40, rows=5)
+    alone = StepPrices(table, 0.0, 32, rows=5)
     assert not alone.shared
     mean = PassPrices(alone, "verify", 1, 6).of(np.array([3, 6]), np.array([10, 20]))
     assert mean == pytest.approx([5 * table.seconds("verify", size, 32) for size in (2, 4)])
+
+
+# adaptive_verification by the drafter's probability -------------------------------------------------------------
+
+
+def test_chances_by_probability_decide_as_by_hand() -> None:
+    """With weight 1 and bias 0 the chance is the probability itself: the two rows of the example above."""
+    policy = bound(AdaptiveVerification(slope=0.2, block_size=3, signal="probability", first_fits=1))
+    assert policy.wants == {Feature.DRAFT_PROBABILITY}
+    assert AdaptiveVerification().wants == frozenset()
+    probable = draft(draft_probability=[[0.9, 5 / 9], [0.6, 1 / 6]])
+    state = policy.begin(context(2))
+    assert policy.truncate(state, probable).tolist() == [2, 2], "before the first fit"
+    policy.memory.fit = AcceptanceFit.fresh(2).model_copy(update={"weight": [1.0, 1.0], "bias": [0.0, 0.0], "fits": 1})
+    assert policy.truncate(state, probable).tolist() == [2, 1]
+    assert policy.survivals(state).tolist() == [pytest.approx([0.9, 0.5]), pytest.approx([0.6, 0.1])]
+    shorter = draft([2, 0], draft_probability=[[0.9, float("nan")], [0.6, 0.9]])
+    assert policy.truncate(state, shorter).tolist() == [2, 0]
+
+
+def test_a_fit_is_one_newton_step_of_logistic_regression() -> None:
+    numbers, fit = np.random.default_rng(0), AcceptanceFit.fresh(2)
+    odds = numbers.normal(size=(80, 2))
+    stood = odds + numbers.normal(size=(80, 2)) > 0
+    tested = np.stack((np.full(80, True), np.arange(80) < 49), axis=1)
+    for rows in (slice(0, 30), slice(30, 80)):
+        fit.add(odds[rows], stood[rows], tested[rows])
+    assert (fit.steps, fit.tested) == (2, [80, 49])
+    fit.fit()
+    chance = 1 / (1 + np.exp(-1.5))
+    design = np.stack((odds[:, 0], np.ones(80)), axis=1)
+    information = chance * (1 - chance) * design.T @ design + 1e-3 * np.eye(2)
+    taken = np.linalg.solve(information, design.T @ (stood[:, 0] - chance))
+    assert [fit.weight[0], fit.bias[0]] == pytest.approx([taken[0], 1.5 + taken[1]])
+    assert fit.weight[0] > 0.1
+    assert (fit.weight[1], fit.bias[1]) == (0.0, 1.5), "49 tokens are too few"
+    assert (fit.steps, fit.fits, fit.tested) == (0, 1, [0, 0])
+
+
+def test_a_fit_finds_the_curve_and_takes_none_that_falls() -> None:
+    numbers, fit = np.random.default_rng(1), AcceptanceFit.fresh(2)
+    for _ in range(12):
+        odds = numbers.normal(1.0, 1.5, size=(4000, 2))
+        chances = 1 / (1 + np.exp(-np.stack((0.8 * odds[:, 0] - 0.5, -odds[:, 1]), axis=1)))
+        fit.add(odds, numbers.random((4000, 2)) < chances, np.full((4000, 2), True))
+        fit.fit()
+    assert [fit.weight[0], fit.bias[0]] == pytest.approx([0.8, -0.5], abs=0.08)
+    assert (fit.weight[1], fit.bias[1]) == (0.0, 1.5)
+
+
+def test_only_tokens_that_were_reached_and_verified_teach_the_fit() -> None:
+    policy = bound(AdaptiveVerification(block_size=4, signal="probability", fit_every=2))
+    state = policy.begin(context(3))
+    policy.truncate(state, draft(draft_probability=[[0.8, 0.7, 0.6]] * 3))
+    policy.observe(state, step([3, 2, 0], [1, 2, 0]))
+    assert policy.memory.fit.tested == [2, 2, 0]
+    chance = 1 / (1 + np.exp(-1.5))
+    assert policy.memory.fit.gradient[1] == pytest.approx([(1 - 2 * chance) * np.log(0.7 / 0.3), 1 - 2 * chance])
+    stored = json.loads(json.dumps(policy.state_dict()))
+    fresh = bound(AdaptiveVerification(block_size=4, signal="probability"))
+    fresh.load_state_dict(stored)
+    assert fresh.memory.fit == policy.memory.fit
+    policy.observe(state, step([0, 0, 0], [0, 0, 0]))
+    assert (policy.memory.fit.fits, policy.memory.fit.steps) == (1, 0)
+
+
+def test_log_odds_are_finite_and_of_the_first_tokens() -> None:
+    odds = log_odds(np.array([[0.0, 1.0, float("nan"), 0.5]], np.float32), 3)
+    assert np.isfinite(odds).all()
+    assert odds[0].tolist() == pytest.approx([-np.log(1e6), np.log(1e6), 0], rel=1e-6)
+    assert log_odds(np.array([[0.5]]), 3).tolist() == [[0, 0, 0]]
+
+
+def test_probabilities_are_known_only_after_the_draft() -> None:
+    with pytest.raises(PolicyError, match="leave out when=before"):
+        AdaptiveVerification(signal="probability", when="before")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
 from bpkit.sizes import BlockSize
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Step
-from bpkit_load.prices import COST_CONTEXT, PassPrices, StepPrices, priced
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
+from bpkit_load.acceptance_fit import AcceptanceFit, log_odds
+from bpkit_load.prices import PassPrices, StepPrices, priced
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 COUNTS = ("accepted", "tested")
 """What a row and the memory keep, by position."""
 
-KEPT_PRICES = 256
-"""Tables of prices, by context length and running rows: some 100 kB each for 64 rows."""
+COST_CONTEXT, KEPT_PRICES = 256, 256
+"""Tables of prices are made once for so many context lengths, and so many are kept: some 100 kB each for 64 rows."""
 
 Counts = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
@@ -42,6 +43,10 @@ class AdaptiveVerificationConfig(PolicyConfig):
         default="after",
         description="after: cut drafts of `block_size`, as vLLM does; before: draft no more than is to be verified",
     )
+    signal: Literal["position", "probability"] = Field(
+        default="position",
+        description="what tells the chance of a token: its row and position; or the drafter's probability, as in vLLM",
+    )
     discount: float = Field(default=0.95, gt=0, le=1, description="weight of a row's past after each step")
     weight: float = Field(
         default=8.0, gt=0, description="drafted tokens that the rate of all rows counts for in a row's"
@@ -51,13 +56,28 @@ class AdaptiveVerificationConfig(PolicyConfig):
     slope: float = Field(
         default=0.05, ge=0, description="cost of a further position, in plain steps, where there is no cost model"
     )
+    fit_every: int = Field(default=100, ge=1, description="steps between two fits of `signal=probability`")
+    first_fits: int = Field(
+        default=3, ge=0, description="fits before which whole drafts are verified, so that it learns"
+    )
+
+    @model_validator(mode="after")
+    def _draft_is_known(self) -> AdaptiveVerificationConfig:
+        if (self.when, self.signal) == ("before", "probability"):
+            raise ValueError("signal=probability is known only after the draft: leave out when=before")
+        return self
 
 
 class AdaptiveVerificationMemory(PolicyMemory):
-    """Discounted counts of all rows by position in the draft: how often it was tested, and how often accepted."""
+    """Discounted counts of all rows by position in the draft: how often it was tested, and how often accepted.
+
+    Attributes:
+        fit: with `signal=probability`.
+    """
 
     accepted: Counts = []
     tested: Counts = []
+    fit: AcceptanceFit | None = None
 
 
 class AdaptiveVerification(RememberingPolicy[AdaptiveVerificationMemory]):
@@ -73,15 +93,21 @@ class AdaptiveVerification(RememberingPolicy[AdaptiveVerificationMemory]):
     row's own counts fade by `discount`. cost(k) is draft + verify + rest, with the widest row and rows + k positions.
 
     vLLM drafts `block_size - 1` tokens for every row and cuts after the draft, so drafting is always paid for; with
-    `when="before"` the same rule says how much to draft, and k = 0 drafts nothing. docs/policies/load.md says what
-    differs.
+    `when="before"` the same rule says how much to draft, and k = 0 drafts nothing. With `signal="probability"` a(r, i)
+    is an `AcceptanceFit` of the drafter's probability. docs/policies/load.md says what differs.
     """
 
     Config = AdaptiveVerificationConfig
     Memory = AdaptiveVerificationMemory
-    wants = frozenset()
     joint = True
     config: AdaptiveVerificationConfig
+
+    @property
+    def wants(self) -> frozenset[Feature]:  # type: ignore[override]
+        """The drafter's probabilities, if chances go by them."""
+        config = getattr(self, "config", None)  # the base class asks for `wants` before the options are there
+        by_probability = config is not None and config.signal == "probability"
+        return frozenset({Feature.DRAFT_PROBABILITY}) if by_probability else frozenset()
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         most = min(self.config.block_size or decoder.trained_block_size, decoder.max_block_size)
@@ -91,43 +117,63 @@ class AdaptiveVerification(RememberingPolicy[AdaptiveVerificationMemory]):
 
     def known(self) -> AdaptiveVerificationMemory:
         """The memory, which may be of shorter or longer drafts, for drafts up to the longest."""
-        if all(len(counts) == self.width for _, counts in self.memory):
+        lists = {name: getattr(self.memory, name) for name in COUNTS}
+        if all(len(known) == self.width for known in lists.values()):
             return self.memory
-        counts = {name: [*known[: self.width], *[0.0] * (self.width - len(known))] for name, known in self.memory}
-        return AdaptiveVerificationMemory(**counts)
+        counts = {name: [*known[: self.width], *[0.0] * (self.width - len(known))] for name, known in lists.items()}
+        return AdaptiveVerificationMemory(**counts, fit=self.memory.fit)
 
     # Decisions
 
     def begin(self, context: Context) -> State:
         import torch  # here, so that options can be listed without it
 
-        return {name: torch.zeros(context.batch_size, self.width, dtype=torch.float64) for name in COUNTS}
+        kept = ("odds",) if self.config.signal == "probability" else COUNTS
+        return {name: torch.zeros(context.batch_size, self.width, dtype=torch.float64) for name in kept}
 
     def select(self, state: State, context: Context) -> Tensor:
         if self.config.when == "after" or not self.width:
             return context.full(self.block_size)
-        return 1 + self._worth_verifying(state, context, context.full(self.width))
+        return 1 + self._worth_verifying(self.survivals(state), context, context.full(self.width))
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
         if self.config.when == "before" or not self.width:
             return draft.draft_length
-        return self._worth_verifying(state, draft.context, draft.draft_length)
+        if self.config.signal == "probability":
+            import torch  # here, so that options can be listed without it
 
-    def _worth_verifying(self, state: State, context: Context, limit: Tensor) -> Tensor:
+            odds = log_odds(draft[Feature.DRAFT_PROBABILITY].numpy(), self.width)
+            state["odds"] = torch.from_numpy(odds)
+            if self.acceptance.fits < self.config.first_fits:
+                return draft.draft_length
+        return self._worth_verifying(self.survivals(state), draft.context, draft.draft_length)
+
+    def _worth_verifying(self, survival: Survivals, context: Context, limit: Tensor) -> Tensor:
         """Drafted tokens to verify: int64 [batch], up to `limit` and what may still be generated."""
         most = limit.minimum(context.remaining - 1).clamp(min=0)
         prices = self.prices(int(context.context_length.max()), context.running)
-        counts = most_tokens_per_second(self.survivals(state), most.numpy(), prices)
-        return context.position.new_tensor(counts)
+        return context.position.new_tensor(most_tokens_per_second(survival, most.numpy(), prices))
 
     def survivals(self, state: State) -> Survivals:
-        """Chance that each token of a draft stands, float64 [batch, width], from counts of the row and of all rows."""
+        """Chance that each token of a draft stands: float64 [batch, width]."""
         import numpy as np  # here, so that options can be listed without it
 
-        weight = self.config.weight
-        accepted, tested = (state[name].numpy() for name in COUNTS)
-        found: Survivals = np.cumprod((accepted + weight * np.array(self.rates())) / (tested + weight), axis=1)
+        if self.config.signal == "probability":
+            chances: NDArray[Any] = self.acceptance.chances(state["odds"].numpy())
+        else:
+            weight = self.config.weight
+            accepted, tested = (state[name].numpy() for name in COUNTS)
+            chances = (accepted + weight * np.array(self.rates())) / (tested + weight)
+        found: Survivals = np.cumprod(chances, axis=1)
         return found
+
+    @property
+    def acceptance(self) -> AcceptanceFit:
+        """The fit in the memory, or a new one where there is none for drafts of this length."""
+        fit = self.memory.fit
+        if fit is None or len(fit.weight) != self.width:
+            fit = self.memory.fit = AcceptanceFit.fresh(self.width)
+        return fit
 
     def rates(self) -> list[float]:
         """A(1) .. A(width) of the formula, of all rows."""
@@ -142,9 +188,12 @@ class AdaptiveVerification(RememberingPolicy[AdaptiveVerificationMemory]):
         key = context_length // COST_CONTEXT, rows
         if key not in self._prices:
             if len(self._prices) >= KEPT_PRICES:
-                self._prices.clear()
-            step = StepPrices(self.cost, self.config.slope, context_length, rows)
+                self._prices.pop(next(iter(self._prices)))
+            at = key[0] * COST_CONTEXT + COST_CONTEXT // 2
+            step = StepPrices(self.cost, self.config.slope, at, rows)
             self._prices[key] = _Prices(step, self.block_size, drafted=self.config.when == "after")
+            if self.config.signal == "probability":
+                self._prices[key].always += step.of("features", self.block_size)
         return self._prices[key]
 
     # Learning
@@ -154,6 +203,12 @@ class AdaptiveVerification(RememberingPolicy[AdaptiveVerificationMemory]):
 
         place, accepted = torch.arange(self.width), step.num_accepted
         tested = (accepted + 1).minimum(step.verify_length)  # what follows the first wrong token was not tested
+        if self.config.signal == "probability":
+            odds, fit = state["odds"].numpy(), self.acceptance
+            fit.add(odds, *((place < count[:, None]).numpy() for count in (accepted, tested)))
+            if fit.steps >= self.config.fit_every:
+                fit.fit()
+            return
         known, kept = self.known(), self.config.memory_discount
         for name, count in zip(COUNTS, (accepted, tested), strict=True):
             counted = place < count[:, None]

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-COST_CONTEXT = 64
-"""Costs are looked up once for so many context lengths: they change slowly, and a lookup costs a decision's time."""
 POINTS = 5
 """Numbers of positions at which a pass of one size is priced."""
 
@@ -35,7 +33,7 @@ def priced(cost: CostModel | None, sizes: Iterable[int]) -> list[int]:
 
 
 class StepPrices:
-    """What phases of a step of some rows cost, all rows together, at about a context length.
+    """What phases of a step of some rows cost, all rows together, at a context length.
 
     Where the cost model does not price so many rows, each row pays what it would alone. Without a cost model a row pays
     1 + slope (verified positions - 1) plain steps.
@@ -44,10 +42,9 @@ class StepPrices:
         shared: whether the prices are the cost model's for so many rows. A size that it lacks for so many costs inf.
     """
 
-    def __init__(self, cost: CostModel | None, slope: float, context_length: int, rows: int) -> None:
+    def __init__(self, cost: CostModel | None, slope: float, at: int, rows: int) -> None:
         self._cost: Any = cost
-        self._slope, self.rows = slope, rows
-        self._at = context_length // COST_CONTEXT * COST_CONTEXT + COST_CONTEXT // 2
+        self._slope, self._at, self.rows = slope, at, rows
         self.shared = cost is not None and rows > 1 and self._has_rows()
 
     def _has_rows(self) -> bool:

@@ -9,10 +9,13 @@ from pydantic import Field
 from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Step
-from bpkit_load.prices import COST_CONTEXT, StepPrices, priced
+from bpkit_load.prices import StepPrices, priced
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+COST_CONTEXT = 64
+"""Costs are looked up once for so many context lengths: they change slowly, and a lookup costs a decision's time."""
 
 Count = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -89,7 +92,8 @@ class TurboSpec(RememberingPolicy[TurboSpecMemory]):
         """What a step of each of `sizes` costs a row, beside so many that run."""
         key = context_length // COST_CONTEXT, rows
         if key not in self._costs:
-            prices = StepPrices(self.cost, self.config.slope, context_length, rows)
+            at = key[0] * COST_CONTEXT + COST_CONTEXT // 2
+            prices = StepPrices(self.cost, self.config.slope, at, rows)
             self._costs[key] = [prices.step(size) / rows for size in self.sizes]
         return self._costs[key]
 
