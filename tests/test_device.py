@@ -21,6 +21,7 @@ from bpkit.decode.slot_target import SlotTarget
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
 from bpkit.registry.discovery import registry
+from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.testing.simulated_device import DEVICE, SimulatedDevice
 from bpkit.trace.cost import CostTable
@@ -90,7 +91,7 @@ def test_steps_of_every_policy_read_the_device_twice_at_most(
     plain, moved = tuple(host.generate(PROMPT, **options).tokens[0].tolist()), device.decoder(host)
     tried = 0
     for name in sorted(registry().policies.keys() - WITH_WEIGHTS):
-        wants = registry().policies[name].load().wants  # type: ignore[attr-defined]
+        wants = resolve_policy(name).wants
         if wants - host.drafter.provides:
             continue
         decoder = moved.with_policy(name)

@@ -34,7 +34,7 @@ from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.policy import State
 from bpkit.registry.discovery import registry
-from bpkit.registry.resolve import PolicyLike
+from bpkit.registry.resolve import PolicyLike, resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.types import OF_THE_SOURCES
 from tests.tiny_store import tiny_store
@@ -190,7 +190,7 @@ def test_tokens_equal_plain_decoding(
 ) -> None:
     compared = parted = accepted = 0
     for name, drafter in drafters.items():
-        wants = registry().policies[name_of(policy)].load().wants - OF_THE_SOURCES  # type: ignore[attr-defined]
+        wants = resolve_policy(policy).wants - OF_THE_SOURCES
         missing = wants - drafter.provides
         if missing:
             with pytest.raises(
