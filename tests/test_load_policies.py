@@ -16,6 +16,7 @@ from bpkit_load.acceptance_fit import AcceptanceFit, log_odds
 from bpkit_load.adaptive_verification import AdaptiveVerification, most_tokens_per_second
 from bpkit_load.batch_ema import BatchEma
 from bpkit_load.batch_table import BatchTable
+from bpkit_load.joint import Joint
 from bpkit_load.prices import PassPrices, StepPrices
 from bpkit_load.turbospec import TurboSpec
 
@@ -33,6 +34,7 @@ KINDS: dict[str, type[Policy]] = {
     "batch_ema": BatchEma,
     "turbospec": TurboSpec,
     "adaptive_verification": AdaptiveVerification,
+    "joint": Joint,
 }
 LEARNING = [BatchEma, TurboSpec, AdaptiveVerification]
 
@@ -69,6 +71,8 @@ def test_registered_names_load_their_classes() -> None:
         "turbospec:slope=0.5,discount=0.8",
         "adaptive_verification:slope=0.2",
         "adaptive_verification:slope=0.2,when=before",
+        "joint",
+        "joint:confidences=false,slope=0.2",
         "adaptive_verification:slope=0.2,signal=probability,fit_every=2,first_fits=1",
     ],
 )

@@ -116,6 +116,8 @@ POLICIES: tuple[PolicyLike, ...] = (
     "turbospec",
     "adaptive_verification",
     "adaptive_verification:when=before",
+    "joint",
+    "joint:confidences=false,slope=0.2",
     "adaptive_verification:signal=probability,fit_every=2,first_fits=1",
 )
 FOR_THE_SHIPPED_PAIR: tuple[PolicyLike, ...] = (

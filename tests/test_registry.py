@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "adaedl",
     "adaptive_verification",
+    "joint",
     "bandit",
     "batch_ema",
     "batch_table",

@@ -183,6 +183,13 @@ def test_prompts_are_read_in_what_running_rows_leave_of_a_step() -> None:
     assert len(parts.time) > len(whole.time), "some wait while others' steps use what there is"
 
 
+def test_prompts_in_passes_of_running_rows_take_what_their_tokens_add() -> None:
+    own = served("fixed:4", ClosedLoop(4), 12)
+    mixed = served("fixed:4", ClosedLoop(4), 12, mixes_passes=True)
+    assert mixed.seconds.tolist() == own.seconds.tolist()
+    assert 0 < mixed.time[-1] - mixed.seconds.sum() < own.time[-1] - own.seconds.sum()
+
+
 def test_decisions_take_time_where_they_are_charged() -> None:
     run = served("goodput:1-4+6+8", ClosedLoop(4), 8, charges_decisions=True)
     assert (run.decisions > 0).all()

@@ -40,27 +40,37 @@ class ServerClock(CostClock):
     Args:
         charges_decisions: whether the decision time of policies, measured here and now, takes time there. With it no
             two runs are alike to the last digit; decisions of a closed loop are.
+        mixes_passes: whether prompts are read in the passes of rows that run, as in vLLM, and take what their tokens
+            add to those, or in passes of their own, as in bpkit's loop.
 
     Attributes:
         time: seconds since the first request could begin.
+        beside: positions of the step that comes, as far as they are known: those of the last, and of prompts.
         work, charged: of the last step, and what it took. decision: seconds that were charged for the policy in it.
     """
 
-    def __init__(self, cost: CostModel, *, charges_decisions: bool) -> None:
+    def __init__(self, cost: CostModel, *, charges_decisions: bool, mixes_passes: bool) -> None:
         super().__init__(cost)
+        self.mixes_passes = mixes_passes
+        self.beside = 0
         self.time, self.decision = 0.0, 0.0
         self.work, self.charged = Work(0, 0, 1, 0), Seconds()
         self._charges, self._recent = charges_decisions, dict[int, deque[float]]()
 
     def read(self, tokens: int, context_length: int) -> None:
         """A pass read so many tokens of prompts."""
-        self.time += self.cost.seconds("prefill", tokens, context_length)
+        before = self.beside if self.mixes_passes else 0
+        self.time += self.cost.seconds("prefill", before + tokens, context_length)
+        if before:
+            self.time -= self.cost.seconds("prefill", before, context_length)
+            self.beside += tokens
 
     def charge(self, measured: Seconds, work: Work | None) -> Seconds:
         self.decision = self._charged(0 if work is None else work.rows, measured.policy) if self._charges else 0.0
         seconds = super().charge(measured, work)
         self.time += seconds.total + self.decision
-        self.work, self.charged = work or self.work, seconds
+        if work is not None:
+            self.work, self.charged, self.beside = work, seconds, work.verified
         return seconds
 
     def _charged(self, rows: int, measured: float) -> float:
@@ -101,10 +111,12 @@ class ServerAdmission(Admission):
         self.begun = 0
 
     def read(self, running: int) -> Iterator[tuple[Rows, TargetOutput, list[Tensor] | None]]:
-        if self.max_tokens is None or self.chunk is None:
+        if not running:
+            self.clock.beside = 0
+        if self.max_tokens is None:
             yield from super().read(running)
             return
-        left = self.max_tokens - (max(self.clock.work.verified, running) if running else 0)
+        left = self.max_tokens - self.clock.beside
         self._admit(running)
         if left <= 0 or not self.reading:
             return
@@ -170,14 +182,20 @@ class ServerReplayer(Replayer):
 
     Args:
         max_tokens: as in `ServerAdmission`.
-        charges_decisions: as in `ServerClock`.
+        charges_decisions, mixes_passes: as in `ServerClock`.
     """
 
     def __init__(
-        self, *args: Any, max_tokens: int | None = None, charges_decisions: bool = False, **options: Any
+        self,
+        *args: Any,
+        max_tokens: int | None = None,
+        charges_decisions: bool = False,
+        mixes_passes: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self.max_tokens, self.charges_decisions = max_tokens, charges_decisions
+        self.max_tokens = max_tokens
+        self.charges_decisions, self.mixes_passes = charges_decisions, mixes_passes
 
     def serve(
         self,
@@ -202,7 +220,7 @@ class ServerReplayer(Replayer):
         there = offered(prompts[0]) | (self.fill.offers if self.fill is not None else frozenset())
         wants = self.policy.wants | (self.policy.wants_optional & there)
         joined = TracedPrompts([self._filled(prompt, wants) for prompt in prompts], wants)
-        clock = ServerClock(self.cost, charges_decisions=self.charges_decisions)
+        clock = ServerClock(self.cost, charges_decisions=self.charges_decisions, mixes_passes=self.mixes_passes)
         watch = Stopwatch(_Unguarded(clock))
         shared = Shared(TimedPolicy(self.policy, self.spec, watch, strict=self.strict), watch, self.spec, wants)
         record = _Records(joined, places, load, clock, self.spec.max_block_size)

@@ -31,3 +31,9 @@ def bpkit_register_policies(register: Register) -> None:
         summary="After the draft: the tokens of all rows that are most likely to stand, as many as pay, as in vLLM.",
         config="bpkit_load.adaptive_verification:AdaptiveVerificationConfig",
     )
+    register(
+        "joint",
+        "bpkit_load.joint:Joint",
+        summary="One budget over all rows: widths by chances against the price of a step.",
+        config="bpkit_load.joint:JointConfig",
+    )

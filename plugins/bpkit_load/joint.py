@@ -1,0 +1,205 @@
+"""One budget over all rows: block sizes by what rows accept, verified widths by calibrated confidences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from bpkit.policy import Policy, PolicyConfig, State
+from bpkit.sizes import BlockSizesWithNoDraft
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
+from bpkit_load.prices import priced
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from bpkit_load.positions import PositionPrices
+
+    Floats = NDArray[np.float64]
+
+COST_CONTEXT = 64
+"""Costs are looked up once for so many context lengths: they change slowly, and a lookup costs a decision's time."""
+MOST_PRICES = 64
+"""Numbers of rows and ranges of context lengths whose prices are kept."""
+USUAL = 3
+"""Positions that wait for a draft where no row is new, at most."""
+NEWCOMERS = 0.02
+"""Weight of a step in the share of steps in which a row is new."""
+
+
+class JointConfig(PolicyConfig):
+    """Options of `joint`."""
+
+    grid: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "confidences": (False, True),
+        "discount": (0.8, 0.9, 0.95),
+        "weight": (2.0, 4.0, 8.0),
+    }
+
+    block_sizes: BlockSizesWithNoDraft = Field(
+        default=tuple(range(1, 17)), description="sizes to choose from: a list, or text such as 1-8+16; 1 is always one"
+    )
+    confidences: bool = Field(default=True, description="choose widths by the drafter's probabilities, if it has some")
+    discount: float = Field(default=0.9, gt=0, le=1, description="weight of a row's past after each of its steps")
+    weight: float = Field(default=4.0, gt=0, description="drafted tokens that what all rows accept counts for in one")
+    pool_discount: float = Field(default=0.99, gt=0, lt=1, description="weight of what all rows accepted, likewise")
+    prior: float = Field(default=0.7, gt=0, lt=1, description="acceptance rate to expect before any is seen")
+    prior_weight: float = Field(default=2.0, gt=0, description="drafted tokens that the prior counts for")
+    rate_discount: float = Field(default=0.95, ge=0, lt=1, description="weight of the past in tokens per second")
+    slope: float = Field(
+        default=0.05, ge=0, description="cost of a further position, in plain steps, where there is no cost model"
+    )
+
+
+class Joint(Policy):
+    """Drafts and verifies the positions of all rows that are worth their time.
+
+    A step takes the positions with the highest chances of being reached, of all rows together, as far as they pay:
+
+        argmax over widths w and counts m of   sum of the m highest S_rk with k < w  -  rate * seconds(w, m)
+
+    S_rk is the chance that the first k tokens of row r's draft stand. `rate` is what a second is worth: the tokens per
+    second of the last steps with about as many rows, by the prices below. `seconds` is the cost model's price of a step
+    of so many rows, as wide as the widest of them, with m drafted tokens.
+
+    - `select`, before the draft: S_rk is the product of the row's own acceptance rates by position. They are of
+      discounted counts that lean on those of all rows, which lean on the position before and, at the first, on `prior`.
+      The price has the draft in it, and what it must catch up with: the prompt of a row that joined counts in the share
+      of steps in which one joins, because not to draft now only puts it off. A row without a position drafts nothing.
+    - `truncate`, after it: S_rk is the product of the drafter's probabilities, calibrated by counts
+      (`ConfidenceCounts`), and the price is that of verifying.
+
+    Where the cost model's engine reads prompts in the same passes (`mixes_prompts`), the price of a pass is its mean
+    over the numbers of prompts that join, and what they add is not counted in the rate.
+    """
+
+    Config = JointConfig
+    wants = frozenset()
+    joint = True
+    config: JointConfig
+
+    def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        if self.config.confidences:
+            self.wants_optional = frozenset({Feature.DRAFT_PROBABILITY})  # type: ignore[misc]
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        import numpy as np
+
+        from bpkit_load.confidence import ConfidenceCounts
+
+        self.cost, self.work = cost, decoder.work
+        self.sizes = priced(cost, (size for size in self.config.block_sizes if size <= decoder.max_block_size))
+        self.width = max(self.sizes, default=1) - 1
+        self.snapped = np.array([1, *(min(b for b in self.sizes if b > length) for length in range(1, self.width + 1))])
+        self.pool = np.zeros((2, self.width))
+        self.confidence = ConfidenceCounts(self.width, self.config.discount)
+        self.newcomers, self.joined, self.prompts = 0.05, 0.0, 0.0
+        self.mixes = getattr(cost, "mixes_prompts", False)
+        self.rates: dict[int, list[float]] = {}
+        self._prices: dict[tuple[Any, ...], PositionPrices] = {}
+
+    # Decisions
+
+    def begin(self, context: Context) -> State:
+        like, rows = context.position, context.batch_size
+        first = [self.work.first(length - 1) for length in context.context_length.tolist()]
+        counts = like.new_zeros(rows, self.width).double()
+        state = {"accepted": counts, "tested": counts.clone(), "waiting": like.new_tensor(first)}
+        return {**state, **self.confidence.begin(context)}
+
+    def select(self, state: State, context: Context) -> Tensor:
+        new = context.position == 1
+        self.newcomers += NEWCOMERS * (float(new.any()) - self.newcomers)
+        if self.mixes:
+            self.joined += NEWCOMERS * (float(new.sum()) - self.joined)
+            self.prompts += NEWCOMERS * (float(context.context_length[new].sum()) - self.prompts)
+        if not self.sizes:
+            return context.full(1)
+        prices = self.prices(context)
+        survival = self.survival(state)
+        waiting = int(state["waiting"].max())
+        catch_up, usual = prices.catch_up(waiting), prices.catch_up(min(waiting, USUAL))
+        before = usual + max(0.0, catch_up - usual) * self.newcomers
+        rate = self.rate(context.batch_size, prices, survival, before)
+        chosen = prices.best(survival, rate, before=before)
+        self._now, self._rate = prices, rate
+        self._drafting = chosen.drafting - before + catch_up if chosen.width > 1 else 0.0
+        self._seconds = self._drafting + chosen.seconds
+        return context.position.new_tensor(self.snapped[chosen.counts])
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        if Feature.DRAFT_PROBABILITY not in draft.features or not self.config.confidences:
+            return draft.draft_length
+        probability = draft[Feature.DRAFT_PROBABILITY].numpy()
+        survival = self.confidence.survival(state, probability, draft.draft_length.numpy())
+        chosen = self._now.best(survival, self._rate)
+        self._seconds = self._drafting + chosen.seconds
+        return draft.draft_length.new_tensor(chosen.counts)
+
+    def survival(self, state: State) -> Floats:
+        """Chance that the first k tokens of a draft stand, from what was accepted: float64 [rows, longest draft]."""
+        import numpy as np
+
+        config, rate, pool = self.config, self.config.prior, []
+        for hits, tries in self.pool.T.tolist():
+            rate = (hits + config.prior_weight * rate) / (tries + config.prior_weight)
+            pool.append(rate)
+        accepted, tested = state["accepted"].numpy(), state["tested"].numpy()
+        return np.cumprod((accepted + config.weight * np.array(pool)) / (tested + config.weight), axis=1)
+
+    def rate(self, rows: int, prices: PositionPrices, survival: Floats, before: float) -> float:
+        """What a second is worth: tokens per second lately, with about as many rows."""
+        tokens, seconds = self.rates.get(rows.bit_length(), (0.0, 0.0))
+        return tokens / seconds if seconds > 0 else prices.best_rate(survival, before=before)
+
+    def prices(self, context: Context) -> PositionPrices:
+        """What steps of these rows cost."""
+        from bpkit_load.positions import PositionPrices
+
+        beside = round(self.joined, 1), int(self.prompts / max(self.joined, 1e-6)) // 16 * 16
+        key = context.batch_size, int(context.context_length.max()) // COST_CONTEXT, beside
+        found = self._prices.pop(key, None)
+        if found is None:
+            at = key[1] * COST_CONTEXT + COST_CONTEXT // 2
+            features = bool(self.wants_optional)
+            found = PositionPrices(
+                self.cost, self.sizes, key[0], at, features=features, slope=self.config.slope, beside=beside
+            )
+        self._prices[key] = found  # the last used is the last to go
+        if len(self._prices) > MOST_PRICES:
+            del self._prices[next(iter(self._prices))]
+        return found
+
+    # Learning
+
+    def observe(self, state: State, step: Step) -> None:
+        import numpy as np
+
+        if not self.sizes:
+            return
+        config, places = self.config, np.arange(self.width)
+        accepted, verified = step.num_accepted.numpy(), step.verify_length.numpy()
+        stands = places < accepted[:, None]
+        tested = places < np.minimum(accepted + 1, verified)[:, None]
+        for name, counted in (("accepted", stands), ("tested", tested)):
+            counts = state[name].numpy()
+            counts *= config.discount
+            counts += counted
+        self.pool *= config.pool_discount
+        self.pool += stands.sum(0), tested.sum(0)
+        self.confidence.observe(state, stands, tested)
+        tokens, seconds = self.rates.get(len(accepted).bit_length(), (0.0, 0.0))
+        kept = config.rate_discount
+        self.rates[len(accepted).bit_length()] = [
+            kept * tokens + float(accepted.sum()) + len(accepted),
+            kept * seconds + self._seconds,
+        ]
+        waiting = state["waiting"].numpy()
+        if step.draft_length.any():  # rows that do not draft are read along
+            waiting[:] = accepted + 1 if self.work.reads == "features" else int(self.work.waits)
+        elif self.work.waits:
+            waiting += 1
