@@ -28,7 +28,7 @@ _load = partial(typer.Option, rich_help_panel="Loads")
 _how = partial(typer.Option, rich_help_panel="How to judge")
 
 
-@options.takes(files=outputs.figures_plot_and_page, config=options.settings(options.MODELS))
+@options.takes(files=outputs.figures_plot_and_page, config=options.settings({"config": options.MODELS["config"]}))
 def evaluate_load(
     trace: Annotated[Path, typer.Argument(help="Folder that `bpkit trace` made.", metavar="TRACE")],
     cost: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ class ServerRun:
     seconds: float
 
 
-CaseRuns = dict[str, dict[str, list[ServerRun]]]
-"""The runs of one load by group and name, seed by seed."""
+CaseRuns = dict[str, dict[str, dict[int, ServerRun]]]
+"""The runs of one load by group, name and number of the seed."""
 TOKENS_PER_SECOND, PER_REQUEST = "tokens_per_second", "tokens_per_second_per_request"
 MOST_POINTS = 400
 """Steps of a changing load that are kept for its picture."""
@@ -67,46 +67,51 @@ class CaseFigures:
     def __init__(self, setup: LoadSetup, case: LoadCase, runs: CaseRuns) -> None:
         self.setup, self.case, self.runs = setup, case, runs
         self.compared = PER_REQUEST if case.kind == RATE else TOKENS_PER_SECOND
-        self.rates = {(group, name): self._rates(some) for group, of in runs.items() for name, some in of.items()}
-        fixed = [key for key in self.rates if key[0] == FIXED]
-        self.best = max(fixed, key=lambda key: float(np.log(self.rates[key]).mean()))
-        self.bound = next((key for key in self.rates if key[0] == BOUNDS), None)
+        fixed = {name: self._rates(some, some) for name, some in runs[FIXED].items()}
+        self.best = max(fixed, key=lambda name: float(np.log(fixed[name]).mean()))
+        self.bound = next((name for name, some in runs.get(BOUNDS, {}).items() if some), None)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        names = source_names(self.setup.spec)
-        choice = described(names, self.setup.fixed[self.best[1]])
-        of = {group: {name: self._entry(group, name) for name in self.runs.get(group, {})} for group in self.runs}
+        choice = described(source_names(self.setup.spec), self.setup.fixed[self.best])
+        of = {
+            group: {name: self._entry(group, name) for name, runs in self.runs.get(group, {}).items() if runs}
+            for group in (BOUNDS, POLICIES, FIXED)
+        }
         return {
             **self.case.as_json(),
-            "seeds": len(self.rates[self.best]),
+            "seeds": len(self.runs[FIXED][self.best]),
             "compared": self.compared,
-            "best_fixed": {**choice, **of[FIXED][self.best[1]]},
-            "bound": None if self.bound is None else {"name": self.bound[1], **of[BOUNDS][self.bound[1]]},
-            **{group: of.get(group, {}) for group in (BOUNDS, POLICIES, FIXED)},
-            **_simulated([run for of in self.runs.values() for some in of.values() for run in some]),
+            "best_fixed": {**choice, **of[FIXED][self.best]},
+            "bound": None if self.bound is None else {"name": self.bound, **of[BOUNDS][self.bound]},
+            **of,
+            **_simulated([run for of in self.runs.values() for some in of.values() for run in some.values()]),
             **({"rows_over_time": self._rows_over_time()} if self.case.levels else {}),
         }
 
-    def _rates(self, runs: Sequence[ServerRun]) -> Floats:
-        """What is compared, by seed: float64 [seeds]."""
+    def _rates(self, runs: Mapping[int, ServerRun], numbers: Iterable[int]) -> Floats:
+        """What is compared, of seeds by number: float64 [seeds]."""
         of = _per_request if self.compared == PER_REQUEST else _engine
-        return np.array([of(run.served, self._window(run)) for run in runs])
+        return np.array([of(runs[number].served, self._window(runs[number])) for number in numbers])
+
+    def _ratios(self, group: str, name: str, numbers: Collection[int]) -> Floats:
+        """To the best fixed size on the same requests: float64 [seeds]."""
+        return self._rates(self.runs[group][name], numbers) / self._rates(self.runs[FIXED][self.best], numbers)
 
     def _window(self, run: ServerRun) -> Window:
         return Window.of(self.case, run.served, prompts_cost=self.setup.cost.prices_prefill)
 
     def _entry(self, group: str, name: str) -> dict[str, Any]:
-        runs, key = self.runs[group][name], (group, name)
+        numbers, runs = self.runs[group][name].keys(), list(self.runs[group][name].values())
         served, windows = [run.served for run in runs], [self._window(run) for run in runs]
-        ratios = self.rates[key] / self.rates[self.best]
+        ratios = self._ratios(group, name, numbers)
         return {
             TOKENS_PER_SECOND: _geometric([_engine(one, w) for one, w in zip(served, windows, strict=True)]),
             PER_REQUEST: _geometric([_per_request(one, w) for one, w in zip(served, windows, strict=True)]),
             "tokens_per_second_ratio": _geometric(ratios),
-            "interval": None if key == self.best else ratio_interval(ratios),
+            "interval": None if (group, name) == (FIXED, self.best) else ratio_interval(ratios),
             "by_seed": ratios.tolist(),
-            **({"gap_share": self._gap_share(key)} if group != FIXED else {}),
+            **({"gap_share": self._gap_share(group, name)} if group != FIXED else {}),
             **self._latencies(served, windows),
             **_work(served),
             "decision_us": self._decision(group, served),
@@ -114,11 +119,12 @@ class CaseFigures:
             **_simulated(runs),
         }
 
-    def _gap_share(self, key: tuple[str, str]) -> float | None:
-        """(it - best fixed) / (bound - best fixed); None where the interval of that gap touches zero."""
+    def _gap_share(self, group: str, name: str) -> float | None:
+        """(it - best fixed) / (bound - best fixed), of seeds of the bound; None where the gap's interval touches 0."""
         if self.bound is None:
             return None
-        own, bound = (self.rates[which] / self.rates[self.best] for which in (key, self.bound))
+        numbers = self.runs[BOUNDS][self.bound].keys() & self.runs[group][name].keys()
+        own, bound = self._ratios(group, name, numbers), self._ratios(BOUNDS, self.bound, numbers)
         interval = ratio_interval(bound)
         if _geometric(bound) - 1 <= TOUCHES_ZERO or (interval is not None and interval[0] <= 1):
             return None
@@ -150,10 +156,10 @@ class CaseFigures:
 
     def _rows_over_time(self) -> dict[str, Any]:
         """Time and rows of the first seed's steps, for the best fixed size and the policies."""
-        shown = {self.best[1]: self.runs[FIXED][self.best[1]], **self.runs.get(POLICIES, {})}
+        shown = {self.best: self.runs[FIXED][self.best], **self.runs.get(POLICIES, {})}
         found = {}
         for name, runs in shown.items():
-            served = runs[0].served
+            served = next(iter(runs.values())).served
             some = np.unique(np.linspace(0, len(served.time) - 1, MOST_POINTS).astype(int))
             tokens = np.cumsum(served.tokens)
             found[name] = {

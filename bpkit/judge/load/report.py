@@ -8,7 +8,7 @@ from typing import Any
 
 from bpkit.judge.described import describe_policies, describe_spec
 from bpkit.judge.load.figures import CaseFigures, CaseRuns
-from bpkit.judge.load.setup import POLICIES, LoadSetup
+from bpkit.judge.load.setup import FIXED, POLICIES, LoadSetup
 from bpkit.judge.statistics import LEVEL
 
 DEFINITIONS = {
@@ -58,7 +58,7 @@ def load_report(setup: LoadSetup, cases: Iterable[CaseRuns]) -> dict[str, Any]:
     loads = {
         case.name: CaseFigures(setup, case, runs).as_json()
         for case, runs in zip(setup.cases, cases, strict=True)
-        if all(some for of in runs.values() for some in of.values())
+        if all(runs[FIXED].values())
     }
     return {
         "schema_version": 1,

@@ -122,14 +122,14 @@ class LoadRuns:
         return f"fixed:{size},source={source}" if source else f"fixed:{size}"
 
     def complete(self, case: int) -> CaseRuns:
-        """The runs of a load, seed by seed, of the seeds in which all are done."""
+        """The runs of a load, of the seeds in which all are done."""
         jobs = [job for job in self.jobs() if job.case == case]
         missing = {job.number for job in jobs if job not in self.done}
         found: CaseRuns = {}
         for job in jobs:
-            runs = found.setdefault(job.group, {}).setdefault(job.name, [])
+            runs = found.setdefault(job.group, {}).setdefault(job.name, {})
             if job.number not in missing:
-                runs.append(self.done[job])
+                runs[job.number] = self.done[job]
         return found
 
     def report(self) -> dict[str, Any]:
