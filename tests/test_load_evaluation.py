@@ -26,7 +26,7 @@ POLICIES = {"fixed:6": "fixed:6", "batch_table:1:6+4:1": "batch_table:1:6+4:1"}
 
 
 def setup(*cases: LoadCase, **options: Any) -> LoadSetup:
-    given = {"policies": POLICIES, "seeds": 2, "charges_decisions": False, **options}
+    given = {"policies": POLICIES, "seeds": 2, "charges_decisions": False, "bound_seeds": 0, **options}
     return LoadSetup(synthetic_prompts(8), SPEC, COST, cases=cases, **given)
 
 
@@ -135,12 +135,28 @@ def test_what_was_done_before_an_interruption_is_reported() -> None:
     assert not runs.report()["notes"]
 
 
+def test_bounds_are_served_for_the_first_seeds_and_gaps_measured_to_the_one_without_the_noise() -> None:
+    load = evaluate_load(setup(ONE, bound_seeds=1, block_sizes=(6,)))["loads"]["concurrency:1"]
+    assert list(load["bounds"]) == ["distributions", "clairvoyant"]
+    chances, known = load["bounds"].values()
+    assert load["bound"] == {"name": "distributions", **chances}
+    assert known["tokens_per_second_ratio"] > chances["tokens_per_second_ratio"] > 1
+    assert known["interval"] is None
+    assert len(known["by_seed"]) == 1
+    assert 0 < known["least_seconds"] < 6 * 48 / known["tokens_per_second"]
+    policy = load["policies"]["batch_table:1:6+4:1"]
+    assert policy["gap_share"] == pytest.approx(
+        (policy["by_seed"][0] - 1) / (chances["tokens_per_second_ratio"] - 1), abs=1e-9
+    )
+    assert chances["gap_share"] == pytest.approx(1)
+
+
 @pytest.mark.slow
 def test_processes_find_the_same() -> None:
     made = setup(ONE, block_sizes=(1, 6))
     alone, shared = evaluate_load(made), evaluate_load(made, workers=2)
     for load in (*alone["loads"].values(), *shared["loads"].values()):
-        for entry in (load["best_fixed"], *load["policies"].values(), *load["fixed"].values()):
+        for entry in (load, load["best_fixed"], *load["policies"].values(), *load["fixed"].values()):
             entry.pop("simulated_steps_per_second"), entry.pop("simulated_row_steps_per_second")
     assert alone == shared
 
@@ -169,7 +185,20 @@ def test_the_command_writes_tables_figures_a_picture_and_a_page(trace: Path, tmp
     files["report"] = tmp_path / "load.html"
     written = [part for option, path in files.items() for part in (f"--{option}", path)]
     loads = ("--concurrency", "1,4", "--rate", 30, "--max-rows", 4, "--changing", "1,4,1", "--requests", 6)
-    how = ("--part", "all", "--seeds", 2, "--block-sizes", "4", "--slo-tpot-ms", 10, "--policy", "batch_table:1:4+4:1")
+    how = (
+        "--part",
+        "all",
+        "--seeds",
+        2,
+        "--bound-seeds",
+        0,
+        "--block-sizes",
+        "4",
+        "--slo-tpot-ms",
+        10,
+        "--policy",
+        "batch_table:1:4+4:1",
+    )
     result = run(trace, "--cost", tmp_path / "cost.json", *loads, *how, *written)
     assert result.exit_code == 0, result.stderr
     for text in ("best fixed size", "4 at once", "30 a second", "1-4-1", "% within", "positions for an output token"):
@@ -188,8 +217,9 @@ def test_the_command_writes_tables_figures_a_picture_and_a_page(trace: Path, tmp
 
 def test_policies_of_all_rows_are_judged_where_none_is_named(trace: Path, tmp_path: Path) -> None:
     write_cost(COST, tmp_path / "cost.json")
-    how = ("--concurrency", 2, "--requests", 4, "--seeds", 1, "--block-sizes", 4, "--part", "validation")
-    result = run(trace, "--cost", tmp_path / "cost.json", *how, "--json", tmp_path / "load.json", "--domain", "easy")
+    how = ("--concurrency", 2, "--requests", 4, "--seeds", 1, "--bound-seeds", 0, "--block-sizes", 4)
+    files = ("--cost", tmp_path / "cost.json", "--json", tmp_path / "load.json")
+    result = run(trace, *files, *how, "--part", "validation", "--domain", "easy")
     assert result.exit_code == 0, result.stderr
     report = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
     assert "batch_table" in report["loads"]["concurrency:2"]["policies"]

@@ -72,6 +72,10 @@ def evaluate_load(
         int, _how(help="Runs of each policy and load, each with prompts and an order of its own.", min=1)
     ] = 5,
     seed: Annotated[int, _how(help="The first of them; also of the split.")] = 0,
+    bound_seeds: Annotated[
+        int,
+        _how(help="Seeds that are also served by who knows what every draft is worth; 0: none. They take long.", min=0),
+    ] = 1,
     slo_tpot_ms: Annotated[
         float | None, _how(help="Milliseconds an output token may take, for goodput.", metavar="MS", min=0.0)
     ] = None,
@@ -134,6 +138,7 @@ def evaluate_load(
             charges_decisions=decisions == "charged",
             slo_tpot=None if slo_tpot_ms is None else slo_tpot_ms / 1e3,
             trace_seed=opened.manifest.seed,
+            bound_seeds=bound_seeds,
             leave_out=not named,
             allow_leaks=allow_leak,
         )

@@ -11,21 +11,28 @@ import numpy as np
 from bpkit.judge.evaluation.fixed import described
 from bpkit.judge.load.setup import BOUNDS, CONCURRENCY, FIXED, POLICIES, RATE, LoadCase, LoadSetup
 from bpkit.judge.sources import source_names
-from bpkit.judge.statistics import LEVEL, TOUCHES_ZERO, Floats
+from bpkit.judge.statistics import LEVEL, Floats
 from bpkit.trace.server import Served
 
 
 @dataclass(frozen=True)
 class ServerRun:
-    """What a server did, and the seconds that simulating it took."""
+    """What a server did, and the seconds that simulating it took.
+
+    Attributes:
+        least: seconds of all steps together that nobody can undercut who knows as much; of bounds.
+    """
 
     served: Served
     seconds: float
+    least: float | None = None
 
 
 CaseRuns = dict[str, dict[str, dict[int, ServerRun]]]
 """The runs of one load by group, name and number of the seed."""
 TOKENS_PER_SECOND, PER_REQUEST = "tokens_per_second", "tokens_per_second_per_request"
+NO_GAP = 0.01
+"""Of the best fixed size's tokens/s: up to so much is no gap to have a share of."""
 MOST_POINTS = 400
 """Steps of a changing load that are kept for its picture."""
 
@@ -85,7 +92,9 @@ class CaseFigures:
             "best_fixed": {**choice, **of[FIXED][self.best]},
             "bound": None if self.bound is None else {"name": self.bound, **of[BOUNDS][self.bound]},
             **of,
-            **_simulated([run for of in self.runs.values() for some in of.values() for run in some.values()]),
+            **_simulated(
+                [run for g in (FIXED, POLICIES) for of in self.runs.get(g, {}).values() for run in of.values()]
+            ),
             **({"rows_over_time": self._rows_over_time()} if self.case.levels else {}),
         }
 
@@ -112,6 +121,7 @@ class CaseFigures:
             "interval": None if (group, name) == (FIXED, self.best) else ratio_interval(ratios),
             "by_seed": ratios.tolist(),
             **({"gap_share": self._gap_share(group, name)} if group != FIXED else {}),
+            **({"least_seconds": float(np.mean([run.least for run in runs]))} if group == BOUNDS else {}),
             **self._latencies(served, windows),
             **_work(served),
             "decision_us": self._decision(group, served),
@@ -120,13 +130,13 @@ class CaseFigures:
         }
 
     def _gap_share(self, group: str, name: str) -> float | None:
-        """(it - best fixed) / (bound - best fixed), of seeds of the bound; None where the gap's interval touches 0."""
+        """(it - best fixed) / (bound - best fixed), of seeds of the bound; None where there is hardly a gap."""
         if self.bound is None:
             return None
         numbers = self.runs[BOUNDS][self.bound].keys() & self.runs[group][name].keys()
         own, bound = self._ratios(group, name, numbers), self._ratios(BOUNDS, self.bound, numbers)
         interval = ratio_interval(bound)
-        if _geometric(bound) - 1 <= TOUCHES_ZERO or (interval is not None and interval[0] <= 1):
+        if _geometric(bound) - 1 < NO_GAP or (interval is not None and interval[0] <= 1):
             return None
         return (_geometric(own) - 1) / (_geometric(bound) - 1)
 

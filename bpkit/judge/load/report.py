@@ -31,7 +31,17 @@ DEFINITIONS = {
         "95%, Student's t of the logarithms of the seeds' ratios. Each seed has prompts, an order and arrivals of its "
         "own, the same for all that are compared, and no prompt is in two seeds."
     ),
-    "gap_share": "(policy - best fixed) / (bound - best fixed); null where the interval of that gap touches zero.",
+    "bound.clairvoyant": (
+        "Who knows what every drafted token is worth, and chooses drafts and widths of all rows together: the fastest "
+        "of several plans, each of which allocates every step as well as can be. A strong plan, not a proven bound. "
+        "Served for the first seeds only, and charged no decision time."
+    ),
+    "bound.distributions": "The same for who knows the chances of drafted tokens but not the noise; of sampled traces.",
+    "least_seconds": "Of all steps of a run, mean over seeds: proven that nobody who knows as much takes less.",
+    "gap_share": (
+        "(policy - best fixed) / (bound - best fixed) on the bound's seeds, of the first bound of the load; null where "
+        "the gap is below 1% of the best fixed size, or its interval touches zero."
+    ),
     "ttft": "Time to first token, from arrival: waiting and reading the prompt. Mean, median and 99th percentile.",
     "tpot": "Time per output token after the first, of each request: from its first token to its end.",
     "goodput": "Requests whose time per output token is within the limit: their share, and their number a second.",
@@ -81,6 +91,7 @@ def _settings(setup: LoadSetup) -> dict[str, Any]:
         "prompts": {domain: domains.count(domain) for domain in dict.fromkeys(domains)},
         "seed": setup.seed,
         "seeds": setup.seeds,
+        "bound_seeds": setup.bound_seeds,
         "shares": [[setup.prompts[place].id for place in share] for share in setup.shares],
         "max_tokens": setup.max_tokens,
         "decision_time_charged": setup.charged,
@@ -98,6 +109,8 @@ def _notes(setup: LoadSetup, loads: dict[str, Any]) -> list[str]:
         )
     if setup.charges_decisions and not setup.charged:
         said.append(f"Costs are in {setup.cost.unit}, not in seconds: decision time is not charged.")
+    if setup.spec.others and setup.bound_seeds:
+        said.append("Several sources of drafts: the bounds know drafts of one source, and are left out.")
     if setup.seeds < 2:
         said.append("One seed says nothing of the spread: there are no intervals.")
     short = [name for name, load in loads.items() if load["seeds"] < setup.seeds]

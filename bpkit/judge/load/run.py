@@ -12,11 +12,12 @@ from bpkit.judge.evaluation.candidate import Candidate
 from bpkit.judge.evaluation.leak import find_leaks, leak_notes, refusal
 from bpkit.judge.load.figures import CaseRuns, ServerRun
 from bpkit.judge.load.report import load_report
-from bpkit.judge.load.setup import FIXED, POLICIES, LoadSetup
+from bpkit.judge.load.setup import BOUNDS, DISTRIBUTIONS, FIXED, POLICIES, LoadSetup
 from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress, Progress
 from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.load import ClosedLoop
+from bpkit.trace.oracle.clairvoyant import clairvoyant, knows_distributions
 from bpkit.trace.server import ServerReplayer
 from bpkit.trace.store.manifest import TraceError
 
@@ -74,11 +75,12 @@ class LoadRuns:
     def jobs(self) -> list[Job]:
         """All of them, in the order in which they are done: load by load, and there seed by seed."""
         who = [(FIXED, name) for name in self.setup.fixed] + [(POLICIES, name) for name in self.candidates]
+        known = [(BOUNDS, name) for name in self.setup.bounds]
         return [
             Job(case, number, group, name)
             for case in range(len(self.setup.cases))
             for number in range(self.setup.seeds)
-            for group, name in who
+            for group, name in (who + known if number < self.setup.bound_seeds else who)
         ]
 
     def run(self, progress: Progress | None = None, *, workers: int = 1) -> None:
@@ -111,6 +113,11 @@ class LoadRuns:
         prompts, places = setup.requests(case, job.number)
         load = case.load(setup.seed + job.number)
         started = time.perf_counter()
+        if job.group == BOUNDS:
+            bound = knows_distributions if job.name == DISTRIBUTIONS else clairvoyant
+            how: dict[str, Any] = {"seed": setup.trace_seed, "max_tokens": setup.max_tokens}
+            known = bound(setup.spec, setup.cost, prompts, places, load, **how)
+            return ServerRun(known.served, time.perf_counter() - started, known.least_seconds)
         replayer = self._replayer(self._policy(job), charged=setup.charged and job.group == POLICIES)
         served = replayer.serve(prompts, places, load)
         return ServerRun(served, time.perf_counter() - started)

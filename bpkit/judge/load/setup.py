@@ -24,6 +24,8 @@ FEWEST, PER_ROW = 64, 4
 CONCURRENCY, RATE, CHANGING = "concurrency", "rate", "changing"
 FIXED, POLICIES, BOUNDS = "fixed", "policies", "bounds"
 """Groups of those who decide."""
+DISTRIBUTIONS, CLAIRVOYANT = "distributions", "clairvoyant"
+"""Bounds: who knows the chances of drafted tokens, but not the noise; and who knows what stands."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class LoadSetup:
             not charged; costs that are not in seconds charge nobody.
         slo_tpot: seconds an output token may take, of a request that counts for goodput.
         trace_seed: of the trace, for the policies' own random numbers.
+        bound_seeds: seeds, the first ones, that are also served by who knows what every draft is worth; 0: none. Bounds
+            take as long as a dozen policies.
         leave_out: a policy that the trace cannot serve is left out with a sentence; otherwise it is an error.
         allow_leaks: judge a trained policy also on prompts that it was trained or chosen on, and say so in `notes`;
             otherwise such a policy is one that the trace cannot serve.
@@ -116,6 +120,7 @@ class LoadSetup:
     charges_decisions: bool = True
     slo_tpot: float | None = None
     trace_seed: int | None = None
+    bound_seeds: int = 1
     leave_out: bool = False
     allow_leaks: bool = False
     shares: tuple[tuple[int, ...], ...] = field(init=False)
@@ -157,6 +162,14 @@ class LoadSetup:
     def traced(self) -> list[int]:
         """Block sizes that were traced, of any source."""
         return sorted({size for drafts in self.prompts[0].sources for size in drafts.block_sizes.tolist()})
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """That can be had, the one first that gaps are measured to; drafts of several sources have none."""
+        if self.spec.others or not self.bound_seeds:
+            return ()
+        sampled = all(prompt.drafts.match_probability is not None for prompt in self.prompts)
+        return (DISTRIBUTIONS, CLAIRVOYANT) if sampled else (CLAIRVOYANT,)
 
     @property
     def charged(self) -> bool:

@@ -94,12 +94,15 @@ def about(report: Mapping[str, Any]) -> str:
     settings = report["settings"]
     charged = "is charged" if settings["decision_time_charged"] else "is not charged"
     spread = f"95% over {settings['seeds']} seeds, each with prompts, order and arrivals of its own"
+    share = ""
+    if any(load[BOUNDS] for load in report["loads"].values()):
+        share = " The share is of the gap from the best fixed size to the first bound, on its seeds."
     speeds = [load["simulated_steps_per_second"] for load in report["loads"].values()]
     simulated = f" Simulated steps a second: {min(speeds):.0f} to {max(speeds):.0f}." if speeds else ""
     return (
         f"In brackets: {spread}; + and - mark intervals above and below 1. The best fixed size is chosen afterwards "
         f"for each load, on the same requests. Decision time of policies {charged}. Arrivals are compared by tokens/s "
-        "a request, a changing load by its whole time." + simulated
+        "a request, a changing load by its whole time." + share + simulated
     )
 
 
