@@ -14,12 +14,15 @@ from bpkit.learn import TrainedPolicy
 from bpkit.policy import Policy, State, overrides
 from bpkit.registry.discovery import registry
 from bpkit.registry.resolve import resolve_policy
-from bpkit.types import Plan
+from bpkit.testing.checks.records import some_rows
+from bpkit.trace.cost import CostTable
+from bpkit.types import Context, Draft, Plan
 from tests.random_rows import SHIPPED, random_context, random_draft, random_step, row_of, state_of
 
 DRAWS = Eesd
 """Draws for each row by itself: how lengths are distributed is tested with the policy."""
 OTHERS = (
+    "portfolio",  # without a cost model
     "confidence:schedule=heuristic_transient",
     "ema:warmup=0,interval=1,across_requests=false",
     "goodput:across_requests=true",
@@ -29,8 +32,22 @@ OTHERS = (
 )
 
 
+SHARING = sorted(
+    name for name, entry in registry().policies.items() if name != "onnx" and getattr(entry.load(), "joint", False)
+)
+COST = CostTable.model_validate(
+    {
+        "draft": {16: 0.4},
+        "verify": {size: 1 + 0.02 * size for size in range(1, 17)},
+        "rows": {
+            4: {"draft": {16: 0.8}, "verify": {b: 1 + 0.2 * b for b in range(1, 17)}, "padding": {"verify": 0.02}}
+        },
+    }
+)
+
+
 def specs() -> Iterator[str]:
-    yield from sorted(name for name in registry().policies if name != "onnx")
+    yield from sorted(registry().policies.keys() - {"onnx", *SHARING})
     yield from OTHERS
     for name in ("blockpilot", "forecast_truncate", "ldlp_threshold", "specdecpp"):
         yield f"onnx:{name}"
@@ -66,6 +83,33 @@ def test_rows_are_decided_for_as_each_alone(policy: Policy, padding_is_nan: bool
         states = [*(states[row] for row in order), row_alone(policy).begin(row_of(joining, 0))]
         begun = policy.begin(joining)
         state = {name: torch.cat([value, begun[name]]) for name, value in state_of(state, order).items()}
+
+
+@pytest.mark.parametrize("spec", [*SHARING, "adaptive_verification:when=before"])
+@pytest.mark.parametrize("cost", [COST, None])
+@torch.inference_mode()
+def test_rows_that_share_do_not_know_their_places(spec: str, cost: CostTable | None) -> None:
+    policy, places, random = resolve_policy(spec), [2, 0, 3, 1], torch.Generator().manual_seed(7)
+    policy.bind(SHIPPED, cost)
+    state = policy.begin(random_context(4, policy.wants, random))
+    for _ in range(8):
+        context = random_context(4, policy.wants, random)
+        context.row_ids = (0, 1, 2, 3)
+        other, moved = copy.deepcopy(policy), state_of(state, places)
+        turned = some_rows(context, places, random.get_state())
+        assert isinstance(turned, Context)
+        sizes = sizes_of(policy.select(state, context))
+        assert sizes_of(other.select(moved, turned)).equal(sizes[places])
+        widths = sizes - 1
+        if int(widths.max()):
+            draft = random_draft(context, sizes, widths.tolist(), policy.wants, random)
+            turned_draft = some_rows(draft, places, random.get_state())
+            assert isinstance(turned_draft, Draft)
+            widths = policy.truncate(state, draft)
+            assert other.truncate(moved, turned_draft).equal(widths[places])
+        else:
+            draft = random_draft(context, sizes, [0] * 4, policy.wants, random)
+        policy.observe(state, random_step(draft, widths, 0.4, random))
 
 
 def turn_of_rows(
