@@ -202,11 +202,10 @@ def small_costs(rng: np.random.Generator) -> list[CostModel]:
     return [of_table, Roofline(rng), Roofline(rng, experts=0.5)]
 
 
-@pytest.mark.parametrize("kind", [BLOCK_DIFFUSION, NGRAM])
-def test_plans_come_near_to_the_best_of_all_sequences_and_the_bound_below_it(kind: str) -> None:
-    spec = DecoderSpec("target", "drafter", kind, 5, 5, hidden_size=8, vocab_size=100)
+def test_no_sequence_of_choices_undercuts_the_bound() -> None:
+    spec = DecoderSpec("target", "drafter", BLOCK_DIFFUSION, 5, 5, hidden_size=8, vocab_size=100)
     over, under = [], []
-    for seed in range(6):
+    for seed in range(2):
         prompts = pair_of(seed, 8)
         for cost in small_costs(np.random.default_rng(seed)):
             known = clairvoyant(spec, cost, prompts, range(2), ClosedLoop(2))
@@ -214,10 +213,69 @@ def test_plans_come_near_to_the_best_of_all_sequences_and_the_bound_below_it(kin
             assert known.least_seconds <= best + 1e-9 <= seconds + 2e-9
             over.append(seconds / best)
             under.append(known.least_seconds / best)
-    # Outputs of seven steps' tokens have no long run: at their ends rows wait for each other, which no plan foresees.
-    assert np.mean(over) < 1.06
-    assert np.max(over) < 1.2
     assert np.mean(under) > 0.9
+    # Outputs so short have no long run: at their ends rows wait for each other, which no plan foresees.
+    assert np.mean(over) < 1.1
+
+
+def best_pace(prompt: PromptTrace, cost: CostModel) -> float:
+    """Least seconds per token in the long run, where two clients ask for the same prompt again and again.
+
+    Over all cycles of joint choices, by halving: with a token worth too many seconds, some cycle loses time.
+    """
+    last = prompt.output_length - 1
+    states = [*itertools.product(range(1, last + 1), repeat=2)]
+    place = {state: number for number, state in enumerate(states)}
+    edges: dict[tuple[int, int, int], float] = {}
+    drafts = prompt.drafts
+
+    def choices(position: int) -> list[tuple[int, int, int]]:
+        both = zip(drafts.draft_length[position - 1].tolist(), drafts.num_accepted[position - 1].tolist(), strict=True)
+        return [
+            (0, 0, 0),
+            *((n, k, min(a, k)) for n, a in both for k in range(min(n, prompt.most_verified(position)) + 1)),
+        ]
+
+    for one, other in states:
+        for chosen in itertools.product(choices(one), choices(other)):
+            sizes = [n + 1 if n else 0 for n, _, _ in chosen]
+            wide = [k + 1 for _, k, _ in chosen]
+            work = Work(max(sizes), 0, max(wide), AT, rows=2, drafted=sum(sizes), verified=sum(wide))
+            yielded = [a + 1 for _, _, a in chosen]
+            after = tuple(
+                at + tokens if at + tokens <= last else 1 for at, tokens in zip((one, other), yielded, strict=True)
+            )
+            key = place[one, other], place[after[0], after[1]], sum(yielded)
+            edges[key] = min(edges.get(key, np.inf), price(cost, work).total)
+    source, target, tokens = (np.array(column) for column in zip(*edges, strict=True))
+    seconds, low, high = np.array([*edges.values()]), 0.0, 10.0
+    while high - low > 1e-5:
+        pace = (low + high) / 2
+        left = np.zeros(len(states))
+        for _ in range(len(states) + 1):
+            before, found = left, seconds - pace * tokens + left[target]
+            left = np.minimum(before, np.full(len(states), np.inf))
+            np.minimum.at(left, source, found)
+            if (left >= before - 1e-12).all():
+                low = pace
+                break
+        else:
+            high = pace
+    return high
+
+
+def test_plans_come_near_to_the_best_of_all_cycles() -> None:
+    spec = DecoderSpec("target", "drafter", NGRAM, 5, 5, hidden_size=8, vocab_size=100)
+    over = []
+    for seed in range(3):
+        prompt = pair_of(seed, 8)[seed % 2]
+        for cost in small_costs(np.random.default_rng(seed)):
+            served = clairvoyant(spec, cost, [prompt], [0] * 24, ClosedLoop(2)).served
+            pace = served.seconds[: served.full].sum() / served.tokens[: served.full].sum()
+            over.append(float(pace) / best_pace(prompt, cost))
+    assert min(over) > 0.97, "a run ends within a cycle"
+    assert np.mean(over) < 1.04
+    assert max(over) < 1.12
 
 
 FLAT = CostTable(

@@ -1,26 +1,33 @@
-"""What drafts are worth to a row under load, by tokens drafted and verified, and what being at a position is worth.
+"""What being at a position is worth to a row under load, in seconds that remain, and what its drafts are worth by that.
 
-The plainest worth of a position is the number of its tokens. But a token may be worth more at one place than at
-another: where the next draft is right for long, it pays to get there. So a second one asks what is left of the output
-for a row by itself. It pays for its own positions and a part of each step that no step of this many rows can undercut:
+A token is not worth the same everywhere. Where a draft is right for long, what is not taken now can be had in the next
+step, whose width other rows pay for anyway; where the next draft is right for long, it pays to get there. So a position
+is worth what the steps from there to the end of the output take less. That is worked out for each row by itself, going
+through its output from the end, as if all rows did as it does: in steps of so many rows that draft and verify up to a
+cap, of which it pays one part,
 
-    share(d, v) = charges of its positions + least over rows n, longest drafts >= d, most verified >= v of
+    share(d, v) = charges of its own positions + (price of a step at the cap - charges of all its positions) / rows
+
+under the cap that takes the least time. That is a policy for all rows, with a value that one step can be improved by.
+
+`lower_shares` are those that rows together never pay less than, whatever they do and however many run:
+
+    share(d, v) = charges of its own positions + least over rows n, longest drafts >= d, most verified >= v of
                   (price of the step - charges of all its positions) / n
 
-Rows together never pay less than all their shares. So the seconds that remain to a row under its best choices, found by
-going through its output from the end, are also a bound: no policy serves these requests in less time than all rows'
-seconds together, at any order and admission, if costs do not fall with the context length. What catching up takes is
-left out: it only takes longer.
+So the seconds that remain to a row under them are a bound: no policy serves these requests in less time than all rows'
+seconds together, in any order, if costs do not fall with the context length. Catching up is left out: it takes longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bpkit.decode.clock import asked
 from bpkit.trace.oracle.allocation import PhasePrice, draft_sizes, phase_price
 from bpkit.trace.oracle.paths import match_chances
 from bpkit.trace.oracle.plan import Float64, Int64, chances_of
@@ -33,83 +40,73 @@ CONTEXTS = 8
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What comes of every draft of one prompt, of its first source.
+    """What comes of every draft of one prompt, of its first source, by tokens drafted and verified.
 
-    `rows` is the output length less one, `sizes` counts traced block sizes that may be used, `width` is the longest
-    draft.
+    `rows` is the output length less one, `width` the longest draft of any prompt.
 
     Attributes:
-        block_sizes: int64 [sizes]. length: drafted tokens, int64 [rows, sizes].
-        reach, stop: chance that the first v tokens stand, and that just v do: float64 [rows, sizes, width + 1].
+        block_sizes: by tokens drafted, int64 [rows, width + 1]; of sizes that give drafts of one length, the smallest.
+        there: whether so many can be drafted and verified, bool [rows, width + 1, width + 1].
+        reach, stop: chance that the first v tokens stand, and that just v do, float64 of the same shape.
         next: position after v tokens stand, int64 [rows, width + 1].
-        most: drafted tokens that may be verified, int64 [rows].
     """
 
     prompt: PromptTrace
     block_sizes: Int64
-    length: Int64
+    there: NDArray[np.bool_]
     reach: Float64
     stop: Float64
     next: Int64
-    most: Int64
-
-    def worth(self, row: int | slice, of_positions: Float64) -> Float64:
-        """Expected worth of where a step leads: float64 [..., sizes, width + 1]; minus infinity where it cannot be.
-
-        Args:
-            of_positions: float64 [output length + 1].
-        """
-        later = of_positions[self.next[row]][..., None, :]
-        stopped = self.stop[row] * later
-        expected = np.cumsum(stopped, axis=-1) - stopped + self.reach[row] * later
-        verified = np.arange(later.shape[-1])
-        most = np.minimum(self.length[row], np.asarray(self.most[row])[..., None])[..., None]
-        there = (verified <= most) & (self.length[row] > 0)[..., None]
-        return np.where(there, expected, -np.inf)
-
-    def worths(self, of_positions: Float64, width: int) -> tuple[Float64, NDArray[np.int64]]:
-        """Expected worth of every step by tokens drafted and verified, float64 [rows, width + 1, width + 1], and the
-        block size of every draft length, [rows, width + 1]. Of sizes that give drafts of one length, the smallest.
-        """
-        rows = np.arange(len(self.length))
-        found = np.full((len(rows), width + 1, width + 1), -np.inf)
-        sizes = np.ones((len(rows), width + 1), np.int64)
-        by_size = self.worth(slice(None), of_positions)
-        for place in range(len(self.block_sizes) - 1, -1, -1):
-            found[rows, self.length[:, place], : by_size.shape[2]] = by_size[:, place]
-            sizes[rows, self.length[:, place]] = self.block_sizes[place]
-        found[:, 0], sizes[:, 0] = -np.inf, 1
-        found[:, 0, 0] = of_positions[self.next[:, 0]]
-        return found - of_positions[1:-1, None, None], sizes
 
 
-def outcomes(prompt: PromptTrace, work: DraftWork, largest: int, *, knows_noise: bool) -> Outcomes:
+def outcomes(prompt: PromptTrace, work: DraftWork, largest: int, width: int, *, knows_noise: bool) -> Outcomes:
     """What comes of the drafts of a prompt.
 
     Args:
-        largest: block size that may be used.
+        largest: block size that may be used. width: the longest draft.
         knows_noise: whether what stands is known; otherwise the chances are.
 
     Raises:
         ValueError: the chances are asked for and not in the trace.
     """
     drafts, position = prompt.drafts, np.arange(1, prompt.output_length)
-    room, width = prompt.output_length - 1 - position, int(drafts.draft_length.max(initial=0))
-    if knows_noise:
-        match = (np.arange(width) < drafts.num_accepted[:, :, None]).astype(np.float64)
-    else:
-        match = match_chances(prompt, drafts, work, room, width)
-    reach, stop = chances_of(match)
-    used = drafts.block_sizes <= largest
-    return Outcomes(
-        prompt,
-        drafts.block_sizes[used].astype(np.int64),
-        drafts.draft_length[:, used].astype(np.int64),
-        reach[:, used],
-        stop[:, used],
-        position[:, None] + 1 + np.minimum(np.arange(width + 1), room[:, None]),
-        prompt.max_new_tokens - position - 1,
+    rows, room, own = (
+        np.arange(len(position)),
+        prompt.output_length - 1 - position,
+        int(drafts.draft_length.max(initial=0)),
     )
+    if knows_noise:
+        match = (np.arange(own) < drafts.num_accepted[:, :, None]).astype(np.float64)
+    else:
+        match = match_chances(prompt, drafts, work, room, own)
+    chances, shape = chances_of(match), (len(rows), width + 1, width + 1)
+    sizes, traced, (reach, stop) = np.ones(shape[:2], np.int64), np.zeros(shape[:2], np.bool_), np.zeros((2, *shape))
+    kept = min(own, width) + 1
+    for place in np.flatnonzero(drafts.block_sizes <= largest)[::-1].tolist():
+        length = drafts.draft_length[:, place]
+        sizes[rows, length], traced[rows, length] = drafts.block_sizes[place], length > 0
+        for values, given in zip((reach, stop), chances, strict=True):
+            values[rows, length, :kept] = given[:, place, :kept]
+    sizes[:, 0], traced[:, 0], reach[:, 0, 0], stop[:, 0] = 1, True, 1.0, 0.0
+    verified = np.arange(width + 1)
+    most = np.minimum(verified, np.maximum(prompt.max_new_tokens - position - 1, 0)[:, None])
+    there = traced[:, :, None] & (verified <= most[:, :, None])
+    after = position[:, None] + 1 + np.minimum(verified, room[:, None])
+    return Outcomes(prompt, sizes, there, reach, stop, after)
+
+
+def expected(later: Float64, reach: Float64, stop: Float64, axis: int) -> Float64:
+    """Expected value of where steps lead.
+
+    Args:
+        later: value by tokens that stand. reach, stop: as in `Outcomes`. All broadcast to one shape.
+        axis: of tokens that stand, or are verified.
+    """
+    stopped = stop * later
+    found = np.cumsum(stopped, axis=axis)
+    found -= stopped
+    found += reach * later
+    return found
 
 
 @dataclass(frozen=True)
@@ -124,11 +121,15 @@ class Shares:
     seconds: Float64
 
     def at(self, context_length: int) -> Float64:
-        """At the longest of the context lengths that is no longer, [width + 1, width + 1]."""
-        return np.asarray(self.seconds[int(np.searchsorted(self.contexts, context_length, side="right")) - 1])
+        """At the longest of the context lengths that is no longer, [width + 1, width + 1, 1]."""
+        return np.asarray(self.seconds[int(np.searchsorted(self.contexts, context_length, side="right")) - 1])[
+            :, :, None
+        ]
 
 
-def shares(cost: CostModel, width: int, rows: int, contexts: tuple[int, int], charges: tuple[float, float]) -> Shares:
+def lower_shares(
+    cost: CostModel, width: int, rows: int, contexts: tuple[int, int], charges: tuple[float, float]
+) -> Shares:
     """What no step of up to so many rows can undercut.
 
     Args:
@@ -140,9 +141,41 @@ def shares(cost: CostModel, width: int, rows: int, contexts: tuple[int, int], ch
         np.min([_share(cost, width, count, context, charges) for count in range(1, rows + 1)], axis=0)
         for context in at.tolist()
     ]
+    return Shares(at, np.stack(found) + _own(width, charges))
+
+
+def capped_shares(cost: CostModel, width: int, rows: int, at: int) -> Float64:
+    """Shares of steps of so many rows: float64 [charges, caps, width + 1, width + 1], infinite beyond a cap.
+
+    The charges that bound best are those under which the best cap takes longest. Longest drafts are as long as what is
+    verified, or as long as they can be.
+    """
+    draft, verify = (phase_price(cost, phase, width, at, rows) for phase in ("draft", "verify"))
+    rest, sizes = asked(cost, rows)("rest", 1, at, 0), np.arange(width + 1)
+    if rows == 1:  # which pays for itself alone
+        return np.asarray(draft.base[:, None] + verify.base + rest)[None, None]
+    caps = [
+        (a, b)
+        for b, most in enumerate(verify.sizes)
+        for a, longest in enumerate(draft.sizes)
+        if longest == most or (longest == width and most)
+    ]
+    found = []
+    for charges in charges_of(draft, verify):
+        parts = draft.least(charges[0]), verify.least(charges[1])
+        of_caps = []
+        for a, b in caps:
+            within = (sizes <= draft.sizes[a])[:, None] & (sizes <= verify.sizes[b])
+            price = (parts[0][a] + parts[1][b] + rest) / rows
+            of_caps.append(np.where(within, price + _own(width, charges), np.inf))
+        found.append(of_caps)
+    return np.array(found)
+
+
+def _own(width: int, charges: tuple[float, float]) -> Float64:
+    """Charges of a row's own positions, [width + 1, width + 1]."""
     sizes = np.arange(width + 1)
-    own = charges[0] * draft_sizes(sizes)[:, None] + charges[1] * (sizes + 1)
-    return Shares(at, np.stack(found) + own)
+    return np.asarray(charges[0] * draft_sizes(sizes)[:, None] + charges[1] * (sizes + 1))
 
 
 def _share(cost: CostModel, width: int, rows: int, at: int, charges: tuple[float, float]) -> Float64:
@@ -150,8 +183,7 @@ def _share(cost: CostModel, width: int, rows: int, at: int, charges: tuple[float
         _least(phase_price(cost, phase, width, at, rows), rows, charge, phase)
         for phase, charge in zip(("draft", "verify"), charges, strict=True)
     )
-    asked = cost.seconds("rest", 1, at) if rows == 1 else cost.batch_seconds("rest", 1, at, rows, 0)  # type: ignore[attr-defined]
-    return np.asarray((draft[:, None] + verify + asked) / rows, np.float64)
+    return np.asarray((draft[:, None] + verify + asked(cost, rows)("rest", 1, at, 0)) / rows, np.float64)
 
 
 def _least(phase: PhasePrice, rows: int, charge: float, name: str) -> Float64:
@@ -166,21 +198,28 @@ def _least(phase: PhasePrice, rows: int, charge: float, name: str) -> Float64:
     return np.asarray(np.minimum.accumulate(left[::-1])[::-1], np.float64)
 
 
-def seconds_alone(known: Outcomes, share: Shares) -> Float64:
-    """Least expected seconds of shares that remain from each position: float64 [output length + 1]."""
-    left = np.zeros(known.prompt.output_length + 1)
+def seconds_left(known: Outcomes, share: Callable[[int], Float64]) -> Float64:
+    """Least expected seconds of shares that remain from each position: float64 [output length + 1, kinds].
+
+    Args:
+        share: of a context length, float64 [width + 1, width + 1, kinds].
+    """
+    first = known.prompt.prompt_length + 1
+    left = np.zeros((known.prompt.output_length + 1, share(first).shape[2]))
     left[0] = np.nan  # before prefill
-    for row in range(len(known.length) - 1, -1, -1):
-        price = share.at(known.prompt.prompt_length + row + 1)
-        plain = price[0, 0] + left[known.next[row, 0]]
-        step = price[known.length[row], : known.next.shape[1]] - known.worth(row, -left)
-        left[row + 1] = min(plain, step.min(initial=np.inf))
+    for row in range(len(known.next) - 1, -1, -1):
+        lengths = np.flatnonzero(known.there[row, :, 0])
+        later = left[known.next[row]]
+        reach, stop = known.reach[row, lengths, :, None], known.stop[row, lengths, :, None]
+        step = expected(later, reach, stop, axis=1)
+        step += share(first + row)[lengths]
+        step[~known.there[row, lengths]] = np.inf
+        left[row + 1] = step.min(axis=(0, 1))
     return left
 
 
-def charges_of(cost: CostModel, width: int, rows: int, at: int) -> list[tuple[float, float]]:
+def charges_of(draft: PhasePrice, verify: PhasePrice) -> list[tuple[float, float]]:
     """Charges of positions under which to look at shares."""
-    draft, verify = (phase_price(cost, phase, width, at, rows) for phase in ("draft", "verify"))
     return [(a, b) for a in draft.charges for b in verify.charges]
 
 
