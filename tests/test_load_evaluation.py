@@ -185,21 +185,9 @@ def test_the_command_writes_tables_figures_a_picture_and_a_page(trace: Path, tmp
     files["report"] = tmp_path / "load.html"
     written = [part for option, path in files.items() for part in (f"--{option}", path)]
     loads = ("--concurrency", "1,4", "--rate", 30, "--max-rows", 4, "--changing", "1,4,1", "--requests", 6)
-    how = (
-        "--part",
-        "all",
-        "--seeds",
-        2,
-        "--bound-seeds",
-        0,
-        "--block-sizes",
-        "4",
-        "--slo-tpot-ms",
-        10,
-        "--policy",
-        "batch_table:1:4+4:1",
-    )
-    result = run(trace, "--cost", tmp_path / "cost.json", *loads, *how, *written)
+    how = ("--part", "all", "--seeds", 2, "--bound-seeds", 0, "--slo-tpot-ms", 10, "--block-sizes", 4)
+    policy = ("--policy", "batch_table:1:4+4:1")
+    result = run(trace, "--cost", tmp_path / "cost.json", *loads, *how, *policy, *written)
     assert result.exit_code == 0, result.stderr
     for text in ("best fixed size", "4 at once", "30 a second", "1-4-1", "% within", "positions for an output token"):
         assert text in result.stdout
@@ -210,9 +198,8 @@ def test_the_command_writes_tables_figures_a_picture_and_a_page(trace: Path, tmp
     assert set(report["definitions"]) >= {"best_fixed", "tpot", "gap_share"}
     page = files["report"].read_text(encoding="utf-8")
     assert page.count("<img ") == 4
-    assert "bpkit" in report["provenance"]["command"]
     assert files["plot"].stat().st_size > 1000
-    assert "evaluate-load" in page or "Made by" in page
+    assert "Made by: bpkit" in page
 
 
 def test_policies_of_all_rows_are_judged_where_none_is_named(trace: Path, tmp_path: Path) -> None:
