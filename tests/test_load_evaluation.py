@@ -94,7 +94,7 @@ def test_an_interval_is_that_of_students_t() -> None:
 
 def test_arrivals_are_compared_by_request_and_a_load_that_changes_by_its_whole_run() -> None:
     arrivals, changing = LoadCase.arrivals(40.0, 4, 10), LoadCase.changing([1, 4, 1])
-    report = evaluate_load(setup(arrivals, changing, block_sizes=(2, 6)))
+    report = evaluate_load(setup(arrivals, changing, block_sizes=(2, 6), max_tokens=16))
     poisson, waves = report["loads"]["rate:40"], report["loads"]["changing:1-4-1"]
     assert poisson["compared"] == "tokens_per_second_per_request"
     assert poisson["policies"]["fixed:6"]["ttft"]["mean"] > 0
@@ -102,6 +102,10 @@ def test_arrivals_are_compared_by_request_and_a_load_that_changes_by_its_whole_r
     over_time = waves["rows_over_time"]["batch_table:1:6+4:1"]
     assert max(over_time["rows"]) == 4
     assert waves["requests"] == 12
+    mixed = evaluate_load(setup(changing, block_sizes=(2, 6), max_tokens=16, mixes_passes=True))["loads"][
+        "changing:1-4-1"
+    ]
+    assert mixed["fixed"]["6"]["tokens_per_second"] > waves["fixed"]["6"]["tokens_per_second"]
 
 
 def test_decisions_of_policies_are_charged_and_fixed_sizes_decide_nothing() -> None:

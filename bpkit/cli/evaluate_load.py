@@ -63,6 +63,14 @@ def evaluate_load(
     max_tokens: Annotated[
         int | None, _load(help="Positions of a step at most; prompts are read in what is left of them.", min=1)
     ] = None,
+    mixed_passes: Annotated[
+        bool,
+        _load(
+            "--mixed-passes",
+            help="Prompts are read in the passes of rows that run, as in vLLM; without this in passes of their own, as "
+            "bpkit does.",
+        ),
+    ] = False,
     files: Outputs,
     block_sizes: Annotated[
         str | None,
@@ -135,6 +143,7 @@ def evaluate_load(
             seeds=seeds,
             seed=seed,
             max_tokens=max_tokens,
+            mixes_passes=mixed_passes,
             charges_decisions=decisions == "charged",
             slo_tpot=None if slo_tpot_ms is None else slo_tpot_ms / 1e3,
             trace_seed=opened.manifest.seed,

@@ -33,6 +33,8 @@ CaseRuns = dict[str, dict[str, dict[int, ServerRun]]]
 TOKENS_PER_SECOND, PER_REQUEST = "tokens_per_second", "tokens_per_second_per_request"
 NO_GAP = 0.01
 """Of the best fixed size's tokens/s: up to so much is no gap to have a share of."""
+FEW_TESTED = 20
+"""Drafted tokens at a position below which no share of them is told."""
 MOST_POINTS = 400
 """Steps of a changing load that are kept for its picture."""
 
@@ -220,7 +222,7 @@ def _work(served: Sequence[Served]) -> dict[str, Any]:
     }
     steps, tokens = sum(len(one.rows) for one in served), sums["tokens"]
     tested, accepted = (np.sum([getattr(one, name) for one in served], axis=0) for name in ("tested", "accepted"))
-    some = tested > 0
+    some = tested >= FEW_TESTED
     return {
         "acceptance_length": tokens / sums["rows"],
         "acceptance_by_position": (accepted[some] / tested[some]).tolist(),

@@ -69,8 +69,7 @@ class LoadRuns:
 
     def _replayer(self, policy: PolicyLike, *, charged: bool = False) -> ServerReplayer:
         setup = self.setup
-        how: dict[str, Any] = {"max_tokens": setup.max_tokens, "charges_decisions": charged}
-        return ServerReplayer(setup.spec, policy, setup.cost, seed=setup.trace_seed, **how)
+        return ServerReplayer(setup.spec, policy, setup.cost, charges_decisions=charged, **setup.server)
 
     def jobs(self) -> list[Job]:
         """All of them, in the order in which they are done: load by load, and there seed by seed."""
@@ -115,8 +114,7 @@ class LoadRuns:
         started = time.perf_counter()
         if job.group == BOUNDS:
             bound = knows_distributions if job.name == DISTRIBUTIONS else clairvoyant
-            how: dict[str, Any] = {"seed": setup.trace_seed, "max_tokens": setup.max_tokens}
-            known = bound(setup.spec, setup.cost, prompts, places, load, **how)
+            known = bound(setup.spec, setup.cost, prompts, places, load, **setup.server)
             return ServerRun(known.served, time.perf_counter() - started, known.least_seconds)
         replayer = self._replayer(self._policy(job), charged=setup.charged and job.group == POLICIES)
         served = replayer.serve(prompts, places, load)

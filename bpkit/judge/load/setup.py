@@ -93,7 +93,7 @@ class LoadSetup:
         block_sizes: fixed sizes that are run at each load, of each source; traced ones, and 1. None: those of `SIZES`
             that were traced.
         seeds: runs of each policy and load. seed: the first.
-        max_tokens: positions of a step at most; see `ServerAdmission`.
+        max_tokens: positions of a step at most; see `ServerAdmission`. mixes_passes: see `ServerClock`.
         charges_decisions: whether policies' decision time takes time on the server. Fixed sizes decide nothing and are
             not charged; costs that are not in seconds charge nobody.
         slo_tpot: seconds an output token may take, of a request that counts for goodput.
@@ -117,6 +117,7 @@ class LoadSetup:
     seeds: int = 5
     seed: int = 0
     max_tokens: int | None = None
+    mixes_passes: bool = False
     charges_decisions: bool = True
     slo_tpot: float | None = None
     trace_seed: int | None = None
@@ -162,6 +163,11 @@ class LoadSetup:
     def traced(self) -> list[int]:
         """Block sizes that were traced, of any source."""
         return sorted({size for drafts in self.prompts[0].sources for size in drafts.block_sizes.tolist()})
+
+    @property
+    def server(self) -> dict[str, Any]:
+        """Options of the server, whoever decides."""
+        return {"seed": self.trace_seed, "max_tokens": self.max_tokens, "mixes_passes": self.mixes_passes}
 
     @property
     def bounds(self) -> tuple[str, ...]:
