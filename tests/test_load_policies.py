@@ -17,10 +17,10 @@ from bpkit_load.adaptive_verification import AdaptiveVerification, most_tokens_p
 from bpkit_load.batch_ema import BatchEma
 from bpkit_load.batch_table import BatchTable
 from bpkit_load.joint import Joint
-from bpkit_load.prices import PassPrices, StepPrices
 from bpkit_load.turbospec import TurboSpec
 
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.export.prices import PassPrices, StepPrices
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.discovery import build
 from bpkit.registry.resolve import parse_spec, resolve_policy, written

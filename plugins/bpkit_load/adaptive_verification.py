@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from bpkit.export.prices import PassPrices, StepPrices, priced
 from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
 from bpkit.sizes import BlockSize
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 from bpkit_load.acceptance_fit import AcceptanceFit, log_odds
-from bpkit_load.prices import PassPrices, StepPrices, priced
 
 if TYPE_CHECKING:
     import numpy as np

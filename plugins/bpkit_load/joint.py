@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from bpkit.export.prices import priced
 from bpkit.policy import Policy, PolicyConfig, State
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
-from bpkit_load.prices import priced
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-COST_CONTEXT = 64
-"""Costs are looked up once for so many context lengths: they change slowly, and a lookup costs a decision's time."""
-MOST_PRICES = 64
-"""Numbers of rows and ranges of context lengths whose prices are kept."""
 USUAL = 3
 """Positions that wait for a draft where no row is new, at most."""
 NEWCOMERS = 0.02
@@ -89,7 +85,9 @@ class Joint(Policy):
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         import numpy as np
 
+        from bpkit.export.position_costs import KeptCosts
         from bpkit_load.confidence import ConfidenceCounts
+        from bpkit_load.positions import PositionPrices
 
         self.cost, self.work = cost, decoder.work
         self.sizes = priced(cost, (size for size in self.config.block_sizes if size <= decoder.max_block_size))
@@ -100,7 +98,9 @@ class Joint(Policy):
         self.newcomers, self.joined, self.prompts = 0.05, 0.0, 0.0
         self.mixes = getattr(cost, "mixes_prompts", False)
         self.rates: dict[int, list[float]] = {}
-        self._prices: dict[tuple[Any, ...], PositionPrices] = {}
+        self.costs = KeptCosts(
+            PositionPrices, cost, self.sizes, features=bool(self.wants_optional), slope=self.config.slope
+        )
 
     # Decisions
 
@@ -158,21 +158,8 @@ class Joint(Policy):
 
     def prices(self, context: Context) -> PositionPrices:
         """What steps of these rows cost."""
-        from bpkit_load.positions import PositionPrices
-
         beside = round(self.joined, 1), int(self.prompts / max(self.joined, 1e-6)) // 16 * 16
-        key = context.batch_size, int(context.context_length.max()) // COST_CONTEXT, beside
-        found = self._prices.pop(key, None)
-        if found is None:
-            at = key[1] * COST_CONTEXT + COST_CONTEXT // 2
-            features = bool(self.wants_optional)
-            found = PositionPrices(
-                self.cost, self.sizes, key[0], at, features=features, slope=self.config.slope, beside=beside
-            )
-        self._prices[key] = found  # the last used is the last to go
-        if len(self._prices) > MOST_PRICES:
-            del self._prices[next(iter(self._prices))]
-        return found
+        return self.costs.of(context.batch_size, int(context.context_length.max()), beside)
 
     # Learning
 

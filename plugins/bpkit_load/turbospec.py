@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from bpkit.export.prices import StepPrices, priced
 from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Step
-from bpkit_load.prices import StepPrices, priced
 
 if TYPE_CHECKING:
     from torch import Tensor
