@@ -64,13 +64,13 @@ def evaluate_load(
         int | None, _load(help="Positions of a step at most; prompts are read in what is left of them.", min=1)
     ] = None,
     mixed_passes: Annotated[
-        bool,
+        bool | None,
         _load(
-            "--mixed-passes",
-            help="Prompts are read in the passes of rows that run, as in vLLM; without this in passes of their own, as "
-            "bpkit does.",
+            "--mixed-passes/--own-passes",
+            help="Prompts are read in the passes of rows that run, as in vLLM, or in their own, as in bpkit; by "
+            "default as the cost model's engine does.",
         ),
-    ] = False,
+    ] = None,
     files: Outputs,
     block_sizes: Annotated[
         str | None,

@@ -182,7 +182,8 @@ class ServerReplayer(Replayer):
 
     Args:
         max_tokens: as in `ServerAdmission`.
-        charges_decisions, mixes_passes: as in `ServerClock`.
+        charges_decisions, mixes_passes: as in `ServerClock`; by default passes are mixed if the cost model's engine
+            does that (`mixes_prompts`).
     """
 
     def __init__(
@@ -190,12 +191,13 @@ class ServerReplayer(Replayer):
         *args: Any,
         max_tokens: int | None = None,
         charges_decisions: bool = False,
-        mixes_passes: bool = False,
+        mixes_passes: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self.max_tokens = max_tokens
-        self.charges_decisions, self.mixes_passes = charges_decisions, mixes_passes
+        self.charges_decisions = charges_decisions
+        self.mixes_passes = getattr(self.cost, "mixes_prompts", False) if mixes_passes is None else mixes_passes
 
     def serve(
         self,

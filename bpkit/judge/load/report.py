@@ -94,7 +94,7 @@ def _settings(setup: LoadSetup) -> dict[str, Any]:
         "bound_seeds": setup.bound_seeds,
         "shares": [[setup.prompts[place].id for place in share] for share in setup.shares],
         "max_tokens": setup.max_tokens,
-        "mixes_passes": setup.mixes_passes,
+        "mixes_passes": setup.mixed,
         "decision_time_charged": setup.charged,
         "slo_tpot": setup.slo_tpot,
         "level": LEVEL,

@@ -93,7 +93,8 @@ class LoadSetup:
         block_sizes: fixed sizes that are run at each load, of each source; traced ones, and 1. None: those of `SIZES`
             that were traced.
         seeds: runs of each policy and load. seed: the first.
-        max_tokens: positions of a step at most; see `ServerAdmission`. mixes_passes: see `ServerClock`.
+        max_tokens: positions of a step at most; see `ServerAdmission`. mixes_passes: see `ServerClock`;
+            by default as the cost model's engine does (`mixes_prompts`).
         charges_decisions: whether policies' decision time takes time on the server. Fixed sizes decide nothing and are
             not charged; costs that are not in seconds charge nobody.
         slo_tpot: seconds an output token may take, of a request that counts for goodput.
@@ -117,7 +118,7 @@ class LoadSetup:
     seeds: int = 5
     seed: int = 0
     max_tokens: int | None = None
-    mixes_passes: bool = False
+    mixes_passes: bool | None = None
     charges_decisions: bool = True
     slo_tpot: float | None = None
     trace_seed: int | None = None
@@ -165,9 +166,14 @@ class LoadSetup:
         return sorted({size for drafts in self.prompts[0].sources for size in drafts.block_sizes.tolist()})
 
     @property
+    def mixed(self) -> bool:
+        """Whether prompts are read in the passes of rows that run."""
+        return self.cost.mixes_prompts if self.mixes_passes is None else self.mixes_passes
+
+    @property
     def server(self) -> dict[str, Any]:
         """Options of the server, whoever decides."""
-        return {"seed": self.trace_seed, "max_tokens": self.max_tokens, "mixes_passes": self.mixes_passes}
+        return {"seed": self.trace_seed, "max_tokens": self.max_tokens, "mixes_passes": self.mixed}
 
     @property
     def bounds(self) -> tuple[str, ...]:

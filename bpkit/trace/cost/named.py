@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from numpy import float64
 from numpy.typing import ArrayLike, NDArray
@@ -26,7 +26,12 @@ class NamedCost(BaseModel, ABC):
     Attributes:
         name, description: in words. source: of published figures.
         unit: of all prices.
+
+    Class attributes:
+        mixes_prompts: whether the engine that is priced reads prompts in the passes of rows that run, as vLLM does.
     """
+
+    mixes_prompts: ClassVar[bool] = False
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -174,7 +174,7 @@ class Roofline(NamedCost):
         context_length: where it is asked without one.
     """
 
-    mixes_prompts: ClassVar[bool] = True
+    mixes_prompts = True
     kind: Literal["roofline"] = "roofline"
     device: DeviceSpeed
     target: ModelPass
