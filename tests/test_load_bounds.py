@@ -17,7 +17,8 @@ from bpkit.trace.cost import CostTable
 from bpkit.trace.cost.table import Padding, RowsTable
 from bpkit.trace.load import ChangingLoad, ClosedLoop, Load, PoissonLoad
 from bpkit.trace.oracle.allocation import StepPrice, allocate, phase_price
-from bpkit.trace.oracle.clairvoyant import clairvoyant, knows_distributions
+from bpkit.trace.oracle.clairvoyant import Allocating, Known, clairvoyant, knows_distributions, pace
+from bpkit.trace.oracle.load_regret import KINDS_UNDER_LOAD, split_of_regret
 from bpkit.trace.oracle.paths import oracle_distributions, oracle_step_truncate
 from bpkit.trace.oracle.plan import Float64
 from bpkit.trace.records import PromptTrace
@@ -327,3 +328,83 @@ def test_chances_have_to_be_in_the_trace() -> None:
     prompts = [replace(each, drafts=replace(each.drafts, match_probability=None)) for each in synthetic_prompts(2)]
     with pytest.raises(ValueError, match="no match probabilities"):
         knows_distributions(SPEC, COST, prompts, (0, 1), ClosedLoop(2))
+
+
+# Regret
+
+
+PLACES = [number % 4 for number in range(16)]
+
+
+def regret(policy: Any, known: Known, noise: Known | None = None, **options: Any) -> dict[str, float]:
+    replayer = ServerReplayer(known.oracle.spec, policy, known.oracle.cost, strict=True, **options)
+    return split_of_regret(replayer, known.oracle.prompts, PLACES, known.oracle.load, known, noise)
+
+
+@pytest.fixture(scope="module")
+def facts() -> Known:
+    return clairvoyant(SPEC, COST, synthetic_prompts(4), PLACES, ClosedLoop(4))
+
+
+@pytest.mark.parametrize("policy", ["fixed:1", "fixed:2", "fixed:8", "goodput:1-4+6+8"])
+def test_regret_is_all_that_the_clairvoyant_server_does_not_take(policy: str, facts: Known) -> None:
+    found = regret(policy, facts)
+    run = ServerReplayer(SPEC, policy, COST).serve(facts.oracle.prompts, PLACES, ClosedLoop(4))
+    assert found["together"] == pytest.approx(1 - pace(facts.served) / pace(run))
+    kinds = {name: found[name] for name in KINDS_UNDER_LOAD}
+    assert min(kinds.values()) >= 0
+    assert sum(found.values()) == pytest.approx(2 * found["together"])
+    assert abs(found["elsewhere"]) < 0.25
+    if policy == "fixed:1":
+        assert sum(kinds.values()) == kinds["drafted_too_little"] > 0.03
+    if policy == "fixed:8":
+        assert kinds["verified_too_much"] == max(kinds.values())
+        assert kinds["drafted_too_much"] > kinds["drafted_too_little"] == 0
+
+
+def test_the_clairvoyant_server_regrets_nothing(facts: Known) -> None:
+    own = Allocating(facts.oracle.outcomes, facts.plan, PLACES)
+    assert regret(own, facts) == pytest.approx(
+        dict.fromkeys([*KINDS_UNDER_LOAD, "deciding", "elsewhere", "together"], 0.0)
+    )
+
+
+def test_drafts_of_the_wrong_rows_are_told_from_too_many() -> None:
+    """One of two rows accepts everything and the other nothing; as many positions are drafted as would be best."""
+    right, wrong = synthetic_prompt(0), synthetic_prompt(1, output_length=7)  # six steps each
+    full = np.broadcast_to(right.drafts.draft_length, right.drafts.num_accepted.shape)
+    room = right.output_length - 1 - np.arange(1, right.output_length)[:, None]
+    right = replace(right, drafts=replace(right.drafts, num_accepted=np.minimum(full, room).astype(np.int32)))
+    wrong = replace(wrong, drafts=replace(wrong.drafts, num_accepted=np.zeros_like(wrong.drafts.num_accepted)))
+    by_position = Positions()
+    known = clairvoyant(SPEC, by_position, [right, wrong], PLACES_OF_TWO, ClosedLoop(2))
+    replayer = ServerReplayer(SPEC, "fixed:4", by_position)
+    found = split_of_regret(replayer, [right, wrong], PLACES_OF_TWO, ClosedLoop(2), known)
+    assert found["drafted_by_row"] > 3 * (found["drafted_too_much"] + found["drafted_too_little"])
+
+
+PLACES_OF_TWO = [0, 1] * 6
+
+
+class Positions:
+    """Each position takes as long as any other, whose row it is of."""
+
+    def seconds(self, phase: str, size: int, context_length: int) -> float:
+        return self.batch_seconds(phase, size, context_length, 1, size)
+
+    def batch_seconds(self, phase: str, size: int, context_length: int, rows: int, positions: int) -> float:
+        return {"draft": 0.05 * positions, "verify": 1 + 0.05 * positions, "rest": 0.1}.get(phase, 0.0)
+
+
+def test_features_and_decisions_are_the_time_of_deciding(facts: Known) -> None:
+    found = regret("svip", facts, charges_decisions=True)
+    assert found["deciding"] > 0.005
+    assert sum(found.values()) == pytest.approx(2 * found["together"])
+
+
+def test_what_is_not_knowable_is_said(facts: Known) -> None:
+    chances = knows_distributions(SPEC, COST, facts.oracle.prompts, PLACES, ClosedLoop(4))
+    found = regret("fixed:2", chances, facts)
+    assert found["not_knowable"] > 0.03
+    assert found["together"] == pytest.approx(regret("fixed:2", facts)["together"])
+    assert sum(found.values()) == pytest.approx(2 * found["together"])

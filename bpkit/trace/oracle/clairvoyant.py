@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bpkit.decode.clock import asked
@@ -46,7 +47,7 @@ from bpkit.trace.oracle.worth import (
 )
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.server import Served, ServerReplayer
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Step
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, DraftWork, Step
 
 ROUNDS = 6
 """Of serving with a rate, at most."""
@@ -89,6 +90,10 @@ class JoinedOutcomes:
             [np.arange(1, len(each.next) + 1) + at for each, at in zip(known, before, strict=True)]
         )
 
+    def rows_of(self, places: NDArray[Any], position: Tensor) -> Int64:
+        """Where the tables have the steps of rows, by their prompts' places and positions: int64 [rows]."""
+        return np.asarray(self.starts[places] + position.numpy() - 1)
+
     def worth(self, at: Int64, values: Float64) -> Float64:
         """What steps are worth, minus infinity where they cannot be: float64 [rows, width + 1, width + 1].
 
@@ -119,6 +124,10 @@ class LoadPlan:
     def rate(self, rows: int) -> float:
         """Tokens that a second is worth in a step of so many rows."""
         return float(np.interp(rows, *self.rates))
+
+    def owed(self, work: DraftWork, waiting: int) -> tuple[float, int]:
+        """What a step without a draft is charged, as in `step_price`."""
+        return self.owes, work.after_no_draft(waiting)
 
     def value(self, rows: int) -> Float64:
         """Of positions in steps of so many rows."""
@@ -153,34 +162,34 @@ class Allocating(Policy):
         return {"waiting": torch.tensor([self.work.first(length) for length in prompts])}
 
     def select(self, state: State, context: Context) -> Tensor:
-        at = self.rows_of(context.row_ids, context.position)
-        rows, waiting = len(at), int(state["waiting"].max())
-        owed = self.plan.owes, self.work.after_no_draft(waiting)
-        price = step_price(self.cost, self.outcomes.width, int(context.context_length.max()), rows, waiting, owed)
-        worth = self.outcomes.worth(at, self.plan.value(rows))
-        self.chosen = allocate(worth, price, self.plan.rate(rows), slack=ENOUGH * rows)
+        at = self.outcomes.rows_of(self.places[list(context.row_ids)], context.position)
+        waiting = int(state["waiting"].max())
+        longest = int(context.context_length.max())
+        price = step_price(
+            self.cost, self.outcomes.width, longest, len(at), waiting, self.plan.owed(self.work, waiting)
+        )
+        worth, rate = self.outcomes.worth(at, self.plan.value(len(at))), self.plan.rate(len(at))
+        self.chosen = allocate(worth, price, rate, slack=ENOUGH * len(at))
         self.unproven += max(0.0, self.chosen.bound - self.chosen.value)
         return torch.from_numpy(self.outcomes.block_sizes[at, self.chosen.drafted])
-
-    def rows_of(self, row_ids: Sequence[int], position: Tensor) -> Int64:
-        """Where the tables have the steps of rows at positions: int64 [rows]."""
-        return np.asarray(self.outcomes.starts[self.places[list(row_ids)]] + position.numpy() - 1)
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
         assert self.chosen is not None
         return torch.minimum(torch.from_numpy(self.chosen.verified), draft.draft_length)
 
     def observe(self, state: State, step: Step) -> None:
-        anyone = bool((step.draft_length > 0).any())
-        waiting = [
-            self.work.after_draft(length, accepted)
-            if length
-            else self.work.after_no_draft(0 if anyone else before, accepted + 1)
-            for before, length, accepted in zip(
-                state["waiting"].tolist(), step.draft_length.tolist(), step.num_accepted.tolist(), strict=True
-            )
-        ]
-        state["waiting"].copy_(torch.tensor(waiting))
+        after = waits_after(self.work, state["waiting"].tolist(), step)
+        state["waiting"].copy_(torch.tensor(after))
+
+
+def waits_after(work: DraftWork, waiting: Sequence[int], step: Step) -> list[int]:
+    """Positions that wait for the drafter after a step, of each row."""
+    anyone = bool((step.draft_length > 0).any())  # for whom all rows' are read
+    counts = zip(waiting, step.draft_length.tolist(), step.num_accepted.tolist(), strict=True)
+    return [
+        work.after_draft(length, accepted) if length else work.after_no_draft(0 if anyone else before, accepted + 1)
+        for before, length, accepted in counts
+    ]
 
 
 def step_price(
@@ -207,7 +216,7 @@ class Known:
     """What a server did that knew.
 
     Attributes:
-        served: by the fastest plan. plan: which that was.
+        served: by the fastest plan. plan: which that was. oracle: whose.
         least_seconds: of all steps together, that no policy can undercut where what stands is known, and no policy on
             average where chances are (as for `oracle_distributions`).
         unproven: share of the tokens by which allocations may be below the best ones of their steps.
@@ -217,6 +226,7 @@ class Known:
     plan: LoadPlan
     least_seconds: float
     unproven: float
+    oracle: LoadOracle
 
 
 class LoadOracle:
@@ -305,7 +315,7 @@ class LoadOracle:
         for owes in OWED[1:] if waits else ():
             self._settle(replace(min(found).plan, owes=owes), found)
         best = min(found)
-        return Known(best.served, best.plan, least, best.unproven)
+        return Known(best.served, best.plan, least, best.unproven, self)
 
     def _settle(self, plan: LoadPlan, found: list[_Found]) -> None:
         """Serve with the rates of the best plan so far, and then with those that are attained."""
@@ -313,7 +323,7 @@ class LoadOracle:
             plan = replace(plan, rates=attained(min(found).served))
         for left in range(ROUNDS, 0, -1):
             served, policy = self.serve(plan)
-            new = _Found(_pace(served), len(found), served, plan, policy.unproven / self.tokens)
+            new = _Found(pace(served), len(found), served, plan, policy.unproven / self.tokens)
             found.append(new)
             rates = attained(served)
             hopeless = left < ROUNDS and new.pace > HOPELESS * min(found).pace
@@ -337,7 +347,7 @@ def _same(rates: Rates, before: Rates) -> bool:
     return bool((np.abs(rates[1] / np.interp(rates[0], *before) - 1) < SAME_RATE).all())
 
 
-def _pace(served: Served) -> float:
+def pace(served: Served) -> float:
     """Seconds per token, as long as no row is missing because no request is left."""
     steps = served.full or len(served.time)
     return float(served.seconds[:steps].sum() / served.tokens[:steps].sum())
