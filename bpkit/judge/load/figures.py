@@ -44,10 +44,11 @@ class Window:
     """The part of a run that figures are of.
 
     Attributes:
-        tokens: that the engine gave in it. seconds: that it took.
+        steps: how many it has. tokens: that the engine gave in it. seconds: that it took.
         requests: which ended in it, bool [requests].
     """
 
+    steps: int
     tokens: int
     seconds: float
     requests: Any
@@ -63,7 +64,7 @@ class Window:
         end = float(served.time[steps - 1])
         first = int((served.first <= end).sum()) if prompts_cost else 0
         ended = served.ended <= end
-        return cls(int(served.tokens[:steps].sum()) + first, end, ended if ended.any() else np.ones_like(ended))
+        return cls(steps, int(served.tokens[:steps].sum()) + first, end, ended if ended.any() else np.ones_like(ended))
 
 
 class CaseFigures:
@@ -125,7 +126,7 @@ class CaseFigures:
             **({"gap_share": self._gap_share(group, name)} if group != FIXED else {}),
             **({"least_seconds": float(np.mean([run.least for run in runs]))} if group == BOUNDS else {}),
             **self._latencies(served, windows),
-            **_work(served),
+            **_work(served, windows),
             "decision_us": self._decision(group, served),
             "fallbacks": sum(one.fallbacks for one in served),
             **_simulated(runs),
@@ -215,12 +216,14 @@ def _quantiles(values: Floats) -> dict[str, float] | None:
     return {"mean": float(values.mean()), "p50": float(p50), "p99": float(p99)}
 
 
-def _work(served: Sequence[Served]) -> dict[str, Any]:
-    """What steps did, all seeds together."""
+def _work(served: Sequence[Served], windows: Sequence[Window]) -> dict[str, Any]:
+    """What the steps of the windows did, all seeds together; acceptance by position is of all steps."""
+    pairs = list(zip(served, windows, strict=True))
     sums = {
-        name: sum(int(getattr(one, name).sum()) for one in served) for name in ("rows", "drafted", "verified", "tokens")
+        name: sum(int(getattr(one, name)[: window.steps].sum()) for one, window in pairs)
+        for name in ("rows", "drafted", "verified", "tokens")
     }
-    steps, tokens = sum(len(one.rows) for one in served), sums["tokens"]
+    steps, tokens = sum(window.steps for window in windows), sums["tokens"]
     tested, accepted = (np.sum([getattr(one, name) for one in served], axis=0) for name in ("tested", "accepted"))
     some = tested >= FEW_TESTED
     return {

@@ -16,6 +16,7 @@ from bpkit.judge.load.setup import BOUNDS, DISTRIBUTIONS, FIXED, POLICIES, LoadS
 from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress, Progress
 from bpkit.registry.resolve import PolicyLike
+from bpkit.trace.collect.workers import uninterrupted
 from bpkit.trace.load import ClosedLoop
 from bpkit.trace.oracle.clairvoyant import clairvoyant, knows_distributions
 from bpkit.trace.server import ServerReplayer
@@ -103,7 +104,10 @@ class LoadRuns:
             yield job, self.one(job)
 
     def _in_processes(self, jobs: list[Job], workers: int) -> Iterator[tuple[Job, ServerRun]]:
-        with multiprocessing.get_context("spawn").Pool(workers, _begin, (self.setup,)) as pool:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+        with uninterrupted():
+            pool = context.Pool(workers, _begin, (self.setup,))
+        with pool:
             yield from pool.imap_unordered(_work, jobs)
 
     def one(self, job: Job) -> ServerRun:

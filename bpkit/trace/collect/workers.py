@@ -174,7 +174,7 @@ class Processes:
         tasks = tasks_of(prompts, self.batch_size, self.count)
         worker = Worker(self.models, self.options, self.batch_size)
         try:
-            with _uninterrupted():
+            with uninterrupted():
                 processes += [_Process(worker) for _ in tasks[: self.count]]
             yield from share_out(processes, tasks, wait)
         finally:
@@ -248,7 +248,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Processes that start here are deaf to Ctrl-C, which reaches all of a terminal's: their parent ends them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
