@@ -153,6 +153,9 @@ def test_bounds_are_served_for_the_first_seeds_and_gaps_measured_to_the_one_with
         (policy["by_seed"][0] - 1) / (chances["tokens_per_second_ratio"] - 1), abs=1e-9
     )
     assert chances["gap_share"] == pytest.approx(1)
+    regret = policy["regret"]
+    assert regret["together"] == pytest.approx(sum(regret.values()) - regret["together"])
+    assert regret["not_knowable"] > 0
 
 
 @pytest.mark.slow

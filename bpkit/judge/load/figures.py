@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from bpkit.judge.evaluation.figures import REASON
 from bpkit.judge.evaluation.fixed import described
 from bpkit.judge.load.setup import BOUNDS, CONCURRENCY, FIXED, POLICIES, RATE, LoadCase, LoadSetup
 from bpkit.judge.sources import source_names
@@ -21,11 +22,14 @@ class ServerRun:
 
     Attributes:
         least: seconds of all steps together that nobody can undercut who knows as much; of bounds.
+        regrets: of the bound that gaps are measured to: by policy, where its time goes that the bound does not take, or
+            why that is not known.
     """
 
     served: Served
     seconds: float
     least: float | None = None
+    regrets: Mapping[str, Mapping[str, float] | str] = field(default_factory=dict)
 
 
 CaseRuns = dict[str, dict[str, dict[int, ServerRun]]]
@@ -124,6 +128,7 @@ class CaseFigures:
             "interval": None if (group, name) == (FIXED, self.best) else ratio_interval(ratios),
             "by_seed": ratios.tolist(),
             **({"gap_share": self._gap_share(group, name)} if group != FIXED else {}),
+            **({"regret": self._regret(name)} if group == POLICIES else {}),
             **({"least_seconds": float(np.mean([run.least for run in runs]))} if group == BOUNDS else {}),
             **self._latencies(served, windows),
             **_work(served, windows),
@@ -142,6 +147,16 @@ class CaseFigures:
         if _geometric(bound) - 1 < NO_GAP or (interval is not None and interval[0] <= 1):
             return None
         return (_geometric(own) - 1) / (_geometric(bound) - 1)
+
+    def _regret(self, policy: str) -> dict[str, float | str] | None:
+        """Shares of the policy's time, mean over seeds of the bound; only `reason` where they are not known."""
+        if self.bound is None:
+            return None
+        found = [run.regrets[policy] for run in self.runs[BOUNDS][self.bound].values()]
+        shares = [one for one in found if not isinstance(one, str)]
+        if len(shares) < len(found):
+            return {REASON: next(one for one in found if isinstance(one, str))}
+        return {kind: float(np.mean([one[kind] for one in shares])) for kind in shares[0]}
 
     def _latencies(self, served: Sequence[Served], windows: Sequence[Window]) -> dict[str, Any]:
         """Of the requests that ended in the window."""

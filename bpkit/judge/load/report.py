@@ -8,7 +8,7 @@ from typing import Any
 
 from bpkit.judge.described import describe_policies, describe_spec
 from bpkit.judge.load.figures import CaseFigures, CaseRuns
-from bpkit.judge.load.setup import FIXED, POLICIES, LoadSetup
+from bpkit.judge.load.setup import POLICIES, LoadSetup
 from bpkit.judge.statistics import LEVEL
 
 DEFINITIONS = {
@@ -38,6 +38,13 @@ DEFINITIONS = {
     ),
     "bound.distributions": "The same for who knows the chances of drafted tokens but not the noise; of sampled traces.",
     "least_seconds": "Of all steps of a run, mean over seeds: proven that nobody who knows as much takes less.",
+    "regret": (
+        "Where a policy's time goes that the first bound does not take, as shares of the policy's own time in the "
+        "window, mean over the bound's seeds: drafted or verified too much or too little in the sum of all rows, or "
+        "for the wrong rows (`by_row`); `deciding`; `elsewhere`, the rest of the difference; and of sampled traces "
+        "`not_knowable`, what the clairvoyant is faster by than the bound that does not know the noise. `together` is "
+        "their sum. Only `reason` where drafts were ended at lengths that were not traced."
+    ),
     "gap_share": (
         "(policy - best fixed) / (bound - best fixed) on the bound's seeds, of the first bound of the load; null where "
         "the gap is below 1% of the best fixed size, or its interval touches zero."
@@ -68,7 +75,7 @@ def load_report(setup: LoadSetup, cases: Iterable[CaseRuns]) -> dict[str, Any]:
     loads = {
         case.name: CaseFigures(setup, case, runs).as_json()
         for case, runs in zip(setup.cases, cases, strict=True)
-        if all(runs[FIXED].values())
+        if runs
     }
     return {
         "schema_version": 1,

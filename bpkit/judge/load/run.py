@@ -5,20 +5,23 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bpkit.judge.evaluation.candidate import Candidate
 from bpkit.judge.evaluation.leak import find_leaks, leak_notes, refusal
 from bpkit.judge.load.figures import CaseRuns, ServerRun
 from bpkit.judge.load.report import load_report
-from bpkit.judge.load.setup import BOUNDS, DISTRIBUTIONS, FIXED, POLICIES, LoadSetup
+from bpkit.judge.load.setup import BOUNDS, CLAIRVOYANT, DISTRIBUTIONS, FIXED, POLICIES, LoadSetup
 from bpkit.policy import PolicyError
 from bpkit.progress import NoProgress, Progress
 from bpkit.registry.resolve import PolicyLike
 from bpkit.trace.collect.workers import uninterrupted
-from bpkit.trace.load import ClosedLoop
-from bpkit.trace.oracle.clairvoyant import clairvoyant, knows_distributions
+from bpkit.trace.load import ClosedLoop, Load
+from bpkit.trace.oracle.clairvoyant import Known, clairvoyant, knows_distributions
+from bpkit.trace.oracle.load_regret import split_of_regret
+from bpkit.trace.oracle.regret import NotTraced
+from bpkit.trace.records import PromptTrace
 from bpkit.trace.server import ServerReplayer
 from bpkit.trace.store.manifest import TraceError
 
@@ -30,6 +33,10 @@ class Job(NamedTuple):
     number: int
     group: str
     name: str
+
+
+JobRuns = dict[str, ServerRun]
+"""By name; one of a policy or a fixed size, all bounds together."""
 
 
 class LoadRuns:
@@ -46,7 +53,7 @@ class LoadRuns:
 
     def __init__(self, setup: LoadSetup) -> None:
         self.setup = setup
-        self.done: dict[Job, ServerRun] = {}
+        self.done: dict[Job, JobRuns] = {}
         self.candidates: dict[str, Candidate] = {}
         self.left_out: dict[str, str] = {}
         held = {"validation": (), "test": setup.prompts}
@@ -75,7 +82,7 @@ class LoadRuns:
     def jobs(self) -> list[Job]:
         """All of them, in the order in which they are done: load by load, and there seed by seed."""
         who = [(FIXED, name) for name in self.setup.fixed] + [(POLICIES, name) for name in self.candidates]
-        known = [(BOUNDS, name) for name in self.setup.bounds]
+        known = [(BOUNDS, "all")] if self.setup.bounds else []
         return [
             Job(case, number, group, name)
             for case in range(len(self.setup.cases))
@@ -95,34 +102,55 @@ class LoadRuns:
         """
         progress, left = progress or NoProgress(), [job for job in self.jobs() if job not in self.done]
         progress.start("serving", len(left))
-        for job, run in self._each(left) if workers == 1 else self._in_processes(left, workers):
-            self.done[job] = run
+        for job, runs in self._each(left) if workers == 1 else self._in_processes(left, workers):
+            self.done[job] = runs
             progress.tick()
 
-    def _each(self, jobs: list[Job]) -> Iterator[tuple[Job, ServerRun]]:
+    def _each(self, jobs: list[Job]) -> Iterator[tuple[Job, JobRuns]]:
         for job in jobs:
             yield job, self.one(job)
 
-    def _in_processes(self, jobs: list[Job], workers: int) -> Iterator[tuple[Job, ServerRun]]:
+    def _in_processes(self, jobs: list[Job], workers: int) -> Iterator[tuple[Job, JobRuns]]:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
         with uninterrupted():
             pool = context.Pool(workers, _begin, (self.setup,))
         with pool:
             yield from pool.imap_unordered(_work, jobs)
 
-    def one(self, job: Job) -> ServerRun:
+    def one(self, job: Job) -> JobRuns:
         """Do one."""
         setup, case = self.setup, self.setup.cases[job.case]
         prompts, places = setup.requests(case, job.number)
         load = case.load(setup.seed + job.number)
-        started = time.perf_counter()
         if job.group == BOUNDS:
-            bound = knows_distributions if job.name == DISTRIBUTIONS else clairvoyant
-            known = bound(setup.spec, setup.cost, prompts, places, load, **setup.server)
-            return ServerRun(known.served, time.perf_counter() - started, known.least_seconds)
+            return self._bounds(prompts, places, load)
+        started = time.perf_counter()
         replayer = self._replayer(self._policy(job), charged=setup.charged and job.group == POLICIES)
         served = replayer.serve(prompts, places, load)
-        return ServerRun(served, time.perf_counter() - started)
+        return {job.name: ServerRun(served, time.perf_counter() - started)}
+
+    def _bounds(self, prompts: Sequence[PromptTrace], places: Sequence[int], load: Load) -> JobRuns:
+        """Serve requests knowing what they are worth, and say where policies lose time against that."""
+        setup = self.setup
+        knowing = {DISTRIBUTIONS: knows_distributions, CLAIRVOYANT: clairvoyant}
+        found: dict[str, tuple[Known, float]] = {}
+        for name in setup.bounds:
+            started = time.perf_counter()
+            known = knowing[name](setup.spec, setup.cost, prompts, places, load, **setup.server)
+            found[name] = known, time.perf_counter() - started
+        first, *others = [known for known, _ in found.values()]
+        knows_noise = others[0] if others else None
+        regrets: dict[str, Mapping[str, float] | str] = {}
+        for policy, candidate in self.candidates.items():
+            try:
+                replayer = self._replayer(candidate.make(), charged=setup.charged)
+                regrets[policy] = split_of_regret(replayer, prompts, places, load, first, knows_noise)
+            except NotTraced as error:
+                regrets[policy] = str(error)
+        return {
+            name: ServerRun(known.served, seconds, known.least_seconds, regrets if known is first else {})
+            for name, (known, seconds) in found.items()
+        }
 
     def _policy(self, job: Job) -> PolicyLike:
         if job.group == POLICIES:
@@ -136,9 +164,8 @@ class LoadRuns:
         missing = {job.number for job in jobs if job not in self.done}
         found: CaseRuns = {}
         for job in jobs:
-            runs = found.setdefault(job.group, {}).setdefault(job.name, {})
-            if job.number not in missing:
-                runs[job.number] = self.done[job]
+            for name, run in self.done[job].items() if job.number not in missing else ():
+                found.setdefault(job.group, {}).setdefault(name, {})[job.number] = run
         return found
 
     def report(self) -> dict[str, Any]:
@@ -163,5 +190,5 @@ def _begin(setup: LoadSetup) -> None:
     _held.append(LoadRuns(setup))
 
 
-def _work(job: Job) -> tuple[Job, ServerRun]:
+def _work(job: Job) -> tuple[Job, JobRuns]:
     return job, _held[0].one(job)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bpkit.judge.evaluation.figures import REASON
 from bpkit.judge.evaluation.fixed import called
 from bpkit.judge.load.setup import BOUNDS, CHANGING, CONCURRENCY, FIXED, POLICIES, RATE
 from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
@@ -29,6 +30,8 @@ def tables(report: Mapping[str, Any]) -> Iterator[Table]:
         yield speed_table(report["loads"])
         yield load_table(report)
         yield work_table(report["loads"])
+        if any(load[BOUNDS] for load in report["loads"].values()):
+            yield regret_table(report["loads"])
 
 
 def speed_table(loads: Mapping[str, Any]) -> Table:
@@ -80,6 +83,23 @@ def work_table(loads: Mapping[str, Any]) -> Table:
         rows = [TableRow((who, *(f"{entry[name]:.2f}" for name in columns))) for who, entry in compared(load).items()]
         sections.append([_heading(load, len(head)), *rows])
     return Table("positions for an output token", head, sections)
+
+
+def regret_table(loads: Mapping[str, Any]) -> Table:
+    """Where policies lose time against the bound, in percent of their own."""
+    known = [load for load in loads.values() if load[BOUNDS]]
+    shares = [entry["regret"] for load in known for entry in load[POLICIES].values() if REASON not in entry["regret"]]
+    kinds = list(shares[0]) if shares else []
+    head = ("who", *(kind.replace("_", "\n", 1).replace("_", " ") for kind in kinds))
+    sections = []
+    for load in known:
+        lost = {who: entry["regret"] for who, entry in load[POLICIES].items()}
+        rows = [
+            TableRow((who, *(f"{100 * of[kind]:.1f}" if kind in of else "-" for kind in kinds)))
+            for who, of in lost.items()
+        ]
+        sections.append([_heading(load, len(head)), *rows])
+    return Table("time that the bound does not take, % of one's own", head, sections)
 
 
 def size_table(loads: Mapping[str, Any]) -> Table:
