@@ -68,12 +68,14 @@ class PositionCosts:
     def _seconds(self, phase: str, sizes: Ints, positions: Ints, beside: int = 0) -> Floats:
         """Of a phase, by its size and by positions that are no padding, as far as they fit: [sizes, positions]."""
         most = np.minimum(positions, self.rows * sizes[:, None]) + beside
+        # One row pays for what it verifies, whatever the width; several for the widest.
+        asked = most if self.rows == 1 and phase == "verify" else np.broadcast_to(sizes[:, None], most.shape)
         array: Any = getattr(self._cost, "array", None)
         if array is not None and (self._prices.shared or self.rows == 1):
-            return np.asarray(array(phase, sizes[:, None], self._at, self.rows, most))
+            return np.asarray(array(phase, asked, self._at, self.rows, most))
         smallest = 1 if phase == "verify" else 2
         passes = PassPrices(self._prices, phase, smallest, int(sizes.max()))
-        return passes.of(np.maximum(np.broadcast_to(sizes[:, None], most.shape), smallest), np.maximum(most, smallest))
+        return passes.of(np.maximum(asked, smallest), np.maximum(most, smallest))
 
     def _beside_prompts(self, positions: Ints) -> Floats:
         """Seconds of target passes, as the mean over passes that read no, one, two, ... prompts beside."""

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+COUNTS = ("accepted", "tested", "kept", "offered")
+"""What is counted by position in the draft: tokens that stand, of those that such reach; tokens that are verified, of
+those that such reach."""
+SURELY = 1.0
+"""That a token is verified, before any was left out."""
 USUAL = 3
 """Positions that wait for a draft where no row is new, at most."""
 NEWCOMERS = 0.02
@@ -43,7 +48,7 @@ class JointConfig(PolicyConfig):
     weight: float = Field(default=4.0, gt=0, description="drafted tokens that what all rows accept counts for in one")
     pool_discount: float = Field(default=0.99, gt=0, lt=1, description="weight of what all rows accepted, likewise")
     prior: float = Field(default=0.7, gt=0, lt=1, description="acceptance rate to expect before any is seen")
-    prior_weight: float = Field(default=2.0, gt=0, description="drafted tokens that the prior counts for")
+    prior_weight: float = Field(default=6.0, gt=0, description="drafted tokens that the prior counts for")
     rate_discount: float = Field(default=0.95, ge=0, lt=1, description="weight of the past in tokens per second")
     slope: float = Field(
         default=0.05, ge=0, description="cost of a further position, in plain steps, where there is no cost model"
@@ -63,6 +68,8 @@ class Joint(Policy):
 
     - `select`, before the draft: S_rk is the product of the row's own acceptance rates by position. They are of
       discounted counts that lean on those of all rows, which lean on the position before and, at the first, on `prior`.
+      Where drafts are cut short by `truncate`, a token that was left out does not stand, and the target's pass is
+      priced by the positions that are verified in the mean, by rates of the same kind.
       The price has the draft in it, and what it must catch up with: the prompt of a row that joined counts in the share
       of steps in which one joins, because not to draft now only puts it off. A row without a position drafts nothing.
     - `truncate`, after it: S_rk is the product of the drafter's probabilities, calibrated by counts
@@ -93,11 +100,11 @@ class Joint(Policy):
         self.sizes = priced(cost, (size for size in self.config.block_sizes if size <= decoder.max_block_size))
         self.width = max(self.sizes, default=1) - 1
         self.snapped = np.array([1, *(min(b for b in self.sizes if b > length) for length in range(1, self.width + 1))])
-        self.pool = np.zeros((2, self.width))
+        self.pool = {name: np.zeros(self.width) for name in COUNTS}
         self.confidence = ConfidenceCounts(self.width, self.config.discount)
         self.newcomers, self.joined, self.prompts = 0.05, 0.0, 0.0
         self.mixes = getattr(cost, "mixes_prompts", False)
-        self.rates: dict[int, list[float]] = {}
+        self.rates: dict[int, tuple[float, float]] = {}
         self.costs = KeptCosts(
             PositionPrices, cost, self.sizes, features=bool(self.wants_optional), slope=self.config.slope
         )
@@ -107,8 +114,8 @@ class Joint(Policy):
     def begin(self, context: Context) -> State:
         like, rows = context.position, context.batch_size
         first = [self.work.first(length - 1) for length in context.context_length.tolist()]
-        counts = like.new_zeros(rows, self.width).double()
-        state = {"accepted": counts, "tested": counts.clone(), "waiting": like.new_tensor(first)}
+        state = {name: like.new_zeros(rows, self.width).double() for name in COUNTS}
+        state["waiting"] = like.new_tensor(first)
         return {**state, **self.confidence.begin(context)}
 
     def select(self, state: State, context: Context) -> Tensor:
@@ -125,7 +132,7 @@ class Joint(Policy):
         catch_up, usual = prices.catch_up(waiting), prices.catch_up(min(waiting, USUAL))
         before = usual + max(0.0, catch_up - usual) * self.newcomers
         rate = self.rate(context.batch_size, prices, survival, before)
-        chosen = prices.best(survival, rate, before=before)
+        chosen = prices.best(survival, rate, before=before, kept=self.kept(state))
         self._now, self._rate = prices, rate
         self._drafting = chosen.drafting - before + catch_up if chosen.width > 1 else 0.0
         self._seconds = self._drafting + chosen.seconds
@@ -141,15 +148,22 @@ class Joint(Policy):
         return draft.draft_length.new_tensor(chosen.counts)
 
     def survival(self, state: State) -> Floats:
-        """Chance that the first k tokens of a draft stand, from what was accepted: float64 [rows, longest draft]."""
+        """Chance that the first k tokens of a draft stand and are verified: float64 [rows, longest draft]."""
+        return self._chances(state, "accepted", "tested", self.config.prior)
+
+    def kept(self, state: State) -> Floats | None:
+        """Chance that the first k tokens of a draft are verified, likewise; None where drafts are not cut short."""
+        return self._chances(state, "kept", "offered", SURELY) if self.wants_optional else None
+
+    def _chances(self, state: State, hits: str, tries: str, prior: float) -> Floats:
         import numpy as np
 
-        config, rate, pool = self.config, self.config.prior, []
-        for hits, tries in self.pool.T.tolist():
-            rate = (hits + config.prior_weight * rate) / (tries + config.prior_weight)
+        weight, rate, pool = self.config.prior_weight, prior, []
+        for hit, tried in zip(self.pool[hits].tolist(), self.pool[tries].tolist(), strict=True):
+            rate = (hit + weight * rate) / (tried + weight)
             pool.append(rate)
-        accepted, tested = state["accepted"].numpy(), state["tested"].numpy()
-        return np.cumprod((accepted + config.weight * np.array(pool)) / (tested + config.weight), axis=1)
+        own, tested = state[hits].numpy(), state[tries].numpy()
+        return np.cumprod((own + self.config.weight * np.array(pool)) / (tested + self.config.weight), axis=1)
 
     def rate(self, rows: int, prices: PositionPrices, survival: Floats, before: float) -> float:
         """What a second is worth: tokens per second lately, with about as many rows."""
@@ -168,25 +182,35 @@ class Joint(Policy):
 
         if not self.sizes:
             return
-        config, places = self.config, np.arange(self.width)
-        accepted, verified = step.num_accepted.numpy(), step.verify_length.numpy()
-        stands = places < accepted[:, None]
-        tested = places < np.minimum(accepted + 1, verified)[:, None]
-        for name, counted in (("accepted", stands), ("tested", tested)):
-            counts = state[name].numpy()
-            counts *= config.discount
-            counts += counted
-        self.pool *= config.pool_discount
-        self.pool += stands.sum(0), tested.sum(0)
-        self.confidence.observe(state, stands, tested)
-        tokens, seconds = self.rates.get(len(accepted).bit_length(), (0.0, 0.0))
-        kept = config.rate_discount
-        self.rates[len(accepted).bit_length()] = [
-            kept * tokens + float(accepted.sum()) + len(accepted),
-            kept * seconds + self._seconds,
-        ]
+        accepted, verified, drafted = (
+            counts.numpy()[:, None] for counts in (step.num_accepted, step.verify_length, step.draft_length)
+        )
+        places = np.arange(self.width)
+        self._count(
+            state,
+            accepted=places < accepted,
+            tested=places < np.minimum(accepted + 1, drafted),
+            kept=places < verified,
+            offered=places < np.minimum(verified + 1, drafted),
+        )
+        self.confidence.observe(state, places < accepted, places < np.minimum(accepted + 1, verified))
+        self._count_rate(len(accepted), float(accepted.sum()))
         waiting = state["waiting"].numpy()
-        if step.draft_length.any():  # rows that do not draft are read along
-            waiting[:] = accepted + 1 if self.work.reads == "features" else int(self.work.waits)
+        if drafted.any():  # rows that do not draft are read along
+            waiting[:] = accepted[:, 0] + 1 if self.work.reads == "features" else int(self.work.waits)
         elif self.work.waits:
             waiting += 1
+
+    def _count(self, state: State, **counted: Any) -> None:
+        """Count positions, bool [rows, longest draft] each, of rows and of all together."""
+        for name, where in counted.items():
+            counts = state[name].numpy()
+            counts *= self.config.discount
+            counts += where
+            self.pool[name] *= self.config.pool_discount
+            self.pool[name] += where.sum(0)
+
+    def _count_rate(self, rows: int, accepted: float) -> None:
+        tokens, seconds = self.rates.get(rows.bit_length(), (0.0, 0.0))
+        kept = self.config.rate_discount
+        self.rates[rows.bit_length()] = kept * tokens + accepted + rows, kept * seconds + self._seconds

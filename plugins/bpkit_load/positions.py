@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,35 +34,49 @@ class TakenPositions:
 class PositionPrices(PositionCosts):
     """What steps of so many rows cost, and the best of them; arguments as of `PositionCosts`."""
 
-    def best(self, survival: Floats, rate: float, *, before: float | None = None) -> TakenPositions:
+    def best(
+        self, survival: Floats, rate: float, *, before: float | None = None, kept: Floats | None = None
+    ) -> TakenPositions:
         """Positions whose chances of being reached are worth the time that they take.
 
         Args:
             survival: chance that the first k drafted tokens stand, falling, float64 [rows, longest draft].
             rate: tokens that a second is worth.
             before: where the draft is still to be made, seconds that it takes beside its price.
+            kept: of a draft that is cut short after it is made, chances that the first k tokens are verified; by
+                default all that is taken is.
         """
         order, tokens, counts = self._taken(survival)
-        step = self._step(before)
-        choice, last = divmod(int((tokens - rate * step.take(self._flat(counts))).argmax()), tokens.shape[1])
+        seconds = self.verify.take(self._flat(counts if kept is None else self._verified(order, kept)))
+        if before is not None:
+            seconds += self._draft(before).take(self._flat(counts))
+        choice, last = divmod(int((tokens - rate * seconds).argmax()), tokens.shape[1])
         width, taken = int(self.widths[choice]), int(counts[choice, last])
         chosen = order[:last]
         rows = chosen[chosen % survival.shape[1] < width - 1] // survival.shape[1]
-        seconds, all_of_it = float(self.verify[choice, taken]), float(step[choice, taken])
-        prompts = self.beside[0] * self.beside[1] * (seconds - float(self.verify[choice, taken - 1])) if taken else 0.0
-        return TakenPositions(
-            np.bincount(rows, minlength=self.rows), width if taken else 1, seconds - prompts, all_of_it - seconds
-        )
+        verify = float(self.verify[choice, taken])
+        prompts = self.beside[0] * self.beside[1] * (verify - float(self.verify[choice, taken - 1])) if taken else 0.0
+        drafting = 0.0 if before is None else float(self._draft(before)[choice, taken])
+        return TakenPositions(np.bincount(rows, minlength=self.rows), width if taken else 1, verify - prompts, drafting)
 
     def best_rate(self, survival: Floats, *, before: float) -> float:
         """The most tokens per second that one such step may give."""
         _, tokens, counts = self._taken(survival)
-        return float(((self.rows + tokens) / self._step(before).take(self._flat(counts))).max())
+        return float(((self.rows + tokens) / (self.verify + self._draft(before)).take(self._flat(counts))).max())
 
-    def _step(self, before: float | None) -> Floats:
-        if before is None:
-            return self.verify
-        return self.verify + self.drafting + np.where(self.widths > 1, before, 0.0)[:, None]
+    def _draft(self, before: float) -> Floats:
+        """Seconds of the draft with what it takes beside its price, as `drafting`."""
+        return self.drafting + np.where(self.widths > 1, before, 0.0)[:, None]
+
+    def _verified(self, order: Ints, kept: Floats) -> Ints:
+        """How many of the positions so far are verified in the mean, rounded; as the counts of `_taken`."""
+        found = np.zeros((len(self.widths), len(order) + 1))
+        np.cumsum(np.where(self._within(order, kept.shape[1]), kept.ravel()[order], 0.0), axis=1, out=found[:, 1:])
+        return np.rint(found).astype(np.int64)
+
+    def _within(self, order: Ints, width: int) -> Any:
+        """Whether positions are part of blocks of each width: bool [widths, count]."""
+        return (order % width)[None] < (self.widths - 1)[:, None]
 
     def _flat(self, counts: Ints) -> Ints:
         """Places of counts, [widths, any], in a table that is flat."""
@@ -74,13 +89,9 @@ class PositionPrices(PositionCosts):
         Returns:
             int64 [count]; float64 and int64 [widths, 1 + count].
         """
-        width = survival.shape[1]
         order = np.argsort(-survival, axis=None, kind="stable")
-        within = (order % width)[None] < (self.widths - 1)[:, None]
-        tokens, counts = (
-            np.zeros((len(self.widths), len(order) + 1)),
-            np.zeros((len(self.widths), len(order) + 1), np.int64),
-        )
+        within, shape = self._within(order, survival.shape[1]), (len(self.widths), len(order) + 1)
+        tokens, counts = np.zeros(shape), np.zeros(shape, np.int64)
         np.cumsum(np.where(within, survival.ravel()[order], 0.0), axis=1, out=tokens[:, 1:])
         np.cumsum(within, axis=1, out=counts[:, 1:])
         return order, tokens, counts
