@@ -21,6 +21,7 @@ step yields, and what a stateful target reads again. Drafts come from the first 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -56,12 +57,12 @@ SAME_RATE = 1e-3
 ENOUGH = 1e-3
 """Part of a step's tokens that its allocation may be below its bound by; it is where the search is cut off, too."""
 HOPELESS = 1.02
-"""A plan that takes so much longer than the best one, in its second round or later, is given up."""
+"""A plan that takes so much longer than the best one is given up."""
 STEPS_OF_A_RATE = 4
 """Steps of about as many rows that are enough for a rate of their own."""
 
-OWED = (1.0, 0.75, 0.5, 0.25, 0.0)
-"""Parts of what catching up takes that steps without a draft are charged, to be tried."""
+PATIENCE = (1.0, 2.0, 4.0, np.inf, 0.5, 0.0)
+"""What is tried; see `LoadPlan`."""
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of rows that values of positions are worked out for."""
 
@@ -94,6 +95,10 @@ class JoinedOutcomes:
         """Where the tables have the steps of rows, by their prompts' places and positions: int64 [rows]."""
         return np.asarray(self.starts[places] + position.numpy() - 1)
 
+    def fewest_left(self, places: NDArray[Any], position: Tensor) -> int:
+        """Tokens that the row has left that has fewest."""
+        return int((np.diff(self.starts)[places] + 1 - position.numpy()).min())
+
     def worth(self, at: Int64, values: Float64) -> Float64:
         """What steps are worth, minus infinity where they cannot be: float64 [rows, width + 1, width + 1].
 
@@ -113,21 +118,29 @@ class LoadPlan:
     Attributes:
         values: of positions of all prompts in tokens, float64 [levels, positions], for steps of up to `levels` rows.
         rates: what a second is worth.
-        owes: of what catching up would take after a step that does not draft, the part that the step is charged.
+        patience: p, for what a step that does not draft is charged of catching up after it: where the next row ends,
+            and another begins with all to catch up with, in k steps at `yields` tokens each, p * k parts of p * k + 1.
     """
 
     values: Float64
     levels: Int64
     rates: Rates
-    owes: float
+    patience: float
+    yields: float = 1.0
 
     def rate(self, rows: int) -> float:
         """Tokens that a second is worth in a step of so many rows."""
         return float(np.interp(rows, *self.rates))
 
-    def owed(self, work: DraftWork, waiting: int) -> tuple[float, int]:
-        """What a step without a draft is charged, as in `step_price`."""
-        return self.owes, work.after_no_draft(waiting)
+    def owed(self, work: DraftWork, waiting: int, left: int) -> tuple[float, int]:
+        """What a step without a draft is charged, as in `step_price`.
+
+        Args:
+            left: tokens of the row that has fewest left.
+        """
+        steps = max(0.0, left / self.yields - 1)
+        part = 1.0 if self.patience == np.inf else self.patience * steps / (self.patience * steps + 1)
+        return part, work.after_no_draft(waiting)
 
     def value(self, rows: int) -> Float64:
         """Of positions in steps of so many rows."""
@@ -162,12 +175,12 @@ class Allocating(Policy):
         return {"waiting": torch.tensor([self.work.first(length) for length in prompts])}
 
     def select(self, state: State, context: Context) -> Tensor:
-        at = self.outcomes.rows_of(self.places[list(context.row_ids)], context.position)
+        places = self.places[list(context.row_ids)]
+        at = self.outcomes.rows_of(places, context.position)
         waiting = int(state["waiting"].max())
+        owed = self.plan.owed(self.work, waiting, self.outcomes.fewest_left(places, context.position))
         longest = int(context.context_length.max())
-        price = step_price(
-            self.cost, self.outcomes.width, longest, len(at), waiting, self.plan.owed(self.work, waiting)
-        )
+        price = step_price(self.cost, self.outcomes.width, longest, len(at), waiting, owed)
         worth, rate = self.outcomes.worth(at, self.plan.value(len(at))), self.plan.rate(len(at))
         self.chosen = allocate(worth, price, rate, slack=ENOUGH * len(at))
         self.unproven += max(0.0, self.chosen.bound - self.chosen.value)
@@ -306,30 +319,27 @@ class LoadOracle:
         """The fastest plan, by rates that it attains itself."""
         least = self.least_seconds()
         rates = np.array([1.0]), np.array([self.tokens / least])
-        ahead = LoadPlan(*self.by_what_is_ahead(), rates, OWED[0])
-        tokens = LoadPlan(*self.by_tokens(), rates, OWED[0])
-        waits = self.spec.work.waits
         found: list[_Found] = []
-        for plan in (ahead, tokens):
-            self._settle(plan, found)
-        for owes in OWED[1:] if waits else ():
-            self._settle(replace(min(found).plan, owes=owes), found)
+        worths = self.by_what_is_ahead(), self.by_tokens()
+        for patience, values in itertools.product(PATIENCE if self.spec.work.waits else PATIENCE[:1], worths):
+            self._settle(LoadPlan(values[0], values[1], rates, patience), found)
         best = min(found)
         return Known(best.served, best.plan, least, best.unproven, self)
 
     def _settle(self, plan: LoadPlan, found: list[_Found]) -> None:
         """Serve with the rates of the best plan so far, and then with those that are attained."""
-        if found:
-            plan = replace(plan, rates=attained(min(found).served))
-        for left in range(ROUNDS, 0, -1):
+        others = bool(found)
+        if others:
+            plan = _at_pace_of(plan, min(found).served)
+        for _ in range(ROUNDS):
             served, policy = self.serve(plan)
             new = _Found(pace(served), len(found), served, plan, policy.unproven / self.tokens)
             found.append(new)
-            rates = attained(served)
-            hopeless = left < ROUNDS and new.pace > HOPELESS * min(found).pace
-            if hopeless or _same(rates, plan.rates):
+            again = _at_pace_of(plan, served)
+            hopeless = others and new.pace > HOPELESS * min(found).pace
+            if hopeless or _same(again.rates, plan.rates):
                 return
-            plan = replace(plan, rates=rates)
+            plan = again
 
 
 class _Found(NamedTuple):
@@ -340,6 +350,10 @@ class _Found(NamedTuple):
     served: Served
     plan: LoadPlan
     unproven: float
+
+
+def _at_pace_of(plan: LoadPlan, served: Served) -> LoadPlan:
+    return replace(plan, rates=attained(served), yields=float(served.tokens.sum() / served.rows.sum()))
 
 
 def _same(rates: Rates, before: Rates) -> bool:

@@ -119,9 +119,11 @@ class LoadRegrets:
     def _step(self, record: Step, longest: int) -> _Valued:
         if record.source.any():
             raise ValueError("regret under load is told of drafts from the first source only, and others drafted")
-        at = self.outcomes.rows_of(self.places[list(record.row_ids)], record.position)
+        places = self.places[list(record.row_ids)]
+        at = self.outcomes.rows_of(places, record.position)
         waiting, plan = max(self.waiting[row] for row in record.row_ids), self.known.plan
-        costs = step_price(self.cost, self.outcomes.width, longest, len(at), waiting, plan.owed(self.work, waiting))
+        owed = plan.owed(self.work, waiting, self.outcomes.fewest_left(places, record.position))
+        costs = step_price(self.cost, self.outcomes.width, longest, len(at), waiting, owed)
         worth = self.outcomes.worth(at, plan.value(len(at)))
         drafted, verified = record.draft_length.numpy(), record.verify_length.numpy()
         missing = ~np.isfinite(worth[np.arange(len(at)), drafted, verified])
