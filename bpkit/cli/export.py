@@ -117,7 +117,7 @@ def export(
     for spec, policy in chosen.items():
         with when_interrupted("Policies that were said to be written are; the others are not."), progress_bar() as bar:
             made = policy if model is None else folded(policy, model, opened, costs)
-            prompts = Part(opened, held, fill=fill, features=policy.wants)
+            prompts = Part(opened, held, fill=fill, features=policy.wants | policy.wants_optional)
             found = write(made, prompts, out / names[spec], cost=costs, opset=opset, progress=bar)
         report(found, out / names[spec])
 

@@ -4,11 +4,14 @@ A core is everything that decides: networks, calibration, the table of sizes, co
 of the policy, only inputs by name:
 
 - a feature (`bpkit.types.Feature`), float32, as in a `Context` or `Draft`;
-- `block_size`, `draft_length`, `context_length`: int64 [batch];
+- a count (`COUNTS`): int64 [batch];
 - a cost curve: `step_seconds` [batch, 1 + sizes], `verify_seconds` [batch, largest size] at each row's context length,
-  `typical_step_seconds` [1 + sizes] at a typical one (`bpkit.export.curves`);
-- per-request state by any other name, which an earlier output has: of another core by the same name, of the same core
-  by the name with `next_` before it (ONNX has no output named like an input).
+  `typical_step_seconds` [1 + sizes] at a typical one (`bpkit.export.curves`); or, of all rows together,
+  `joint_draft_seconds` and `joint_verify_seconds` [widths, positions], `catch_up_seconds` [2]
+  (`bpkit.export.position_costs`);
+- state by any other name, which an earlier output has: of another core by the same name, of the same core by the name
+  with `next_` before it (ONNX has no output named like an input). Its first axis is `batch`, or it is shared: one for
+  all requests, and the policy is `joint`. Both begin as zeros.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from bpkit.types import CostModel, DecoderSpec, Feature
 if TYPE_CHECKING:
     from torch import nn
 
-    from bpkit.policy import Policy
+    from bpkit.policy import Policy, State
 
-Method = Literal["begin", "select", "extend", "truncate"]
+Method = Literal["begin", "select", "extend", "truncate", "observe"]
 DType = Literal["float32", "int64", "bool"]
 
 DECIDES: dict[Method, str] = {
@@ -34,10 +37,12 @@ DECIDES: dict[Method, str] = {
     "extend": "go_on",
     "truncate": "verify_length",
 }
-"""The output that decides: int64 [batch], of `extend` bool [batch]."""
-COUNTS = ("block_size", "draft_length", "context_length")
+"""The output that decides: int64 [batch], of `extend` bool [batch]. `observe` decides nothing and only keeps state."""
+COUNTS = ("position", "block_size", "draft_length", "context_length", "verify_length", "num_accepted")
+JOINT_COSTS = ("joint_draft_seconds", "joint_verify_seconds", "catch_up_seconds")
+"""Costs of all rows together."""
 FEATURES = frozenset(map(str, Feature))
-KNOWN = FEATURES | {*COUNTS, "step_seconds", "verify_seconds", "typical_step_seconds"}
+KNOWN = FEATURES | {*COUNTS, "step_seconds", "verify_seconds", "typical_step_seconds", *JOINT_COSTS}
 """Inputs that the runtime gives; every other one is state."""
 
 
@@ -67,16 +72,34 @@ _GIVEN: dict[str, tuple[str, str]] = {
     Feature.DRAFT_PROBABILITY: ("batch width", "the drafter's probability of each drafted token"),
     Feature.DRAFT_ENTROPY: ("batch width", "entropy of its distribution at each, in nats"),
     Feature.DRAFT_HIDDEN: ("batch width size", "the drafter's last hidden state that predicted each drafted token"),
+    "position": ("batch", "output tokens decided so far; 1 at a request's first draft"),
     "block_size": ("batch", "of the draft"),
     "draft_length": ("batch", "drafted tokens"),
+    "context_length": ("batch", "prompt and output tokens so far"),
+    "verify_length": ("batch", "drafted tokens that were verified"),
+    "num_accepted": ("batch", "drafted tokens that stood"),
     "step_seconds": (
         "batch size",
         "seconds of a step without a draft, then of each block size, at this row's context length",
     ),
     "verify_seconds": ("batch size", "seconds of a target pass over 1, 2, ... positions, at this row's context length"),
     "typical_step_seconds": ("size", "the same at a typical context length; it sets what a second is worth"),
+    "joint_draft_seconds": (
+        "size positions",
+        "seconds of drafting for these rows by padded width and by 0, 1, ... drafted tokens of all rows together, "
+        "without what the drafter catches up with; 0 at width 1",
+    ),
+    "joint_verify_seconds": (
+        "size positions",
+        "seconds of the target's pass and the rest of the step, likewise",
+    ),
+    "catch_up_seconds": (
+        "2",
+        "seconds that a draft takes longer for positions that wait: of the row with most, and with few such as after a "
+        "step",
+    ),
 }
-"""Axes and meaning of inputs; `size` is a number."""
+"""Axes and meaning of inputs; `size` is a number. What has no axis `batch` is of all rows together."""
 
 
 def given(name: str, size: int = 1) -> Port:
@@ -84,10 +107,10 @@ def given(name: str, size: int = 1) -> Port:
 
     Args:
         size: length of its last axis, where that is not the batch or the width of the draft. Of costs: how many block
-            sizes there are, 1 included, or the largest.
+            sizes there are, 1 included, or the largest; of joint ones, how many widths.
     """
     axes, meaning = _GIVEN[name]
-    shape = tuple(size if axis == "size" else axis for axis in axes.split())
+    shape = tuple(size if axis == "size" else int(axis) if axis.isdigit() else axis for axis in axes.split())
     return Port(str(name), shape, "int64" if name in COUNTS else "float32", meaning)
 
 
@@ -100,6 +123,11 @@ def decision(method: Method) -> Port:
         "truncate": "drafted tokens to verify",
     }
     return Port(DECIDES[method], ("batch",), "bool" if method == "extend" else "int64", meaning[method])
+
+
+def following(port: Port) -> Port:
+    """The output that a core takes as `port` the next time."""
+    return Port(f"next_{port.name}", port.shape, port.dtype, port.meaning)
 
 
 def margin(meaning: str) -> Port:
@@ -116,7 +144,7 @@ class Core:
         module: float32, eval mode; `forward` takes the inputs in order and returns a tuple of the outputs in order.
         margin: the output that says how clear each row's decision was, float32 [batch]: the distance to the nearest
             other decision, in units of the compared scores. Rows with a smaller margin than `tolerance` may be decided
-            otherwise by another runtime.
+            otherwise by another runtime. "" of `observe`.
         tolerance: largest difference of compared scores that rounding explains.
     """
 
@@ -142,12 +170,17 @@ class Export:
         block_sizes: that it chooses among, ascending from 1.
         curves: what steps cost, if a core reads it.
         drafts: block size of every draft, if no core chooses it.
+        slope: of joint costs, what a further position of a row costs without a cost model, in plain steps of that row.
+        state: of policies with shared state: what the cores take besides what a runtime gives, from the policy's state
+            of the rows and from what it knows itself.
     """
 
     cores: dict[str, Core]
     block_sizes: list[int]
     curves: Callable[[int], Curves] | None = None
     drafts: int | None = None
+    slope: float | None = None
+    state: Callable[[State], State] | None = None
 
 
 @runtime_checkable

@@ -13,11 +13,12 @@ from bpkit.export.core import DECIDES, Method
 from bpkit.export.curves import CostCurves, Curves
 from bpkit.installation.distribution import install_command, requirement
 from bpkit.policy import Policy, PolicyConfig, PolicyError, State
-from bpkit.types import ON_THE_HOST, Context, CostModel, DecoderSpec, Draft, Feature
+from bpkit.types import OF_THE_DISTRIBUTION, ON_THE_HOST, Context, CostModel, DecoderSpec, Draft, Feature, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bpkit.export.inputs import JointInputs
     from bpkit.export.load import Loaded
     from bpkit.export.schema import ExportedPolicy
 
@@ -76,6 +77,7 @@ class Onnx(Policy):
         super().__init__(config, **options)
         self.loaded = loaded or self._load()
         self.wants = frozenset(Feature(name) for name in self.loaded.description.features)  # type: ignore[misc]
+        self.joint = bool(self._shared())  # type: ignore[misc]
 
     def _load(self) -> Loaded:
         if self.config.path is None:
@@ -92,10 +94,12 @@ class Onnx(Policy):
         description = self.loaded.description
         check_decoder(description, decoder, allow_other_models=self.config.allow_other_models)
         curves = self._curves(cost)
+        self.of_all = self._joint_inputs(decoder, cost)
         self.inputs = {
-            network.method: Inputs([tensor.name for tensor in network.inputs], curves)
+            network.method: Inputs([tensor.name for tensor in network.inputs], curves, self.of_all)
             for network in description.networks.values()
         }
+        self.shared = self._shared()
 
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor]:
         """The vectors themselves, so that networks on the host get them without a read of their own."""
@@ -105,7 +109,8 @@ class Onnx(Policy):
 
     def begin(self, context: Context) -> State:
         made = self._ask("begin", context, {}) if "begin" in self.inputs else {}
-        return {**self._kept_by_select(context.batch_size), **made}
+        waiting = self.of_all.begin(context) if self.of_all is not None else {}
+        return {**self._kept(context.batch_size), **waiting, **made}
 
     def select(self, state: State, context: Context) -> Tensor:
         drafts = self.loaded.description.drafts
@@ -128,34 +133,69 @@ class Onnx(Policy):
     def truncate(self, state: State, draft: Draft) -> Tensor:
         if "truncate" not in self.inputs:
             return draft.draft_length
-        verify_length: Tensor = self._ask("truncate", draft, state)["verify_length"]
+        made = self._ask("truncate", draft, state)
+        verify_length: Tensor = made.pop(DECIDES["truncate"])
+        state.update(made)
         return verify_length
 
-    def _ask(self, method: Method, source: Context | Draft, state: State) -> State:
-        """The decision, and what is kept of the request."""
+    def observe(self, state: State, step: Step) -> None:
+        if "observe" in self.inputs:
+            state.update(self._ask("observe", step, state))
+        if self.of_all is not None:
+            self.of_all.observe(state, step)
+
+    def _ask(self, method: Method, source: Context | Draft | Step, state: State) -> State:
+        """The decision, and what is kept of the request; what is kept of all of them is kept here."""
         from bpkit.decode.host import to_host  # here, so that options can be listed without torch
 
-        made = self.loaded.sessions[method].run_torch(self.inputs[method](source, state))
+        made = self.loaded.sessions[method].run_torch(self.inputs[method](source, {**state, **self.shared}))
         outputs = dict(zip(made, to_host(list(made.values())), strict=True))
         wrong = [name for name, value in outputs.items() if value.is_floating_point() and not value.isfinite().all()]
         if wrong:
             raise PolicyError(f"{self.config.path} gave values that are not finite ({', '.join(wrong)})")
         kept = {name.removeprefix("next_"): value for name, value in outputs.items()}
-        wanted = {DECIDES[method], *self.loaded.description.state}
+        self.shared.update({name: kept.pop(name) for name in self.shared if name in kept})
+        wanted = {DECIDES.get(method), *self.loaded.description.state}
         return {name: value for name, value in kept.items() if name in wanted}
 
-    def _kept_by_select(self, rows: int) -> State:
-        """What `select` will keep of each request, as zeros: requests that begin and those that run have one state."""
+    def _kept(self, rows: int) -> State:
+        """What will be kept of each request after `begin`, as zeros: those that begin and those that run have the same
+        state.
+        """
         import torch
 
         description, state = self.loaded.description, State()
         for network in description.networks.values():
-            for output in network.outputs if network.method == "select" else ():
+            for output in network.outputs if network.method != "begin" else ():
                 name = output.name.removeprefix("next_")
-                if name in description.state:
+                if name in description.state and name not in self.shared:
                     axes = [axis for axis in output.shape if isinstance(axis, int)]  # all but the batch
                     state[name] = torch.zeros(rows, *axes, dtype=getattr(torch, output.dtype))
         return state
+
+    def _shared(self) -> State:
+        """What is kept of all requests together, as zeros."""
+        from bpkit.export.schema import shared_state
+
+        shared = shared_state(self.loaded.description)
+        if not shared:
+            return {}
+        import torch
+
+        return {
+            name: torch.zeros([*map(int, each.shape)], dtype=getattr(torch, each.dtype))
+            for name, each in shared.items()
+        }
+
+    def _joint_inputs(self, decoder: DecoderSpec, cost: CostModel | None) -> JointInputs | None:
+        from bpkit.export.inputs import JointInputs
+
+        description = self.loaded.description
+        if description.slope is None:
+            return None
+        sizes = [size for size in description.block_sizes if size > 1]
+        features = bool(self.wants & OF_THE_DISTRIBUTION)
+        return JointInputs(cost, sizes, decoder.work, features=features, slope=description.slope)
 
     def _curves(self, cost: CostModel | None) -> Any:
         description = self.loaded.description

@@ -9,6 +9,7 @@ WHEN = {
     "select": "before each draft",
     "extend": "while an autoregressive drafter drafts, after each token",
     "truncate": "after each draft, before it is verified",
+    "observe": "after each step, to learn from it",
 }
 
 
@@ -51,7 +52,11 @@ def _notes(policy: ExportedPolicy) -> str:
         notes.append(f"Every draft has block size {policy.drafts}.")
     if policy.state:
         names = ", ".join(f"`{name}`" for name in policy.state)
-        notes.append(f"Keep {names} of each request from the output of that name to the next call that takes it.")
+        notes.append(
+            f"Keep {names} of each request from the output of that name (or of that name after `next_`) to the next "
+            "call that takes it; it begins as zeros where `begin` does not give it. Without an axis `batch` it is one "
+            "for all requests."
+        )
     if policy.curves is not None:
         notes.append(
             "The `_seconds` inputs are what steps cost on your device; `curves` in `policy.json` has those of the "

@@ -40,13 +40,17 @@ class Golden(_Model):
 class Network(_Model):
     """One ONNX file."""
 
-    method: Method = Field(description="when it is asked: after prefill, before a draft, while drafting, before verify")
+    method: Method = Field(
+        description="when it is asked: after prefill, before a draft, while drafting, before verify, after a step"
+    )
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=1)
     opset: int
     inputs: list[Tensor] = Field(max_length=32)
     outputs: list[Tensor] = Field(max_length=32)
-    margin: Name = Field(description="the output that says how clear each row's decision was")
+    margin: Name | Literal[""] = Field(
+        default="", description="the output that says how clear each row's decision was; none of observe"
+    )
     tolerance: float = Field(gt=0, le=0.01, description="margins below it may be decided otherwise by another runtime")
     golden: Golden
 
@@ -74,7 +78,7 @@ class ExportedPolicy(_Model):
     Attributes:
         block_sizes: that it chooses among, ascending; 1 means no draft.
         features: that the target or the drafter must provide.
-        state: per-request values, and the output that each is taken from.
+        state: values that an output of that name gives, of each request or, without a batch axis, of all.
     """
 
     schema_version: Literal[1] = 1
@@ -90,6 +94,11 @@ class ExportedPolicy(_Model):
     features: list[Name]
     state: list[Name] = []
     curves: Default | None = None
+    slope: float | None = Field(
+        default=None,
+        ge=0,
+        description="of joint costs: a further position of a row, in plain steps, where the runtime has no costs",
+    )
     options: dict[str, JsonValue]
     validation: dict[FileName, Agreement]
     evaluation: dict[str, JsonValue] = {}
@@ -118,11 +127,19 @@ class ExportedPolicy(_Model):
         return self
 
 
+def shared_state(policy: ExportedPolicy) -> dict[str, Tensor]:
+    """What is kept of all requests together, by name: state without a batch axis."""
+    inputs = [tensor for network in policy.networks.values() for tensor in network.inputs]
+    return {each.name: each for each in inputs if each.name in policy.state and each.shape[:1] != ["batch"]}
+
+
 def _check_decision(file: str, network: Network) -> None:
     names = [tensor.name for tensor in (*network.inputs, *network.outputs)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{file} has {twice[0]!r} twice")
+    if network.method == "observe":
+        return
     outputs = {tensor.name: tensor for tensor in network.outputs}
     decides = DECIDES[network.method]
     for name, dtype in ((decides, "bool" if network.method == "extend" else "int64"), (network.margin, "float32")):

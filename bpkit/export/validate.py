@@ -12,11 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bpkit.export.core import DECIDES, Core, features_of
+from bpkit.export.core import DECIDES, Core, Export, Method, features_of
 from bpkit.export.inputs import Given, Inputs
 from bpkit.policy import Policy, PolicyError, State
+from bpkit.trace.load import ClosedLoop
 from bpkit.trace.records import PromptTrace
-from bpkit.types import OF_THE_DRAFT, Context, DecoderSpec, Draft, Feature
+from bpkit.trace.replay import offered
+from bpkit.trace.server import ServerReplayer
+from bpkit.types import OF_THE_DRAFT, Context, CostModel, DecoderSpec, Draft, Feature, Step
 
 Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 """Runs an ONNX file: outputs by name from inputs by name."""
@@ -24,6 +27,8 @@ Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 BATCHES = (1, 2, 7, 64)
 """Batch sizes that rows are run at in turn, none of them that of the example the graph was traced with."""
 SHOWN = 3
+MOST_GOLDEN = 7
+"""Rows of a golden batch that is decided as a whole."""
 AT_ONCE = 256
 PREFILL = (Feature.PREFILL_HIDDEN, Feature.PREFILL_LOGITS)
 
@@ -49,9 +54,7 @@ class Comparison:
 
     def add(self, core: Core, given: Given, decided: Tensor, run: Run) -> None:
         """Rows of one batch, cut into batches of the sizes of `BATCHES`."""
-        with torch.inference_mode():
-            values = core.module(*(given[port.name] for port in core.inputs))
-        wanted = dict(zip((port.name for port in core.outputs), values, strict=True))
+        wanted = _computed(core, given)
         turns, left = cycle(BATCHES), torch.arange(len(decided))
         while len(left):
             size = next(turns)
@@ -61,6 +64,32 @@ class Comparison:
             got = run({name: value.numpy() for name, value in part.items()})
             self._compare(core, {name: value[rows] for name, value in wanted.items()}, decided[rows], got)
         self._choose_golden(core, given, decided, wanted[core.margin])
+
+    def add_whole(self, core: Core, given: Given, decided: Tensor, run: Run) -> None:
+        """Rows that are decided together."""
+        wanted, got = _computed(core, given), run({name: value.numpy() for name, value in given.items()})
+        self.batch_sizes = sorted({*self.batch_sizes, len(decided)})
+        self._compare(core, wanted, decided, got)
+        kinds = len(set(decided.tolist()))
+        if len(decided) <= MOST_GOLDEN and kinds > self.variety and wanted[core.margin].min() > 10 * core.tolerance:
+            self.variety, self.golden = kinds, given
+
+    def add_learned(self, core: Core, given: Given, learned: State, rows: int, run: Run) -> None:
+        """What `observe` keeps: a step in which every value is the policy's agrees in all its rows."""
+        got = run({name: value.numpy() for name, value in given.items()})
+        self.rows += rows
+        self.batch_sizes = sorted({*self.batch_sizes, rows})
+        wrong = []
+        for name, value in got.items():
+            expected = learned[name.removeprefix("next_")].numpy()
+            self.largest_difference = max(self.largest_difference, float(np.abs(value - expected).max()))
+            if not np.allclose(value, expected, rtol=core.tolerance, atol=core.tolerance):
+                wrong.append(name)
+        self.agree += 0 if wrong else rows
+        if wrong and len(self.wrong) < SHOWN:
+            self.wrong.append(f"{', '.join(wrong)} after a step of {rows} rows")
+        if 1 < rows <= MOST_GOLDEN and (self.golden is None or rows > self.variety):
+            self.variety, self.golden = rows, given
 
     def _compare(self, core: Core, wanted: dict[str, Tensor], decided: Tensor, got: dict[str, NDArray[Any]]) -> None:
         name = DECIDES[core.method]
@@ -88,9 +117,16 @@ class Comparison:
             self.golden = {port.name: _rows_of(given[port.name], port.shape, rows) for port in core.inputs}
 
 
+def _computed(core: Core, given: Given) -> dict[str, Tensor]:
+    """What the module gives, by name."""
+    with torch.inference_mode():
+        values = core.module(*(given[port.name] for port in core.inputs))
+    return dict(zip((port.name for port in core.outputs), values, strict=True))
+
+
 def compare(
     policy: Policy,
-    cores: dict[str, Core],
+    what: Export,
     runs: Mapping[str, Run],
     inputs: Mapping[str, Inputs],
     prompts: Sequence[PromptTrace],
@@ -99,10 +135,16 @@ def compare(
 ) -> dict[str, Comparison]:
     """Compare every file of a policy with the policy on every row of some prompts.
 
+    Policies whose rows share state are compared at every step of a server that decodes the prompts, 1, 2, 7 and 64 at
+    once, and after it.
+
     Raises:
         PolicyError: a row is decided otherwise although it was not close.
     """
-    found = {name: Comparison() for name in cores}
+    found, cores = {name: Comparison() for name in what.cores}, what.cores
+    if what.state is not None:
+        _compare_served(_Compared(policy, what, runs, inputs, found), prompts, spec, progress)
+        return _agreed(found)
     # Prompts that make one batch: many where each is one row, else one, whose positions are rows.
     size = AT_ONCE if any(core.method == "begin" for core in cores.values()) else 1
     for group in (prompts[start : start + size] for start in range(0, len(prompts), size)):
@@ -111,6 +153,10 @@ def compare(
                 found[name].add(cores[name], inputs[name](source, state), decided, runs[name])
         for _ in group:
             progress()
+    return _agreed(found)
+
+
+def _agreed(found: dict[str, Comparison]) -> dict[str, Comparison]:
     for name, result in found.items():
         if not result.rows:
             raise PolicyError(f"the trace has no row to try {name}.onnx on: name one with longer outputs")
@@ -150,6 +196,92 @@ def _questions(
                 for count in range(1, size - 1):
                     begun = draft.first(count)
                     yield names["extend"], begun, state, policy.extend(state, begun)
+
+
+class _Compared(Policy):
+    """A bound policy, whose files are asked beside it and must say the same."""
+
+    wants = frozenset()
+
+    def __init__(
+        self,
+        policy: Policy,
+        what: Export,
+        runs: Mapping[str, Run],
+        inputs: Mapping[str, Inputs],
+        found: dict[str, Comparison],
+    ) -> None:
+        super().__init__()
+        self.policy, self.export, self.runs, self.inputs, self.found = policy, what, runs, inputs, found
+        self.names = {core.method: name for name, core in what.cores.items()}
+        self.wants = policy.wants | features_of(what.cores.values())  # type: ignore[misc]
+        self.joint = policy.joint  # type: ignore[misc]
+
+    def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
+        """It is bound."""
+
+    def begin(self, context: Context) -> State:
+        return self.policy.begin(context)
+
+    def select(self, state: State, context: Context) -> Tensor:
+        return self._decided("select", state, context)
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        if "truncate" not in self.names:
+            return self.policy.truncate(state, draft)
+        return self._decided("truncate", state, draft)
+
+    def observe(self, state: State, step: Step) -> None:
+        given = self._given("observe", state, step)
+        self.policy.observe(state, step)
+        name = self.names["observe"]
+        learned, rows = self._state(state), len(step.num_accepted)
+        self.found[name].add_learned(self.export.cores[name], given, learned, rows, self.runs[name])
+
+    def _decided(self, method: Method, state: State, source: Context | Draft) -> Tensor:
+        given, name = self._given(method, state, source), self.names[method]
+        decided: Tensor = getattr(self.policy, method)(state, source)
+        self.found[name].add_whole(self.export.cores[name], given, decided, self.runs[name])
+        return decided
+
+    def _given(self, method: Method, state: State, source: Context | Draft | Step) -> Given:
+        """What the file takes, before the policy learns or changes anything."""
+        given = self.inputs[self.names[method]](source, self._state(state))
+        return {name: value.clone() for name, value in given.items()}
+
+    def _state(self, state: State) -> State:
+        assert self.export.state is not None
+        return {**state, **self.export.state(state)}
+
+
+class _AnyTime:
+    """Costs of a server whose time nobody asks for; the policy knows its own."""
+
+    def seconds(self, phase: str, size: int, context_length: int) -> float:
+        return 1.0
+
+    def batch_seconds(self, phase: str, size: int, context_length: int, rows: int, positions: int) -> float:
+        return 1.0
+
+
+def _compare_served(
+    compared: _Compared,
+    prompts: Sequence[PromptTrace],
+    spec: DecoderSpec,
+    progress: Callable[[], None],
+) -> None:
+    missing = compared.wants - offered(prompts[0])
+    if missing:
+        raise PolicyError(
+            f"the trace does not hold {', '.join(sorted(missing))}, which the files read: trace it "
+            f"({' '.join(f'--features {name}' for name in sorted(missing))}), or choose options that do without"
+        )
+    for rows in BATCHES:
+        requests = max(len(prompts), 2 * rows) if rows > 1 else len(prompts)
+        served = ServerReplayer(spec, compared, _AnyTime(), strict=True)
+        served.serve(prompts, [place % len(prompts) for place in range(requests)], ClosedLoop(rows))
+    for _ in prompts:
+        progress()
 
 
 def _rows_of(value: Tensor, shape: tuple[str | int, ...], rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from bpkit.export import schema
 from bpkit.export.convert import OPSETS, to_onnx
 from bpkit.export.core import KNOWN, Core, Export, Exportable, features_of
 from bpkit.export.curves import TYPICAL_CONTEXT, Curves
-from bpkit.export.inputs import Inputs
+from bpkit.export.inputs import Inputs, JointInputs
 from bpkit.export.load import DESCRIPTION
 from bpkit.export.readme import readme
 from bpkit.export.session import open_session
@@ -24,7 +24,7 @@ from bpkit.policy import Policy, PolicyError
 from bpkit.registry.policy_folder import TrainedFor
 from bpkit.registry.resolve import name_of
 from bpkit.trace.records import PromptTrace
-from bpkit.types import CostModel, DecoderSpec
+from bpkit.types import OF_THE_DISTRIBUTION, CostModel, DecoderSpec
 
 
 def export_policy(
@@ -62,8 +62,9 @@ def export_policy(
     cores, curves = what.cores, what.curves or (lambda context_length: Curves([], []))
     data = {f"{stem}.onnx": to_onnx(core, opset=opset) for stem, core in cores.items()}
     runs = {stem: open_session(data[f"{stem}.onnx"]).run for stem in cores}
-    inputs = {stem: Inputs((port.name for port in core.inputs), curves) for stem, core in cores.items()}
-    found = compare(policy, cores, runs, inputs, prompts, spec, progress)
+    joint = joint_inputs(what, spec, cost)
+    inputs = {stem: Inputs((port.name for port in core.inputs), curves, joint) for stem, core in cores.items()}
+    found = compare(policy, what, runs, inputs, prompts, spec, progress)
     described = description(
         what,
         data,
@@ -90,6 +91,14 @@ def export_policy(
     return described
 
 
+def joint_inputs(what: Export, spec: DecoderSpec, cost: CostModel | None) -> JointInputs | None:
+    """What makes costs of all rows together, if the policy reads them."""
+    if what.slope is None:
+        return None
+    features = bool(features_of(what.cores.values()) & OF_THE_DISTRIBUTION)
+    return JointInputs(cost, what.block_sizes[1:], spec.work, features=features, slope=what.slope)
+
+
 def description(
     what: Export,
     data: Mapping[str, bytes],
@@ -107,6 +116,7 @@ def description(
     return schema.ExportedPolicy(
         block_sizes=what.block_sizes,
         drafts=what.drafts,
+        slope=what.slope,
         default_block_size=spec.trained_block_size,
         decoder=TrainedFor.of(spec),
         networks={

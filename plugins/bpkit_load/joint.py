@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from bpkit.export.prices import priced
-from bpkit.policy import Policy, PolicyConfig, State
+from bpkit.policy import Policy, PolicyConfig, PolicyError, State
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from bpkit.export.core import Export
     from bpkit_load.positions import PositionPrices
 
     Floats = NDArray[np.float64]
@@ -27,8 +28,8 @@ SURELY = 1.0
 """That a token is verified, before any was left out."""
 USUAL = 3
 """Positions that wait for a draft where no row is new, at most."""
-NEWCOMERS = 0.02
-"""Weight of a step in the share of steps in which a row is new."""
+FIRST_NEWCOMERS, NEWCOMERS = 0.05, 0.02
+"""Share of steps in which a row is new, at first, and the weight of a step in it."""
 
 
 class JointConfig(PolicyConfig):
@@ -102,9 +103,10 @@ class Joint(Policy):
         self.snapped = np.array([1, *(min(b for b in self.sizes if b > length) for length in range(1, self.width + 1))])
         self.pool = {name: np.zeros(self.width) for name in COUNTS}
         self.confidence = ConfidenceCounts(self.width, self.config.discount)
-        self.newcomers, self.joined, self.prompts = 0.05, 0.0, 0.0
+        self.newcomers, self.joined, self.prompts = FIRST_NEWCOMERS, 0.0, 0.0
         self.mixes = getattr(cost, "mixes_prompts", False)
         self.rates: dict[int, tuple[float, float]] = {}
+        self._rate, self._drafting, self._seconds = 0.0, 0.0, 0.0
         self.costs = KeptCosts(
             PositionPrices, cost, self.sizes, features=bool(self.wants_optional), slope=self.config.slope
         )
@@ -214,3 +216,50 @@ class Joint(Policy):
         tokens, seconds = self.rates.get(rows.bit_length(), (0.0, 0.0))
         kept = self.config.rate_discount
         self.rates[rows.bit_length()] = kept * tokens + accepted + rows, kept * seconds + self._seconds
+
+    # Export
+
+    def export(self) -> Export:
+        """`select`, `truncate` if `confidences` is set, and `observe`. Prompts in passes are the prices' matter."""
+        from bpkit.export.core import Export
+        from bpkit_load.joint_networks import JointFacts, cores
+
+        if not self.sizes:
+            raise PolicyError("policy 'joint' has no block size above 1 to choose here: name others (block_sizes)")
+        facts = JointFacts(
+            self.config,
+            self.sizes,
+            self.snapped.tolist(),
+            self._counted(),
+            (self.config.prior, SURELY),
+            (FIRST_NEWCOMERS, NEWCOMERS),
+            self.confidence if self.config.confidences else None,
+        )
+        return Export(cores(facts), [1, *self.sizes], slope=self.config.slope, state=self.exported_state)
+
+    def _counted(self) -> tuple[str, ...]:
+        """The counts that decisions go by."""
+        return COUNTS if self.wants_optional else COUNTS[:2]
+
+    def exported_state(self, state: State) -> State:
+        """What its networks take of the rows' state and of all rows, by their names: float32."""
+        import torch
+
+        from bpkit_load.confidence import ODDS, RANGE
+        from bpkit_load.joint_networks import ROW_RANGES
+
+        rates = torch.zeros(ROW_RANGES, 2)
+        for place, known in self.rates.items():
+            rates[place - 1] = torch.tensor(known)
+        shared = {
+            "pool": torch.tensor([self.pool[name].tolist() for name in self._counted()]),
+            "rates": rates,
+            "newcomers": torch.tensor([self.newcomers - FIRST_NEWCOMERS]),
+            "confidence_counts": torch.tensor([self.confidence.accepted.tolist(), self.confidence.tested.tolist()]),
+            "rate": torch.tensor([self._rate]),
+            "drafting": torch.tensor([self._drafting]),
+            "seconds": torch.tensor([self._seconds]),
+        }
+        rows = {name: state[name].clone() for name in self._counted()}
+        of_confidence = {"confidence_range": state[RANGE] + 1, "odds": state[ODDS].clone()}
+        return {name: value.float() for name, value in {**shared, **rows, **of_confidence}.items()}

@@ -90,7 +90,8 @@ class PositionPrices(PositionCosts):
             int64 [count]; float64 and int64 [widths, 1 + count].
         """
         order = np.argsort(-survival, axis=None, kind="stable")
-        within, shape = self._within(order, survival.shape[1]), (len(self.widths), len(order) + 1)
+        drafted = survival.ravel()[order] > 0
+        within, shape = self._within(order, survival.shape[1]) & drafted, (len(self.widths), len(order) + 1)
         tokens, counts = np.zeros(shape), np.zeros(shape, np.int64)
         np.cumsum(np.where(within, survival.ravel()[order], 0.0), axis=1, out=tokens[:, 1:])
         np.cumsum(within, axis=1, out=counts[:, 1:])

@@ -63,12 +63,18 @@ class Backends:
 
     def serving(self, method: Timed) -> dict[str, Policy]:
         """The backends that have this method."""
-        return {name: self.policies[name] for name in ([TORCH] if method == "observe" else self.policies)}
+        both = method != "observe" or method in self.cores
+        return {name: self.policies[name] for name in (self.policies if both else [TORCH])}
 
     @property
     def wants(self) -> frozenset[Feature]:
         """Of all backends."""
         return frozenset().union(*(policy.wants for policy in self.policies.values()))
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both decide alike at any time: not if they learn from all rows; `bpkit export` compares these."""
+        return "observe" not in self.cores
 
     @property
     def asks(self) -> bool:

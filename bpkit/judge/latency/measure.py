@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,9 +159,9 @@ class _Bench:
         if ONNXRUNTIME in serving:
             pairs = {str(size): ratio(spent[TORCH, size], spent[ONNXRUNTIME, size]) for size in made}
             found["torch_over_onnxruntime"] = pairs
-            if method != "step":  # its decisions are compared by method
+            if method != "step" and backends.comparable:  # its decisions are compared by method
                 questions = [batch for each in made.values() for batch in each]
-                found["agreement"] = agreement(backends, cast("Method", method), questions)
+                found["agreement"] = agreement(backends, method, questions)
         return found
 
     def figures(self, spent: Mapping[int, Nanoseconds]) -> dict[str, Any]:
