@@ -15,7 +15,7 @@ def bpkit_register_commands(app: typer.Typer) -> None:
     """Add the commands of all recipes."""
     from recipes.digits.command import bench_digits
     from recipes.fold.command import bench_fold
-    from recipes.load.command import load_prompts
+    from recipes.load.command import load_prompts, load_summary, load_table
     from recipes.modelled.command import bench_model
     from recipes.pair.commands import drafter_prompts, policy_prompts, train_target
     from recipes.peers.command import bench_peers
@@ -28,5 +28,5 @@ def bpkit_register_commands(app: typer.Typer) -> None:
 
     making = (train_target, drafter_prompts, policy_prompts, real_prompts, load_prompts)
     measuring = (bench_trace, bench_model, bench_reads, bench_rows, bench_fold, bench_peers, bench_digits)
-    for command in (*making, sweep, real_summary, sources_summary, *measuring):
+    for command in (*making, sweep, real_summary, sources_summary, load_table, load_summary, *measuring):
         app.command()(command)

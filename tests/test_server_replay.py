@@ -95,8 +95,9 @@ def check(decoder: SpeculativeDecoder, policy: Any, traces: list[PromptTrace], o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["block-diffusion", "autoregressive", "n-gram", "agreeable"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [("block-diffusion", 1.0), ("autoregressive", 0.0), ("n-gram", 0.0), ("agreeable", 1.0)]
+)
 def test_a_server_is_live_decoding_of_many_rows_on_a_tiny_pair(pair: TinyPair, kind: str, temperature: float) -> None:
     decoder = SpeculativeDecoder(pair.target, drafters(pair)[kind], "fixed:4", tokenizer=pair.tokenizer)
     options = TraceOptions(

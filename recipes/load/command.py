@@ -1,14 +1,19 @@
-"""The command that makes prompts to judge policies under load on."""
+"""Commands on policies under load: prompts to judge them on, a table to set, and all figures in one file."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bpkit.cli.errors import nothing_written, when_interrupted
+from bpkit.cli.outputs import portable
 from bpkit.cli.terminal import say
+from bpkit.files import check_writable, write_json
+from recipes.real.command import named_files
 
 
 def load_prompts(
@@ -56,3 +61,38 @@ def load_prompts(
     for file, found, fingerprint in write_sets(sets, out, sources, seed=seed):
         say(f"wrote {file}: {found} prompts, SHA-256 {fingerprint}")
     say(f"Next: bpkit trace --prompts {out / 'pair.jsonl'} --out TRACE")
+
+
+def load_table(
+    evaluation: Annotated[
+        Path, typer.Argument(help="JSON of `bpkit evaluate-load`, on validation prompts.", exists=True, dir_okay=False)
+    ],
+) -> None:
+    """Print the best fixed size of each load as a policy `batch_table`.
+
+    `bpkit --plugin recipes load-table validation.json`
+    """
+    from recipes.load.summary import table_of
+
+    say(table_of(json.loads(evaluation.read_bytes())))
+
+
+def load_summary(
+    out: Annotated[Path, typer.Option("--json", help="Where all of it goes.", metavar="FILE")],
+    run: Annotated[
+        list[str], typer.Option(help="JSON of `bpkit evaluate-load`, by name; repeat.", metavar="NAME=FILE")
+    ],
+    policy: Annotated[str, typer.Option(help="That the headline is of.", metavar="NAME")] = "joint",
+) -> None:
+    """Sum up what policies are worth under load, with the costs of several machines.
+
+    `bpkit --plugin recipes load-summary --json load.json --run h100=h100.json --run cpu=cpu.json`
+    """
+    from recipes.load.summary import summarise
+
+    check_writable(out, suffixes=(".json",))
+    runs = {name: json.loads(file.read_bytes()) for name, file in named_files(run).items()}
+    report = summarise(runs, policy)
+    write_json(out, {"command": portable(sys.argv[1:]), **report})
+    say(f"wrote {out}")
+    say(json.dumps(report["headline"], indent=2))
