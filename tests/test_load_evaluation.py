@@ -16,7 +16,6 @@ from bpkit.judge.load.figures import ratio_interval
 from bpkit.policy import PolicyError
 from bpkit.testing.traces import synthetic_prompts
 from bpkit.trace.cost import write_cost
-from bpkit.trace.load import ClosedLoop
 from bpkit.trace.server import ServerReplayer
 from tests.test_evaluation import trace as trace
 from tests.test_server_replay import COST, SPEC
@@ -67,10 +66,12 @@ def test_figures_are_those_of_the_server(report: dict[str, Any]) -> None:
     rates, waits, spent = [], [], []
     for number in range(2):
         prompts, places = made.requests(FOUR, number)
-        served = ServerReplayer(SPEC, "fixed:6", COST, strict=True).serve(prompts, places, ClosedLoop(4))
-        end = served.time[served.full - 1]
-        rates.append((served.tokens[: served.full].sum() + (served.first <= end).sum()) / end)
-        inside = served.ended <= end
+        served = ServerReplayer(SPEC, "fixed:6", COST, strict=True).serve(prompts, places, made.load(FOUR, number))
+        start, end = served.time[served.filled - 1], served.time[served.full - 1]
+        assert served.rows[served.filled : served.full].min() == 4 > served.rows[: served.filled].max()
+        first = ((served.first > start) & (served.first <= end)).sum()
+        rates.append((served.tokens[served.filled : served.full].sum() + first) / (end - start))
+        inside = (served.ended > start) & (served.ended <= end)
         waits += (served.first - served.arrived)[inside].tolist()
         spent += ((served.ended - served.first) / (served.output_lengths - 1))[inside].tolist()
         assert 0 < inside.sum() < len(inside)

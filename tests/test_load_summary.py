@@ -90,5 +90,8 @@ def test_commands_write_and_print_them(recipe: Callable[..., Result], tmp_path: 
     assert result.exit_code == 0, result.stderr
     written = json.loads(files["load"].read_text())
     assert written["headline"]["policy"] == "joint"
-    assert {**written, "command": ""} == {"command": "", **json.loads(json.dumps(summarise({"h100": ONE, "cpu": OTHER}, "joint")))}
+    assert {**written, "command": ""} == {
+        "command": "",
+        **json.loads(json.dumps(summarise({"h100": ONE, "cpu": OTHER}, "joint"))),
+    }
     assert "batch_table:1:6+16:3" in recipe("load-table", files["h100"]).output

@@ -158,6 +158,14 @@ def test_a_closed_loop_keeps_its_rows_until_nobody_waits() -> None:
     assert run.arrived[4] > 0
 
 
+def test_clients_of_a_closed_loop_may_begin_one_after_the_other() -> None:
+    run = served("fixed:2", ClosedLoop(4, spread=0.4), 12)
+    assert run.arrived[:4].tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert (run.arrived[4:] > 0).all()
+    assert run.rows[: run.filled].max() < 4
+    assert set(run.rows[run.filled : run.full].tolist()) == {4}
+
+
 def test_rows_follow_a_load_that_changes() -> None:
     load = ChangingLoad((1, 4, 1), requests_per_row=3)
     run = served("fixed:2", load, load.requests)

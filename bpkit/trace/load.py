@@ -27,15 +27,18 @@ class ClosedLoop:
 
     Attributes:
         concurrency: rows that run, as long as requests are left.
+        spread: seconds over which the clients begin, one after the other. Rows that begin at once and have equally long
+            outputs would end at once, so that their successors' prompts are read together, which no server can count on.
     """
 
     concurrency: int
+    spread: float = 0.0
 
     def most(self, begun: int) -> int:
         return self.concurrency
 
     def arrival(self, number: int) -> float:
-        return 0.0
+        return self.spread * number / self.concurrency if number < self.concurrency else 0.0
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ class Served:
         decisions: seconds of the policy's decisions in each step, as charged.
         rows, drafted, verified, tokens: of each step: rows that ran, drafted tokens, positions of the target without
             padding, tokens that it yielded; int64 [steps].
-        full: steps before the first in which a row was missing because no request was left.
+        filled, full: steps before the first in which all rows ran that may, and before the first in which a row was
+            missing because no request was left.
         tested, accepted: drafted tokens by position in the draft that were verified after none was rejected, and of
             them those that stand: int64 [longest draft].
         fallbacks: policy faults that were mended.
@@ -168,6 +169,7 @@ class Served:
     drafted: NDArray[np.int64]
     verified: NDArray[np.int64]
     tokens: NDArray[np.int64]
+    filled: int
     full: int
     tested: NDArray[np.int64]
     accepted: NDArray[np.int64]
@@ -275,6 +277,7 @@ class _Records:
         self.arrived, self.first, self.ended = np.zeros((3, len(places)))
         self.steps: list[tuple[float, float, float, int, int, int, int]] = []
         self.by_position = np.zeros((2, max_block_size + 1), np.int64)
+        self.filled: int | None = None
         self.full = 0
         self.begun = 0
 
@@ -301,7 +304,10 @@ class _Records:
             verified = step.verify_length.numpy()
             self.by_position[0] += np.bincount(np.minimum(stands + 1, verified), minlength=len(self.by_position[0]))
             self.by_position[1] += np.bincount(stands, minlength=len(self.by_position[1]))
-        if rows >= self.load.most(self.begun) or self.begun < len(self.places):
+        all_run = rows >= self.load.most(self.begun)
+        if all_run and self.filled is None:
+            self.filled = len(self.steps) - 1
+        if all_run or self.begun < len(self.places):
             self.full = len(self.steps)
 
     def served(self, fallbacks: int) -> Served:
@@ -316,6 +322,7 @@ class _Records:
             first=self.first,
             ended=self.ended,
             **dict(zip(_OF_STEPS, (*times, *counted), strict=True)),
+            filled=self.filled or 0,
             full=self.full,
             tested=tested,
             accepted=accepted,

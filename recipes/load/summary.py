@@ -97,9 +97,7 @@ def _headline(figures: Mapping[str, Report], policy: str) -> dict[str, Any]:
     ]
     closed = {name: 100 * (1 - e["tokens_per_second_ratio"]) for name, of, e in entries if of["kind"] == "concurrency"}
     changing = {name: e["tokens_per_second_ratio"] for name, of, e in entries if of["kind"] == "changing"}
-    shares = [
-        e["gap_share"] for _, of, e in entries if of["kind"] == "concurrency" and of["rows"] >= MANY_ROWS
-    ]
+    shares = [e["gap_share"] for _, of, e in entries if of["kind"] == "concurrency" and of["rows"] >= MANY_ROWS]
     known = [share for share in shares if share is not None]
     speeds = [of["simulated_steps_per_second"] for _, of, _ in entries if of["rows"] == 1]
     many = [of["simulated_row_steps_per_second"] for _, of, _ in entries if of["kind"] == "concurrency"]

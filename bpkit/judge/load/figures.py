@@ -48,11 +48,11 @@ class Window:
     """The part of a run that figures are of.
 
     Attributes:
-        steps: how many it has. tokens: that the engine gave in it. seconds: that it took.
+        steps: that it has. tokens: that the engine gave in it. seconds: that it took.
         requests: which ended in it, bool [requests].
     """
 
-    steps: int
+    steps: slice
     tokens: int
     seconds: float
     requests: Any
@@ -63,12 +63,14 @@ class Window:
 
         A first token is decided by reading the prompt: it counts where that has a price.
         """
-        closed = case.kind == CONCURRENCY and served.full > 0
-        steps = served.full if closed else len(served.time)
-        end = float(served.time[steps - 1])
-        first = int((served.first <= end).sum()) if prompts_cost else 0
-        ended = served.ended <= end
-        return cls(steps, int(served.tokens[:steps].sum()) + first, end, ended if ended.any() else np.ones_like(ended))
+        closed = case.kind == CONCURRENCY and served.full > served.filled
+        steps = slice(served.filled, served.full) if closed else slice(0, len(served.time))
+        start = float(served.time[steps.start - 1]) if steps.start else 0.0
+        end = float(served.time[steps.stop - 1])
+        first = int(((served.first > start) & (served.first <= end)).sum()) if prompts_cost else 0
+        ended = (served.ended > start) & (served.ended <= end)
+        tokens = int(served.tokens[steps].sum()) + first
+        return cls(steps, tokens, end - start, ended if ended.any() else np.ones_like(ended))
 
 
 class CaseFigures:
@@ -235,10 +237,10 @@ def _work(served: Sequence[Served], windows: Sequence[Window]) -> dict[str, Any]
     """What the steps of the windows did, all seeds together; acceptance by position is of all steps."""
     pairs = list(zip(served, windows, strict=True))
     sums = {
-        name: sum(int(getattr(one, name)[: window.steps].sum()) for one, window in pairs)
+        name: sum(int(getattr(one, name)[window.steps].sum()) for one, window in pairs)
         for name in ("rows", "drafted", "verified", "tokens")
     }
-    steps, tokens = sum(window.steps for window in windows), sums["tokens"]
+    steps, tokens = sum(window.steps.stop - window.steps.start for window in windows), sums["tokens"]
     tested, accepted = (np.sum([getattr(one, name) for one in served], axis=0) for name in ("tested", "accepted"))
     some = tested >= FEW_TESTED
     return {

@@ -14,8 +14,8 @@ from bpkit.judge.statistics import LEVEL
 DEFINITIONS = {
     "tokens_per_second": (
         "Output tokens of the engine over simulated seconds, in which prompts are read and policies decide. Of a "
-        "closed loop: until the first row is missing because no request is left; of other loads: of the whole run. "
-        "First tokens count where reading prompts has a price. Geometric mean over seeds."
+        "closed loop: from when all rows run until one is missing because no request is left; of other loads: of the "
+        "whole run. First tokens count where reading prompts has a price. Geometric mean over seeds."
     ),
     "tokens_per_second_per_request": "Output tokens over seconds from arrival to end, sums over requests.",
     "best_fixed": (

@@ -121,7 +121,7 @@ class LoadRuns:
         """Do one."""
         setup, case = self.setup, self.setup.cases[job.case]
         prompts, places = setup.requests(case, job.number)
-        load = case.load(setup.seed + job.number)
+        load = setup.load(case, job.number)
         if job.group == BOUNDS:
             return self._bounds(prompts, places, load)
         started = time.perf_counter()

@@ -61,11 +61,11 @@ class LoadCase:
         load = ChangingLoad(tuple(levels))
         return cls(f"{CHANGING}:{'-'.join(map(str, levels))}", CHANGING, max(levels), load.requests, levels=load.levels)
 
-    def load(self, seed: int) -> Load:
-        """The load itself. Seed: of the arrivals."""
+    def load(self, seed: int, spread: float = 0.0) -> Load:
+        """The load itself. Seed: of the arrivals. Spread: of a closed loop, see `ClosedLoop`."""
         if self.rate is not None:
             return PoissonLoad(self.rate, self.requests, max_rows=self.rows, seed=seed)
-        return ChangingLoad(self.levels) if self.levels else ClosedLoop(self.rows)
+        return ChangingLoad(self.levels) if self.levels else ClosedLoop(self.rows, spread)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -144,6 +144,14 @@ class LoadSetup:
             )
         object.__setattr__(self, "shares", self._shares())
         object.__setattr__(self, "fixed", self._fixed())
+
+    def load(self, case: LoadCase, number: int) -> Load:
+        """The load of a seed by its number; the clients of a closed loop begin within the time of a plain request."""
+        lengths = [(prompt.prompt_length, prompt.output_length) for prompt in self.prompts]
+        at, tokens = int(np.mean([sum(each) for each in lengths])), float(np.mean([output for _, output in lengths]))
+        rows = case.rows
+        step = self.cost.batch_seconds("verify", 1, at, rows, rows) + self.cost.batch_seconds("rest", 1, at, rows, rows)
+        return case.load(self.seed + number, spread=tokens * step if rows > 1 else 0.0)
 
     def _shares(self) -> tuple[tuple[int, ...], ...]:
         shuffled = np.random.default_rng(self.seed).permutation(len(self.prompts)).tolist()
