@@ -27,8 +27,8 @@ class ClosedLoop:
 
     Attributes:
         concurrency: rows that run, as long as requests are left.
-        spread: seconds over which the clients begin, one after the other. Rows that begin at once, with outputs as long,
-            would end at once, so that their successors' prompts were read together: no server can count on that.
+        spread: seconds over which the clients begin, one after the other. Rows that begin at once, with outputs of one
+            length, would end at once, so that their successors' prompts were read together: no server can count on it.
     """
 
     concurrency: int
