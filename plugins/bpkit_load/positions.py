@@ -46,53 +46,51 @@ class PositionPrices(PositionCosts):
             kept: of a draft that is cut short after it is made, chances that the first k tokens are verified; by
                 default all that is taken is.
         """
-        order, tokens, counts = self._taken(survival)
-        seconds = self.verify.take(self._flat(counts if kept is None else self._verified(order, kept)))
+        order, within, tokens, counts = self._taken(survival)
+        places = self._flat(counts)
+        seconds = self.verify.take(places if kept is None else self._flat(self._verified(order, within, kept)))
         if before is not None:
-            seconds += self._draft(before).take(self._flat(counts))
+            seconds += self.drafting.take(places)
+            seconds[1:] += before
         choice, last = divmod(int((tokens - rate * seconds).argmax()), tokens.shape[1])
         width, taken = int(self.widths[choice]), int(counts[choice, last])
         chosen = order[:last]
         rows = chosen[chosen % survival.shape[1] < width - 1] // survival.shape[1]
         verify = float(self.verify[choice, taken])
         prompts = self.beside[0] * self.beside[1] * (verify - float(self.verify[choice, taken - 1])) if taken else 0.0
-        drafting = 0.0 if before is None else float(self._draft(before)[choice, taken])
+        drafting = 0.0 if before is None else float(self.drafting[choice, taken]) + (before if width > 1 else 0.0)
         return TakenPositions(np.bincount(rows, minlength=self.rows), width if taken else 1, verify - prompts, drafting)
 
     def best_rate(self, survival: Floats, *, before: float) -> float:
         """The most tokens per second that one such step may give."""
-        _, tokens, counts = self._taken(survival)
-        return float(((self.rows + tokens) / (self.verify + self._draft(before)).take(self._flat(counts))).max())
+        _, _, tokens, counts = self._taken(survival)
+        seconds = (self.verify + self.drafting).take(self._flat(counts))
+        seconds[1:] += before
+        return float(((self.rows + tokens) / seconds).max())
 
-    def _draft(self, before: float) -> Floats:
-        """Seconds of the draft with what it takes beside its price, as `drafting`."""
-        return self.drafting + np.where(self.widths > 1, before, 0.0)[:, None]
-
-    def _verified(self, order: Ints, kept: Floats) -> Ints:
+    def _verified(self, order: Ints, within: Any, kept: Floats) -> Ints:
         """How many of the positions so far are verified in the mean, rounded; as the counts of `_taken`."""
         found = np.zeros((len(self.widths), len(order) + 1))
-        np.cumsum(np.where(self._within(order, kept.shape[1]), kept.ravel()[order], 0.0), axis=1, out=found[:, 1:])
-        return np.rint(found).astype(np.int64)
-
-    def _within(self, order: Ints, width: int) -> Any:
-        """Whether positions are part of blocks of each width: bool [widths, count]."""
-        return (order % width)[None] < (self.widths - 1)[:, None]
+        np.cumsum(within * kept.ravel()[order], axis=1, out=found[:, 1:])
+        return np.rint(found, out=found).astype(np.int64)
 
     def _flat(self, counts: Ints) -> Ints:
         """Places of counts, [widths, any], in a table that is flat."""
         places: Ints = counts + np.arange(len(self.widths))[:, None] * self.verify.shape[1]
         return places
 
-    def _taken(self, survival: Floats) -> tuple[Ints, Floats, Ints]:
-        """The likeliest positions of all rows first: their places, and of each width tokens and positions so far.
+    def _taken(self, survival: Floats) -> tuple[Ints, Any, Floats, Ints]:
+        """The likeliest positions of all rows first: their places, and of each width which are part of such a block,
+        and tokens and positions so far.
 
         Returns:
-            int64 [count]; float64 and int64 [widths, 1 + count].
+            int64 [count]; bool [widths, count]; float64 and int64 [widths, 1 + count].
         """
         order = np.argsort(-survival, axis=None, kind="stable")
-        drafted = survival.ravel()[order] > 0
-        within, shape = self._within(order, survival.shape[1]) & drafted, (len(self.widths), len(order) + 1)
+        chances, shape = survival.ravel()[order], (len(self.widths), len(order) + 1)
+        place = np.where(chances > 0, order % survival.shape[1], self.widths[-1])  # what was not drafted is never part
+        within = place < (self.widths - 1)[:, None]
         tokens, counts = np.zeros(shape), np.zeros(shape, np.int64)
-        np.cumsum(np.where(within, survival.ravel()[order], 0.0), axis=1, out=tokens[:, 1:])
+        np.cumsum(within * chances, axis=1, out=tokens[:, 1:])
         np.cumsum(within, axis=1, out=counts[:, 1:])
-        return order, tokens, counts
+        return order, within, tokens, counts

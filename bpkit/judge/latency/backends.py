@@ -79,7 +79,8 @@ class Backends:
     @property
     def asks(self) -> bool:
         """Whether torch computes the networks at all: a policy may decide once for all that asking does not pay."""
-        return features_of(self.cores.values()) <= self.policies[TORCH].wants
+        own = self.policies[TORCH]
+        return features_of(self.cores.values()) <= own.wants | own.wants_optional
 
 
 def backends_of(
