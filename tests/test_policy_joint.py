@@ -21,7 +21,7 @@ from bpkit.prompts import Prompt
 from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.trace.collect import TraceOptions, Tracer
-from bpkit.trace.cost import CostTable
+from bpkit.trace.cost import CostTable, read_cost
 from bpkit.trace.records import PromptTrace
 from bpkit.types import Context, CostModel, Draft, Feature, Step
 from tests.records import bound, decoder, step
@@ -213,6 +213,11 @@ def test_a_decoder_without_sizes_to_choose_drafts_nothing() -> None:
     policy.observe(state, step([0, 0], [0, 0]))
     with pytest.raises(PolicyError, match="no block size above 1"):
         policy.export()
+
+
+def test_an_engine_that_reads_prompts_in_the_same_passes_is_not_what_files_are_compared_with() -> None:
+    with pytest.raises(PolicyError, match="mixes them"):
+        bound(Joint(), cost=read_cost("h200-4b")).export()
 
 
 # after the draft ------------------------------------------------------------------------------------------------

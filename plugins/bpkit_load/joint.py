@@ -220,12 +220,21 @@ class Joint(Policy):
     # Export
 
     def export(self) -> Export:
-        """`select`, `truncate` if `confidences` is set, and `observe`. Prompts in passes are the prices' matter."""
+        """`select`, `truncate` if `confidences` is set, and `observe`.
+
+        Raises:
+            PolicyError: there is nothing to choose, or the cost model's engine reads prompts in the same passes.
+        """
         from bpkit.export.core import Export
         from bpkit_load.joint_networks import JointFacts, cores
 
         if not self.sizes:
             raise PolicyError("policy 'joint' has no block size above 1 to choose here: name others (block_sizes)")
+        if self.mixes:
+            raise PolicyError(
+                "files of policy 'joint' are compared with prices of passes that read no prompts beside, and this cost "
+                "model's engine mixes them: export without --cost, or with costs of `bpkit calibrate`"
+            )
         facts = JointFacts(
             self.config,
             self.sizes,

@@ -109,7 +109,7 @@ class LikeliestPositions(nn.Module):
         inside = within[choice]
         taken = inside & (torch.where(chances >= 0, 1, 0).cumsum(dim=0) <= last)
         rows = torch.where(chances >= 0, 0, 0).scatter(0, order, torch.where(taken, 1, 0))
-        same = (tokens == tokens[choice, last]) & (counts == counts[choice, last])
+        same = ((tokens - tokens[choice, last]).abs() < 1e-9) & (counts == counts[choice, last])
         others = torch.where(same, -torch.inf, gains).reshape(-1)
         apart = torch.where(taken, chances, 1.0).min() - torch.where(inside & ~taken, chances, 0.0).max()
         clear = torch.minimum(flat.max() - others.max(), apart).clamp(max=1.0)
