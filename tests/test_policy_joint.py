@@ -139,15 +139,15 @@ def test_rates_of_rows_and_of_all_by_hand() -> None:
     policy.select(state, running(2))
     for verified, accepted in (([3, 3], [1, 3]), ([2, 0], [0, 0])):
         policy.observe(state, step(verified, accepted))
-    assert state["accepted"].tolist() == [[0.5, 0, 0], [0.5, 0.5, 0.5]]
-    assert state["tested"].tolist() == [[1.5, 0.5, 0], [0.5, 0.5, 0.5]]
-    assert policy.pool["accepted"] == pytest.approx([1.6, 0.8, 0.8])
-    assert policy.pool["tested"] == pytest.approx([2.6, 1.6, 0.8])
+    assert state["counts"][:, 0].tolist() == [[0.5, 0, 0], [0.5, 0.5, 0.5]]
+    assert state["counts"][:, 1].tolist() == [[1.5, 0.5, 0], [0.5, 0.5, 0.5]]
+    assert policy.pool[0] == pytest.approx([1.6, 0.8, 0.8])
+    assert policy.pool[1] == pytest.approx([2.6, 1.6, 0.8])
     first = (1.6 + 0.6) / 3.6
     second = (0.8 + first) / 2.6
     third = (0.8 + second) / 1.8
     own = [(0.5 + 2 * first) / 3.5, 2 * second / 2.5, third]
-    assert policy.survival(state)[0] == pytest.approx(np.cumprod(own))
+    assert policy.chances(state)[0][0] == pytest.approx(np.cumprod(own))
 
 
 def test_a_second_is_worth_the_tokens_of_late_with_about_as_many_rows() -> None:
@@ -160,7 +160,7 @@ def test_a_second_is_worth_the_tokens_of_late_with_about_as_many_rows() -> None:
     policy.select(of_two, running(2))
     policy.observe(of_two, step([3, 3], [0, 0]))
     assert policy.rates == {2: (0.5 * 7 + 2, pytest.approx(0.5 * spent + policy._seconds))}, "2 and 3 rows share one"
-    assert policy.rate(2, policy.prices(running(2)), policy.survival(of_two), 0.0) == pytest.approx(
+    assert policy.rate(2, policy.prices(2, 40), policy.chances(of_two)[0], 0.0) == pytest.approx(
         5.5 / (0.5 * spent + policy._seconds)
     )
 
@@ -195,7 +195,7 @@ def test_prompts_of_rows_that_join_are_caught_up_with_in_part() -> None:
         patch.setattr(PositionPrices, "best", noted)
         policy.select(state, running(2, position=1))
     share = FIRST_NEWCOMERS + NEWCOMERS * (1 - FIRST_NEWCOMERS)
-    table = policy.prices(running(2))
+    table = policy.prices(2, 40)
     usual, all_of_it = table.catch_up(3), table.catch_up(39)
     assert all_of_it > usual > 0
     assert asked == [pytest.approx(usual + (all_of_it - usual) * share)]

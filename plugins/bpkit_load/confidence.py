@@ -45,6 +45,8 @@ class ConfidenceCounts:
         self.accepted, self.tested = np.zeros((2, *self.shape))
         middle = np.convolve((0.0, *BOUNDS, 1.0), (0.5, 0.5), "valid")
         self.expected: Floats = np.minimum(middle, SUREST)
+        self._bounds = np.array(BOUNDS)
+        self._chances = self.chances()
 
     def begin(self, context: Context) -> State:
         """What rows begin with, for a state."""
@@ -64,10 +66,12 @@ class ConfidenceCounts:
             probability: of the drafter, [rows, width]. length: drafted tokens, [rows].
         """
         width = probability.shape[1]
-        ranges = np.searchsorted(BOUNDS, np.nan_to_num(probability), side="right")
+        if np.isnan(probability).any():  # of a source without a distribution
+            probability = np.nan_to_num(probability)
+        ranges = np.searchsorted(self._bounds, probability, side="right")
         there = np.arange(width) < length[:, None]
         state[RANGE].numpy()[:, :width] = np.where(there, ranges, -1)
-        chance = self.chances()[self.depth[:width], ranges]
+        chance = self._chances[self.depth[:width], ranges]
         accepted, expected, tested = state[ODDS].numpy().T[..., None]
         share = np.divide(expected, tested, out=np.full_like(expected, 0.5), where=tested > 0)
         stands = (accepted + WEIGHT * share) / (expected + WEIGHT * share)
@@ -86,10 +90,11 @@ class ConfidenceCounts:
         odds *= self.discount
         known = tested & (ranges >= 0)
         if known.any():
-            chance = self.chances()[self.depth, ranges]
+            chance = self._chances[self.depth, ranges]
             odds += np.stack([(stands & known).sum(1), (chance * known).sum(1), known.sum(1)], axis=1)
             place = self.depth * self.shape[1] + ranges
             for counts, counted in ((self.accepted, known & stands), (self.tested, known)):
                 counts *= KEPT
                 counts += np.bincount(place[counted], minlength=counts.size).reshape(self.shape)
+            self._chances = self.chances()
         ranges.fill(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -26,6 +27,8 @@ COUNTS = ("accepted", "tested", "kept", "offered")
 those that such reach."""
 SURELY = 1.0
 """That a token is verified, before any was left out."""
+FEW = 0.02
+"""Rows that join in a step, up to which their prompts do not count."""
 USUAL = 3
 """Positions that wait for a draft where no row is new, at most."""
 FIRST_NEWCOMERS, NEWCOMERS = 0.05, 0.02
@@ -101,7 +104,8 @@ class Joint(Policy):
         self.sizes = priced(cost, (size for size in self.config.block_sizes if size <= decoder.max_block_size))
         self.width = max(self.sizes, default=1) - 1
         self.snapped = np.array([1, *(min(b for b in self.sizes if b > length) for length in range(1, self.width + 1))])
-        self.pool = {name: np.zeros(self.width) for name in COUNTS}
+        self.pool = np.zeros((len(COUNTS), self.width))
+        self._places = np.arange(self.width)
         self.confidence = ConfidenceCounts(self.width, self.config.discount)
         self.newcomers, self.joined, self.prompts = FIRST_NEWCOMERS, 0.0, 0.0
         self.mixes = getattr(cost, "mixes_prompts", False)
@@ -116,25 +120,21 @@ class Joint(Policy):
     def begin(self, context: Context) -> State:
         like, rows = context.position, context.batch_size
         first = [self.work.first(length - 1) for length in context.context_length.tolist()]
-        state = {name: like.new_zeros(rows, self.width).double() for name in COUNTS}
-        state["waiting"] = like.new_tensor(first)
+        state = {"counts": like.new_zeros(rows, len(COUNTS), self.width).double(), "waiting": like.new_tensor(first)}
         return {**state, **self.confidence.begin(context)}
 
     def select(self, state: State, context: Context) -> Tensor:
-        new = context.position == 1
-        self.newcomers += NEWCOMERS * (float(new.any()) - self.newcomers)
-        if self.mixes:
-            self.joined += NEWCOMERS * (float(new.sum()) - self.joined)
-            self.prompts += NEWCOMERS * (float(context.context_length[new].sum()) - self.prompts)
+        lengths = context.context_length.numpy()
+        self._note_newcomers(context.position.numpy() == 1, lengths)
         if not self.sizes:
             return context.full(1)
-        prices = self.prices(context)
-        survival = self.survival(state)
-        waiting = int(state["waiting"].max())
+        prices = self.prices(len(lengths), int(lengths.max()))
+        survival, kept = self.chances(state)
+        waiting = int(state["waiting"].numpy().max())
         catch_up, usual = prices.catch_up(waiting), prices.catch_up(min(waiting, USUAL))
         before = usual + max(0.0, catch_up - usual) * self.newcomers
-        rate = self.rate(context.batch_size, prices, survival, before)
-        chosen = prices.best(survival, rate, before=before, kept=self.kept(state))
+        rate = self.rate(len(lengths), prices, survival, before)
+        chosen = prices.best(survival, rate, before=before, kept=kept)
         self._now, self._rate = prices, rate
         self._drafting = chosen.drafting - before + catch_up if chosen.width > 1 else 0.0
         self._seconds = self._drafting + chosen.seconds
@@ -149,33 +149,49 @@ class Joint(Policy):
         self._seconds = self._drafting + chosen.seconds
         return draft.draft_length.new_tensor(chosen.counts)
 
-    def survival(self, state: State) -> Floats:
-        """Chance that the first k tokens of a draft stand and are verified: float64 [rows, longest draft]."""
-        return self._chances(state, "accepted", "tested", self.config.prior)
+    def chances(self, state: State) -> tuple[Floats, Floats | None]:
+        """That the first k tokens of a draft stand and are verified, and that they are verified: [rows, longest draft].
 
-    def kept(self, state: State) -> Floats | None:
-        """Chance that the first k tokens of a draft are verified, likewise; None where drafts are not cut short."""
-        return self._chances(state, "kept", "offered", SURELY) if self.wants_optional else None
-
-    def _chances(self, state: State, hits: str, tries: str, prior: float) -> Floats:
+        The second is None where drafts are not cut short.
+        """
         import numpy as np
 
-        weight, rate, pool = self.config.prior_weight, prior, []
-        for hit, tried in zip(self.pool[hits].tolist(), self.pool[tries].tolist(), strict=True):
-            rate = (hit + weight * rate) / (tried + weight)
-            pool.append(rate)
-        own, tested = state[hits].numpy(), state[tries].numpy()
-        return np.cumprod((own + self.config.weight * np.array(pool)) / (tested + self.config.weight), axis=1)
+        counts, weight = state["counts"].numpy(), self.config.weight
+        pairs, priors = (slice(0, 4, 2), slice(1, 4, 2)), [self.config.prior, SURELY]
+        if not self.wants_optional:
+            pairs, priors = (slice(0, 1), slice(1, 2)), priors[:1]
+        rates = [self._pooled(2 * place, prior) for place, prior in enumerate(priors)]
+        own = (counts[:, pairs[0]] + weight * np.array(rates)) / (counts[:, pairs[1]] + weight)
+        chances = np.cumprod(own, axis=2)
+        return chances[:, 0], chances[:, 1] if len(rates) > 1 else None
+
+    def _pooled(self, place: int, rate: float) -> list[float]:
+        """Rates of all rows by position: hits in this row of the pool, tries in the next."""
+        weight, found = self.config.prior_weight, []
+        for hits, tries in zip(*self.pool[place : place + 2].tolist(), strict=True):
+            rate = (hits + weight * rate) / (tries + weight)
+            found.append(rate)
+        return found
 
     def rate(self, rows: int, prices: PositionPrices, survival: Floats, before: float) -> float:
         """What a second is worth: tokens per second lately, with about as many rows."""
         tokens, seconds = self.rates.get(rows.bit_length(), (0.0, 0.0))
         return tokens / seconds if seconds > 0 else prices.best_rate(survival, before=before)
 
-    def prices(self, context: Context) -> PositionPrices:
-        """What steps of these rows cost."""
-        beside = round(self.joined, 1), int(self.prompts / max(self.joined, 1e-6)) // 16 * 16
-        return self.costs.of(context.batch_size, int(context.context_length.max()), beside)
+    def prices(self, rows: int, context_length: int) -> PositionPrices:
+        """What steps of so many rows cost."""
+        beside = 0.0, 0
+        if self.joined > FEW:  # in steps of a fifth, so that prices are not made again and again
+            beside = 2 ** (round(4 * math.log2(self.joined)) / 4), round(self.prompts / self.joined / 32) * 32
+        return self.costs.of(rows, context_length, beside)
+
+    def _note_newcomers(self, new: Any, lengths: Any) -> None:
+        """Note which rows are new, bool [rows], and their tokens."""
+        count = int(new.sum())
+        self.newcomers += NEWCOMERS * ((count > 0) - self.newcomers)
+        if self.mixes:
+            self.joined += NEWCOMERS * (count - self.joined)
+            self.prompts += NEWCOMERS * ((int(lengths[new].sum()) if count else 0) - self.prompts)
 
     # Learning
 
@@ -185,32 +201,22 @@ class Joint(Policy):
         if not self.sizes:
             return
         accepted, verified, drafted = (
-            counts.numpy()[:, None] for counts in (step.num_accepted, step.verify_length, step.draft_length)
+            counts.numpy() for counts in (step.num_accepted, step.verify_length, step.draft_length)
         )
-        places = np.arange(self.width)
-        self._count(
-            state,
-            accepted=places < accepted,
-            tested=places < np.minimum(accepted + 1, drafted),
-            kept=places < verified,
-            offered=places < np.minimum(verified + 1, drafted),
-        )
-        self.confidence.observe(state, places < accepted, places < np.minimum(accepted + 1, verified))
+        tested, offered = np.minimum(accepted + 1, drafted), np.minimum(verified + 1, drafted)
+        counted = self._places < np.array([accepted, tested, verified, offered]).T[:, :, None]
+        counts = state["counts"].numpy()
+        counts *= self.config.discount
+        counts += counted
+        self.pool *= self.config.pool_discount
+        self.pool += counted.sum(axis=0)
+        self.confidence.observe(state, counted[:, 0], counted[:, 1] & counted[:, 2])
         self._count_rate(len(accepted), float(accepted.sum()))
         waiting = state["waiting"].numpy()
         if drafted.any():  # rows that do not draft are read along
-            waiting[:] = accepted[:, 0] + 1 if self.work.reads == "features" else int(self.work.waits)
+            waiting[:] = accepted + 1 if self.work.reads == "features" else int(self.work.waits)
         elif self.work.waits:
             waiting += 1
-
-    def _count(self, state: State, **counted: Any) -> None:
-        """Count positions, bool [rows, longest draft] each, of rows and of all together."""
-        for name, where in counted.items():
-            counts = state[name].numpy()
-            counts *= self.config.discount
-            counts += where
-            self.pool[name] *= self.config.pool_discount
-            self.pool[name] += where.sum(0)
 
     def _count_rate(self, rows: int, accepted: float) -> None:
         tokens, seconds = self.rates.get(rows.bit_length(), (0.0, 0.0))
@@ -261,7 +267,7 @@ class Joint(Policy):
         for place, known in self.rates.items():
             rates[place - 1] = torch.tensor(known)
         shared = {
-            "pool": torch.tensor([self.pool[name].tolist() for name in self._counted()]),
+            "pool": torch.tensor(self.pool[: len(self._counted())].tolist()),
             "rates": rates,
             "newcomers": torch.tensor([self.newcomers - FIRST_NEWCOMERS]),
             "confidence_counts": torch.tensor([self.confidence.accepted.tolist(), self.confidence.tested.tolist()]),
@@ -269,6 +275,6 @@ class Joint(Policy):
             "drafting": torch.tensor([self._drafting]),
             "seconds": torch.tensor([self._seconds]),
         }
-        rows = {name: state[name].clone() for name in self._counted()}
+        rows = {name: state["counts"][:, place].clone() for place, name in enumerate(self._counted())}
         of_confidence = {"confidence_range": state[RANGE] + 1, "odds": state[ODDS].clone()}
         return {name: value.float() for name, value in {**shared, **rows, **of_confidence}.items()}

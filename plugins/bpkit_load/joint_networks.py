@@ -135,7 +135,7 @@ class JointSelection(nn.Module):
         self.register_buffer("rows", 2 ** torch.arange(ROW_RANGES))
 
     def chances(self, hits: Tensor, tries: Tensor, pool: Tensor, prior: float) -> Tensor:
-        """As `Joint._chances`: float64 [batch, width], of the counts of rows and of all rows [2, width].
+        """As `Joint.chances`: float64 [batch, width], of the counts of rows and of all rows [2, width].
 
         A rate leans on the one before it, a line through what came before: rate_k = own_k + lean_k rate_(k-1).
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,51 +47,73 @@ class PositionPrices(PositionCosts):
             kept: of a draft that is cut short after it is made, chances that the first k tokens are verified; by
                 default all that is taken is.
         """
-        order, within, tokens, counts = self._taken(survival)
-        places = self._flat(counts)
-        seconds = self.verify.take(places if kept is None else self._flat(self._verified(order, within, kept)))
+        if self._flat:
+            return self._widest(survival, rate, before)
+        order = np.argsort(-survival, axis=None, kind="stable")
+        gains, place = survival.ravel()[order], order % survival.shape[1]
+        share = None if kept is None else kept.ravel()[order]
+        best, choice, taken = -rate * float(self.verify[0, 0]), 0, order[:0]
+        for width in self._compared:
+            inside = slice(None) if self.widths[width] > survival.shape[1] else place < self.widths[width] - 1
+            tokens = np.cumsum(gains[inside])
+            seconds = self._first(width, len(tokens), None if share is None else share[inside], before)
+            worth = tokens - rate * seconds
+            last = int(worth.argmax())
+            if worth[last] > best:
+                best, choice, taken = float(worth[last]), width, order[inside][: last + 1]
+        counts = np.bincount(taken // survival.shape[1], minlength=self.rows)
+        return self._chosen(choice, counts, len(taken), before)
+
+    def _first(self, width: int, count: int, share: Floats | None, before: float | None) -> Floats:
+        """Seconds of a step with the first 1, 2, ... positions of a width, float64 [count].
+
+        Args:
+            share: chance of each to be verified; the target's pass is priced by how many are in the mean, rounded.
+        """
+        if share is None:
+            seconds = self.verify[width, 1 : count + 1]
+        else:
+            seconds = self.verify[width].take(np.rint(np.cumsum(share)).astype(np.int64))
+        return seconds if before is None else seconds + self.drafting[width, 1 : count + 1] + before
+
+    def _widest(self, survival: Floats, rate: float, before: float | None) -> TakenPositions:
+        """The same where a width has one price: then all of it is taken."""
+        seconds = self.verify[:, 0].copy()
         if before is not None:
-            seconds += self.drafting.take(places)
+            seconds += self.drafting[:, 0]
             seconds[1:] += before
-        choice, last = divmod(int((tokens - rate * seconds).argmax()), tokens.shape[1])
-        width, taken = int(self.widths[choice]), int(counts[choice, last])
-        chosen = order[:last]
-        rows = chosen[chosen % survival.shape[1] < width - 1] // survival.shape[1]
-        verify = float(self.verify[choice, taken])
-        prompts = self.beside[0] * self.beside[1] * (verify - float(self.verify[choice, taken - 1])) if taken else 0.0
-        drafting = 0.0 if before is None else float(self.drafting[choice, taken]) + (before if width > 1 else 0.0)
-        return TakenPositions(np.bincount(rows, minlength=self.rows), width if taken else 1, verify - prompts, drafting)
+        ahead = np.concatenate([[0.0], np.cumsum(survival.sum(axis=0))])
+        choice = int((ahead[np.minimum(self.widths - 1, survival.shape[1])] - rate * seconds).argmax())
+        counts = (survival[:, : self.widths[choice] - 1] > 0).sum(axis=1)
+        return self._chosen(choice, counts, int(counts.sum()), before)
+
+    def _chosen(self, choice: int, counts: Ints, taken: int, before: float | None) -> TakenPositions:
+        verify, drafting, prompts = float(self.verify[choice, taken]), 0.0, 0.0
+        if before is not None:
+            drafting = float(self.drafting[choice, taken]) + (before if choice else 0.0)
+        if taken and self.beside[0]:
+            prompts = self.beside[0] * self.beside[1] * (verify - float(self.verify[choice, taken - 1]))
+        return TakenPositions(counts, int(self.widths[choice]) if taken else 1, verify - prompts, drafting)
 
     def best_rate(self, survival: Floats, *, before: float) -> float:
         """The most tokens per second that one such step may give."""
-        _, _, tokens, counts = self._taken(survival)
-        seconds = (self.verify + self.drafting).take(self._flat(counts))
-        seconds[1:] += before
-        return float(((self.rows + tokens) / seconds).max())
+        rate, better = 0.0, self.rows / float(self.verify[0, 0])
+        while better > rate:  # Dinkelbach's iteration: what is best at a rate has no lower one
+            rate = better
+            taken = self.best(survival, rate, before=before)
+            tokens = self.rows + float(survival[np.arange(survival.shape[1]) < taken.counts[:, None]].sum())
+            better = max(rate, tokens / (taken.seconds + taken.drafting))
+        return rate
 
-    def _verified(self, order: Ints, within: Any, kept: Floats) -> Ints:
-        """How many of the positions so far are verified in the mean, rounded; as the counts of `_taken`."""
-        found = np.zeros((len(self.widths), len(order) + 1))
-        np.cumsum(within * kept.ravel()[order], axis=1, out=found[:, 1:])
-        return np.rint(found, out=found).astype(np.int64)
+    @cached_property
+    def _flat(self) -> bool:
+        """Whether prices go by widths alone."""
+        fits = np.isfinite(self.verify)
+        return all(bool((table == table[:, :1])[fits].all()) for table in (self.verify, self.drafting))
 
-    def _flat(self, counts: Ints) -> Ints:
-        """Places of counts, [widths, any], in a table that is flat."""
-        places: Ints = counts + np.arange(len(self.widths))[:, None] * self.verify.shape[1]
-        return places
-
-    def _taken(self, survival: Floats) -> tuple[Ints, Any, Floats, Ints]:
-        """The likeliest positions of all rows first: their places, and of each width which are part of such a block,
-        and tokens and positions so far.
-
-        Returns:
-            int64 [count]; bool [widths, count]; float64 and int64 [widths, 1 + count].
-        """
-        order = np.argsort(-survival, axis=None, kind="stable")
-        chances, shape = survival.ravel()[order], (len(self.widths), len(order) + 1)
-        place = np.where(chances > 0, order % survival.shape[1], self.widths[-1])  # what was not drafted is never part
-        within = place < (self.widths - 1)[:, None]
-        tokens, counts = np.zeros(shape), np.zeros(shape, np.int64)
-        np.cumsum(within * chances, axis=1, out=tokens[:, 1:])
-        np.cumsum(within, axis=1, out=counts[:, 1:])
-        return order, within, tokens, counts
+    @cached_property
+    def _compared(self) -> list[int]:
+        """Places of the widths with a draft that are compared: the widest alone, where prices go by positions alone."""
+        fits = np.isfinite(self.verify[1:])
+        packed = all(bool((table[1:] == table[-1])[fits].all()) for table in (self.verify, self.drafting))
+        return [len(self.widths) - 1] if packed else [*range(1, len(self.widths))]

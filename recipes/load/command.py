@@ -74,7 +74,7 @@ def load_table(
     """
     from recipes.load.summary import table_of
 
-    say(table_of(json.loads(evaluation.read_bytes())))
+    print(table_of(json.loads(evaluation.read_bytes())))
 
 
 def load_summary(
