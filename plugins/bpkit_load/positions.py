@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,8 @@ class PositionPrices(PositionCosts):
         """
         if self._flat:
             return self._widest(survival, rate, before)
+        if self.rows == 1:
+            return self._of_one(survival[0].tolist(), rate, before, None if kept is None else kept[0].tolist())
         order = np.argsort(-survival, axis=None, kind="stable")
         gains, place = survival.ravel()[order], order % survival.shape[1]
         share = None if kept is None else kept.ravel()[order]
@@ -75,6 +78,33 @@ class PositionPrices(PositionCosts):
         else:
             seconds = self.verify[width].take(np.rint(np.cumsum(share)).astype(np.int64))
         return seconds if before is None else seconds + self.drafting[width, 1 : count + 1] + before
+
+    def _of_one(
+        self, chances: Sequence[float], rate: float, before: float | None, kept: Sequence[float] | None
+    ) -> TakenPositions:
+        """The same of one row: plain numbers take a third of the time of arrays."""
+        ahead = [*accumulate(chances)]
+        counts = range(1, len(chances) + 1) if kept is None else [round(share) for share in accumulate(kept)]
+        best, choice, taken = -rate * self._verify[0][0], 0, 0
+        for width in self._compared:
+            verify, drafting = self._verify[width], self._drafts[width]
+            for last in range(min(int(self.widths[width]) - 1, len(chances))):
+                seconds = verify[counts[last]] + (0.0 if before is None else drafting[last + 1] + before)
+                worth = ahead[last] - rate * seconds
+                if worth > best:
+                    best, choice, taken = worth, width, last + 1
+        return self._chosen(choice, np.array([taken]), taken, before)
+
+    @cached_property
+    def _verify(self) -> list[list[float]]:
+        """`verify` as plain numbers; and `drafting`."""
+        numbers: list[list[float]] = self.verify.tolist()
+        return numbers
+
+    @cached_property
+    def _drafts(self) -> list[list[float]]:
+        numbers: list[list[float]] = np.broadcast_to(self.drafting, self.verify.shape).tolist()
+        return numbers
 
     def _widest(self, survival: Floats, rate: float, before: float | None) -> TakenPositions:
         """The same where a width has one price: then all of it is taken."""
