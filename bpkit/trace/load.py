@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,8 +13,8 @@ import numpy as np
 class Load(Protocol):
     """When requests come, by their number from 0 in the order of arrival."""
 
-    def most(self, begun: int) -> int:
-        """Rows that may run at once after so many requests began."""
+    def most(self, begun: int, now: float = math.inf) -> int:
+        """Rows that may run at once, after so many requests began and so many seconds."""
         ...
 
     def arrival(self, number: int) -> float:
@@ -34,11 +35,13 @@ class ClosedLoop:
     concurrency: int
     spread: float = 0.0
 
-    def most(self, begun: int) -> int:
-        return self.concurrency
+    def most(self, begun: int, now: float = math.inf) -> int:
+        if now >= self.spread:
+            return self.concurrency
+        return 1 + int(now / self.spread * (self.concurrency - 1))
 
     def arrival(self, number: int) -> float:
-        return self.spread * number / self.concurrency if number < self.concurrency else 0.0
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class ChangingLoad:
         """Requests of all levels."""
         return sum(self.levels) * self.requests_per_row
 
-    def most(self, begun: int) -> int:
+    def most(self, begun: int, now: float = math.inf) -> int:
         for level in self.levels:
             if begun < level * self.requests_per_row:
                 return level
@@ -79,7 +82,7 @@ class PoissonLoad:
         gaps = np.random.default_rng(seed).exponential(1 / rate, count)
         self.times: Sequence[float] = np.cumsum(gaps).tolist()
 
-    def most(self, begun: int) -> int:
+    def most(self, begun: int, now: float = math.inf) -> int:
         return self.max_rows
 
     def arrival(self, number: int) -> float:

@@ -127,7 +127,7 @@ class ServerAdmission(Admission):
         busy = running + sum(len(prompts.rows) for prompts in self.reading)
         if not busy and self.begun < self.count:  # nobody runs: time goes on to the next arrival
             self.clock.time = max(self.clock.time, self.load.arrival(self.begun))
-        due, most = 0, self.load.most(self.begun)
+        due, most = 0, self.load.most(self.begun, self.clock.time)
         while busy + due < most and self.begun + due < self.count and self._arrived(self.begun + due):
             due += 1
         self.begun += due
