@@ -190,6 +190,8 @@ def test_prompts_are_read_in_what_running_rows_leave_of_a_step() -> None:
     parts = served("fixed:4", ClosedLoop(4), 12, max_tokens=10)
     assert parts.tokens.sum() == whole.tokens.sum()
     assert len(parts.time) > len(whole.time), "some wait while others' steps use what there is"
+    plenty = served("fixed:4", ClosedLoop(4), 12, max_tokens=1000)
+    assert plenty.rows.tolist() == whole.rows.tolist(), "all prompts that fit are read in one turn"
 
 
 def test_prompts_in_passes_of_running_rows_take_what_their_tokens_add() -> None:

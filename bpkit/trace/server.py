@@ -45,6 +45,7 @@ class ServerClock(CostClock):
 
     Attributes:
         time: seconds since the first request could begin.
+        read_tokens: tokens of prompts that were read.
         beside: positions of the step that comes, as far as they are known: those of the last, and of prompts.
         work, charged: of the last step, and what it took. decision: seconds that were charged for the policy in it.
     """
@@ -52,13 +53,14 @@ class ServerClock(CostClock):
     def __init__(self, cost: CostModel, *, charges_decisions: bool, mixes_passes: bool) -> None:
         super().__init__(cost)
         self.mixes_passes = mixes_passes
-        self.beside = 0
+        self.beside = self.read_tokens = 0
         self.time, self.decision = 0.0, 0.0
         self.work, self.charged = Work(0, 0, 1, 0), Seconds()
         self._charges, self._recent = charges_decisions, dict[int, deque[float]]()
 
     def read(self, tokens: int, context_length: int) -> None:
         """A pass read so many tokens of prompts."""
+        self.read_tokens += tokens
         before = self.beside if self.mixes_passes else 0
         self.time += self.cost.seconds("prefill", before + tokens, context_length)
         if before:
@@ -118,10 +120,14 @@ class ServerAdmission(Admission):
             return
         left = self.max_tokens - self.clock.beside
         self._admit(running)
-        if left <= 0 or not self.reading:
-            return
-        self.reading[0].chunk = max(1, left // len(self.reading[0].rows))
-        yield from super().read(running)
+        while self.reading and left > 0:
+            prompts, before = self.reading[0], self.clock.read_tokens
+            prompts.chunk = max(1, left // len(prompts.rows))
+            output = prompts.read()
+            left -= self.clock.read_tokens - before
+            if output is not None:
+                self.reading.pop(0)
+                yield prompts.rows, output, prompts.all_features()
 
     def _admit(self, running: int) -> None:
         busy = running + sum(len(prompts.rows) for prompts in self.reading)
