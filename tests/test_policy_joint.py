@@ -69,11 +69,11 @@ def test_packed_positions_go_to_the_rows_that_are_likeliest_to_use_them() -> Non
 
 
 def test_a_padded_pass_costs_what_its_widest_row_does() -> None:
-    """Both rows pay for a width of 4; then the likely row takes it whole and the other no more than adds anything."""
+    """Both rows pay for a width of 4; then the likely row takes it whole, the other what is likely at all."""
     padded = prices(batched({1: 1.0, 2: 1.5, 4: 2.5}, 2), 2, [2, 4])
     survival = np.array([[0.9, 0.8, 0.7], [0.2, 0.01, 0.001]])
     # gains over no draft: width 2: 1.1 - 0.5 rate, width 4: 2.611 - 1.5 rate
-    assert padded.best(survival, 1.0).counts.tolist() == [1 + 2, 3]
+    assert padded.best(survival, 1.0).counts.tolist() == [3, 1]
     assert padded.best(survival, 1.6).counts.tolist() == [1, 1]
     assert padded.best(survival, 2.3).counts.tolist() == [0, 0]
     assert padded.best(survival, 1.6).seconds == pytest.approx(1.5)

@@ -12,6 +12,7 @@ from bpkit.export.core import Core, Port, decision, following, given, margin
 from bpkit.export.graph import count
 from bpkit.export.position_costs import widths_of
 from bpkit_load.confidence import BOUNDS, KEPT, SUREST, WEIGHT, ConfidenceCounts
+from bpkit_load.positions import LEAST
 
 ROW_RANGES = 16
 """Ranges of the number of rows that have a rate of their own: 1, 2-3, 4-7, ..."""
@@ -80,7 +81,7 @@ class LikeliestPositions(nn.Module):
             survival: float64 [batch, width].
         """
         chances, order = torch.sort(survival.reshape(-1), descending=True)  # of equals the first first
-        within = ((order % self.width)[None] < (self.widths - 1)[:, None]) & (chances > 0)[None]
+        within = ((order % self.width)[None] < (self.widths - 1)[:, None]) & (chances > LEAST)[None]
         tokens = torch.cat([self.none.double(), torch.where(within, chances[None], 0.0)], dim=1).cumsum(dim=1)
         counts = torch.cat([self.none.long(), torch.where(within, 1, 0)], dim=1).cumsum(dim=1)
         return chances, order, within, tokens, counts
