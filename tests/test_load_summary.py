@@ -37,8 +37,9 @@ def load(kind: str, rows: int, best: int, ratio: float, gap_share: float | None 
     }
 
 
-def report(**loads: dict[str, Any]) -> dict[str, Any]:
+def report(charged: bool = True, **loads: dict[str, Any]) -> dict[str, Any]:
     settings = {"target": "t", "drafter": "d", "cost": {}, "prompts": {}, "seeds": 2, "bound_seeds": 1}
+    settings |= {"decision_time_charged": charged, "mixes_passes": False, "max_tokens": None}
     named = {name.replace("_", ":"): of for name, of in loads.items()}
     return {"settings": settings, "provenance": {"command": "bpkit evaluate-load"}, "loads": named}
 
@@ -48,18 +49,25 @@ ONE = report(
     concurrency_16=load("concurrency", 16, 3, 1.05, 0.25),
     changing_x=load("changing", 16, 4, 1.1),
 )
+FREE = report(charged=False, concurrency_8=load("concurrency", 8, 2, 1.1, 0.35))
 OTHER = report(concurrency_4=load("concurrency", 4, 1, 1.02), changing_x=load("changing", 4, 2, 1.21))
 
 
 def test_the_headline_is_the_worst_of_all_loads_and_the_means_of_others() -> None:
-    found = summarise({"h100": ONE, "cpu": OTHER}, "joint")
+    found = summarise({"h100": ONE, "cpu": OTHER, "free": FREE}, "joint")
     assert found["headline"] == {
         "policy": "joint",
         "worst_regret_percent": 1.0,
         "worst_regret_at": "h100 concurrency:1",
         "changing_load_gain_percent": pytest.approx(100 * ((1.1 * 1.21) ** 0.5 - 1), rel=1e-4),
         "changing_load_gain_percent_by_run": {"h100 changing:x": 10.0, "cpu changing:x": 21.0},
-        "gap_share_from_8_rows": 0.25,
+        "decisions_free": {
+            "worst_regret_percent": -10.0,
+            "worst_regret_at": "free concurrency:8",
+            "changing_load_gain_percent": None,
+            "changing_load_gain_percent_by_run": {},
+        },
+        "gap_share_from_8_rows": 0.3,
         "steps_per_second": 1000.0,
         "row_steps_per_second": 3000.0,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -53,7 +53,8 @@ def _of_run(name: str, report: Report, policy: str) -> dict[str, Any]:
     lacking = [load for load, of in loads.items() if policy not in of["policies"]]
     if lacking:
         raise ValueError(f"{name}: policy {policy!r} was not served at {', '.join(lacking)}; name it with --policy")
-    settings = {key: report["settings"][key] for key in ("target", "drafter", "cost", "prompts", "seeds")}
+    told = ("target", "drafter", "cost", "prompts", "seeds", "decision_time_charged", "mixes_passes", "max_tokens")
+    settings = {key: report["settings"][key] for key in told}
     return {
         "command": report["provenance"]["command"],
         "settings": {**settings, "bound_seeds": report["settings"]["bound_seeds"]},
@@ -89,28 +90,44 @@ def _rounded(value: Any) -> Any:
     return [_rounded(each) for each in value] if isinstance(value, list) else value
 
 
+Entry = tuple[str, Report, Report]
+"""Of a policy at a load: where, the load, and the policy's figures."""
+
+
 def _headline(figures: Mapping[str, Report], policy: str) -> dict[str, Any]:
-    entries = [
-        (f"{name} {load}", of, of["policies"][policy])
-        for name, run in figures.items()
-        for load, of in run["loads"].items()
-    ]
-    closed = {name: 100 * (1 - e["tokens_per_second_ratio"]) for name, of, e in entries if of["kind"] == "concurrency"}
-    changing = {name: e["tokens_per_second_ratio"] for name, of, e in entries if of["kind"] == "changing"}
-    shares = [e["gap_share"] for _, of, e in entries if of["kind"] == "concurrency" and of["rows"] >= MANY_ROWS]
+    entries = {
+        charged: [
+            (f"{name} {load}", of, of["policies"][policy])
+            for name, run in figures.items()
+            if run["settings"]["decision_time_charged"] == charged
+            for load, of in run["loads"].items()
+        ]
+        for charged in (True, False)
+    }
+    every = [*entries[True], *entries[False]]
+    closed = [of for _, of, _ in every if of["kind"] == "concurrency"]
+    shares = [e["gap_share"] for _, of, e in every if of["kind"] == "concurrency" and of["rows"] >= MANY_ROWS]
     known = [share for share in shares if share is not None]
-    speeds = [of["simulated_steps_per_second"] for _, of, _ in entries if of["rows"] == 1]
-    many = [of["simulated_row_steps_per_second"] for _, of, _ in entries if of["kind"] == "concurrency"]
-    worst = max(closed, key=lambda name: closed[name])
     return {
         "policy": policy,
-        "worst_regret_percent": _rounded(closed[worst]),
+        **_against_fixed(entries[True]),
+        "decisions_free": _against_fixed(entries[False]),
+        "gap_share_from_8_rows": _rounded(fmean(known)) if known else None,
+        "steps_per_second": _rounded(fmean(of["simulated_steps_per_second"] for of in closed if of["rows"] == 1)),
+        "row_steps_per_second": _rounded(max(of["simulated_row_steps_per_second"] for of in closed)),
+    }
+
+
+def _against_fixed(entries: Sequence[Entry]) -> dict[str, Any]:
+    """The worst of closed loops against the best size of each, and the mean gain under loads that change."""
+    closed = {name: 100 * (1 - e["tokens_per_second_ratio"]) for name, of, e in entries if of["kind"] == "concurrency"}
+    changing = {name: e["tokens_per_second_ratio"] for name, of, e in entries if of["kind"] == "changing"}
+    worst = max(closed, key=lambda name: closed[name], default=None)
+    return {
+        "worst_regret_percent": None if worst is None else _rounded(closed[worst]),
         "worst_regret_at": worst,
         "changing_load_gain_percent": _rounded(100 * (_geometric(changing.values()) - 1)) if changing else None,
         "changing_load_gain_percent_by_run": {name: _rounded(100 * (ratio - 1)) for name, ratio in changing.items()},
-        "gap_share_from_8_rows": _rounded(fmean(known)) if known else None,
-        "steps_per_second": _rounded(fmean(speeds)) if speeds else None,
-        "row_steps_per_second": _rounded(max(many, default=0.0)),
     }
 
 
