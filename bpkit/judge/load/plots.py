@@ -51,7 +51,7 @@ def ratios(loads: Mapping[str, Any]) -> Figure:
     axes.axhline(1, color=FIXED, lw=1.5)
     axes.set_xscale("log", base=2)
     labels = [f"{rows}\n{called(load['best_fixed'])}" for rows, load in by_rows.items()]
-    labels += [f"{title(load)}\n{called(load['best_fixed'])}" for load in others]
+    labels += [f"{_briefly(load)}\n{called(load['best_fixed'])}" for load in others]
     axes.set_xticks(list(places.values()), labels)
     axes.minorticks_off()
     axes.set_xlabel("rows at once; below: best fixed block size there")
@@ -59,6 +59,12 @@ def ratios(loads: Mapping[str, Any]) -> Figure:
     axes.grid(axis="y", color="#e4e4e4", lw=0.8)
     axes.legend(ncols=2, **ABOVE)
     return figure
+
+
+def _briefly(load: Mapping[str, Any]) -> str:
+    """The title of a load; of one that changes its first, most and last rows."""
+    levels = load.get("levels")
+    return f"{levels[0]} to {max(levels)} to {levels[-1]}" if levels else title(load)
 
 
 def latencies(loads: Mapping[str, Any], factor: float, unit: str) -> Figure:
