@@ -84,7 +84,7 @@ def load_summary(
     ],
     policy: Annotated[str, typer.Option(help="That the headline is of.", metavar="NAME")] = "joint",
 ) -> None:
-    """Sum up what policies are worth under load, with the costs of several machines.
+    """Sum up what policies are worth under load, of several costs.
 
     `bpkit --plugin recipes load-summary --json load.json --run h100=h100.json --run cpu=cpu.json`
     """
