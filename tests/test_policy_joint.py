@@ -165,6 +165,17 @@ def test_a_second_is_worth_the_tokens_of_late_with_about_as_many_rows() -> None:
     )
 
 
+def test_sizes_that_a_table_lacks_for_so_many_rows_are_not_chosen() -> None:
+    def table(largest: int) -> dict[str, Any]:
+        return {"draft": {2: 0.1, largest: 0.2}, "verify": {1: 1.0, 2: 1.1, largest: 1.2}}
+
+    cost = CostTable.model_validate({**table(8), "rows": {4: table(4)}})
+    policy = Joint(block_sizes="1-8", confidences=False)
+    policy.bind(decoder(8), cost)
+    assert policy.select(policy.begin(running(1)), running(1)).tolist() == [8]
+    assert policy.select(policy.begin(running(4)), running(4)).tolist() == [4] * 4
+
+
 def test_nothing_is_drafted_where_it_does_not_pay_and_it_is_tried_again() -> None:
     policy, sizes = bound(Joint(block_sizes="1-4", confidences=False, slope=0.6)), []
     state = policy.begin(running(4))

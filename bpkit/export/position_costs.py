@@ -72,10 +72,21 @@ class PositionCosts:
         asked = most if self.rows == 1 and phase == "verify" else np.broadcast_to(sizes[:, None], most.shape)
         array: Any = getattr(self._cost, "array", None)
         if array is not None and (self._prices.shared or self.rows == 1):
-            return np.asarray(array(phase, asked, self._at, self.rows, most))
+            try:
+                return np.asarray(array(phase, asked, self._at, self.rows, most))
+            except ValueError:  # a table may end sooner for so many rows: what it lacks is never chosen
+                return np.stack([self._or_inf(phase, *row) for row in zip(asked, most, strict=True)])
         smallest = 1 if phase == "verify" else 2
         passes = PassPrices(self._prices, phase, smallest, int(sizes.max()))
         return passes.of(np.maximum(asked, smallest), np.maximum(most, smallest))
+
+    def _or_inf(self, phase: str, sizes: Ints, positions: Ints) -> Floats:
+        """Seconds of a phase, [positions]; infinite where the cost model has no figure for them."""
+        ask: Any = self._cost
+        try:
+            return np.asarray(ask.array(phase, sizes, self._at, self.rows, positions))
+        except ValueError:
+            return np.full(len(positions), np.inf)
 
     def _beside_prompts(self, positions: Ints) -> Floats:
         """Seconds of target passes, as the mean over passes that read no, one, two, ... prompts beside."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from bpkit.export.prices import priced
 from bpkit.policy import PolicyConfig, PolicyMemory, RememberingPolicy, State, fade
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Step
@@ -79,8 +80,7 @@ class Goodput(RememberingPolicy[GoodputMemory]):
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         self.cost = cost
-        drafted = [b for b in self.config.block_sizes if 1 < b <= decoder.max_block_size and _priced(cost, b)]
-        self.sizes = [1, *drafted]
+        self.sizes = [1, *priced(cost, (b for b in self.config.block_sizes if b <= decoder.max_block_size))]
         self.width = self.sizes[-1] - 1  # the longest draft
         self._costs: dict[int, list[float]] = {}
 
@@ -145,15 +145,3 @@ class Goodput(RememberingPolicy[GoodputMemory]):
     def end(self, state: State) -> None:
         if self.config.across_requests and state:
             self.memory = self.known().after(state)
-
-
-def _priced(cost: CostModel | None, block_size: int) -> bool:
-    """Whether the cost model, if there is one, has costs for this block size."""
-    if cost is None:
-        return True
-    try:
-        cost.seconds("draft", block_size, 1)
-        cost.seconds("verify", block_size, 1)
-    except ValueError:  # a table ends somewhere
-        return False
-    return True
