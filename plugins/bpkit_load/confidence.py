@@ -48,6 +48,11 @@ class ConfidenceCounts:
         self._bounds = np.array(BOUNDS)
         self._chances = self.chances()
 
+    def take(self, accepted: Floats, tested: Floats) -> None:
+        """Go on from counts that were kept, each of `shape`."""
+        self.accepted, self.tested = accepted, tested
+        self._chances = self.chances()
+
     def begin(self, context: Context) -> State:
         """What rows begin with, for a state."""
         like, rows = context.position, context.batch_size

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from bpkit.export.prices import priced
+from bpkit.files import faults
 from bpkit.policy import Policy, PolicyConfig, PolicyError, State
 from bpkit.sizes import BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
+from bpkit_load.joint_memory import JointMemory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bpkit.export.core import Export
+    from bpkit_load.confidence import ConfidenceCounts
     from bpkit_load.positions import PositionPrices
 
     Floats = NDArray[np.float64]
@@ -87,6 +90,10 @@ class Joint(Policy):
     wants = frozenset()
     joint = True
     config: JointConfig
+    pool: Floats
+    confidence: ConfidenceCounts
+    newcomers: float
+    rates: dict[int, tuple[float, float]]
 
     def __init__(self, config: PolicyConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
@@ -97,19 +104,15 @@ class Joint(Policy):
         import numpy as np
 
         from bpkit.export.position_costs import KeptCosts
-        from bpkit_load.confidence import ConfidenceCounts
         from bpkit_load.positions import PositionPrices
 
         self.cost, self.work = cost, decoder.work
         self.sizes = priced(cost, (size for size in self.config.block_sizes if size <= decoder.max_block_size))
         self.width = max(self.sizes, default=1) - 1
         self.snapped = np.array([1, *(min(b for b in self.sizes if b > length) for length in range(1, self.width + 1))])
-        self.pool = np.zeros((len(COUNTS), self.width))
         self._places = np.arange(self.width)
-        self.confidence = ConfidenceCounts(self.width, self.config.discount)
-        self.newcomers, self.joined, self.prompts = FIRST_NEWCOMERS, 0.0, 0.0
         self.mixes = getattr(cost, "mixes_prompts", False)
-        self.rates: dict[int, tuple[float, float]] = {}
+        self.forget()
         self._rate, self._drafting, self._seconds = 0.0, 0.0, 0.0
         self.costs = KeptCosts(
             PositionPrices, cost, self.sizes, features=bool(self.wants_optional), slope=self.config.slope
@@ -222,6 +225,62 @@ class Joint(Policy):
         tokens, seconds = self.rates.get(rows.bit_length(), (0.0, 0.0))
         kept = self.config.rate_discount
         self.rates[rows.bit_length()] = kept * tokens + accepted + rows, kept * seconds + self._seconds
+
+    # Memory
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all rows taught, as plain JSON values; empty if nothing was learned."""
+        if not self.rates:
+            return {}
+        counted = self.confidence
+        return JointMemory(
+            pool=self.pool.tolist(),
+            accepted=counted.accepted.tolist(),
+            tested=counted.tested.tolist(),
+            newcomers=self.newcomers,
+            joined=self.joined,
+            prompts=self.prompts,
+            rates=self.rates,
+        ).model_dump(mode="json")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned. Raises PolicyError if it is of other sizes; the memory then stays."""
+        import numpy as np
+
+        if not state:
+            self.forget()
+            return
+        try:
+            known = JointMemory.model_validate(state)
+            tables = [np.array(table, np.float64) for table in (known.pool, known.accepted, known.tested)]
+        except (ValidationError, ValueError) as error:
+            why = faults(error) if isinstance(error, ValidationError) else error
+            raise PolicyError(f"this is no memory of Joint ({why})") from None
+        shapes = [self.pool.shape, self.confidence.shape, self.confidence.shape]
+        if [table.shape for table in tables] != shapes:
+            raise PolicyError(
+                f"this is no memory of this Joint: counts of {tables[0].shape[-1]} positions, where its sizes need "
+                f"{self.width}; bind it with the sizes that it learned with"
+            )
+        self.pool, *counts = tables
+        self.confidence.take(*counts)
+        self.newcomers, self.joined, self.prompts, self.rates = (
+            known.newcomers,
+            known.joined,
+            known.prompts,
+            dict(known.rates),
+        )
+
+    def forget(self) -> None:
+        """Know what is known before the first request."""
+        import numpy as np
+
+        from bpkit_load.confidence import ConfidenceCounts
+
+        self.pool = np.zeros((len(COUNTS), self.width))
+        self.confidence = ConfidenceCounts(self.width, self.config.discount)
+        self.newcomers, self.joined, self.prompts = FIRST_NEWCOMERS, 0.0, 0.0
+        self.rates = {}
 
     # Export
 
