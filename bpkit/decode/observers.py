@@ -115,6 +115,15 @@ class Observer:
     def record(self, request: ObservedRequest, record: Record) -> None:
         """A `bpkit.Prefill`, first, or a `bpkit.Step`."""
 
+    def record_rows(self, requests: Sequence[ObservedRequest], record: Record) -> None:
+        """One record of several generations that shared a pass: row *i* is of `requests[i]`.
+
+        Engines that serve many rows call it in place of `record`, which it calls for each row unless it is replaced by
+        something quicker. Seconds and fallbacks are of all rows together.
+        """
+        for place, request in enumerate(requests):
+            self.record(request, record.row(place))
+
     def end(self, request: ObservedRequest, ending: Ending) -> None:
         """A generation ended, or was given up."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,22 @@ from bpkit.types import Prefill, Record, Step
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from bpkit_prometheus.metrics import Metrics
+
+PHASES = ("draft", "verify", "policy", "rest")
+"""Of a step's seconds."""
+
 
 class PrometheusConfig(ObserverConfig):
-    """Where the metrics can be read: at a port, in a file, or both."""
+    """Where the metrics can be read: at a port, in a file, or beside those of the program around it."""
 
     port: int | None = Field(default=None, ge=0, le=65535, description="serve them at this port; 0 takes a free one")
     address: str = Field(default="127.0.0.1", description="where to listen; 0.0.0.0 lets other machines read them")
     textfile: Path | None = Field(default=None, description="write them here after each generation: FILE.prom")
+
+    shared: bool = Field(
+        default=False, description="put them into the process's default registry, which the program around it serves"
+    )
 
     @field_validator("textfile")
     @classmethod
@@ -34,11 +43,23 @@ class PrometheusConfig(ObserverConfig):
         return path
 
 
+@cache
+def _shared_metrics() -> Metrics:
+    """Those of the default registry, which all observers of the process share."""
+    from prometheus_client import REGISTRY
+
+    from bpkit_prometheus.metrics import Metrics
+
+    return Metrics(REGISTRY)
+
+
 class Prometheus(Observer):
     """Metrics of all generations that it is told of.
 
     Args:
-        registry: where the metrics go, for programs that serve a registry of their own; by default a new one.
+        registry: where the metrics go, for programs that serve a registry of their own; by default a new one, or with
+            `shared` the default one of prometheus_client. Where PROMETHEUS_MULTIPROC_DIR was set before that was
+            imported, its files have the values of every process.
 
     Attributes:
         registry: that has the metrics.
@@ -56,17 +77,21 @@ class Prometheus(Observer):
     ) -> None:
         super().__init__(config, **options)
         try:
-            from prometheus_client import CollectorRegistry
+            from prometheus_client import REGISTRY, CollectorRegistry
 
             from bpkit_prometheus.metrics import Metrics
         except ImportError as error:
             raise ObserverError(
                 f"observer 'prometheus' needs prometheus_client ({error}): {install_command('prometheus')}"
             ) from error
-        if registry is None and self.config.port is None and self.config.textfile is None:
-            raise ObserverError("observer 'prometheus': say where to read it: port=9464, or textfile=bpkit.prom")
-        self.registry = registry or CollectorRegistry()
-        self.metrics = Metrics(self.registry)
+        shared = self.config.shared and registry is None
+        if registry is None and not shared and self.config.port is None and self.config.textfile is None:
+            raise ObserverError(
+                "observer 'prometheus': say where to read it: port=9464, or textfile=bpkit.prom; in a program that "
+                "serves prometheus_client's default registry, shared=true"
+            )
+        self.registry = registry or (REGISTRY if shared else CollectorRegistry())
+        self.metrics = _shared_metrics() if shared else Metrics(self.registry)
         self._one: Callable[..., Any] = cache(lambda metric, *labels: metric.labels(*labels))
         """The series of a metric with these labels, found quickly."""
         self._fallbacks: dict[int, int] = {}
@@ -79,38 +104,54 @@ class Prometheus(Observer):
         self._one(self.metrics.prompt_tokens, request.policy, request.drafter).inc(request.prompt_length)
 
     def record(self, request: ObservedRequest, record: Record) -> None:
-        labels, metrics = (request.policy, request.drafter), self.metrics
-        self._one(metrics.tokens, *labels).inc(record.tokens.numel())
-        self._one(metrics.near_ties, *labels).inc(sum(record.near_ties))
-        if isinstance(record, Prefill):
-            self._one(metrics.prefill_seconds, *labels).inc(record.seconds.total)
-            return
-        self._count_tokens(labels, record)
-        self._one(metrics.steps, *labels).inc()
-        self._one(metrics.fallbacks, *labels).inc(record.fallbacks)
-        self._fallbacks[request.number] += record.fallbacks
-        self._one(metrics.decision, *labels).observe(record.seconds.policy)
-        for phase, seconds in dataclasses.asdict(record.seconds).items():
-            self._one(metrics.step, *labels, phase).observe(seconds)
+        self.record_rows([request], record)
 
-    def _count_tokens(self, labels: tuple[str, str], step: Step) -> None:
+    def record_rows(self, requests: Sequence[ObservedRequest], record: Record) -> None:
+        rows: dict[tuple[str, str], list[int]] = {}
+        for place, request in enumerate(requests):
+            rows.setdefault((request.policy, request.drafter), []).append(place)
+            self._fallbacks[request.number] += record.fallbacks if isinstance(record, Step) else 0
+        for labels, places in rows.items():
+            near_ties = sum(record.near_ties[place] for place in places) if record.near_ties else 0
+            self._one(self.metrics.near_ties, *labels).inc(near_ties)
+            if isinstance(record, Prefill):
+                self._one(self.metrics.tokens, *labels).inc(len(places))
+                self._one(self.metrics.prefill_seconds, *labels).inc(record.seconds.total)
+            else:
+                self._count_step(labels, record, places)
+
+    def _count_step(self, labels: tuple[str, str], step: Step, places: Sequence[int]) -> None:
+        metrics, seconds = self.metrics, step.seconds
+        self._count_tokens(labels, step, places)
+        self._one(metrics.steps, *labels).inc(len(places))
+        self._one(metrics.fallbacks, *labels).inc(step.fallbacks)
+        self._one(metrics.decision, *labels).observe(seconds.policy)
+        for phase in PHASES:
+            self._one(metrics.step, *labels, phase).observe(getattr(seconds, phase))
+
+    def _count_tokens(self, labels: tuple[str, str], step: Step, places: Sequence[int]) -> None:
         metrics = self.metrics
-        for lengths, total, by_position in (
-            (step.draft_length, metrics.drafted, metrics.drafted_at),
-            (step.verify_length, metrics.verified, metrics.verified_at),
-            (step.num_accepted, metrics.accepted, metrics.accepted_at),
-        ):
-            for length in lengths.tolist():  # of each row
-                self._one(total, *labels).inc(length)
-                for position in range(1, length + 1):
-                    self._one(by_position, *labels, position).inc()
+        columns = (step.draft_length, step.verify_length, step.num_accepted, step.source)
+        every = list(zip(*(column.tolist() for column in columns), strict=True))
+        rows = [every[place] for place in places]
+        of_a_step = (
+            (metrics.drafted, metrics.drafted_at),
+            (metrics.verified, metrics.verified_at),
+            (metrics.accepted, metrics.accepted_at),
+        )
+        for (total, by_position), lengths in zip(of_a_step, zip(*rows, strict=True), strict=False):
+            self._one(total, *labels).inc(sum(lengths))
+            for position, count in enumerate(_reaching(lengths), start=1):
+                self._one(by_position, *labels, position).inc(count)
+        self._one(metrics.tokens, *labels).inc(sum(accepted + 1 for _, _, accepted, _ in rows))
 
-        columns = (step.source, step.draft_length, step.verify_length, step.num_accepted)
-        for source, drafted, verified, accepted in zip(*(column.tolist() for column in columns), strict=True):
-            by = source if drafted else "none"
-            self._one(metrics.steps_by, *labels, by).inc()
-            self._one(metrics.verified_by, *labels, by).inc(verified)
-            self._one(metrics.accepted_by, *labels, by).inc(accepted)
+        by_source: dict[int | str, list[tuple[int, ...]]] = {}
+        for row in rows:
+            by_source.setdefault(row[3] if row[0] else "none", []).append(row)
+        for by, of_it in by_source.items():
+            self._one(metrics.steps_by, *labels, by).inc(len(of_it))
+            self._one(metrics.verified_by, *labels, by).inc(sum(row[1] for row in of_it))
+            self._one(metrics.accepted_by, *labels, by).inc(sum(row[2] for row in of_it))
 
     def end(self, request: ObservedRequest, ending: Ending) -> None:
         labels = (request.policy, request.drafter)
@@ -150,3 +191,15 @@ class Prometheus(Observer):
             at = f"{self.config.address}:{self.config.port}"
             raise ObserverError(f"observer 'prometheus': cannot listen at {at} ({error}): try another port") from error
         return int(self._server[0].server_port)
+
+
+def _reaching(lengths: Sequence[int]) -> list[int]:
+    """How many drafts have a token at each position, from the first to the last that any has.
+
+    >>> _reaching([3, 0, 1])
+    [2, 1, 1]
+    """
+    ending = [0] * (max(lengths) + 1)
+    for length in lengths:
+        ending[length] += 1
+    return list(accumulate(reversed(ending[1:])))[::-1]
