@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import socket
 import subprocess
@@ -19,7 +20,8 @@ import torch
 import yaml
 from bpkit_jsonl.observer import SCHEMA_VERSION, JsonLines
 from bpkit_prometheus.observer import Prometheus
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
@@ -581,6 +583,76 @@ def test_a_closed_observer_serves_no_more() -> None:
     made.close()
     with pytest.raises(OSError, match="refused"):
         scrape(made.port)
+
+
+def test_one_record_of_many_rows_says_what_its_rows_say_one_by_one(tmp_path: Path) -> None:
+    requests = [of_a_request(number, policy) for number, policy in ((1, "a"), (2, "b"), (3, "a"))]
+    drafted, verified, stood = torch.tensor([5, 0, 7]), torch.tensor([4, 0, 7]), torch.tensor([2, 0, 7])
+    tokens, ids = torch.arange(24).view(3, 8), (1, 2, 3)
+    first = Prefill(tokens[:, :1], Seconds(rest=0.5), (0, 1, 0), ids, (False,) * 3)
+    step = Step(drafted + 1, drafted, verified, stood, tokens, stood, Seconds(policy=0.1), 2, (1, 0, 1), ids)
+    told = []
+    for together in (True, False):
+        file, registry = tmp_path / f"{together}.jsonl", CollectorRegistry()
+        observers = [Prometheus(registry=registry), JsonLines(path=file, tokens=True)]
+        for observer in observers:
+            for request in requests:
+                observer.begin(request)
+            for record in (first, step):
+                if together:
+                    observer.record_rows(requests, record)
+                else:
+                    Observer.record_rows(observer, requests, record)
+            for request in requests:
+                observer.end(request, Ending(True, 9, 1, Seconds(), 2, 0))
+            observer.close()
+        log = [{k: v for k, v in line.items() if k not in ("log", "time")} for line in lines(file)]
+        told.append((log, samples(generate_latest(registry).decode())))
+    (log, found), (log_of_each, found_of_each) = told
+    assert log == log_of_each
+    assert [line["tokens"] for line in log[3:6]] == [[0, 1, 2], [8], list(range(16, 24))]
+    once = {"fallbacks", "decision_seconds", "step_seconds", "prefill_seconds"}  # of a pass, not of each row
+    differ = {
+        name for name, labels in found if "_created" not in name and found[name, labels] != found_of_each[name, labels]
+    }
+    assert {re.sub("_(total|sum|count|bucket)$", "", name.removeprefix("bpkit_")) for name in differ} == once
+    for_a = (("drafter", "drafter"), ("policy", "a"))
+    assert found["bpkit_decision_seconds_count", for_a] == 1
+    assert found["bpkit_fallbacks_total", for_a] == 2
+    assert found["bpkit_steps_total", for_a] == 2
+
+
+def of_a_request(number: int, policy: str) -> ObservedRequest:
+    return ObservedRequest(
+        number, policy, "", "target", "drafter", "n-gram", 8, 8, "rejection", "WallClock", 3, 9, 0.0, None, 0
+    )
+
+
+def test_shared_metrics_are_in_the_default_registry_and_observers_share_them(pair: TinyPair) -> None:
+    labels, counted = {"policy": "fixed:7", "drafter": "agreeable"}, []
+    for _ in range(2):
+        decoder = decoder_of(pair, "prometheus:shared=true", policy="fixed:7")
+        counted.append(len(decoder.generate("x = ", **WANTED).steps))
+        assert REGISTRY.get_sample_value("bpkit_steps_total", labels) == sum(counted)
+        decoder.close()
+
+
+def test_shared_metrics_of_several_processes_are_added_up(tmp_path: Path) -> None:
+    code = (
+        "from bpkit.decode.observers import Ending, ObservedRequest, resolve_observer\n"
+        "from bpkit.types import Seconds\n"
+        "made = resolve_observer('prometheus:shared=true')\n"
+        "one = ObservedRequest(1, 'a', '', 't', 'd', 'n-gram', 8, 8, 'rejection', 'WallClock', 3, 9, 0.0, None, 0)\n"
+        "made.begin(one)\nmade.end(one, Ending(True, 9, 1, Seconds(), 0, 0))\n"
+    )
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))  # type: ignore[no-untyped-call]
+    labels = {"policy": "a", "drafter": "d"}
+    assert registry.get_sample_value("bpkit_requests_total", {**labels, "outcome": "complete"}) == 2
+    assert registry.get_sample_value("bpkit_prompt_tokens_total", labels) == 6
 
 
 def test_metrics_go_into_a_registry_of_ones_own_once(pair: TinyPair) -> None:

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from bpkit.decode.observers import Ending, ObservedRequest, Observer, ObserverConfig, ObserverError
-from bpkit.types import Prefill, Record, Step
+from bpkit.types import Prefill, Record, Seconds, Step
 
 SCHEMA_VERSION = 1
 
@@ -49,15 +50,19 @@ class JsonLines(Observer):
         self._steps[request.number] = 0
 
     def record(self, request: ObservedRequest, record: Record) -> None:
-        if isinstance(record, Prefill):
-            about = dataclasses.asdict(request)
-            del about["number"]
-            self._write("prefill", request, {**about, **self._of_record(record, 0)})
-            return
-        number = self._steps[request.number]
-        self._steps[request.number] += 1
-        for row in range(record.tokens.shape[0]):
-            self._write("step", request, {"step": number, **_of_step(record, row), **self._of_record(record, row)})
+        self.record_rows([request], record)
+
+    def record_rows(self, requests: Sequence[ObservedRequest], record: Record) -> None:
+        about = _of_steps(record) if isinstance(record, Step) else []
+        for row, request in enumerate(requests):
+            if isinstance(record, Prefill):
+                said = dataclasses.asdict(request)
+                del said["number"]
+                self._write("prefill", request, {**said, **self._of_record(record, row)})
+                continue
+            number = self._steps[request.number]
+            self._steps[request.number] += 1
+            self._write("step", request, {"step": number, **about[row], **self._of_record(record, row)})
 
     def end(self, request: ObservedRequest, ending: Ending) -> None:
         del self._steps[request.number]
@@ -67,22 +72,26 @@ class JsonLines(Observer):
         self._file.close()
 
     def _of_record(self, record: Record, row: int) -> dict[str, Any]:
-        tokens = {"tokens": record.tokens[row].tolist()} if self.config.tokens else {}
-        return {
-            "seconds": dataclasses.asdict(record.seconds),
-            "near_ties": sum(record.near_ties[row : row + 1]),
-            **tokens,
-        }
+        tokens = {}
+        if self.config.tokens:
+            count = int(record.num_accepted[row]) + 1 if isinstance(record, Step) else 1
+            tokens = {"tokens": record.tokens[row, :count].tolist()}
+        return {"seconds": _of_seconds(record.seconds), "near_ties": sum(record.near_ties[row : row + 1]), **tokens}
 
     def _write(self, event: str, request: ObservedRequest, rest: dict[str, Any]) -> None:
         place = {"event": event, "log": self.log, "request": request.number, "time": time.time()}
         self._file.write(json.dumps({"schema_version": SCHEMA_VERSION, **place, **rest}) + "\n")
 
 
-def _of_step(step: Step, row: int) -> dict[str, Any]:
-    lengths = {
-        name: int(getattr(step, name)[row])
-        for name in ("block_size", "draft_length", "verify_length", "num_accepted", "acceptance_length")
-    }
-    place = {"row": row, "position": int(step.position[row]), "source": int(step.source[row])}
-    return {**place, **lengths, "fallbacks": step.fallbacks}
+def _of_steps(step: Step) -> list[dict[str, Any]]:
+    """What the log says of each row."""
+    names = ("position", "source", "block_size", "draft_length", "verify_length", "num_accepted", "acceptance_length")
+    columns = [getattr(step, name).tolist() for name in names]
+    return [
+        {"row": 0, **dict(zip(names, row, strict=True)), "fallbacks": step.fallbacks}
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _of_seconds(seconds: Seconds) -> dict[str, float]:
+    return {"draft": seconds.draft, "verify": seconds.verify, "policy": seconds.policy, "rest": seconds.rest}
