@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from bpkit.files import write_json
 from bpkit.trace.cost.figures import CostError
 from bpkit.trace.cost.named import NamedCost
+from bpkit.trace.cost.packed import PackedCost
 from bpkit.trace.cost.presets import PRESETS
 from bpkit.trace.cost.roofline import DeviceSpeed, DraftPass, Experts, ModelPass, Roofline
 from bpkit.trace.cost.table import CostTable
@@ -21,7 +22,7 @@ EXAMPLE = '{"verify": {"1": 1.0, "2": 1.1, "4": 1.3}}'
 def read_cost(path_or_preset: str | Path) -> NamedCost:
     """Read a cost file, or make a preset by its name; or several with `+` between them, each of a source of drafts.
 
-    A file is a table, or with `"kind": "roofline"` a `Roofline`.
+    A file is a table, with `"kind": "roofline"` a `Roofline`, or with `"kind": "packed"` a `PackedCost`.
 
     Raises:
         CostError: the file is no cost model; the message names file, key and what to write there.
@@ -47,7 +48,7 @@ def read_cost(path_or_preset: str | Path) -> NamedCost:
     if not isinstance(stated, dict):
         raise CostError(f"{file} must hold an object such as {EXAMPLE}, not a {type(stated).__name__}")
     try:
-        kind: type[NamedCost] = Roofline if stated.get("kind") == "roofline" else CostTable
+        kind = _KINDS.get(stated.get("kind"), CostTable)
         return kind.model_validate({"name": file.stem, **stated})
     except ValidationError as error:
         raise CostError(f"{file}: {'; '.join(_fault(fault, kind) for fault in error.errors())}") from None
@@ -58,6 +59,7 @@ def write_cost(cost: NamedCost, path: str | Path) -> None:
     write_json(Path(path), cost)
 
 
+_KINDS: dict[Any, type[NamedCost]] = {"roofline": Roofline, "packed": PackedCost}
 _PARTS: dict[str, type[BaseModel]] = {
     "device": DeviceSpeed,
     "target": ModelPass,
@@ -92,7 +94,7 @@ def _fault(fault: Any, kind: type[NamedCost]) -> str:
         parts = [_PARTS[name] for name in place[:-1] if name in _PARTS and kind is Roofline]
         keys = [kind, *parts][-1].model_fields
         return f"{'.'.join(place)} is not a key of a cost model; the keys are: {', '.join(keys)}"
-    if fault["type"] == "missing" and kind is Roofline:
+    if fault["type"] == "missing" and kind is not CostTable:
         return f"{'.'.join(place)} is missing"
     said = _HOW_TO_MEND.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     return f"{'.'.join(place)} {said}{value}"
