@@ -9,7 +9,8 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,62 @@ class GuardedPolicy:
             state = self.policy.begin(context)
             if not isinstance(state, dict):
                 raise PolicyFault(f"it returned {kind_of(state)}, not a dict of tensors")
-            if before == 0:
-                self.state = state
-                return
-            _refuse_immovable(state, rows)
-            _refuse_immovable(self.state, before)
-            # A name that only one of the two has would be wrong for some row.
-            self.state = {name: torch.cat([self.state[name], state[name]]) for name in self.state if name in state}
+            self._join(state, before, rows)
         except Exception as error:
             self._mend("begin", error, "an empty state")
             self.state = {}
+
+    def _join(self, state: State, before: int, rows: int) -> None:
+        """Take in a state of so many rows, after those that there were. Raises PolicyFault."""
+        if before == 0:
+            self.state = state
+            return
+        _refuse_immovable(state, rows)
+        _refuse_immovable(self.state, before)
+        # A name that only one of the two has would be wrong for some row.
+        self.state = {name: torch.cat([self.state[name], state[name]]) for name in self.state if name in state}
+
+    # For engines that plan steps in which not all rows take part
+
+    def resume(self, state: State, rows: int = 1) -> None:
+        """Rows go on that had been let go of, with the state that `rows_of` gave; they are the last from here on."""
+        before = self.rows
+        self.rows += rows
+        try:
+            self._join(state, before, rows)
+        except PolicyFault as error:
+            self._mend("begin", error, "an empty state")
+            self.state = {}
+
+    def rows_of(self, places: Sequence[int]) -> State:
+        """The state of some rows, in this order."""
+        return self._of(places)
+
+    @contextmanager
+    def only(self, places: Sequence[int]) -> Iterator[None]:
+        """Within this there are no other rows; what is done to their state is then done to that of all."""
+        whole, rows = self.state, self.rows
+        first = list(places) == list(range(len(places)))
+        self.state = {name: value[: len(places)] for name, value in whole.items()} if first else self._of(places)
+        part, self.rows = dict(self.state), len(places)
+        yield
+        changed, self.state, self.rows = self.state, whole, rows
+        try:
+            for name, value in changed.items():
+                if first and value is part.get(name):
+                    continue  # a view: what was written to it is there
+                if name not in whole:
+                    raise PolicyFault(f"state[{name!r}] is not of those that it returned")
+                if first:
+                    whole[name] = torch.cat([value, whole[name][len(places) :]])
+                else:
+                    whole[name] = whole[name].clone()
+                    whole[name][list(places)] = value
+        except Exception as error:
+            self._mend("begin", error, "an empty state")
+            self.state = {}
+
+    # Rows leave
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on, in this order."""

@@ -65,12 +65,15 @@ class Policy:
         wants_optional: features it uses where the drafter can provide them.
         joint: True if rows of a batch share a budget: a row's decision may then depend on the others, though not on
             their order. `select` and `truncate` are handed all running rows of the step, as always.
+        in_order: True if `observe` must be told of a step before `select` is asked for the next, because what `select`
+            leaves in the state is what `observe` reads. Engines that select ahead of the running step refuse it.
     """
 
     Config: ClassVar[type[PolicyConfig]] = PolicyConfig
     wants: ClassVar[frozenset[Feature]]
     wants_optional: ClassVar[frozenset[Feature]] = frozenset()
     joint: ClassVar[bool] = False
+    in_order: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -68,6 +68,7 @@ class Exp3(RememberingPolicy[Exp3Memory]):
     Config = Exp3Config
     Memory = Exp3Memory
     wants = frozenset()
+    in_order = True
     config: Exp3Config
 
     def fresh_memory(self) -> Exp3Memory:

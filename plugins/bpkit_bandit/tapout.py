@@ -154,6 +154,7 @@ class TapOut(RememberingPolicy[TapOutMemory], StopRule):
     Config = TapOutConfig
     Memory = TapOutMemory
     wants = frozenset({Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY})
+    in_order = True
     config: TapOutConfig
 
     @property

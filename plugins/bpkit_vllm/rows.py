@@ -1,0 +1,311 @@
+"""The requests that one policy decides for, as rows of one batch.
+
+vLLM plans a step before the one that runs has ended. A row's calls come in this order, one line a step:
+
+    truncate the draft of the step before, select the length of the next draft      schedule
+    observe what this step's pass accepted                                          update_from_output
+
+so that `select` knows the row as it was before the pass that runs, and `observe` of that pass comes after it. With two
+steps in flight it comes one step later still. What a context says is what is known: counts, and features of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bpkit.decode.guard import GuardedPolicy
+from bpkit.policy import Policy, State
+from bpkit.types import OF_PREFILL, OF_THE_DRAFT, OF_THE_TARGET, Context, DecoderSpec, Draft, Feature, Seconds, Step
+from bpkit_vllm.features import StepFeatures
+from bpkit_vllm.pause import Pause
+
+Ints = NDArray[np.int64]
+NOTHING: Ints = np.zeros((3, 0), np.int64)
+GROWTH: Ints = np.array([[1], [-1], [1]])
+"""Of position, remaining tokens and context length, by a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRows:
+    """Rows whose drafts are verified in a step, if it has room for them.
+
+    Attributes:
+        ids: of their requests. block_size: as selected. draft_length: what the drafter made of it.
+    """
+
+    ids: list[str]
+    block_size: list[int]
+    draft_length: list[int]
+
+
+class PolicyRows:
+    """Rows of one policy.
+
+    Args:
+        text: the policy as it was written.
+        policy: bound to `spec`.
+        provided: features that the engine has, of those that the policy wants.
+        seed: of the policy's random numbers. max_decision: seconds that it may take a step, or None.
+
+    Attributes:
+        requests: vLLM's, in the order of the rows.
+        waiting: requests that run and did not begin: their policy rests, or reads features of a token yet to come.
+        seconds: that decisions took. steps: that were decided.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        policy: Policy,
+        spec: DecoderSpec,
+        *,
+        provided: frozenset[Feature] = frozenset(),
+        seed: int = 0,
+        max_decision: float | None = None,
+    ) -> None:
+        self.text, self.policy, self.spec = text, policy, spec
+        self.guard = GuardedPolicy(policy, spec)
+        self.provided = provided & (policy.wants | policy.wants_optional)
+        self.begins_late = bool(self.provided & OF_THE_TARGET)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pause = Pause(max_decision)
+        self.default_length = min(spec.trained_block_size, spec.max_block_size) - 1
+        self.requests: list[Any] = []
+        self.ids: list[str] = []
+        self.places: dict[str, int] = {}
+        self.numbers: list[int] = []
+        self.chosen: list[int] = []
+        self.counts: Ints = NOTHING
+        self.waiting: dict[str, Any] = {}
+        self.parked: dict[str, tuple[State, int]] = {}
+        self.seconds, self.steps, self._spent, self._next = 0.0, 0, 0.0, 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self.places or request_id in self.waiting
+
+    # Rows come and go
+
+    def join(self, requests: Sequence[Any], features: StepFeatures | None) -> None:
+        """Requests whose prompts end in the step that is planned: they begin, or wait until they can."""
+        if self.begins_late or self.pause.paused:
+            self.waiting.update((request.request_id, request) for request in requests)
+        else:
+            self.begin(requests, features, ahead=1)
+
+    def begin(self, requests: Sequence[Any], features: StepFeatures | None, *, ahead: int) -> None:
+        """Requests join the rows, after those that are there; preempted ones take up their state.
+
+        Args:
+            features: of the tokens that were decided last.
+            ahead: tokens that the running pass decides of each beside those that are known: 1 where it ends a prompt.
+        """
+        fresh = [request for request in requests if request.request_id not in self.parked]
+        for request in (*fresh, *(request for request in requests if request.request_id in self.parked)):
+            self.waiting.pop(request.request_id, None)
+            self.places[request.request_id] = len(self.ids)
+            self.ids.append(request.request_id)
+            self.requests.append(request)
+            self.chosen.append(self.default_length)
+        new = self.requests[len(self.counts[0]) :]
+        known = [(request.num_output_tokens + ahead, request.max_tokens, request.num_tokens + ahead) for request in new]
+        position, most, length = np.array(known, np.int64).T
+        self.counts = np.concatenate([self.counts, [position, most - position, length]], axis=1)
+        if fresh:
+            self.numbers += range(self._next, self._next + len(fresh))
+            self._next += len(fresh)
+            places = range(len(self) - len(new), len(self) - len(new) + len(fresh))
+            with self._timed():
+                self.guard.begin(self._context(places, features, len(self), with_prefill=True))
+        for request in new[len(fresh) :]:
+            state, number = self.parked.pop(request.request_id)
+            self.numbers.append(number)
+            self.guard.resume(state)
+
+    def park(self, request_id: str) -> None:
+        """A request was preempted: its state waits until it runs again."""
+        self.waiting.pop(request_id, None)
+        place = self.places.get(request_id)
+        if place is not None:
+            self.parked[request_id] = self.guard.rows_of([place]), self.numbers[place]
+            self._keep([i for i in range(len(self)) if i != place])
+
+    def forget(self, request_id: str) -> None:
+        """A request ended: it will not begin or go on."""
+        self.waiting.pop(request_id, None)
+        self.parked.pop(request_id, None)
+
+    def drop(self, request_id: str) -> None:
+        """The row of a request that was given up leaves."""
+        place = self.places.get(request_id)
+        if place is not None:
+            self._keep([i for i in range(len(self)) if i != place])
+
+    def leave(self, ended: Sequence[int]) -> None:
+        """Rows at these places ended by themselves."""
+        with self._timed():
+            self.guard.end(ended)
+        gone = set(ended)
+        self._keep([place for place in range(len(self)) if place not in gone])
+
+    def _keep(self, places: list[int]) -> None:
+        self.guard.keep(places)
+        for name in ("requests", "ids", "numbers", "chosen"):
+            held = getattr(self, name)
+            setattr(self, name, [held[place] for place in places])
+        self.places = dict(zip(self.ids, range(len(self)), strict=True))
+        self.counts = self.counts[:, places]
+
+    # A step
+
+    def truncate(self, features: StepFeatures | None) -> PlannedRows:
+        """Cut the drafts that wait in vLLM to what is worth verifying, and to what may still be generated."""
+        waiting = [len(request.spec_token_ids) for request in self.requests]
+        drafted = list(map(min, waiting, self.chosen))
+        planned = PlannedRows(list(self.ids), [length + 1 for length in self.chosen], drafted)
+        kept = drafted
+        if any(drafted) and self.guard.truncates and not self.pause.paused:
+            with self._timed():
+                kept = self.guard.truncate(self._draft(planned, features))
+        most = (self.counts[1] - 1).tolist()
+        for request, made, keeps, left in zip(self.requests, waiting, kept, most, strict=True):
+            if keeps > left:
+                keeps = max(left, 0)
+            if keeps < made:  # a new list: with two steps in flight vLLM shares one between requests
+                request.spec_token_ids = request.spec_token_ids[:keeps]
+        return planned
+
+    def select(self, scheduled: Mapping[str, int], features: StepFeatures | None) -> int:
+        """Choose the length of the draft that this step makes of each row in it; the longest of them."""
+        places = [place for place, name in enumerate(self.ids) if name in scheduled]
+        first = self.default_length if any(name in scheduled for name in self.waiting) else 0
+        if not places:
+            return first
+        if not self.pause.paused:
+            with self._timed(), self._only(places):
+                sizes, _ = self.guard.select(self._context(places, features, len(self)))
+            for place, size in zip(places, sizes, strict=True):
+                self.chosen[place] = size - 1
+        return max(first, *(self.chosen[place] for place in places))
+
+    def observe(
+        self, planned: PlannedRows, scheduled: Mapping[str, int], verified: Mapping[str, Sequence[int]], seconds: float
+    ) -> Step | None:
+        """Count what the rows of a step yield, and tell the policy; the record, or None if none yields anything.
+
+        Args:
+            scheduled: tokens in the step, by request. verified: the drafted tokens that were verified, by request.
+            seconds: of the step.
+        """
+        position, joined = self.counts[0].tolist(), []
+        for name, size, drafted in zip(planned.ids, planned.block_size, planned.draft_length, strict=True):
+            place = self.places.get(name)
+            if place is None or name not in scheduled:
+                continue
+            more, width = self.requests[place].num_output_tokens - position[place], len(verified.get(name, ()))
+            if 0 < more <= width + 1:  # more may come of passes before a preemption
+                joined.append((place, more, size, drafted, width))
+        spent, self._spent = self._spent, 0.0
+        if not joined:
+            return None
+        places, yields, *lengths = map(list, zip(*joined, strict=True))
+        step = self._step(places, yields, lengths, Seconds(verify=seconds, policy=spent))
+        self._count()
+        if not self.pause.paused:
+            with self._timed(), self._only(places):
+                self.guard.observe(step)
+        self.steps += 1
+        self.pause.after(spent)
+        return step
+
+    def _count(self) -> None:
+        """Bring the counts up to what vLLM knows."""
+        added = np.fromiter((request.num_output_tokens for request in self.requests), np.int64) - self.counts[0]
+        added = added.clip(min=0)  # the token that ends a prompt is counted before it comes
+        self.counts += added * GROWTH
+
+    def _step(self, places: list[int], yields: list[int], lengths: list[list[int]], seconds: Seconds) -> Step:
+        block_size, draft_length, verify_length = (torch.tensor(values) for values in lengths)
+        requests = [self.requests[place] for place in places]
+        count = np.array(yields)
+        new = (request.output_token_ids[-more:] for request, more in zip(requests, yields, strict=True))
+        tokens = np.zeros((len(places), max(yields)), np.int64)
+        tokens[np.arange(max(yields)) < count[:, None]] = np.fromiter(chain.from_iterable(new), np.int64)
+        return Step(
+            block_size=block_size,
+            draft_length=draft_length,
+            verify_length=verify_length,
+            num_accepted=torch.from_numpy(count - 1),
+            tokens=torch.from_numpy(tokens),
+            position=torch.from_numpy(self.counts[0, places]),
+            seconds=seconds,
+            fallbacks=self.guard.new_fallbacks() + self.pause.new_faults(),
+            near_ties=(0,) * len(places),
+            row_ids=tuple(self.numbers[place] for place in places),
+            stopped=tuple(request.is_finished() for request in requests),
+        )
+
+    # What the policy is handed
+
+    def _context(
+        self, places: Sequence[int], features: StepFeatures | None, running: int, *, with_prefill: bool = False
+    ) -> Context:
+        whole = len(places) == len(self)
+        position, remaining, length = (torch.from_numpy(row) for row in self.counts[:, places])
+        names = self.provided & OF_THE_TARGET - (frozenset() if with_prefill else OF_PREFILL)
+        return Context(
+            self.spec,
+            position,
+            remaining,
+            length,
+            self.generator,
+            features=features.of_target([self.ids[place] for place in places], names) if features and names else {},
+            row_ids=tuple(self.numbers if whole else [self.numbers[place] for place in places]),
+            running=running,
+        )
+
+    def _draft(self, planned: PlannedRows, features: StepFeatures | None) -> Draft:
+        length, width = planned.draft_length, max(planned.draft_length)
+        names, known = self.provided & OF_THE_DRAFT, dict[Feature, Tensor]()
+        if names:
+            tokens = [request.spec_token_ids for request in self.requests]
+            known = (features or StepFeatures.none()).of_draft(self.ids, length, tokens, names)
+        context = self._context(range(len(self)), None, len(self))
+        return Draft(
+            context,
+            torch.tensor(planned.block_size),
+            torch.tensor(length),
+            context.position.new_zeros(1, 1).expand(len(self), width),
+            features=known,
+        )
+
+    @contextmanager
+    def _only(self, places: Sequence[int]) -> Iterator[None]:
+        """Within this, the policy's state is that of some rows."""
+        if len(places) == len(self):
+            yield
+            return
+        with self.guard.only(places):
+            yield
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self._spent += spent
+            self.seconds += spent
