@@ -138,7 +138,7 @@ class Joint(Policy):
         before = usual + max(0.0, catch_up - usual) * self.newcomers
         rate = self.rate(len(lengths), prices, survival, before)
         chosen = prices.best(survival, rate, before=before, kept=kept)
-        self._now, self._rate = prices, rate
+        self._rate = rate
         self._drafting = chosen.drafting - before + catch_up if chosen.width > 1 else 0.0
         self._seconds = self._drafting + chosen.seconds
         return context.position.new_tensor(self.snapped[chosen.counts])
@@ -148,7 +148,8 @@ class Joint(Policy):
             return draft.draft_length
         probability = draft[Feature.DRAFT_PROBABILITY].numpy()
         survival = self.confidence.survival(state, probability, draft.draft_length.numpy())
-        chosen = self._now.best(survival, self._rate)
+        # Of the rows that are there now: in engines that plan ahead, some may have ended since `select`.
+        chosen = self.prices(len(survival), int(draft.context.context_length.numpy().max())).best(survival, self._rate)
         self._seconds = self._drafting + chosen.seconds
         return draft.draft_length.new_tensor(chosen.counts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import count
 from typing import Any
 
 from bpkit.decode.guard import PolicyFaultWarning
@@ -10,6 +11,7 @@ from bpkit.policy import Policy, PolicyError
 from bpkit.registry.resolve import resolve_policy, written
 from bpkit.types import CostModel, DecoderSpec, Feature
 from bpkit_vllm.options import REQUEST_KEY, EngineOptions, Spec
+from bpkit_vllm.records import Records
 from bpkit_vllm.refuse import check_policy, drafter_kind
 from bpkit_vllm.request_policy import check_named_by_request
 from bpkit_vllm.rows import PolicyRows
@@ -25,7 +27,8 @@ class EnginePolicies:
         config: `VllmConfig`. provided: features that policies can read in this mode.
 
     Attributes:
-        active: policies that have requests, or may get some at any time.
+        active: policies that have running requests.
+        records: the observers.
         rows_of: of each request that runs or waits.
         refused: requests that named a policy that cannot serve them, and have the configured one.
 
@@ -38,6 +41,7 @@ class EnginePolicies:
         self.spec, self.cost = decoder_spec(config), _cost_model(options.cost)
         self.rows_of: dict[str, PolicyRows] = {}
         self.refused = 0
+        self.records, self._numbers = Records(options.observers), count(1)
         self._warned: set[str] = set()
         self._known: dict[str, PolicyRows] = {}
         for spec in (*options.policies, options.policy):
@@ -46,7 +50,7 @@ class EnginePolicies:
 
     @property
     def active(self) -> list[PolicyRows]:
-        return list(self._known.values())
+        return [rows for rows in self._known.values() if not rows.idle]
 
     def use(self, spec: Spec | Policy) -> None:
         """Requests to come that name no policy have this one. Raises PolicyError."""
@@ -67,8 +71,19 @@ class EnginePolicies:
                 provided=self.provided,
                 seed=self.options.seed,
                 max_decision=None if limit is None else limit / 1e6,
+                records=self.records,
+                numbers=self._numbers,
             )
         return self._known[text]
+
+    def summary(self, *, last: bool = False) -> None:
+        """A line for each policy in vLLM's log, if it is time."""
+        self.records.summary(self._known, last=last)
+
+    def close(self) -> None:
+        """The engine stops."""
+        self.summary(last=True)
+        self.records.close()
 
     # Requests
 

@@ -45,7 +45,9 @@ class Counters(Protocol):
     steps: int
     rows: int
     seconds: float
-    fallbacks: int
+
+    @property
+    def fallbacks(self) -> int: ...
 
 
 @dataclass(slots=True)

@@ -12,11 +12,12 @@ steps in flight it comes one step later still. What a context says is what is kn
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from itertools import chain
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -25,11 +26,25 @@ from torch import Tensor
 
 from bpkit.decode.guard import GuardedPolicy
 from bpkit.policy import Policy, State
-from bpkit.types import OF_PREFILL, OF_THE_DRAFT, OF_THE_TARGET, Context, DecoderSpec, Draft, Feature, Seconds, Step
+from bpkit.types import (
+    OF_PREFILL,
+    OF_THE_DRAFT,
+    OF_THE_TARGET,
+    Context,
+    DecoderSpec,
+    Draft,
+    Feature,
+    Prefill,
+    Seconds,
+    Step,
+)
 from bpkit_vllm.features import StepFeatures
 from bpkit_vllm.pause import Pause
+from bpkit_vllm.records import Records
 
 Ints = NDArray[np.int64]
+P = ParamSpec("P")
+R = TypeVar("R")
 NOTHING: Ints = np.zeros((3, 0), np.int64)
 GROWTH: Ints = np.array([[1], [-1], [1]])
 """Of position, remaining tokens and context length, by a token."""
@@ -48,6 +63,20 @@ class PlannedRows:
     draft_length: list[int]
 
 
+def timed(method: Callable[Concatenate[PolicyRows, P], R]) -> Callable[Concatenate[PolicyRows, P], R]:
+    """Count the time of a method as that of decisions."""
+
+    @wraps(method)
+    def measured(self: PolicyRows, *args: P.args, **kwargs: P.kwargs) -> R:
+        started = time.perf_counter()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    return measured  # type: ignore[return-value]  # its first argument has a name
+
+
 class PolicyRows:
     """Rows of one policy.
 
@@ -56,11 +85,12 @@ class PolicyRows:
         policy: bound to `spec`.
         provided: features that the engine has, of those that the policy wants.
         seed: of the policy's random numbers. max_decision: seconds that it may take a step, or None.
+        records: that are told of requests and steps. numbers: of requests to come, all different.
 
     Attributes:
         requests: vLLM's, in the order of the rows.
         waiting: requests that run and did not begin: their policy rests, or reads features of a token yet to come.
-        seconds: that decisions took. steps: that were decided.
+        seconds: that decisions took, with all that is done for them. steps: that were decided; rows: of all steps.
     """
 
     def __init__(
@@ -72,6 +102,8 @@ class PolicyRows:
         provided: frozenset[Feature] = frozenset(),
         seed: int = 0,
         max_decision: float | None = None,
+        records: Records,
+        numbers: Iterator[int],
     ) -> None:
         self.text, self.policy, self.spec = text, policy, spec
         self.guard = GuardedPolicy(policy, spec)
@@ -88,7 +120,10 @@ class PolicyRows:
         self.counts: Ints = NOTHING
         self.waiting: dict[str, Any] = {}
         self.parked: dict[str, tuple[State, int]] = {}
-        self.seconds, self.steps, self._spent, self._next = 0.0, 0, 0.0, 1
+        self.records, self._next_number = records, numbers
+        self._unseen: set[int] = set()
+        self.seconds, self.steps, self.rows = 0.0, 0, 0
+        self._told, self._in_policy = 0.0, 0.0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,14 +131,33 @@ class PolicyRows:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.places or request_id in self.waiting
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs."""
+        return not self.ids and not self.waiting
+
+    @property
+    def fallbacks(self) -> int:
+        """Faults of the policy that were mended, those of its time included."""
+        return self.guard.fallbacks + self.pause.faults
+
     # Rows come and go
 
+    @timed
     def join(self, requests: Sequence[Any], features: StepFeatures | None) -> None:
         """Requests whose prompts end in the step that is planned: they begin, or wait until they can."""
         if self.begins_late or self.pause.paused:
             self.waiting.update((request.request_id, request) for request in requests)
         else:
             self.begin(requests, features, ahead=1)
+
+    @timed
+    def begin_late(self, features: StepFeatures | None) -> None:
+        """Rows begin that had to wait, if their first token is known by now."""
+        if not self.pause.paused:
+            known = [request for request in self.waiting.values() if request.num_output_tokens]
+            if known:
+                self.begin(known, features, ahead=0)
 
     def begin(self, requests: Sequence[Any], features: StepFeatures | None, *, ahead: int) -> None:
         """Requests join the rows, after those that are there; preempted ones take up their state.
@@ -124,15 +178,23 @@ class PolicyRows:
         position, most, length = np.array(known, np.int64).T
         self.counts = np.concatenate([self.counts, [position, most - position, length]], axis=1)
         if fresh:
-            self.numbers += range(self._next, self._next + len(fresh))
-            self._next += len(fresh)
+            self._number(fresh)
             places = range(len(self) - len(new), len(self) - len(new) + len(fresh))
-            with self._timed():
+            with self._asked():
                 self.guard.begin(self._context(places, features, len(self), with_prefill=True))
         for request in new[len(fresh) :]:
             state, number = self.parked.pop(request.request_id)
             self.numbers.append(number)
             self.guard.resume(state)
+
+    def _number(self, fresh: Sequence[Any]) -> None:
+        """Give requests that begin their numbers."""
+        for request in fresh:
+            number = next(self._next_number)
+            self.numbers.append(number)
+            self._unseen.add(number)
+            length, most = request.num_prompt_tokens, request.max_tokens
+            self.records.begin(number, self.text, self.policy, self.spec, length, most, request.sampling_params)
 
     def park(self, request_id: str) -> None:
         """A request was preempted: its state waits until it runs again."""
@@ -151,14 +213,24 @@ class PolicyRows:
         """The row of a request that was given up leaves."""
         place = self.places.get(request_id)
         if place is not None:
+            self._end(self.numbers[place], complete=False)
             self._keep([i for i in range(len(self)) if i != place])
 
     def leave(self, ended: Sequence[int]) -> None:
         """Rows at these places ended by themselves."""
-        with self._timed():
+        with self._asked():
             self.guard.end(ended)
         gone = set(ended)
+        for place in ended:
+            self._end(self.numbers[place], complete=True)
         self._keep([place for place in range(len(self)) if place not in gone])
+
+    def _end(self, number: int, *, complete: bool) -> None:
+        self._unseen.discard(number)
+        self.records.end(number, complete=complete, fallbacks=self._new_faults())
+
+    def _new_faults(self) -> int:
+        return self.guard.new_fallbacks() + self.pause.new_faults()
 
     def _keep(self, places: list[int]) -> None:
         self.guard.keep(places)
@@ -170,6 +242,7 @@ class PolicyRows:
 
     # A step
 
+    @timed
     def truncate(self, features: StepFeatures | None) -> PlannedRows:
         """Cut the drafts that wait in vLLM to what is worth verifying, and to what may still be generated."""
         waiting = [len(request.spec_token_ids) for request in self.requests]
@@ -177,7 +250,7 @@ class PolicyRows:
         planned = PlannedRows(list(self.ids), [length + 1 for length in self.chosen], drafted)
         kept = drafted
         if any(drafted) and self.guard.truncates and not self.pause.paused:
-            with self._timed():
+            with self._asked():
                 kept = self.guard.truncate(self._draft(planned, features))
         most = (self.counts[1] - 1).tolist()
         for request, made, keeps, left in zip(self.requests, waiting, kept, most, strict=True):
@@ -187,6 +260,7 @@ class PolicyRows:
                 request.spec_token_ids = request.spec_token_ids[:keeps]
         return planned
 
+    @timed
     def select(self, scheduled: Mapping[str, int], features: StepFeatures | None) -> int:
         """Choose the length of the draft that this step makes of each row in it; the longest of them."""
         places = [place for place, name in enumerate(self.ids) if name in scheduled]
@@ -194,55 +268,80 @@ class PolicyRows:
         if not places:
             return first
         if not self.pause.paused:
-            with self._timed(), self._only(places):
+            with self._asked(), self._only(places):
                 sizes, _ = self.guard.select(self._context(places, features, len(self)))
             for place, size in zip(places, sizes, strict=True):
                 self.chosen[place] = size - 1
         return max(first, *(self.chosen[place] for place in places))
 
+    @timed
     def observe(
         self, planned: PlannedRows, scheduled: Mapping[str, int], verified: Mapping[str, Sequence[int]], seconds: float
-    ) -> Step | None:
-        """Count what the rows of a step yield, and tell the policy; the record, or None if none yields anything.
+    ) -> None:
+        """Count what the rows of a step yield; tell the policy, and the observers.
 
         Args:
             scheduled: tokens in the step, by request. verified: the drafted tokens that were verified, by request.
             seconds: of the step.
         """
+        observed = self.records.observers.active
+        if observed:
+            self._record_first(seconds)
+        joined = self._joined(planned, scheduled, verified)
+        if not len(joined):
+            return
+        places = joined[0].tolist()
+        decisions, self._told = self.seconds - self._told, self.seconds
+        if observed or self.guard.observes:
+            step = self._step(places, joined, Seconds(verify=max(seconds - decisions, 0.0), policy=decisions))
+            if not self.pause.paused:
+                with self._asked(), self._only(places):
+                    self.guard.observe(step)
+            self.records.record(step)
+        self.counts[:, places] += joined[1] * GROWTH
+        self.steps += 1
+        self.rows += len(places)
+        in_policy, self._in_policy = self._in_policy, 0.0
+        self.pause.after(in_policy)
+
+    def _joined(
+        self, planned: PlannedRows, scheduled: Mapping[str, int], verified: Mapping[str, Sequence[int]]
+    ) -> Ints:
+        """Of rows that yield something: place, tokens, block size, draft length, verified tokens; int64 [5, rows]."""
         position, joined = self.counts[0].tolist(), []
         for name, size, drafted in zip(planned.ids, planned.block_size, planned.draft_length, strict=True):
             place = self.places.get(name)
             if place is None or name not in scheduled:
                 continue
             more, width = self.requests[place].num_output_tokens - position[place], len(verified.get(name, ()))
-            if 0 < more <= width + 1:  # more may come of passes before a preemption
+            if more > width + 1:  # some are of a pass before a preemption
+                self.counts[:, place] += more * GROWTH[:, 0]
+            elif more > 0:
                 joined.append((place, more, size, drafted, width))
-        spent, self._spent = self._spent, 0.0
-        if not joined:
-            return None
-        places, yields, *lengths = map(list, zip(*joined, strict=True))
-        step = self._step(places, yields, lengths, Seconds(verify=seconds, policy=spent))
-        self._count()
-        if not self.pause.paused:
-            with self._timed(), self._only(places):
-                self.guard.observe(step)
-        self.steps += 1
-        self.pause.after(spent)
-        return step
+        return np.array(joined, np.int64).T
 
-    def _count(self) -> None:
-        """Bring the counts up to what vLLM knows."""
-        added = np.fromiter((request.num_output_tokens for request in self.requests), np.int64) - self.counts[0]
-        added = added.clip(min=0)  # the token that ends a prompt is counted before it comes
-        self.counts += added * GROWTH
+    def _record_first(self, seconds: float) -> None:
+        """Tell observers of the first tokens of rows."""
+        seen = [
+            place
+            for place, (number, request) in enumerate(zip(self.numbers, self.requests, strict=True))
+            if number in self._unseen and request.num_output_tokens
+        ]
+        if not seen:
+            return
+        requests, ids = [self.requests[place] for place in seen], tuple(self.numbers[place] for place in seen)
+        self._unseen.difference_update(ids)
+        first = torch.tensor([[request.output_token_ids[0]] for request in requests])
+        ended = tuple(request.is_finished() and request.num_output_tokens == 1 for request in requests)
+        self.records.record(Prefill(first, Seconds(verify=seconds), (0,) * len(ids), ids, ended))
 
-    def _step(self, places: list[int], yields: list[int], lengths: list[list[int]], seconds: Seconds) -> Step:
-        block_size, draft_length, verify_length = (torch.tensor(values) for values in lengths)
+    def _step(self, places: list[int], joined: Ints, seconds: Seconds) -> Step:
+        _, count, *lengths = joined
+        block_size, draft_length, verify_length = map(torch.from_numpy, lengths)
         requests = [self.requests[place] for place in places]
-        count = np.array(yields)
-        new = (request.output_token_ids[-more:] for request, more in zip(requests, yields, strict=True))
-        tokens = np.zeros((len(places), max(yields)), np.int64)
-        tokens[np.arange(max(yields)) < count[:, None]] = np.fromiter(chain.from_iterable(new), np.int64)
+        new = (request.output_token_ids[-more:] for request, more in zip(requests, count.tolist(), strict=True))
+        tokens = np.zeros((len(places), count.max()), np.int64)
+        tokens[np.arange(tokens.shape[1]) < count[:, None]] = np.fromiter(chain.from_iterable(new), np.int64)
         return Step(
             block_size=block_size,
             draft_length=draft_length,
@@ -251,7 +350,7 @@ class PolicyRows:
             tokens=torch.from_numpy(tokens),
             position=torch.from_numpy(self.counts[0, places]),
             seconds=seconds,
-            fallbacks=self.guard.new_fallbacks() + self.pause.new_faults(),
+            fallbacks=self._new_faults(),
             near_ties=(0,) * len(places),
             row_ids=tuple(self.numbers[place] for place in places),
             stopped=tuple(request.is_finished() for request in requests),
@@ -285,8 +384,8 @@ class PolicyRows:
         context = self._context(range(len(self)), None, len(self))
         return Draft(
             context,
-            torch.tensor(planned.block_size),
-            torch.tensor(length),
+            torch.from_numpy(np.array(planned.block_size)),
+            torch.from_numpy(np.array(length)),
             context.position.new_zeros(1, 1).expand(len(self), width),
             features=known,
         )
@@ -301,11 +400,10 @@ class PolicyRows:
             yield
 
     @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _asked(self) -> Iterator[None]:
+        """Within this the policy itself works."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            spent = time.perf_counter() - started
-            self._spent += spent
-            self.seconds += spent
+            self._in_policy += time.perf_counter() - started

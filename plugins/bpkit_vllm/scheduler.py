@@ -52,20 +52,13 @@ class _Decided(Scheduler):
         started = time.perf_counter()
         planned = [(rows, rows.truncate(self._features)) for rows in self.policies.active]
         for rows in self.policies.active:
-            self._begin_late(rows)
+            if rows.waiting:
+                rows.begin_late(self._features)
         self._added += time.perf_counter() - started
         output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
             self._planned[id(output)] = started, planned
         return output
-
-    def _begin_late(self, rows: PolicyRows) -> None:
-        """Rows begin whose first token is known by now."""
-        known = [
-            request for request in rows.waiting.values() if request.num_output_tokens and request.status == RUNNING
-        ]
-        if known and not rows.pause.paused:
-            rows.begin(known, self._features, ahead=0)
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         started = time.perf_counter()
@@ -102,6 +95,7 @@ class _Decided(Scheduler):
             if ended:
                 rows.leave(ended)
         self._features = None
+        self.policies.summary()
         self._added += time.perf_counter() - now
         if scheduled:
             self.decision_seconds.append(self._added)
@@ -126,6 +120,10 @@ class _Decided(Scheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.policies.park(request.request_id)
         super()._preempt_request(request, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        self.policies.close()
+        super().shutdown()
 
 
 class PolicyScheduler(_Decided):
