@@ -183,19 +183,40 @@ def _line(bends: Sequence[int], weights: Floats) -> dict[int, float]:
 
 def _least_squares(columns: Floats, seconds: Floats) -> Floats:
     """Non-negative weights of the columns with the smallest relative errors, outliers by Huber's weights (1964)."""
-    from scipy.optimize import nnls
-
     scale = np.abs(columns).max(axis=0)
-    scaled, weights = columns / np.where(scale > 0, scale, 1.0), 1.0 / seconds
+    scale[scale == 0] = 1.0
+    scaled, weights = columns / scale, 1.0 / seconds
     found = np.zeros(columns.shape[1])
     for _ in range(ROUNDS_OF_WEIGHING):
-        found, _ = nnls(scaled * weights[:, None], seconds * weights)
+        found = _non_negative(scaled * weights[:, None], seconds * weights)
         error = np.abs(seconds - scaled @ found) / seconds
         spread = float(np.median(error)) / MEDIAN_OF_NORMAL
         if not spread:
             break
         weights = np.sqrt(np.minimum(1.0, HUBER * spread / np.maximum(error, 1e-300))) / seconds
-    return np.asarray(found / np.where(scale > 0, scale, 1.0))
+    return np.asarray(found / scale)
+
+
+def _non_negative(columns: Floats, values: Floats) -> Floats:
+    """Least squares without negative weights, by active sets (Lawson & Hanson 1974, chapter 23)."""
+    q, r = np.linalg.qr(columns)
+    aims, found, free = q.T @ values, np.zeros(columns.shape[1]), np.zeros(columns.shape[1], bool)
+    least = 1e-10 * float(np.abs(r.T @ aims).max(initial=0.0))
+    while True:
+        gains = np.where(free, -np.inf, r.T @ (aims - r @ found))
+        if not gains.max(initial=-np.inf) > least:
+            return found
+        free[gains.argmax()] = True
+        while True:
+            best = np.zeros_like(found)
+            best[free] = np.linalg.lstsq(r[:, free], aims)[0]
+            below = free & (best <= 0)
+            if not below.any():
+                break
+            share = float((found[below] / (found[below] - best[below])).min())
+            found += share * (best - found)
+            free &= found > 1e-12 * found.max()
+        found = best
 
 
 def _rounded(value: float) -> float:
