@@ -209,7 +209,7 @@ def test_no_message_of_the_code_installs_the_other_one() -> None:
 
 def test_nothing_that_is_listed_or_made_installs_the_other_one() -> None:
     said = [text for kind in Kind for text in render(Names.of("bpkit-mine"), kind).values()]
-    for name in ("policy", "drafter", "observer"):
+    for name in ("policy", "drafter", "observer", "engine"):
         for entry in registry().of_kind(name).values():
             config = entry.load_config()
             said += [entry.summary, *(f.description or "" for f in (config.model_fields if config else {}).values())]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from bpkit.cli import main
 from bpkit.export.position_costs import PositionCosts
 from bpkit.trace.cost import CostError, PackedCost, flat, linear, read_cost, write_cost
 from bpkit.trace.cost.packed_fit import EngineSteps, Passes, fit_packed, held_out_steps
@@ -145,3 +148,43 @@ def test_other_sources_and_phases_are_refused() -> None:
         PACKED.seconds("sleep", 1, 0)
     with pytest.raises(CostError, match="no verify width 0"):
         PACKED.seconds("verify", 0, 0)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--engine", "vlm"], "there is no engine 'vlm'. Did you mean 'vllm'? Known: vllm."),
+        (["--engine", "vllm", "--engine-args", "{dtype}"], "--engine-args is not valid JSON"),
+        (["--engine", "vllm", "--engine-args", "[1]"], "--engine-args must be an object"),
+        (["--engine", "vllm", "--dtype", "float32"], "--dtype: an engine is told such things in its own words"),
+        (["--engine", "vllm", "--drafter", "dflash+ngram"], "an engine has one drafter"),
+        (["--engine", "vllm", "--engine-args", '{"scheduler_cls": "mine"}'], "scheduler_cls is what is measured with"),
+        (["--engine-args", "{}"], "--engine-args are options of an engine: name it with --engine"),
+    ],
+)
+def test_what_an_engine_cannot_be_asked_is_refused_in_a_sentence(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    out = tmp_path / "cost.json"
+    result = CliRunner().invoke(main.build_app(), ["calibrate", "--out", str(out), *arguments])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+    assert not out.exists()
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    arguments = ["calibrate", "--engine", "vllm", "--drafter", "ngram", "--out", str(tmp_path / "cost.json")]
+    result = CliRunner().invoke(main.build_app(), arguments)
+    assert result.exit_code == 2
+    assert "vLLM is not installed in this environment" in " ".join(result.output.split())
+
+
+def test_a_packed_cost_is_shown_as_a_table(tmp_path: Path) -> None:
+    write_cost(PACKED, tmp_path / "engine.json")
+    result = CliRunner().invoke(main.build_app(), ["calibrate", "--show", str(tmp_path / "engine.json")])
+    assert result.exit_code == 0
+    assert f"{1000 * PACKED.step(8, 0, 32):.3f}" in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bpkit.judge.tables import Table
-    from bpkit.trace.cost import CostTable
+    from bpkit.trace.cost import CostTable, NamedCost
+    from bpkit.trace.cost.engine import EngineSettings
 
 DEFAULT_NEW_TOKENS = 128
 DEFAULT_SPREAD, DEFAULT_MINUTES = 2.0, 10.0
 _how_long = partial(typer.Option, rich_help_panel="How long, and what")
+_engine = partial(typer.Option, rich_help_panel="Another engine")
 
 
 @options.takes(
@@ -68,13 +71,24 @@ def calibrate(
     max_minutes: Annotated[float, _how_long(help="But no longer than this.", min=0.0, metavar="M")] = DEFAULT_MINUTES,
     rounds: Annotated[int | None, _how_long(help="And no more rounds over the prompts.", min=1, metavar="N")] = None,
     batch_sizes: Annotated[
-        str,
+        str | None,
         _how_long(
             help="Numbers of prompts to decode at once, with commas: what a step of several rows costs. One row is "
-            "always measured.",
+            "always measured, and by default no other; of an engine 1,2,4,8,16,32.",
             metavar="N,N,..",
         ),
-    ] = "1",
+    ] = None,
+    engine: Annotated[
+        str | None,
+        _engine(
+            help="Time the steps of this engine instead of bpkit's, such as `vllm` where that is installed.",
+            metavar="NAME",
+            autocompletion=completion.engines,
+        ),
+    ] = None,
+    engine_args: Annotated[
+        str | None, _engine(help="Options of the engine, as it calls them: a JSON object.", metavar="JSON")
+    ] = None,
     *,
     texts: list[Prompt],
     config: Config,
@@ -90,6 +104,8 @@ def calibrate(
 
     `bpkit calibrate --batch-sizes 1,2,4,8,16 --out cost.json`
 
+    `bpkit calibrate --engine vllm --engine-args '{"dtype": "float32"}' --out cost.json`
+
     `bpkit calibrate --show cost.json`
 
     Next: `bpkit evaluate TRACE --cost cost.json`
@@ -100,13 +116,25 @@ def calibrate(
         raise ValueError(
             "say where to write the cost model: --out cost.json; or --show FILE to print one, or --list-presets"
         )
+    if engine is None and engine_args is not None:
+        raise ValueError("--engine-args are options of an engine: name it with --engine")
     from bpkit.trace.cost import read_cost, write_cost
     from bpkit.trace.cost.plot import plot_cost
 
-    sizes = numbers_of_rows(batch_sizes)
+    sizes = numbers_of_rows(batch_sizes or "1")
     files = Outputs(out if show is None else None, plot=plot)
+    cost: NamedCost
     if show is not None:
-        cost = read_cost(show).table()
+        cost = read_cost(show)
+    elif engine is not None:
+        from bpkit.registry.discovery import registry
+
+        measure_engine = registry().find("engine", engine).load()
+        in_its_words = _engine_settings(
+            config, sizes if batch_sizes else None, max_block_size, max_minutes, engine_args
+        )
+        with files.pending() as bar:
+            cost = measure_engine(texts, in_its_words, bar.show)
     else:
         from bpkit.cli.models import in_chat, load_decoder
         from bpkit.trace.cost.calibrate import CalibrationSettings
@@ -125,7 +153,44 @@ def calibrate(
         with files.pending() as bar:
             decoder = load_decoder(config, "fixed")
             cost = measure(decoder, in_chat(decoder, texts), settings, bar.show)
-    files.deliver(cost, print_cost, plot_cost, write=lambda path, cost: write_cost(cost, path))
+    files.deliver(
+        cost,
+        lambda cost, shown: print_cost(cost.table(), shown),
+        lambda cost, path: plot_cost(cost.table(), path),
+        write=lambda path, cost: write_cost(cost, path),
+    )
+
+
+def _engine_settings(
+    config: Config, sizes: tuple[int, ...] | None, max_block_size: int | None, max_minutes: float, arguments: str | None
+) -> EngineSettings:
+    """What an engine is asked to measure. Raises ValueError for what it would not heed."""
+    from bpkit.trace.cost.engine import CONCURRENCY, EngineSettings
+
+    if given := sorted(config.runtime.model_dump(exclude_defaults=True)):
+        raise ValueError(
+            f"{', '.join('--' + name.replace('_', '-') for name in given)}: an engine is told such things in its own "
+            'words, as in --engine-args \'{"dtype": "float32"}\''
+        )
+    if not isinstance(config.drafter, str | None) or "+" in (config.drafter or ""):
+        raise ValueError("--drafter: an engine has one drafter: name one folder, or `ngram`")
+    try:
+        read = json.loads(arguments or "{}")
+    except ValueError as error:
+        raise ValueError(f"--engine-args is not valid JSON ({error})") from None
+    if not isinstance(read, dict):
+        raise ValueError(f'--engine-args must be an object such as {{"dtype": "float32"}}, not a {type(read).__name__}')
+    return EngineSettings(
+        target=config.target,
+        drafter=config.drafter,
+        arguments=read,
+        concurrency=sizes or CONCURRENCY,
+        max_block_size=max_block_size,
+        options=config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS, temperature=0.0),
+        max_minutes=max_minutes,
+        seed=config.sampling.seed or 0,
+        command=command_line(),
+    )
 
 
 def numbers_of_rows(text: str) -> tuple[int, ...]:
@@ -232,6 +297,7 @@ def sentences(cost: CostTable) -> list[str]:
         busy = f", load average {load:.1f} at the start" if isinstance(load, float) else ""
         spread = m.worst_spread
         worst = "one figure has a single sample" if spread is None else f"worst spread {100 * spread:.1f}%"
+        worst = f"the engine was {m.engine}" if m.engine else worst
         said += [
             f"{m.steps} steps of {m.prompts} prompts in {m.seconds / 60:.1f} minutes; ended because {m.ended}; {worst}"
             f"{busy}.",

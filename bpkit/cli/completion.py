@@ -24,7 +24,7 @@ def _told(text: str) -> str:
 
 
 def names(kind: str) -> Callable[[], Completions]:
-    """Completes names of policies, drafters or observers alone, as for `bpkit policies`."""
+    """Completes names of policies, drafters, observers or engines alone, as for `bpkit policies`."""
 
     def complete() -> Completions:
         entries = registry().of_kind(kind)
@@ -52,6 +52,7 @@ def specs(kind: str) -> Callable[[str], Completions]:
 
 
 policies, drafters, observers = specs("policy"), specs("drafter"), specs("observer")
+engines = names("engine")
 
 
 def plugin_choices() -> list[str]:

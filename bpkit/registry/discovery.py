@@ -31,7 +31,9 @@ HOOK_OF = {
     "policy": "bpkit_register_policies",
     "drafter": "bpkit_register_drafters",
     "observer": "bpkit_register_observers",
+    "engine": "bpkit_register_engines",
 }
+_ATTRIBUTE_OF = {"policy": "policies", "drafter": "drafters", "observer": "observers", "engine": "engines"}
 _NAME = re.compile(r"[\w.+-]+")
 
 
@@ -89,7 +91,7 @@ class Registry:
     """Everything that the plug-ins registered.
 
     Attributes:
-        policies, drafters, observers: by name.
+        policies, drafters, observers, engines: by name.
         plugins: all that were found, by name, those that failed or are disabled included.
         failures: plug-in name -> why it could not be loaded.
         disabled: plug-in name -> what disabled it.
@@ -101,6 +103,7 @@ class Registry:
     policies: dict[str, Entry] = field(default_factory=dict)
     drafters: dict[str, Entry] = field(default_factory=dict)
     observers: dict[str, Entry] = field(default_factory=dict)
+    engines: dict[str, Entry] = field(default_factory=dict)
     plugins: dict[str, Plugin] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     disabled: dict[str, str] = field(default_factory=dict)
@@ -108,11 +111,12 @@ class Registry:
     unheard: dict[str, str] = field(default_factory=dict)
 
     def of_kind(self, kind: str) -> dict[str, Entry]:
-        """The entries of `policy`, `drafter` or `observer`, by name."""
-        return {"policy": self.policies, "drafter": self.drafters, "observer": self.observers}[kind]
+        """The entries of `policy`, `drafter`, `observer` or `engine`, by name."""
+        entries: dict[str, Entry] = getattr(self, _ATTRIBUTE_OF[kind])
+        return entries
 
     def find(self, kind: str, name: str) -> Entry:
-        """The `policy`, `drafter` or `observer` of that name. Raises PolicyError with the known names."""
+        """The `policy`, `drafter`, `observer` or `engine` of that name. Raises PolicyError with the known names."""
         known = self.of_kind(kind)
         if name in known:
             return known[name]

@@ -57,6 +57,11 @@ def bpkit_register_observers(register: Register) -> None:
 
 
 @hookspec
+def bpkit_register_engines(register: Register) -> None:
+    """Call `register` for each engine that `bpkit calibrate` can time: a `bpkit.trace.cost.engine.CalibratesEngine`."""
+
+
+@hookspec
 def bpkit_register_commands(app: typer.Typer) -> None:
     """Add commands to the `bpkit` command line."""
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from bpkit.registry.hookspecs import Register, hookimpl
+
 _PLACES = {
     "PolicyScheduler": "bpkit_vllm.scheduler",
     "AsyncPolicyScheduler": "bpkit_vllm.scheduler",
@@ -18,6 +20,11 @@ _PLACES = {
 }
 
 __all__ = ["AsyncPolicyScheduler", "FeatureWorker", "PolicyScheduler"]
+
+
+@hookimpl
+def bpkit_register_engines(register: Register) -> None:
+    register("vllm", "bpkit_vllm.calibrate:calibrate", summary="vLLM, in this process, as it is installed here.")
 
 
 def __getattr__(name: str) -> Any:

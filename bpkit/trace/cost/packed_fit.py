@@ -202,10 +202,10 @@ def _non_negative(columns: Floats, values: Floats) -> Floats:
     q, r = np.linalg.qr(columns)
     aims, found, free = q.T @ values, np.zeros(columns.shape[1]), np.zeros(columns.shape[1], bool)
     least = 1e-10 * float(np.abs(r.T @ aims).max(initial=0.0))
-    while True:
+    for _ in range(10 * len(found)):
         gains = np.where(free, -np.inf, r.T @ (aims - r @ found))
         if not gains.max(initial=-np.inf) > least:
-            return found
+            break
         free[gains.argmax()] = True
         while True:
             best = np.zeros_like(found)
@@ -213,10 +213,11 @@ def _non_negative(columns: Floats, values: Floats) -> Floats:
             below = free & (best <= 0)
             if not below.any():
                 break
-            share = float((found[below] / (found[below] - best[below])).min())
+            share = float((found[below] / np.maximum(found[below] - best[below], 1e-300)).min())
             found += share * (best - found)
             free &= found > 1e-12 * found.max()
         found = best
+    return found
 
 
 def _rounded(value: float) -> float:

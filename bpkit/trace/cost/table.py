@@ -122,6 +122,7 @@ class Measured(BaseModel):
         modelled_over_measured: the table's price of all measured steps, over the time that they took.
         drift: how much slower than the table's price the second half of the steps was than the first.
         held_out: of tables for several rows, how well they price what they were not fitted to.
+        engine: with its version, where the steps were another engine's than bpkit's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -146,10 +147,11 @@ class Measured(BaseModel):
     modelled_over_measured: float
     drift: float
     held_out: HeldOut | None = None
+    engine: str | None = None
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_empty(self, handler, "held_out")
+        return without_empty(self, handler, "held_out", "engine")
 
 
 class Padding(BaseModel):
