@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that share the tests. Each takes up to 3 GB.
 WORKERS ?= 2
 
-.PHONY: help demo fetch real test test-fast gpu runtimes packages afternoon exported docs lint format clean
+.PHONY: help demo fetch real test test-fast gpu runtimes packages vllm afternoon exported docs lint format clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,13 @@ packages: build/packages/.ready  ## try what `bpkit new` makes, in an environmen
 	PYTHON=build/packages/venv/bin/python sh tests/packages/wheel.sh
 	build/packages/venv/bin/pip install --quiet --force-reinstall --no-deps build/packages/wheels/*.whl
 	build/packages/venv/bin/python tests/packages/try_packages.py
+
+vllm: build/vllm/.ready  ## try policies inside vLLM, in an environment of its own with vLLM's build for CPUs
+	sh tests/vllm/run.sh python -m pytest tests/vllm
+
+build/vllm/.ready: pyproject.toml $(addprefix tests/vllm/,install.sh requirements.txt)
+	PYTHON=$(PYTHON) sh tests/vllm/install.sh
+	touch $@
 
 afternoon: build/packages/.ready  ## the road of a policy's author by the clock; writes docs/benchmarks/afternoon.json
 	build/packages/venv/bin/python tests/packages/afternoon.py --json docs/benchmarks/afternoon.json

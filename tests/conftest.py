@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ from bpkit.decode.noise import GumbelNoise
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.registry.discovery import choose_plugins
 from bpkit.testing import TinyPair, tiny_pair
+
+# What runs inside vLLM has an environment of its own, which `make vllm` makes.
+_vllm = find_spec("vllm")
+collect_ignore = [] if _vllm and _vllm.origin else ["vllm"]
 
 torch.set_num_threads(1)
 # Tables are as wide as for a file, wherever the tests run: several processes inherit the terminal's width.

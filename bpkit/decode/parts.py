@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from bpkit.decode.pretrained import hidden_states_at
+
 Module = TypeVar("Module", bound=nn.Module)
 NORMS = ("norm", "final_layernorm", "final_layer_norm")
 """How decoders call the norm after their last layer."""
@@ -117,7 +119,10 @@ def new_layer(model: PreTrainedModel, index: int) -> nn.Module:
 def reads_alike(model: PreTrainedModel, part: PreTrainedModel, layers: int) -> bool:
     """Whether a few tokens have the same hidden states after the first `layers` layers of a model and of its part."""
     tokens = some_tokens(model)
-    found = [one(tokens, use_cache=False, output_hidden_states=[layers]).hidden_states for one in (model, part)]
+    found = [
+        one(tokens, use_cache=False, output_hidden_states=hidden_states_at([layers])).hidden_states
+        for one in (model, part)
+    ]
     return alike(*(states[layers] for states in found))
 
 

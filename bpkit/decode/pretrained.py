@@ -10,9 +10,11 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging, output_capturing
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+_COUNTS_EMBEDDINGS = hasattr(output_capturing, "resolve_hidden_states_indices")
+"""Whether transformers is of 5.20 or later."""
 
 
 def load_causal_lm(
@@ -52,6 +54,14 @@ def _unlogged() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(usual)
+
+
+def hidden_states_at(indices: Sequence[int]) -> Sequence[int] | bool:
+    """What a model is given as `output_hidden_states` so that its `hidden_states` has something at these indices.
+
+    transformers before 5.20 counts a list's indices without the embeddings; there all hidden states are kept.
+    """
+    return bool(indices) and (list(indices) if _COUNTS_EMBEDDINGS else True)
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:

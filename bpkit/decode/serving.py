@@ -19,7 +19,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
@@ -29,6 +28,7 @@ from transformers.cache_utils import (
 from bpkit.decode.pretrained import input_device
 from bpkit.decode.row_by_row import CachedRows, RowByRow, StatefulRows
 from bpkit.decode.slot_target import SlotTarget, may_share_passes
+from bpkit.decode.slots import DUMMY
 from bpkit.decode.stateful import StatefulTarget, cache_argument, crop_of
 from bpkit.decode.target import CachedTarget
 
@@ -40,7 +40,7 @@ _NOTHING: dict[str, Any] = {"feature_layers": (), "keep_hidden": False}
 SMALL = 100_000_000
 """Parameters up to which a model of reduced precision is copied to float32 for its probe."""
 
-_ORDINARY = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+_ORDINARY = {DynamicLayer, DynamicSlidingWindowLayer, DUMMY}
 _FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What reading a few tokens in an unusual way may raise."""
 _known: WeakKeyDictionary[PreTrainedModel, dict[str, type[Sessions] | str]] = WeakKeyDictionary()

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 STEP = 256
 """Columns by which slots become longer."""
+DUMMY: Any = getattr(cache_utils, "DummyLayer", None)
+"""The class of layers that keep nothing. transformers before 5.20 leaves such layers out of a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class SlotCache(Cache):
         self.config, self.slots, self.capacity = config, slots, capacity
         self.held = [0] * rows
         layers = [
-            DummyLayer() if kind == "dummy" else SlotLayer(slots, capacity, options.get("sliding_window"))
+            DUMMY() if kind == "dummy" else SlotLayer(slots, capacity, options.get("sliding_window"))
             for kind, options in zip(*get_layer_types_and_kwargs(config), strict=True)
         ]
         super().__init__(layers=layers)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from bpkit.decode.inputs import ModelInputs
-from bpkit.decode.pretrained import position_limit
+from bpkit.decode.pretrained import hidden_states_at, position_limit
 from bpkit.types import Feature
 
 
@@ -148,7 +148,7 @@ class LiveTarget:
         return (self.model if self.wrapper is None else self.wrapper)(
             use_cache=True,
             logits_to_keep=logits_to_keep,
-            output_hidden_states=list(states) or False,
+            output_hidden_states=hidden_states_at(states),
             **{name: tokens, self.cache_argument: cache},
             **inputs,
         )

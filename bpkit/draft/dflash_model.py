@@ -42,6 +42,8 @@ class DFlashConfig(Qwen3Config):
             checkpoints say it as `dflash_config.causal`.
     """
 
+    has_no_defaults_at_init = True  # transformers compares a config that it writes or logs to the defaults otherwise
+
     dflash_config: dict[str, Any] | None = None
     block_size: int = 0
     mask_token_id: int = -1

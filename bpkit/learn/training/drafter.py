@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from bpkit.decode.pretrained import hidden_states_at
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel, block_attention_mask
 from bpkit.learn.training.answers import DrafterRun, learned_from, load_target, target_answers
@@ -79,7 +80,7 @@ class BlockDraftLoss(nn.Module):
         is_anchor = torch.arange(places.shape[1], device=ids.device) % block_size == 0
         with torch.no_grad(), autocast(ids.device):
             layers = [i + 1 for i in config.target_layer_ids or ()]
-            states = target.model(ids, use_cache=False, output_hidden_states=layers).hidden_states
+            states = target.model(ids, use_cache=False, output_hidden_states=hidden_states_at(layers)).hidden_states
             features = torch.cat([states[i] for i in layers], dim=-1)
             noise = target.get_input_embeddings()(torch.where(is_anchor, tokens, config.mask_token_id))
         context = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from bpkit.decode.pretrained import hidden_states_at
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.trace.collect.drafts import Drafts, Finished
 from bpkit.trace.collect.pieces import fitting, pieces
@@ -123,5 +124,5 @@ class Rollouts:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
-            output_hidden_states=[self.drafter.last_index] if self.finished.keep_hidden else False,
+            output_hidden_states=hidden_states_at([self.drafter.last_index] if self.finished.keep_hidden else []),
         )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from bpkit.decode.features import anchor_statistics
 from bpkit.decode.noise import GumbelNoise
-from bpkit.decode.pretrained import device_of, input_device
+from bpkit.decode.pretrained import device_of, hidden_states_at, input_device
 from bpkit.decode.sampling import Processors
 from bpkit.decode.verify import near_ties, tie_tolerance
 from bpkit.trace.collect.pieces import Positions, pieces, positions_at_once
@@ -97,7 +97,7 @@ def target_passes(
         input_ids=_side_by_side(texts),
         use_cache=False,
         logits_to_keep=1,
-        output_hidden_states=[*layers, last],
+        output_hidden_states=hidden_states_at([*layers, last]),
     )
     states, head = output.hidden_states, _head(target)
     # A model may do something of its own after its head: then all logits of a text at once, as it makes them.
