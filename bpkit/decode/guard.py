@@ -151,7 +151,8 @@ class GuardedPolicy:
         except PolicyFault as error:
             self._mend("begin", error, "an empty state")
             return {}
-        return {name: value[list(rows)] for name, value in self.state.items()}
+        places = torch.tensor(rows)  # once: indexing by a list makes it for every value
+        return {name: value[places] for name, value in self.state.items()}
 
     def predict(self, features: Mapping[Feature, Tensor]) -> dict[str, Tensor] | None:
         """What the policy's networks make of features, on the device; None where it has none, or nothing to look at."""
