@@ -42,16 +42,18 @@ class StepFeatures:
         return {name: self._rows(self.arrays[name], request_ids) for name in names if name in self.arrays}
 
     def of_draft(
-        self, request_ids: Sequence[str], length: Sequence[int], tokens: Sequence[Any], names: Collection[Feature]
+        self, requests: Sequence[Any], request_ids: Sequence[str], length: Sequence[int], names: Collection[Feature]
     ) -> dict[Feature, Tensor]:
         """Features of drafted tokens, [requests, longest draft].
 
         Args:
-            length: drafted tokens of each request. tokens: their ids.
+            requests: vLLM's, which hold the tokens; and their ids.
+            length: drafted tokens of each.
         """
         width, found = max(length), dict[Feature, Tensor]()
         for name in names:
             if name is Feature.DRAFT_TOKENS:
+                tokens = [request.spec_token_ids for request in requests]
                 padded = [[*row[:count], *[0] * (width - count)] for row, count in zip(tokens, length, strict=True)]
                 found[name] = torch.tensor(padded)
             elif name in self.arrays:

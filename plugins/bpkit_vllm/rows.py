@@ -339,9 +339,9 @@ class PolicyRows:
         _, count, *lengths = joined
         block_size, draft_length, verify_length = map(torch.from_numpy, lengths)
         requests = [self.requests[place] for place in places]
-        new = (request.output_token_ids[-more:] for request, more in zip(requests, count.tolist(), strict=True))
-        tokens = np.zeros((len(places), count.max()), np.int64)
-        tokens[np.arange(tokens.shape[1]) < count[:, None]] = np.fromiter(chain.from_iterable(new), np.int64)
+        new = [request.output_token_ids[-more:] for request, more in zip(requests, count.tolist(), strict=True)]
+        tokens = np.zeros((len(places), max(map(len, new))), np.int64)
+        tokens[np.arange(tokens.shape[1]) < count[:, None]] = [*chain.from_iterable(new)]
         return Step(
             block_size=block_size,
             draft_length=draft_length,
@@ -379,8 +379,7 @@ class PolicyRows:
         length, width = planned.draft_length, max(planned.draft_length)
         names, known = self.provided & OF_THE_DRAFT, dict[Feature, Tensor]()
         if names:
-            tokens = [request.spec_token_ids for request in self.requests]
-            known = (features or StepFeatures.none()).of_draft(self.ids, length, tokens, names)
+            known = (features or StepFeatures.none()).of_draft(self.requests, self.ids, length, names)
         context = self._context(range(len(self)), None, len(self))
         return Draft(
             context,
