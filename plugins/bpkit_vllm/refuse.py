@@ -9,8 +9,9 @@ from bpkit.types import (
     AUTOREGRESSIVE,
     BLOCK_DIFFUSION,
     NGRAM,
+    OF_THE_ANCHOR,
     OF_THE_DISTRIBUTION,
-    OF_THE_DRAFTED_TOKEN,
+    OF_THE_DRAFT,
     Feature,
 )
 from bpkit_vllm.options import EngineError, EngineOptions
@@ -24,15 +25,11 @@ METHODS = {
     NGRAM: ("ngram",),
 }
 """vLLM's methods by the kind of drafter that they are. Of these, eagle, eagle3 and mtp were not run."""
-FROM_WORKER = frozenset(
-    {
-        Feature.DRAFT_PROBABILITY,
-        Feature.DRAFT_ENTROPY,
-        Feature.LAST_HIDDEN,
-        Feature.PREFILL_HIDDEN,
-        Feature.ANCHOR_LOG_PROBABILITY,
-        Feature.ANCHOR_ENTROPY,
-    }
+OF_DRAFT_MODELS = OF_THE_DISTRIBUTION | {Feature.DRAFT_HIDDEN}
+FROM_WORKER = (
+    OF_DRAFT_MODELS
+    | OF_THE_ANCHOR
+    | {Feature.LAST_HIDDEN, Feature.PREFILL_HIDDEN, Feature.ANCHOR_EMBEDDING, Feature.TARGET_FEATURES}
 )
 """Features that `FeatureWorker` sends to the scheduler."""
 
@@ -115,9 +112,14 @@ def provided_features(config: Any, *, is_async: bool) -> frozenset[Feature]:
     own = frozenset({Feature.DRAFT_TOKENS})
     has_worker = "bpkit_vllm" in str(config.parallel_config.worker_cls)
     found = own | FROM_WORKER if has_worker and not config.use_v2_model_runner else own
-    if drafter_kind(config) == NGRAM:
-        found -= OF_THE_DISTRIBUTION
-    return found - OF_THE_DRAFTED_TOKEN if _is_sampled(config) else found
+    speculative = config.speculative_config
+    if drafter_kind(config) == NGRAM or speculative.use_local_argmax_reduction or speculative.use_heterogeneous_vocab:
+        found -= OF_DRAFT_MODELS
+    if speculative.method != "dflash":  # it reads the target's layers
+        found -= {Feature.TARGET_FEATURES}
+    if config.lora_config is not None:  # they are computed by the head once more, which LoRA may adapt
+        found -= OF_THE_ANCHOR
+    return found - OF_THE_DRAFT if _is_sampled(config) else found
 
 
 def drafter_kind(config: Any) -> str:
@@ -132,13 +134,20 @@ def drafter_kind(config: Any) -> str:
 
 def _where(missing: frozenset[Feature], config: Any) -> str:
     """Which mode has these features."""
-    if _is_sampled(config) and missing & OF_THE_DRAFTED_TOKEN:
+    if _is_sampled(config) and missing & OF_THE_DRAFT:
         return (
             "to cut drafts by what was drawn would bias the text; draft_sample_method='greedy' in the speculative "
             "config lets policies read it"
         )
-    if missing <= OF_THE_DISTRIBUTION and drafter_kind(config) == NGRAM:
+    if missing & OF_DRAFT_MODELS and drafter_kind(config) == NGRAM:
         return "n-gram drafts have no distribution; take a drafter that is a model"
+    for option in ("use_local_argmax_reduction", "use_heterogeneous_vocab"):
+        if missing & OF_DRAFT_MODELS and getattr(config.speculative_config, option):
+            return f"under {option} the drafter's distribution is not there; leave that out of the speculative config"
+    if Feature.TARGET_FEATURES in missing and config.speculative_config.method != "dflash":
+        return "only DFlash drafters read layers of the target (method dflash)"
+    if missing & OF_THE_ANCHOR and config.lora_config is not None:
+        return "it is not there with LoRA; leave that off"
     if missing <= FROM_WORKER | {Feature.DRAFT_TOKENS}:
         return (
             f"that is there with --no-async-scheduling --scheduler-cls {SYNCHRONOUS} --worker-cls {WORKER} and "

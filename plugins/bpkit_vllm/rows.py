@@ -29,7 +29,6 @@ from bpkit.policy import Policy, State
 from bpkit.types import (
     OF_PREFILL,
     OF_THE_DRAFT,
-    OF_THE_TARGET,
     Context,
     DecoderSpec,
     Draft,
@@ -108,7 +107,7 @@ class PolicyRows:
         self.text, self.policy, self.spec = text, policy, spec
         self.guard = GuardedPolicy(policy, spec)
         self.provided = provided & (policy.wants | policy.wants_optional)
-        self.begins_late = bool(self.provided & OF_THE_TARGET)
+        self.begins_late = bool(self.provided - OF_THE_DRAFT)
         self.generator = torch.Generator().manual_seed(seed)
         self.pause = Pause(max_decision)
         self.default_length = min(spec.trained_block_size, spec.max_block_size) - 1
@@ -363,7 +362,7 @@ class PolicyRows:
     ) -> Context:
         whole = len(places) == len(self)
         position, remaining, length = (torch.from_numpy(row) for row in self.counts[:, places])
-        names = self.provided & OF_THE_TARGET - (frozenset() if with_prefill else OF_PREFILL)
+        names = self.provided - OF_THE_DRAFT - (frozenset() if with_prefill else OF_PREFILL)
         return Context(
             self.spec,
             position,

@@ -23,6 +23,7 @@ from bpkit.decode.host import to_host
 from bpkit.types import OF_THE_ANCHOR, OF_THE_DISTRIBUTION, OF_THE_DRAFT, Feature
 from bpkit_vllm.features import ATTRIBUTE
 from bpkit_vllm.options import KEY, EngineError, read_options, wanted_features
+from bpkit_vllm.refuse import FROM_WORKER, provided_features
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -31,8 +32,8 @@ else:
 
 logger = init_logger(__name__)
 OF_HIDDEN = frozenset({Feature.LAST_HIDDEN, Feature.PREFILL_HIDDEN})
-OF_THE_MODELS = OF_HIDDEN | OF_THE_ANCHOR | OF_THE_DISTRIBUTION | {Feature.ANCHOR_EMBEDDING, Feature.DRAFT_HIDDEN}
-"""Features that this worker computes; those of drafts where the drafter is a model."""
+_WATCHED = ("propose", "_sample_draft_tokens", "_greedy_sample")
+"""Methods of drafters, of which the second is replaced by one that does what the third does."""
 
 
 class FeatureWorker(PlatformWorker):
@@ -44,21 +45,24 @@ class FeatureWorker(PlatformWorker):
     first axis as `req_ids`. What is said of a request whose prompt is not read to its end means nothing.
 
     Raises:
-        EngineError: in `load_model`; this mode of vLLM cannot give what is wanted. The message says which can.
+        EngineError: in `load_model`; the drafter is of a kind whose drafts cannot be watched.
     """
 
     features: _Features | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        config, wanted = self.vllm_config, frozenset[Feature]()
-        if KEY in (config.additional_config or ()):
-            wanted = wanted_features(read_options(config.additional_config)) & OF_THE_MODELS
-        if wanted:
-            _refuse(config, wanted)
         super().load_model(*args, **kwargs)
         _mend_context_keys(getattr(self.model_runner, "drafter", None))
-        if wanted:
+        if wanted := self._wanted():
             self.features = _Features(self.model_runner, wanted)
+
+    def _wanted(self) -> frozenset[Feature]:
+        """What policies read, of what there is in this mode. What else they need, the scheduler refuses by name."""
+        config = self.vllm_config
+        if config.speculative_config is None or KEY not in (config.additional_config or ()):
+            return frozenset()
+        provided = provided_features(config, is_async=config.scheduler_config.async_scheduling)
+        return wanted_features(read_options(config.additional_config)) & provided & FROM_WORKER
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -77,36 +81,6 @@ class FeatureWorker(PlatformWorker):
         if self.features is not None and drafts is not None:
             setattr(drafts, ATTRIBUTE, self.features.take(drafts.draft_token_ids))
         return drafts
-
-
-def _refuse(config: Any, wanted: frozenset[Feature]) -> None:
-    """Raise EngineError for a mode of vLLM in which features are not to be had, or would not be exact."""
-    reads, speculative = f"policies read {', '.join(sorted(wanted))}", config.speculative_config
-    if config.scheduler_config.async_scheduling:
-        raise EngineError(
-            f"{reads}, and under asynchronous scheduling nothing reaches the scheduler before it plans: switch it off "
-            "(--no-async-scheduling)"
-        )
-    if config.use_v2_model_runner:
-        raise EngineError(f"{reads}, which model runner V2 does not show: set VLLM_USE_V2_MODEL_RUNNER=0")
-    if config.parallel_config.pipeline_parallel_size > 1:
-        raise EngineError(f"{reads}, and pipeline parallelism spreads them: use tensor parallelism")
-    if config.lora_config is not None and wanted & OF_THE_ANCHOR:
-        raise EngineError(f"{reads}, which come from a second pass of the head, and LoRA adapts one: leave LoRA off")
-    if speculative is None or not wanted & OF_THE_DRAFT:
-        return
-    for option, value, instead in (
-        ("draft_sample_method", "probabilistic", "greedy"),
-        ("use_local_argmax_reduction", True, False),
-        ("use_heterogeneous_vocab", True, False),
-    ):
-        if getattr(speculative, option) == value:
-            why = (
-                "to cut drafts by what was drawn would bias the text"
-                if value == "probabilistic"
-                else "under which the drafter's distribution is not there"
-            )
-            raise EngineError(f"{reads}, and the speculative config says {option}={value!r}, {why}: use {instead!r}")
 
 
 def _mend_context_keys(drafter: Any) -> None:
@@ -134,12 +108,23 @@ def _mend_context_keys(drafter: Any) -> None:
         model._normalize_context_k = of_each_layer
 
 
+def _refuse_other_sampling(kind: type, wanted: frozenset[Feature]) -> None:
+    """Raise EngineError for drafters that do not choose their tokens as vLLM's drafters of one kind or the other do."""
+    usual = SpecDecodeBaseProposer
+    own = [name for name in _WATCHED if getattr(kind, name, None) is not getattr(usual, name)]
+    if own:
+        raise EngineError(
+            f"policies read {', '.join(sorted(wanted))}, and drafter {kind.__name__} has its own {', '.join(own)}, "
+            "which bpkit does not know: use method dflash or draft_model"
+        )
+
+
 class _Features:
     """Watches one model runner. A step is: `begin`, its drafter's passes, `read_target`, `take`.
 
     Args:
         runner: vLLM's V1 model runner, with its models.
-        wanted: some of `OF_THE_MODELS`.
+        wanted: some of `FROM_WORKER`.
     """
 
     def __init__(self, runner: Any, wanted: frozenset[Feature]) -> None:
@@ -148,19 +133,10 @@ class _Features:
         self.drafted: list[dict[Feature, Tensor]] = []
         """Of the passes of this step's draft: [requests * tokens of a pass, ...]."""
         self.target: dict[Feature, Tensor] = {}
-        drafter = getattr(runner, "drafter", None)
-        if not self.of_drafts or not isinstance(drafter, SpecDecodeBaseProposer):
-            self.of_drafts = frozenset()
-            return
-        kind = type(drafter)
-        for method in ("_sample_draft_tokens", "_greedy_sample", "propose"):
-            if getattr(kind, method) is not getattr(SpecDecodeBaseProposer, method):
-                raise EngineError(
-                    f"policies read {', '.join(sorted(self.of_drafts))}, and drafter {kind.__name__} samples in a way "
-                    "of its own: use method dflash or draft_model"
-                )
-        self.drafter = drafter
-        drafter._sample_draft_tokens = self._sample
+        if self.of_drafts:
+            self.drafter = runner.drafter
+            _refuse_other_sampling(type(self.drafter), self.of_drafts)
+            self.drafter._sample_draft_tokens = self._sample
 
     def begin(self) -> None:
         self.target, self.drafted = {}, []
@@ -199,9 +175,13 @@ class _Features:
         else:
             last = list(range(len(sampled)))
         states = passed.sample_hidden_states
-        hidden = states[torch.tensor(last, device=states.device)]
+        at = torch.tensor(last, device=states.device)
+        hidden = states[at]
         self.target = dict.fromkeys(self.of_target & OF_HIDDEN, hidden.float())
         anchors = torch.tensor([tokens[-1] if tokens else 0 for tokens in sampled], device=states.device)
+        if Feature.TARGET_FEATURES in self.of_target:
+            layers = [layer[_token_of(passed)[at]] for layer in passed.aux_hidden_states]
+            self.target[Feature.TARGET_FEATURES] = torch.cat(layers, dim=-1).float()
         if Feature.ANCHOR_EMBEDDING in self.of_target:
             self.target[Feature.ANCHOR_EMBEDDING] = self.runner.model.embed_input_ids(anchors).float()
         if self.of_target & OF_THE_ANCHOR:
@@ -232,3 +212,10 @@ class _Features:
             else:
                 made[name] = torch.stack(parts, dim=1) if parts else torch.empty(shape)
         return made
+
+
+def _token_of(passed: Any) -> Tensor:
+    """Which token of the pass each position is whose output was sampled, int [positions]."""
+    if passed.spec_decode_metadata is not None:
+        return cast("Tensor", passed.spec_decode_metadata.logits_indices)
+    return cast("Tensor", passed.spec_decode_common_attn_metadata.query_start_loc[1:] - 1)

@@ -14,6 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 METHODS = {
     f"{SCHEDULER}.schedule": "self throttle_prefills",
     f"{SCHEDULER}._update_after_schedule": "self scheduler_output",
@@ -28,11 +29,10 @@ METHODS = {
     "vllm.v1.worker.cpu_worker:CPUWorker.take_draft_token_ids": "self",
     "vllm.v1.worker.gpu_worker:Worker.load_model": "self load_dummy_weights",
     "vllm.v1.worker.gpu_worker:Worker.take_draft_token_ids": "self",
-    f"{RUNNER}.take_draft_token_ids": "self",
-    f"{RUNNER}.propose_draft_token_ids": "self scheduler_output sampled_token_ids sampling_metadata hidden_states "
-    "sample_hidden_states aux_hidden_states spec_decode_metadata common_attn_metadata slot_mappings",
-    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer._sample_draft_tokens": "self hidden_states "
-    "sampling_metadata",
+    "vllm.v1.worker.gpu_worker:Worker.sample_tokens": "self grammar_output",
+    f"{PROPOSER}._sample_draft_tokens": "self hidden_states sampling_metadata",
+    f"{PROPOSER}._greedy_sample": "self hidden_states",
+    "vllm.model_executor.models.qwen3_dflash:DFlashQwen3Model._normalize_context_k": "self all_k",
 }
 """Methods that are overridden or wrapped, with the parameters that they have."""
 FIELDS = {
@@ -42,10 +42,12 @@ FIELDS = {
     "vllm.v1.outputs:ModelRunnerOutput": "req_ids req_id_to_index sampled_token_ids",
     "vllm.config:SchedulerConfig": "async_scheduling scheduler_cls max_num_seqs",
     "vllm.config:SpeculativeConfig": "method model num_speculative_tokens draft_sample_method draft_model_config "
-    "enable_adaptive_verification num_speculative_tokens_per_batch_size",
+    "enable_adaptive_verification num_speculative_tokens_per_batch_size use_local_argmax_reduction "
+    "use_heterogeneous_vocab",
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "num_draft_tokens logits_indices",
     "vllm.config:ParallelConfig": "data_parallel_size pipeline_parallel_size worker_cls",
     "vllm.config:VllmConfig": "additional_config model_config scheduler_config speculative_config parallel_config "
-    "device_config",
+    "device_config lora_config",
 }
 """Of records and configurations, what is read or set."""
 OF_A_REQUEST = (
@@ -60,7 +62,11 @@ CALLS = [
     ("vllm.v1.engine.core:EngineCore.post_step", "self.scheduler.update_draft_token_ids("),
     ("vllm.v1.engine.core:EngineCore.shutdown", "self.scheduler.shutdown()"),
     (f"{RUNNER}.propose_draft_token_ids", "scheduler_output.num_spec_tokens_to_schedule"),
-    ("vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.propose", "self._sample_draft_tokens("),
+    (f"{PROPOSER}.propose", "self._sample_draft_tokens("),
+    (f"{PROPOSER}._greedy_sample", "self.model.compute_logits(hidden_states).argmax(dim=-1)"),
+    ("vllm.v1.worker.gpu_worker:Worker.sample_tokens", "self.model_runner.sample_tokens("),
+    (f"{RUNNER}.sample_tokens", ") = self.execute_model_state"),
+    (f"{RUNNER}.execute_model", "sample_hidden_states = hidden_states[logits_indices]"),
 ]
 """Methods, and what has to be in them so that a hook is reached."""
 
@@ -91,6 +97,12 @@ def test_methods_have_the_parameters_that_overrides_pass_on(path: str, parameter
 def test_records_have_the_fields_that_are_read(path: str, names: str) -> None:
     gone = set(names.split()) - {field.name for field in dataclasses.fields(found(path))}
     assert not gone, f"{path} of vLLM {installed_version()} has no {', '.join(sorted(gone))}"
+
+
+def test_a_pass_leaves_what_features_are_read_from() -> None:
+    fields = found("vllm.v1.worker.gpu_model_runner:ExecuteModelState")._fields
+    names = "sample_hidden_states aux_hidden_states spec_decode_metadata spec_decode_common_attn_metadata"
+    assert set(names.split()) <= set(fields)
 
 
 def test_a_request_has_the_attributes_that_are_read() -> None:
