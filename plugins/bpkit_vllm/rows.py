@@ -281,7 +281,7 @@ class PolicyRows:
 
         Args:
             scheduled: tokens in the step, by request. verified: the drafted tokens that were verified, by request.
-            seconds: of the step.
+            seconds: of the step, of which these rows are charged their share.
         """
         observed = self.records.observers.active
         if observed:
@@ -290,6 +290,7 @@ class PolicyRows:
         if not len(joined):
             return
         places = joined[0].tolist()
+        seconds *= len(places) / len(scheduled)
         decisions, self._told = self.seconds - self._told, self.seconds
         if observed or self.guard.observes:
             step = self._step(places, joined, Seconds(verify=max(seconds - decisions, 0.0), policy=decisions))
