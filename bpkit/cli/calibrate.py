@@ -104,7 +104,7 @@ def calibrate(
 
     `bpkit calibrate --batch-sizes 1,2,4,8,16 --out cost.json`
 
-    `bpkit calibrate --engine vllm --engine-args '{"dtype": "float32"}' --out cost.json`
+    `bpkit calibrate --engine vllm --out cost.json`
 
     `bpkit calibrate --show cost.json`
 

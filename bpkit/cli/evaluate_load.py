@@ -185,18 +185,18 @@ def _cases(
 
     if (rate is None) != (max_rows is None):
         raise ValueError("--rate and --max-rows go together: how many arrive a second, and how many may run at once")
-    rows = () if concurrency is None else _numbers(concurrency, "--concurrency", int, "1,4,16")
+    rows = () if concurrency is None else parse_numbers(concurrency, "--concurrency", int, "1,4,16")
     if (concurrency, rate, changing) == (None, None, None):
         rows = [1 << power for power in range(8) if 1 << power <= cost.largest_rows]
     cases = [LoadCase.concurrency(number, requests) for number in rows]
     if rate is not None and max_rows is not None:
-        cases += [LoadCase.arrivals(one, max_rows, requests) for one in _numbers(rate, "--rate", float, "2,4.5")]
+        cases += [LoadCase.arrivals(one, max_rows, requests) for one in parse_numbers(rate, "--rate", float, "2,4.5")]
     if changing is not None:
-        cases.append(LoadCase.changing(_numbers(changing, "--changing", int, "1,4,16,4,1")))
+        cases.append(LoadCase.changing(parse_numbers(changing, "--changing", int, "1,4,16,4,1")))
     return cases
 
 
-def _numbers(text: str, option: str, kind: type[Number], example: str) -> list[Number]:
+def parse_numbers(text: str, option: str, kind: type[Number], example: str) -> list[Number]:
     """Numbers above 0 with commas between them. Raises ValueError."""
     try:
         found = [kind(part) for part in text.split(",")]

@@ -58,7 +58,7 @@ def bpkit_register_observers(register: Register) -> None:
 
 @hookspec
 def bpkit_register_engines(register: Register) -> None:
-    """Call `register` for each engine that `bpkit calibrate` can time: a `bpkit.trace.cost.engine.CalibratesEngine`."""
+    """Call `register` for each engine that `bpkit calibrate --engine` can time. The target is a function that does."""
 
 
 @hookspec

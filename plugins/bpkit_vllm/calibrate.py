@@ -87,23 +87,28 @@ def calibrate(
 
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, the given ones before those that follow from target and drafter. Raises EngineError."""
+    """Arguments of `vllm.LLM`, for measuring. Raises EngineError."""
+    ours: dict[str, Any] = {"scheduler_cls": SCHEDULER, "additional_config": {KEY: {"policy": "fixed:1"}}}
+    if clash := sorted(settings.arguments.keys() & {*ours, "async_scheduling"}):
+        raise EngineError(f"--engine-args: {', '.join(clash)} is what is measured with here: leave it out")
+    return {**model_arguments(settings), **ours}
+
+
+def model_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for one step at a time, the given ones before those that follow from target and drafter.
+
+    Raises EngineError.
+    """
     made: dict[str, Any] = {
         "model": model_path(settings.target or shipped("target")),
         "max_num_seqs": max(settings.concurrency),
         "enable_prefix_caching": False,  # prompts come again, and are read each time
+        "async_scheduling": False,
         "seed": settings.seed,
     }
     if "speculative_config" not in settings.arguments:
         made["speculative_config"] = _drafter(settings)
-    ours: dict[str, Any] = {
-        "scheduler_cls": SCHEDULER,
-        "async_scheduling": False,
-        "additional_config": {KEY: {"policy": "fixed:1"}},
-    }
-    if clash := sorted(ours.keys() & settings.arguments.keys()):
-        raise EngineError(f"--engine-args: {', '.join(clash)} is what is measured with here: leave it out")
-    return {**made, **settings.arguments, **ours}
+    return {**made, **settings.arguments}
 
 
 def _drafter(settings: EngineSettings) -> dict[str, Any]:

@@ -22,10 +22,15 @@ class EngineRun:
 
     Attributes:
         tokens: of each request, in the order of the prompts. seconds: of all together.
+        live: requests that ran or waited in each step. left: those that were to come then.
+        ends: seconds at the end of each step.
     """
 
     tokens: list[list[int]]
     seconds: float
+    live: list[int]
+    left: list[int]
+    ends: list[float]
 
     @property
     def num_tokens(self) -> int:
@@ -80,15 +85,19 @@ class LocalEngine:
         params, engine = _sampling(options), self.llm.llm_engine
         first, begun, ended = self._served, 0, dict[int, list[int]]()
         self._served += len(prompts)
+        live, left, ends = list[int](), list[int](), list[float]()
         started = time.perf_counter()
         while len(ended) < len(prompts):
             while begun < len(prompts) and begun - len(ended) < load.most(begun):
                 engine.add_request(str(first + begun), {"prompt_token_ids": list(prompts[begun])}, params)
                 begun += 1
+            live.append(begun - len(ended))
+            left.append(len(prompts) - begun)
             for output in engine.step():
                 if output.finished:
                     ended[int(output.request_id) - first] = list(output.outputs[0].token_ids)
-        return EngineRun([ended[place] for place in range(len(prompts))], time.perf_counter() - started)
+            ends.append(time.perf_counter() - started)
+        return EngineRun([ended[place] for place in range(len(prompts))], ends[-1], live, left, ends)
 
 
 def _sampling(options: Mapping[str, Any]) -> Any:

@@ -15,12 +15,14 @@ class TimedScheduler(Scheduler):
 
     Attributes:
         run: a number that the steps to come are noted with.
-        steps: the columns of `bpkit.trace.cost.packed_fit.EngineSteps` of each.
+        steps: the columns of `bpkit.trace.cost.packed_fit.EngineSteps` of each; the last of a run is not among them.
+        yielded: of each, rows that decoded, and the tokens that they yielded.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run, self.steps = 0, list[tuple[float, ...]]()
+        self.yielded: list[tuple[int, int]] = []
         self._open: tuple[tuple[int, ...], float, float] | None = None
 
     @property
@@ -29,8 +31,9 @@ class TimedScheduler(Scheduler):
         return 0.0
 
     def begin_run(self) -> None:
-        """The step that is open ended long ago, or not at all."""
+        """The steps to come are of another run. One that is open ended long ago, or not at all."""
         self.run, self._open = self.run + 1, None
+        self.yielded.clear()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         now, decided = time.perf_counter(), self.decided
@@ -41,6 +44,14 @@ class TimedScheduler(Scheduler):
         done = output.total_num_scheduled_tokens > 0
         self._open = (self._counts(output), now, decided) if done else None
         return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        requests = [self.requests[name] for name in scheduler_output.num_scheduled_tokens]
+        before = [request.num_output_tokens for request in requests]
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        more = [request.num_output_tokens - had for request, had in zip(requests, before, strict=True) if had]
+        self.yielded.append((len(more), sum(more)))
+        return outputs
 
     def _counts(self, output: Any) -> tuple[int, ...]:
         drafts, longest, decoding, verified = output.scheduled_spec_decode_tokens, 0, 0, 0
