@@ -125,7 +125,7 @@ def vllm_replay(
         int, typer.Option(help="Positions of a step at most: vLLM's `max_num_batched_tokens`.", min=1)
     ] = 2048,
 ) -> None:
-    """Predict measured runs by replay: tokens/s, and the order of the methods.
+    """Predict runs of `bench-vllm` by replay.
 
     Needs no vLLM. Each run is served again on a simulated server, the same requests under the same load.
 
