@@ -6,11 +6,12 @@ import warnings
 from itertools import count
 from typing import Any
 
+from bpkit.assets import model_name
 from bpkit.decode.guard import PolicyFaultWarning
 from bpkit.policy import Policy, PolicyError
 from bpkit.registry.resolve import resolve_policy, written
 from bpkit.types import CostModel, DecoderSpec, Feature
-from bpkit_vllm.options import REQUEST_KEY, EngineOptions, Spec
+from bpkit_vllm.options import REQUEST_KEY, EngineError, EngineOptions, Spec, wanted_features
 from bpkit_vllm.records import Records
 from bpkit_vllm.refuse import check_policy, drafter_kind
 from bpkit_vllm.request_policy import check_named_by_request
@@ -27,6 +28,7 @@ class EnginePolicies:
         config: `VllmConfig`. provided: features that policies can read in this mode.
 
     Attributes:
+        computed: of these, what the policies of the options read.
         active: policies that have running requests.
         records: the observers.
         rows_of: of each request that runs or waits.
@@ -38,6 +40,7 @@ class EnginePolicies:
 
     def __init__(self, config: Any, options: EngineOptions, provided: frozenset[Feature]) -> None:
         self.config, self.options, self.provided = config, options, provided
+        self.computed = provided & (wanted_features(options) | {Feature.DRAFT_TOKENS})
         self.spec, self.cost = decoder_spec(config), _cost_model(options.cost)
         self.rows_of: dict[str, PolicyRows] = {}
         self.refused = 0
@@ -62,13 +65,18 @@ class EnginePolicies:
         if text not in self._known or isinstance(spec, Policy):
             policy = resolve_policy(spec)
             check_policy(policy, text, self.provided, self.config)
+            if policy.wants - self.computed:
+                raise EngineError(
+                    f"policy {text!r} reads {', '.join(sorted(policy.wants - self.computed))}, which nobody read when "
+                    "vLLM started: list the policy under `policies` in the options of the engine"
+                )
             policy.bind(self.spec, self.cost)
             limit = self.options.max_decision_us
             self._known[text] = PolicyRows(
                 text,
                 policy,
                 self.spec,
-                provided=self.provided,
+                provided=self.computed,
                 seed=self.options.seed,
                 max_decision=None if limit is None else limit / 1e6,
                 records=self.records,
@@ -140,8 +148,8 @@ def decoder_spec(config: Any) -> DecoderSpec:
     drafter = getattr(speculative, "draft_model_config", None)
     trained = getattr(getattr(drafter, "hf_config", None), "block_size", None) or most
     return DecoderSpec(
-        target=str(model.model),
-        drafter=str(speculative.model or speculative.method),
+        target=model_name(str(model.model)),
+        drafter=model_name(str(speculative.model or speculative.method)),
         drafter_kind=drafter_kind(config),
         trained_block_size=min(int(trained), most),
         max_block_size=most,
