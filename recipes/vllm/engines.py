@@ -17,6 +17,9 @@ POLICIES = "policies"
 """The engine of all other methods."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 SCHEDULERS = "bpkit_vllm.timed_scheduler"
+WORKER = {"worker_cls": "bpkit_vllm.FeatureWorker"}
+"""Of all engines with a drafter, so that all draft alike: it mends DFlash drafts on CPUs. Without policies that read
+features it computes none."""
 
 
 def engine_of(method: str) -> str:
@@ -48,15 +51,13 @@ def arguments(
         return {**without(base, "speculative_config"), "scheduler_cls": f"{SCHEDULERS}.TimedScheduler"}
     if engine == TABLE:
         drafter = {**base["speculative_config"], "num_speculative_tokens_per_batch_size": table}
-        return {**base, "speculative_config": drafter, "scheduler_cls": f"{SCHEDULERS}.TimedScheduler"}
+        return {**base, **WORKER, "speculative_config": drafter, "scheduler_cls": f"{SCHEDULERS}.TimedScheduler"}
     ours: dict[str, Any] = {"policy": "fixed:1", "cost": cost}
-    worker = {}
     if engine == FEATURES:
         ours["policies"] = [policy_of(method) for method in methods]
-        worker = {"worker_cls": "bpkit_vllm.FeatureWorker"}
     return {
         **base,
-        **worker,
+        **WORKER,
         "scheduler_cls": f"{SCHEDULERS}.TimedPolicyScheduler",
         "additional_config": {"bpkit": ours},
     }
