@@ -161,7 +161,7 @@ def vllm_summary(
     ] = None,
     policy: Annotated[str, typer.Option(help="That the headline is of.", metavar="NAME")] = "joint",
 ) -> None:
-    """Sum up what policies are worth inside vLLM, of several targets and drafters.
+    """Sum up what policies are worth inside vLLM.
 
     `bpkit --plugin recipes vllm-summary --run pair=pair.json --replay pair=pair_replay.json --json vllm.json`
     """
