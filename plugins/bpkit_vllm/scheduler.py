@@ -50,10 +50,10 @@ class _Decided(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        planned = [(rows, rows.truncate(self._features)) for rows in self.policies.active]
         for rows in self.policies.active:
             if rows.waiting:
                 rows.begin_late(self._features)
+        planned = [(rows, rows.truncate(self._features)) for rows in self.policies.active]
         self._added += time.perf_counter() - started
         output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
