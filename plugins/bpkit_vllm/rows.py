@@ -206,7 +206,9 @@ class PolicyRows:
     def forget(self, request_id: str) -> None:
         """A request ended: it will not begin or go on."""
         self.waiting.pop(request_id, None)
-        self.parked.pop(request_id, None)
+        parked = self.parked.pop(request_id, None)
+        if parked is not None:
+            self._end(parked[1], complete=False)
 
     def drop(self, request_id: str) -> None:
         """The row of a request that was given up leaves."""

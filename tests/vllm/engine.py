@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -56,7 +57,12 @@ class Engine:
         method: of `METHODS`, or None for plain decoding.
         bpkit: options as in `additional_config`, which name our scheduler; None leaves vLLM as it is.
         options: of `vllm.LLM`.
+
+    Attributes:
+        log: where a test has its steps written.
     """
+
+    log: Path
 
     def __init__(self, method: str | None = None, bpkit: dict[str, Any] | None = None, **options: Any) -> None:
         if method is not None:
@@ -121,6 +127,10 @@ class Engine:
             if name in found:
                 found[name] = int(metric.value)
         return found
+
+    def counter(self, name: str) -> int:
+        """One of vLLM's counters, since the engine started."""
+        return sum(int(metric.value) for metric in self.llm.get_metrics() if metric.name == name)
 
     def close(self) -> None:
         """Give back what it holds, so that another engine may start in this process."""
