@@ -134,20 +134,18 @@ def vllm_replay(
     from bpkit.cli.models import quiet_libraries
     from bpkit.trace.cost import read_cost
     from bpkit.trace.store.joined import open_trace
-    from recipes.vllm.replay import predictions
+    from recipes.vllm.measure import best_table
+    from recipes.vllm.replay import Simulated, predicted_runs, predictions
 
     check_writable(out, suffixes=(".json",))
     quiet_libraries()
-    first, *lines = runs.read_text(encoding="utf-8").splitlines()
+    first, *done = (json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines())
+    opened, used = open_trace(trace), {name for run in predicted_runs(done) for name in run["prompts"]}
+    prompts = {name: opened[place] for place, name in enumerate(opened.ids) if name in used}
+    per_row = first["plan"]["changing_per_row"]
+    engine = Simulated(prompts, opened.spec, read_cost(cost), per_row, best_table(done), max_tokens)
     with progress_bar() as bar:
-        found = predictions(
-            [json.loads(line) for line in lines],
-            json.loads(first)["plan"],
-            open_trace(trace),
-            read_cost(cost),
-            max_tokens,
-            bar.show,
-        )
+        found = predictions(done, engine, bar.show)
     write_json(out, {"command": portable(sys.argv[1:]), **found})
     say(f"wrote {out}")
     say(json.dumps(found["headline"], indent=2))

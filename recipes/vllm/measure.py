@@ -128,7 +128,7 @@ class Bench:
         """Tune the tables, then run all blocks that time allows. Raises ValueError, RuntimeError."""
         started, plan = time.monotonic(), self.plan
         blocks = [(repetition, load) for repetition in range(plan.repetitions) for load in plan.loads]
-        tuned = [f"concurrency:{rows}" for rows in plan.concurrency]
+        tuned = [f"concurrency:{rows}" for rows in plan.concurrency] if {TABLE, BATCH_TABLE} & {*plan.methods} else []
         self._all = len(tuned) * len(FIXED) + len(blocks) * len(plan.all_methods)
         with ExitStack() as self._resources:
             self._folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory()))

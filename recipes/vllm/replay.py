@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 from typing import Any
@@ -13,10 +14,11 @@ from bpkit.judge.load.figures import Window
 from bpkit.judge.load.setup import CHANGING, CONCURRENCY, LoadCase
 from bpkit.trace.cost import NamedCost
 from bpkit.trace.load import ChangingLoad, ClosedLoop
+from bpkit.trace.records import PromptTrace
 from bpkit.trace.server import ServerReplayer
-from bpkit.trace.store.joined import AnyTrace
+from bpkit.types import DecoderSpec
 from recipes.vllm.engines import FEATURES, PLAIN, TABLE, policy_of
-from recipes.vllm.measure import BATCH_TABLE, MEASURE, Run, batch_table, best_table, rate
+from recipes.vllm.measure import BATCH_TABLE, MEASURE, Run, batch_table, rate
 
 NO_FEATURES = {"joint": "joint:confidences=false"}
 """Policies that read features if they are there, as they decide in an engine without."""
@@ -24,44 +26,52 @@ SAME = 0.03
 """Two methods whose tokens/s differ by less than this share have no order."""
 
 
-def replayed_rate(
-    run: Run, plan: Mapping[str, Any], trace: AnyTrace, cost: NamedCost, table: Mapping[int, int], max_tokens: int
-) -> float:
+@dataclass(frozen=True)
+class Simulated:
+    """What stands for the engine and its requests.
+
+    Attributes:
+        prompts: of a trace, by their ids. spec: of its decoder.
+        changing_per_row: of the runs' plan. table: block sizes by concurrency, as tuned.
+        max_tokens: positions of a step.
+    """
+
+    prompts: Mapping[str, PromptTrace]
+    spec: DecoderSpec
+    cost: NamedCost
+    changing_per_row: int
+    table: Mapping[int, int]
+    max_tokens: int
+
+
+def replayed_rate(run: Run, engine: Simulated) -> float:
     """Tokens per second that a run is predicted to have. Raises ValueError if the trace lacks a prompt."""
-    lacking = sorted(set(run["prompts"]) - set(trace.ids))
-    if lacking:
-        raise ValueError(f"the trace lacks prompt {lacking[0]!r} and {len(lacking) - 1} others of the runs")
     used = sorted(set(run["prompts"]))
-    prompts = [trace[list(trace.ids).index(name)] for name in used]
-    places = [used.index(name) for name in run["prompts"]]
+    lacking = [name for name in used if name not in engine.prompts]
+    if lacking:
+        raise ValueError(f"the trace lacks {len(lacking)} prompt(s) of the runs, such as {lacking[0]!r}")
+    prompts, places = [engine.prompts[name] for name in used], [used.index(name) for name in run["prompts"]]
     levels = tuple(int(rows) for rows in run["load"].rpartition(":")[2].split("-"))
     closed = len(levels) == 1
-    load = ClosedLoop(levels[0]) if closed else ChangingLoad(levels, plan["changing_per_row"])
+    load = ClosedLoop(levels[0]) if closed else ChangingLoad(levels, engine.changing_per_row)
     policy = policy_of(run["method"]) or "fixed:1"
-    policy = batch_table(table) if policy == BATCH_TABLE else policy
+    policy = batch_table(engine.table) if policy == BATCH_TABLE else policy
     if not run["method"].endswith(FEATURES):
         policy = NO_FEATURES.get(policy, policy)
-    replayer = ServerReplayer(trace.spec, policy, cost, charges_decisions=True, max_tokens=max_tokens)
+    replayer = ServerReplayer(engine.spec, policy, engine.cost, charges_decisions=True, max_tokens=engine.max_tokens)
     served = replayer.serve(prompts, places, load)
     case = LoadCase(run["load"], CONCURRENCY if closed else CHANGING, max(levels), len(places))
     window = Window.of(case, served, prompts_cost=False)
     return window.tokens / window.seconds
 
 
-def predictions(
-    runs: Sequence[Run],
-    plan: Mapping[str, Any],
-    trace: AnyTrace,
-    cost: NamedCost,
-    max_tokens: int,
-    report: Callable[[str, int, int], None],
-) -> dict[str, Any]:
+def predictions(runs: Sequence[Run], engine: Simulated, report: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Predicted and measured tokens/s of each load and method, and how they agree. Raises ValueError."""
-    table, rates = best_table(runs), dict[str, dict[str, list[tuple[float, float]]]]()
-    chosen = [run for run in runs if run["phase"] == MEASURE and run["method"] not in (PLAIN, TABLE)]
+    rates: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    chosen = predicted_runs(runs)
     for place, run in enumerate(chosen):
         report(f"{run['load']}, {run['method']}", place, len(chosen))
-        predicted = replayed_rate(run, plan, trace, cost, table, max_tokens)
+        predicted = replayed_rate(run, engine)
         rates.setdefault(run["load"], {}).setdefault(run["method"], []).append((rate(run), predicted))
     loads = {load: _of_load(of) for load, of in rates.items()}
     every = [entry["error"] for of in loads.values() for entry in of["methods"].values()]
@@ -82,6 +92,11 @@ def predictions(
         },
         "loads": loads,
     }
+
+
+def predicted_runs(runs: Sequence[Run]) -> list[Run]:
+    """The runs that can be predicted: those whose drafts policies decide."""
+    return [run for run in runs if run["phase"] == MEASURE and run["method"] not in (PLAIN, TABLE)]
 
 
 def _of_load(rates: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
