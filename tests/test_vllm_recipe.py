@@ -126,7 +126,7 @@ def test_engines_differ_in_what_decides_alone() -> None:
     features = arguments(FEATURES, BASE, ["joint@features"], "c.json")
     assert features["additional_config"]["bpkit"]["policies"] == ["joint"]
     assert features["worker_cls"] == "bpkit_vllm.FeatureWorker"
-    assert "worker_cls" not in arguments(POLICIES, BASE, ["joint"], "c.json")
+    assert "policies" not in arguments(POLICIES, BASE, ["joint"], "c.json")["additional_config"]["bpkit"]
 
 
 def test_the_window_is_of_steps_in_which_all_rows_run() -> None:
@@ -137,7 +137,9 @@ def test_the_window_is_of_steps_in_which_all_rows_run() -> None:
 
 def test_a_replay_predicts_runs_that_took_what_the_costs_say_and_tells_others_apart() -> None:
     cost = PackedCost(passes={1: 0.01, 64: 0.05}, row=0.001, draft={2: 0.002, 64: 0.01})
-    prompts = {prompt.id: prompt for prompt in map(synthetic_prompt, range(6))}
+    prompts = {
+        prompt.id: prompt for prompt in (synthetic_prompt(i, block_sizes=(2, 3, 4, 5, 6, 7, 8)) for i in range(6))
+    }
     spec = DecoderSpec("target", "drafter", BLOCK_DIFFUSION, 8, 8, 8, 64)
     engine, runs = Simulated(prompts, spec, cost, 2, {}, 512), []
     for load in ("concurrency:2", "changing:1-2-1"):

@@ -23,6 +23,7 @@ from bpkit.trace.cost.table import Measured
 from bpkit.trace.load import ClosedLoop
 from bpkit_vllm.local_engine import LocalEngine
 from bpkit_vllm.options import KEY, EngineError
+from bpkit_vllm.refuse import WORKER
 from bpkit_vllm.versions import installed_version
 
 SCHEDULER = "bpkit_vllm.timed_scheduler.TimedPolicyScheduler"
@@ -104,6 +105,7 @@ def model_arguments(settings: EngineSettings) -> dict[str, Any]:
         "max_num_seqs": max(settings.concurrency),
         "enable_prefix_caching": False,  # prompts come again, and are read each time
         "async_scheduling": False,
+        "worker_cls": WORKER,  # DFlash drafts of vLLM on CPUs are right with it
         "seed": settings.seed,
     }
     if "speculative_config" not in settings.arguments:

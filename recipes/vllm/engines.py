@@ -48,7 +48,8 @@ def arguments(
         table: of vLLM's own: first and last batch size of a range, and its draft length.
     """
     if engine == PLAIN:
-        return {**without(base, "speculative_config"), "scheduler_cls": f"{SCHEDULERS}.TimedScheduler"}
+        plain = without(without(base, "speculative_config"), "worker_cls")
+        return {**plain, "scheduler_cls": f"{SCHEDULERS}.TimedScheduler"}
     if engine == TABLE:
         drafter = {**base["speculative_config"], "num_speculative_tokens_per_batch_size": table}
         return {**base, **WORKER, "speculative_config": drafter, "scheduler_cls": f"{SCHEDULERS}.TimedScheduler"}
