@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +174,8 @@ def test_what_an_engine_cannot_be_asked_is_refused_in_a_sentence(
     assert not out.exists()
 
 
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
-def test_an_engine_that_is_not_installed_is_named(tmp_path: Path) -> None:
+def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpkit_vllm.versions.DISTRIBUTIONS", ("vllm-of-nobody",))
     arguments = ["calibrate", "--engine", "vllm", "--drafter", "ngram", "--out", str(tmp_path / "cost.json")]
     result = CliRunner().invoke(main.build_app(), arguments)
     assert result.exit_code == 2

