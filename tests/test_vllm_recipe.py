@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,5 +153,6 @@ def test_a_replay_predicts_runs_that_took_what_the_costs_say_and_tells_others_ap
     assert of["fixed:3"]["error"] == pytest.approx(0, abs=0.03)  # decisions are charged as they are measured
     assert of["turbospec"]["error"] == pytest.approx(-0.2, abs=0.05)
     assert found["headline"]["pairs"] > 0
+    json.dumps(found)
     with pytest.raises(ValueError, match="of the runs, such as 'nobody'"):
         replayed_rate({**runs[0], "prompts": ["nobody"]}, engine)

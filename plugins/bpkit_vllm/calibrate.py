@@ -119,7 +119,8 @@ def _drafter(settings: EngineSettings) -> dict[str, Any]:
 
     most = None if settings.max_block_size is None else settings.max_block_size - 1
     if settings.drafter == "ngram":
-        return {"method": "ngram", "num_speculative_tokens": most or LONGEST_NGRAM_DRAFT}
+        lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}  # as bpkit's own n-grams
+        return {"method": "ngram", "num_speculative_tokens": most or LONGEST_NGRAM_DRAFT, **lookup}
     path = drafter_path(settings.drafter or "", settings.target or str(shipped("target")), "drafter")
     config, _ = PreTrainedConfig.get_config_dict(path)
     if not any("dflash" in name.lower() for name in config.get("architectures") or ()):

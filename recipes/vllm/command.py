@@ -74,7 +74,7 @@ def bench_vllm(
     check_writable(out, suffixes=(".json",))
     rows = tuple(parse_numbers(concurrency, "--concurrency", int, "1,4,16"))
     levels = tuple(parse_numbers(changing, "--changing", int, "1,4,16,4,1")) if changing else ()
-    on_cpu = {"dtype": "float32", "enforce_eager": True, "disable_log_stats": True}
+    on_cpu = {"dtype": "float32", "enforce_eager": True, "disable_log_stats": True, "max_num_batched_tokens": 2048}
     given = EngineSettings(
         target, drafter, {**on_cpu, **json.loads(engine_args)}, tuple(sorted({*rows, *levels})), seed=seed
     )

@@ -102,7 +102,7 @@ def predicted_runs(runs: Sequence[Run]) -> list[Run]:
 def _of_load(rates: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
     means = {method: np.exp(np.log(np.array(of)).mean(axis=0)) for method, of in rates.items()}
     differ = [
-        (means[a][0] - means[b][0]) * (means[a][1] - means[b][1]) > 0
+        bool((means[a][0] - means[b][0]) * (means[a][1] - means[b][1]) > 0)
         for a, b in combinations(means, 2)
         if abs(means[a][0] / means[b][0] - 1) >= SAME
     ]
