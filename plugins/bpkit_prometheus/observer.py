@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
     from bpkit_prometheus.metrics import Metrics
 
+Labels = tuple[str, str]
+Row = tuple[int, int, int, int]
+"""Tokens that were drafted, verified and accepted, and the source."""
+WAIT = 0.5
+"""Seconds for which the tokens of many rows may wait until they are counted, while any of them runs."""
 PHASES = ("draft", "verify", "policy", "rest")
 """Of a step's seconds."""
 
@@ -95,6 +102,9 @@ class Prometheus(Observer):
         self._one: Callable[..., Any] = cache(lambda metric, *labels: metric.labels(*labels))
         """The series of a metric with these labels, found quickly."""
         self._fallbacks: dict[int, int] = {}
+        """Of the generations that run."""
+        self._waiting: dict[Labels, list[tuple[Step, Sequence[int]]]] = {}
+        self._due = 0.0
         self._server: Any = None
         self._write()
         self.port = self._serve() if self.config.port is not None else None
@@ -105,12 +115,12 @@ class Prometheus(Observer):
 
     def record(self, request: ObservedRequest, record: Record) -> None:
         self.record_rows([request], record)
+        self._count_waiting()
 
     def record_rows(self, requests: Sequence[ObservedRequest], record: Record) -> None:
-        rows: dict[tuple[str, str], list[int]] = {}
+        rows: dict[Labels, list[int]] = {}
         for place, request in enumerate(requests):
             rows.setdefault((request.policy, request.drafter), []).append(place)
-            self._fallbacks[request.number] += record.fallbacks if isinstance(record, Step) else 0
         for labels, places in rows.items():
             near_ties = sum(record.near_ties[place] for place in places) if record.near_ties else 0
             self._one(self.metrics.near_ties, *labels).inc(near_ties)
@@ -119,49 +129,68 @@ class Prometheus(Observer):
                 self._one(self.metrics.prefill_seconds, *labels).inc(record.seconds.total)
             else:
                 self._count_step(labels, record, places)
+        if isinstance(record, Step) and record.fallbacks:
+            for request in requests:
+                self._fallbacks[request.number] += record.fallbacks
+        if time.monotonic() >= self._due:
+            self._count_waiting()
 
-    def _count_step(self, labels: tuple[str, str], step: Step, places: Sequence[int]) -> None:
+    def _count_step(self, labels: Labels, step: Step, places: Sequence[int]) -> None:
         metrics, seconds = self.metrics, step.seconds
-        self._count_tokens(labels, step, places)
-        self._one(metrics.steps, *labels).inc(len(places))
+        self._waiting.setdefault(labels, []).append((step, places))
         self._one(metrics.fallbacks, *labels).inc(step.fallbacks)
         self._one(metrics.decision, *labels).observe(seconds.policy)
         for phase in PHASES:
             self._one(metrics.step, *labels, phase).observe(getattr(seconds, phase))
 
-    def _count_tokens(self, labels: tuple[str, str], step: Step, places: Sequence[int]) -> None:
+    def _count_waiting(self) -> None:
+        """Count the tokens of steps that wait: at once they would take as long as deciding does."""
+        self._due = time.monotonic() + WAIT
+        waiting, self._waiting = self._waiting, {}
+        for labels, steps in waiting.items():
+            alike = Counter[Row]()
+            for step, places in steps:
+                columns = (step.draft_length, step.verify_length, step.num_accepted, step.source)
+                rows = list(zip(*(column.tolist() for column in columns), strict=True))
+                alike.update(rows if len(places) == len(rows) else [rows[place] for place in places])
+            self._count_tokens(labels, alike)
+
+    def _count_tokens(self, labels: Labels, alike: Mapping[Row, int]) -> None:
+        """Count rows of steps: how many there are of each kind."""
         metrics = self.metrics
-        columns = (step.draft_length, step.verify_length, step.num_accepted, step.source)
-        every = list(zip(*(column.tolist() for column in columns), strict=True))
-        rows = [every[place] for place in places]
-        of_a_step = (
-            (metrics.drafted, metrics.drafted_at),
-            (metrics.verified, metrics.verified_at),
-            (metrics.accepted, metrics.accepted_at),
-        )
-        for (total, by_position), lengths in zip(of_a_step, zip(*rows, strict=True), strict=False):
-            self._one(total, *labels).inc(sum(lengths))
+        for place, total, by_position in (
+            (0, metrics.drafted, metrics.drafted_at),
+            (1, metrics.verified, metrics.verified_at),
+            (2, metrics.accepted, metrics.accepted_at),
+        ):
+            lengths = Counter[int]()
+            for row, count in alike.items():
+                lengths[row[place]] += count
+            self._one(total, *labels).inc(sum(length * count for length, count in lengths.items()))
             for position, count in enumerate(_reaching(lengths), start=1):
                 self._one(by_position, *labels, position).inc(count)
-        self._one(metrics.tokens, *labels).inc(sum(accepted + 1 for _, _, accepted, _ in rows))
-
-        by_source: dict[int | str, list[tuple[int, ...]]] = {}
-        for row in rows:
-            by_source.setdefault(row[3] if row[0] else "none", []).append(row)
-        for by, of_it in by_source.items():
-            self._one(metrics.steps_by, *labels, by).inc(len(of_it))
-            self._one(metrics.verified_by, *labels, by).inc(sum(row[1] for row in of_it))
-            self._one(metrics.accepted_by, *labels, by).inc(sum(row[2] for row in of_it))
+        self._one(metrics.tokens, *labels).inc(
+            sum((accepted + 1) * count for (_, _, accepted, _), count in alike.items())
+        )
+        self._one(metrics.steps, *labels).inc(sum(alike.values()))
+        for (drafted, verified, accepted, source), count in alike.items():
+            by = source if drafted else "none"
+            self._one(metrics.steps_by, *labels, by).inc(count)
+            self._one(metrics.verified_by, *labels, by).inc(verified * count)
+            self._one(metrics.accepted_by, *labels, by).inc(accepted * count)
 
     def end(self, request: ObservedRequest, ending: Ending) -> None:
         labels = (request.policy, request.drafter)
         # Faults of the last `observe` and of `end` are in no step.
         late = ending.fallbacks - self._fallbacks.pop(request.number)
         self._one(self.metrics.fallbacks, *labels).inc(late)
+        if not self._fallbacks or time.monotonic() >= self._due:
+            self._count_waiting()
         self._one(self.metrics.requests, *labels, "complete" if ending.complete else "given_up").inc()
         self._write()
 
     def close(self) -> None:
+        self._count_waiting()
         if self._server is not None:
             server, thread = self._server
             server.shutdown()
@@ -193,13 +222,14 @@ class Prometheus(Observer):
         return int(self._server[0].server_port)
 
 
-def _reaching(lengths: Sequence[int]) -> list[int]:
+def _reaching(lengths: Mapping[int, int]) -> list[int]:
     """How many drafts have a token at each position, from the first to the last that any has.
 
-    >>> _reaching([3, 0, 1])
-    [2, 1, 1]
+    Args:
+        lengths: how many drafts there are of each length.
+
+    >>> _reaching({3: 1, 0: 5, 1: 2})
+    [3, 1, 1]
     """
-    ending = [0] * (max(lengths) + 1)
-    for length in lengths:
-        ending[length] += 1
-    return list(accumulate(reversed(ending[1:])))[::-1]
+    ending = [lengths.get(length, 0) for length in range(max(lengths), 0, -1)]
+    return list(accumulate(ending))[::-1]
