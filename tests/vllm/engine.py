@@ -74,9 +74,14 @@ class Engine:
             self.llm = LLM(TARGET, dtype="float32", enforce_eager=True, disable_log_stats=False, **given)
 
     @property
+    def core(self) -> Any:
+        """vLLM's `EngineCore`."""
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
     def scheduler(self) -> Any:
         """Ours, or vLLM's."""
-        return self.llm.llm_engine.engine_core.engine_core.scheduler
+        return self.core.scheduler
 
     def run(
         self,
