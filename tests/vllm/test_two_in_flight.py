@@ -148,7 +148,7 @@ def requests(
 @pytest.mark.filterwarnings("ignore::bpkit.decode.guard.PolicyFaultWarning")
 def test_every_request_has_its_text(made: Engine, in_flight: int, policy: Any) -> None:
     ours = scheduler(made, in_flight=in_flight)
-    decided = policy if isinstance(policy, str) else policy()
+    decided: Any = policy if isinstance(policy, str) else policy()
     ours.use(decided)
     worker, given = Worker(ours, in_flight), requests(made, 20, (None, None, "goodput"))
     abort = {"r3": 0, "r4": 1, "r9": 12}
