@@ -26,8 +26,8 @@ from bpkit.policy import Policy
 from bpkit.registry.resolve import parse_spec
 from bpkit.types import DecoderSpec, Record, Seconds, Step
 
-SUMMARY_SECONDS = 60.0
-"""Between two lines of a policy in the log."""
+SUMMARY_SECONDS, FIRST_SUMMARY = 60.0, 10.0
+"""Between two lines of a policy in the log, and before the first."""
 _EPSILON = 1e-5
 """Temperatures below it are greedy decoding to vLLM."""
 _FILES = "PROMETHEUS_MULTIPROC_DIR"
@@ -85,7 +85,7 @@ class Records:
         self.observers = Observers([_beside_vllm(observer) for observer in observers])
         self._rows: dict[int, _Row] = {}
         self._said: dict[str, tuple[int, int, float, int]] = {}
-        self._next_summary = time.monotonic() + SUMMARY_SECONDS
+        self._next_summary = time.monotonic() + FIRST_SUMMARY
 
     def begin(
         self,
@@ -160,7 +160,7 @@ class Records:
             self.observers.tell("end", row.request, ending)
 
     def summary(self, counters: Mapping[str, Counters], *, last: bool = False) -> None:
-        """Say what each policy decided since the last time, in vLLM's log, if that is a minute ago or it is the last.
+        """Say what each policy decided since the last time, in vLLM's log, if it is time for that or the last time.
 
         Args:
             counters: by the policy as it was written.

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from vllm import _custom_ops
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
@@ -23,6 +22,7 @@ from bpkit.decode.host import to_host
 from bpkit.types import OF_THE_ANCHOR, OF_THE_DISTRIBUTION, OF_THE_DRAFT, Feature
 from bpkit_vllm.features import ATTRIBUTE
 from bpkit_vllm.options import KEY, EngineError, read_options, wanted_features
+from bpkit_vllm.records import log
 from bpkit_vllm.refuse import FROM_WORKER, provided_features
 
 if current_platform.is_cpu():
@@ -30,7 +30,6 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
-logger = init_logger(__name__)
 OF_HIDDEN = frozenset({Feature.LAST_HIDDEN, Feature.PREFILL_HIDDEN})
 _WATCHED = ("propose", "_sample_draft_tokens", "_greedy_sample")
 """Methods of drafters, of which the second is replaced by one that does what the third does."""
@@ -104,7 +103,7 @@ def _mend_context_keys(drafter: Any) -> None:
 
     like = torch.ones(len(weights), 1, 1, weights.shape[1], dtype=weights.dtype, device=weights.device)
     if not torch.allclose(model._normalize_context_k(like), of_each_layer(like)):
-        logger.warning("bpkit: vLLM norms the DFlash drafter's context keys by the first layer's weights; mended")
+        log.warning("bpkit: vLLM norms the DFlash drafter's context keys by the first layer's weights; mended")
         model._normalize_context_k = of_each_layer
 
 
