@@ -15,7 +15,7 @@ from bpkit_vllm.options import REQUEST_KEY, EngineError, EngineOptions, Spec, wa
 from bpkit_vllm.records import Records
 from bpkit_vllm.refuse import check_policy, drafter_kind
 from bpkit_vllm.request_policy import check_named_by_request
-from bpkit_vllm.rows import PolicyRows
+from bpkit_vllm.rows import EngineRows
 
 MOST = 16
 """Policies with running requests at a time, beside those of the options."""
@@ -42,17 +42,17 @@ class EnginePolicies:
         self.config, self.options, self.provided = config, options, provided
         self.computed = provided & (wanted_features(options) | {Feature.DRAFT_TOKENS})
         self.spec, self.cost = decoder_spec(config), _cost_model(options.cost)
-        self.rows_of: dict[str, PolicyRows] = {}
+        self.rows_of: dict[str, EngineRows] = {}
         self.refused = 0
         self.records, self._numbers = Records(options.observers), count(1)
         self._warned: set[str] = set()
-        self._known: dict[str, PolicyRows] = {}
+        self._known: dict[str, EngineRows] = {}
         for spec in (*options.policies, options.policy):
             self.default = self._made(spec)
         self._kept = set(self._known)
 
     @property
-    def active(self) -> list[PolicyRows]:
+    def active(self) -> list[EngineRows]:
         return [rows for rows in self._known.values() if not rows.idle]
 
     def use(self, spec: Spec | Policy) -> None:
@@ -60,7 +60,7 @@ class EnginePolicies:
         self.default = self._made(spec)
         self._kept.add(self.default.text)
 
-    def _made(self, spec: Spec | Policy) -> PolicyRows:
+    def _made(self, spec: Spec | Policy) -> EngineRows:
         text = written(spec)
         if text not in self._known or isinstance(spec, Policy):
             policy = resolve_policy(spec)
@@ -72,7 +72,7 @@ class EnginePolicies:
                 )
             policy.bind(self.spec, self.cost)
             limit = self.options.max_decision_us
-            self._known[text] = PolicyRows(
+            self._known[text] = EngineRows(
                 text,
                 policy,
                 self.spec,
@@ -102,7 +102,7 @@ class EnginePolicies:
         arguments = getattr(request.sampling_params, "extra_args", None) or {}
         self.rows_of[request.request_id] = self._named(arguments.get(REQUEST_KEY))
 
-    def _named(self, text: Any) -> PolicyRows:
+    def _named(self, text: Any) -> EngineRows:
         if text is None:
             return self.default
         if text in self._known:

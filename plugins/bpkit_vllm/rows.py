@@ -62,11 +62,11 @@ class PlannedRows:
     draft_length: list[int]
 
 
-def timed(method: Callable[Concatenate[PolicyRows, P], R]) -> Callable[Concatenate[PolicyRows, P], R]:
+def timed(method: Callable[Concatenate[EngineRows, P], R]) -> Callable[Concatenate[EngineRows, P], R]:
     """Count the time of a method as that of decisions."""
 
     @wraps(method)
-    def measured(self: PolicyRows, *args: P.args, **kwargs: P.kwargs) -> R:
+    def measured(self: EngineRows, *args: P.args, **kwargs: P.kwargs) -> R:
         started = time.perf_counter()
         try:
             return method(self, *args, **kwargs)
@@ -76,7 +76,7 @@ def timed(method: Callable[Concatenate[PolicyRows, P], R]) -> Callable[Concatena
     return measured  # type: ignore[return-value]  # its first argument has a name
 
 
-class PolicyRows:
+class EngineRows:
     """Rows of one policy.
 
     Args:

@@ -15,7 +15,7 @@ from bpkit_vllm.features import StepFeatures
 from bpkit_vllm.options import read_options
 from bpkit_vllm.policies import EnginePolicies
 from bpkit_vllm.refuse import check_engine, provided_features
-from bpkit_vllm.rows import PlannedRows, PolicyRows
+from bpkit_vllm.rows import PlannedRows, EngineRows
 
 logger = init_logger(__name__)
 
@@ -36,7 +36,7 @@ class _Decided(Scheduler):
         provided = provided_features(self.vllm_config, is_async=is_async)
         self.policies = EnginePolicies(self.vllm_config, options, provided)
         self._features: StepFeatures | None = None
-        self._planned: dict[int, tuple[float, list[tuple[PolicyRows, PlannedRows]]]] = {}
+        self._planned: dict[int, tuple[float, list[tuple[EngineRows, PlannedRows]]]] = {}
         self._ended = 0.0
         self.decision_seconds: deque[float] = deque(maxlen=4096)
         """Of the last steps: all that is added to vLLM's own scheduling, policies included."""
@@ -69,9 +69,9 @@ class _Decided(Scheduler):
         self._added += time.perf_counter() - started
         super()._update_after_schedule(scheduler_output)
 
-    def _with_newcomers(self, scheduled: dict[str, int]) -> list[PolicyRows]:
+    def _with_newcomers(self, scheduled: dict[str, int]) -> list[EngineRows]:
         """The policies, after requests whose prompts end in this step began."""
-        new: dict[PolicyRows, list[Request]] = {}
+        new: dict[EngineRows, list[Request]] = {}
         for name, tokens in scheduled.items():
             rows = self.policies.rows_of[name]
             if name not in rows:
