@@ -70,4 +70,4 @@ class TimedPolicyScheduler(TimedScheduler, PolicyScheduler):
     @property
     def decided(self) -> float:
         """Seconds that policies took so far."""
-        return sum(rows.seconds for rows in self.policies.active)
+        return self.policies.seconds
