@@ -15,7 +15,7 @@ from bpkit_vllm.features import StepFeatures
 from bpkit_vllm.options import read_options
 from bpkit_vllm.policies import EnginePolicies
 from bpkit_vllm.refuse import check_engine, provided_features
-from bpkit_vllm.rows import PlannedRows, EngineRows
+from bpkit_vllm.rows import EngineRows, PlannedRows
 
 logger = init_logger(__name__)
 

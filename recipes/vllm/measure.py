@@ -145,7 +145,7 @@ class Bench:
                     self._block(MEASURE, repetition, load, plan.all_methods)
 
     def _close_engines(self) -> None:
-        """Let all begin anew: where its memory lies makes one faster than another, by some per cent."""
+        """Let all begin anew: where its memory lies makes an engine faster than another, by some per cent."""
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
@@ -179,7 +179,7 @@ class Bench:
             plan = self.plan
             methods = [method for method in plan.all_methods if engine_of(method) == name]
             given = arguments(name, plan.base, methods, plan.cost, vllm_table(self.table) if name == TABLE else ())
-            self._engines[name] = engine = EngineProcess(given, self._folder / name.strip("@"))
+            self._engines[name] = EngineProcess(given, self._folder / name.strip("@"))
             most = max(max(levels) for levels in plan.loads.values())
             prompts = (self.prompts["validation"] * most)[:most]
             for levels in ((1,), (most,)):
