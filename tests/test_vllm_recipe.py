@@ -17,13 +17,15 @@ from bpkit.trace.cost import PackedCost
 from bpkit.types import BLOCK_DIFFUSION, DecoderSpec
 from recipes.vllm import measure
 from recipes.vllm.engines import FEATURES, PLAIN, POLICIES, TABLE, arguments
-from recipes.vllm.measure import FIXED, MEASURE, TUNE, Bench, Plan, Run, RunFile, best_table
+from recipes.vllm.measure import FIXED, MEASURE, TUNE, Bench, BenchPlan, Run, RunFile, best_table
 from recipes.vllm.replay import Simulated, predictions, replayed_rate
 from recipes.vllm.summary import headline, summarise, texts_of
 from recipes.vllm.worker import window
 
 BASE: dict[str, Any] = {"model": "target", "speculative_config": {"method": "dflash", "num_speculative_tokens": 15}}
-PLAN = Plan(("plain", "joint"), BASE, "cost.json", (1, 32), (1, 4, 1), repetitions=2, options={"max_new_tokens": 8})
+PLAN = BenchPlan(
+    ("plain", "joint"), BASE, "cost.json", (1, 32), (1, 4, 1), repetitions=2, options={"max_new_tokens": 8}
+)
 PROMPTS = [
     Prompt(f"{split}-{i}", "maths", f"text {i}", split=split) for split in ("validation", "test") for i in range(9)
 ]
@@ -53,7 +55,7 @@ class FakeEngine:
         pass
 
 
-def bench(plan: Plan, file: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def bench(plan: BenchPlan, file: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     monkeypatch.setattr(measure, "EngineProcess", FakeEngine)
     runs = RunFile(file, plan.stated())
     Bench(plan, PROMPTS, runs, lambda *said: None).run()

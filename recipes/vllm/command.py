@@ -67,7 +67,7 @@ def bench_vllm(
     from bpkit.installation.machine import available_cores, cpu_name
     from bpkit.prompts import read_prompts
     from bpkit.trace.cost.engine import EngineSettings
-    from recipes.vllm.measure import Bench, Plan, RunFile, best_table
+    from recipes.vllm.measure import Bench, BenchPlan, RunFile, best_table
     from recipes.vllm.summary import SCHEMA_VERSION, summarise, texts_of
 
     check_installed()
@@ -78,7 +78,7 @@ def bench_vllm(
     given = EngineSettings(
         target, drafter, {**on_cpu, **json.loads(engine_args)}, tuple(sorted({*rows, *levels})), seed=seed
     )
-    plan = Plan(
+    plan = BenchPlan(
         methods=tuple(method or METHODS),
         base=model_arguments(given),
         cost=str(cost.absolute()),

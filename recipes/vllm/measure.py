@@ -30,7 +30,7 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What is run.
 
     Attributes:
@@ -117,7 +117,7 @@ class Bench:
         prompts: with splits `validation`, to tune tables on, and `test`.
     """
 
-    def __init__(self, plan: Plan, prompts: Sequence[Prompt], file: RunFile, report: Report) -> None:
+    def __init__(self, plan: BenchPlan, prompts: Sequence[Prompt], file: RunFile, report: Report) -> None:
         self.plan, self.file, self.report = plan, file, report
         self.prompts = {split: [p for p in prompts if p.split == split] for split in ("validation", "test")}
         self.table: dict[int, int] = {}
