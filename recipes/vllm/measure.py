@@ -139,13 +139,19 @@ class Bench:
             self.table = best_table(self.file.runs)
             for repetition, load in blocks:
                 if load == next(iter(plan.loads)):
-                    self._close_engines()
+                    self._restart(random.Random(f"{plan.seed} engines {repetition}"))
                 over = plan.minutes is not None and time.monotonic() - started > 60 * plan.minutes
                 if not over or repetition == 0:
                     self._block(MEASURE, repetition, load, plan.all_methods)
 
+    def _restart(self, rng: random.Random) -> None:
+        """Let all engines begin anew, in random order: the first to start may be slower, by some per cent, for good."""
+        self._close_engines()
+        names = sorted({engine_of(method) for method in self.plan.all_methods})
+        for name in rng.sample(names, len(names)):
+            self._engine(name)
+
     def _close_engines(self) -> None:
-        """Let all begin anew: where its memory lies makes an engine faster than another, by some per cent."""
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
