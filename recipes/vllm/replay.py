@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from bpkit.judge.load.figures import Window
-from bpkit.judge.load.setup import CHANGING, CONCURRENCY, LoadCase
 from bpkit.trace.cost import NamedCost
 from bpkit.trace.load import ChangingLoad, ClosedLoop
 from bpkit.trace.records import PromptTrace
@@ -60,9 +58,11 @@ def replayed_rate(run: Run, engine: Simulated) -> float:
         policy = NO_FEATURES.get(policy, policy)
     replayer = ServerReplayer(engine.spec, policy, engine.cost, charges_decisions=True, max_tokens=engine.max_tokens)
     served = replayer.serve(prompts, places, load)
-    case = LoadCase(run["load"], CONCURRENCY if closed else CHANGING, max(levels), len(places))
-    window = Window.of(case, served, prompts_cost=False)
-    return window.tokens / window.seconds
+    # As runs are measured: from the step after that in which the last row's prompt was read.
+    full = closed and served.full > served.filled + 1
+    begin, end = (served.filled + 1, served.full) if full else (0, len(served.time))
+    seconds = served.time[end - 1] - (served.time[begin - 1] if begin else 0.0)
+    return float(served.tokens[begin:end].sum() / seconds)
 
 
 def predictions(runs: Sequence[Run], engine: Simulated, report: Callable[[str, int, int], None]) -> dict[str, Any]:
