@@ -32,6 +32,12 @@ _vllm = find_spec("vllm")
 collect_ignore = [] if _vllm and _vllm.origin else ["vllm"]
 
 torch.set_num_threads(1)
+# Each process of a parallel run has a core of its own: models of tests, and of programs that they start, would run on
+# all cores otherwise and wait for each other.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if _worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker[2:]) % len(_cores)]})
 # Tables are as wide as for a file, wherever the tests run: several processes inherit the terminal's width.
 os.environ.pop("COLUMNS", None)
 

@@ -20,7 +20,7 @@ from bpkit.trace.load import ChangingLoad, ClosedLoop, Load, PoissonLoad
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.server import Served, ServerReplayer
 from bpkit.types import DecoderSpec, Feature, Record, Step
-from tests.test_replay import OF_THE_CONTEXT, drafters, fitting, made
+from tests.test_replay import OF_THE_CONTEXT, OF_THE_SHIPPED_PAIR, drafters, fitting, made
 
 if TYPE_CHECKING:
     from tests.conftest import ShippedPair
@@ -121,8 +121,8 @@ def test_a_server_is_live_decoding_of_eight_rows_on_the_shipped_pair(shipped: Sh
     options = TraceOptions(tuple(range(2, 17)), 24, {"temperature": 0.0}, None, OF_THE_CONTEXT | {Feature.DRAFT_HIDDEN})
     tracer = Tracer(decoder, options)
     traces = [tracer.trace(i, prompt) for i, prompt in enumerate(choose_prompts(None, [], 3))]
-    policies = fitting(decoder, [*registry().policies, "forecast:truncate=true"])
-    assert {"forecast", "specdecpp"} <= set(policies)
+    policies = fitting(decoder, OF_THE_SHIPPED_PAIR)
+    assert policies == OF_THE_SHIPPED_PAIR
     for policy in policies:
         assert check(decoder, policy, traces, options, rows=8) > 0
 

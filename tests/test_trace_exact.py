@@ -92,9 +92,12 @@ def test_every_draft_of_a_tiny_pair_is_what_the_live_decoder_drafts(pair: TinyPa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["greedy", "sampled"])
 @pytest.mark.parametrize(
-    "text", ["Question: A pen costs $2. How much do 7 pens cost?\nAnswer:", '{"id": 1, "name": "Ada"}\n']
+    ("setting", "text"),
+    [
+        ("greedy", "Question: A pen costs $2. How much do 7 pens cost?\nAnswer:"),
+        ("sampled", '{"id": 1, "name": "Ada"}\n'),
+    ],
 )
 def test_every_draft_of_the_shipped_pair_is_what_the_live_decoder_drafts(
     shipped: ShippedPair, setting: str, text: str
