@@ -20,6 +20,7 @@ from bpkit_vllm.rows import EngineRows, PlannedRows
 logger = init_logger(__name__)
 
 RUNNING = RequestStatus.RUNNING
+NO_ROWS = PlannedRows([], [], [])
 
 
 class _Decided(Scheduler):
@@ -89,8 +90,9 @@ class _Decided(Scheduler):
         begun, planned = self._planned.pop(id(scheduler_output), (now, []))
         seconds, self._ended = now - max(begun, self._ended), now
         verified, scheduled = scheduler_output.scheduled_spec_decode_tokens, scheduler_output.num_scheduled_tokens
-        for rows, plan in planned:
-            rows.observe(plan, scheduled, verified, seconds)
+        plans = dict(planned)
+        for rows in self.policies.active:  # those that began in this step included, which may have ended in it
+            rows.observe(plans.get(rows, NO_ROWS), scheduled, verified, seconds)
             ended = [place for place, request in enumerate(rows.requests) if request.status != RUNNING]
             if ended:
                 rows.leave(ended)

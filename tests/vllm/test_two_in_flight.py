@@ -213,3 +213,15 @@ def test_a_length_is_chosen_so_many_steps_before_what_it_follows_from_is_known(
     assert said[0] == "begin"
     before = said.index("observe")
     assert said[1:before] == ["select"] * (lag + 1)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_request_of_one_token_ends_with_its_step(made: Engine, in_flight: int) -> None:
+    ours, policy = scheduler(made, in_flight=in_flight), Unruly()
+    ours.use(policy)
+    found = Worker(ours, in_flight).serve(requests(made, 3, tokens=5)[:1] + requests(made, 5, tokens=5)[4:], {})
+    assert [len(text) for text in found.values()] == [5, 1]
+    ours.use("fixed:4")
+    alone = requests(made, 5, tokens=5)[4:]
+    assert len(Worker(ours, in_flight).serve(alone, {})["r4"]) == 1
+    nothing_left(ours)
