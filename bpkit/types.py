@@ -7,6 +7,7 @@ Every tensor carries a leading batch axis: row *i* is request *i*. Terms (one me
 - *draft_length*: proposed tokens, `block_size - 1` or fewer.
 - *num_accepted*: 0 .. draft_length, without the last token of the step.
 - *acceptance_length*: `num_accepted + 1`, the tokens that a step yields.
+- *node*: one drafted token of a tree; a draft without branches is a chain, and `num_accepted` is a depth in both.
 - *source*: where a draft comes from, one of the decoder's drafters, by its place among them, from 0.
 """
 
@@ -443,6 +444,12 @@ class Draft:
             was not asked.
         read: decided positions that sources read before they drafted, by source, for the runtime.
         source: that was asked, int64 [batch]; by default source 0. Features that a row's source does not have are NaN.
+        parents: of a tree the token that each follows, by its place in the draft, which is before its own; -1 is the
+            anchor. int64 [batch, draft_length]; None where drafts are chains. Tokens of a tree are ordered best first.
+        chances: of a tree, that each token is the target's where its parent stands, as far as the drafter can tell:
+            by its scores and, at temperatures above 0, the noise that it shares with the target. Float32
+            [batch, draft_length], not calibrated; NaN of sources that draft chains; None where all drafts are chains.
+        nodes: which of a tree are verified, for the runtime.
     """
 
     context: Context
@@ -454,6 +461,9 @@ class Draft:
     predictions: Mapping[str, Tensor] | None = None
     read: Mapping[int, int] = field(default_factory=dict)
     source: Tensor = None  # type: ignore[assignment]
+    parents: Tensor | None = None
+    chances: Tensor | None = None
+    nodes: Any = None
 
     def __post_init__(self) -> None:
         if self.source is None:
@@ -476,6 +486,8 @@ class Draft:
             logits=None if self.logits is None else self.logits[:, :count],
             features=cut(self.features),
             predictions=None if self.predictions is None else cut(self.predictions),
+            parents=None if self.parents is None else self.parents[:, :count],
+            chances=None if self.chances is None else self.chances[:, :count],
         )
 
     def __getitem__(self, name: Feature | str) -> Tensor:
@@ -546,6 +558,8 @@ class Step:
         offer_agreed: where the policy wants to know what sources offer: of each free source's offer before the step,
             whether it was asked or not, the tokens from the first on that the step yields as well; -1 of other
             sources. int64 [batch, sources], else None.
+        path: of drafts that are trees the tokens that stand, by their places in the draft: int64 [batch, width], of
+            each row `num_accepted`, and -1 behind them. None where drafts are chains.
     """
 
     block_size: Tensor
@@ -561,6 +575,7 @@ class Step:
     stopped: tuple[bool, ...] = ()
     source: Tensor = None  # type: ignore[assignment]
     offer_agreed: Tensor | None = None
+    path: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.source is None:
@@ -569,8 +584,9 @@ class Step:
     def clone(self) -> Step:
         """A copy with tensors of its own."""
         agreed = None if self.offer_agreed is None else self.offer_agreed.clone()
+        path = None if self.path is None else self.path.clone()
         own = {name: getattr(self, name).clone() for name in _COUNTS}
-        return replace(self, tokens=self.tokens.clone(), offer_agreed=agreed, **own)
+        return replace(self, tokens=self.tokens.clone(), offer_agreed=agreed, path=path, **own)
 
     def row(self, place: int) -> Step:
         """The record of one row, of whom the time and the faults are all rows'."""
@@ -589,6 +605,7 @@ class Step:
             row_ids=row_ids,
             stopped=stopped,
             offer_agreed=None if self.offer_agreed is None else self.offer_agreed[at],
+            path=None if self.path is None else self.path[at, : int(self.num_accepted[place])],
         )
 
     @property

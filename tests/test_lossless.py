@@ -119,6 +119,7 @@ POLICIES: tuple[PolicyLike, ...] = (
     "joint",
     "joint:confidences=false,slope=0.2",
     "adaptive_verification:signal=probability,fit_every=2,first_fits=1",
+    "tree",
 )
 FOR_THE_SHIPPED_PAIR: tuple[PolicyLike, ...] = (
     "forecast",

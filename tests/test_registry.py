@@ -64,6 +64,7 @@ BUILT_IN = {
     "svip",
     "tapout",
     "threshold",
+    "tree",
     "turbospec",
     "ucb",
 }

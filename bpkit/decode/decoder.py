@@ -46,7 +46,7 @@ from bpkit.decode.resolve_drafter import resolve_drafters
 from bpkit.decode.result import Generation, Piece, Run, RunMany, Running
 from bpkit.decode.rows import Rows, Shared
 from bpkit.decode.sampling import Samplers
-from bpkit.decode.serving import session_class
+from bpkit.decode.serving import refuse_branches, session_class
 from bpkit.decode.sources import SourceSessions, source_spec, sources_of
 from bpkit.decode.streaming import TextPieces
 from bpkit.decode.text import RunningText
@@ -124,6 +124,7 @@ class SpeculativeDecoder:
         refuse_virtual_tokens(target)
         self.drafter_device = elsewhere(drafter_device, input_device(self.model))
         self.drafter: Drafter = resolve_drafters(drafter, self.model, self.drafter_device)
+        refuse_branches(self.drafter, self.model, rule)
         use_products(products, self.model, *(getattr(source, "model", None) for source in sources_of(self.drafter)))
         self.products = products
         self.tokenizer, self.rule, self.streamer, self.strict = tokenizer, rule, streamer, strict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RowText, RunningText, padded
+from bpkit.decode.trees import chain
 from bpkit.types import DraftWork, Feature
 
 
@@ -25,6 +26,10 @@ class Proposal:
         counts: tokens of each row, at most its block_size - 1.
         read: decided positions that the drafter read before it drafted, of the row that had most; 0 without a model.
         features: what policies may see of it, where that is known already (in replay); else it is computed.
+        parents: of a tree, as in `Draft`, on the host; None of a chain. Children of one node are different tokens.
+        chances: as in `Draft`, on the host.
+        places: of a tree, which of the positions of `scores` and `hidden` each token is drawn from, int64 [rows, width]
+            on their device; None where position and token are one.
     """
 
     tokens: Tensor
@@ -33,6 +38,31 @@ class Proposal:
     counts: Sequence[int]
     read: int = 0
     features: Mapping[Feature, Tensor] | None = None
+    parents: Tensor | None = None
+    chances: Tensor | None = None
+    places: Tensor | None = None
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Of values of positions, [rows, positions, ...], those of the tokens: [rows, width, ...]."""
+        if self.places is None:
+            return values
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        return values[rows, self.places]
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """Of values of positions and words, [rows, positions, vocab], those of the tokens: [rows, width]."""
+        if self.places is None:
+            return values.gather(-1, self.tokens[..., None])[..., 0]
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        return values[rows, self.places, self.tokens]
+
+    def as_tree(self) -> Proposal:
+        """The same with parents."""
+        if self.parents is not None:
+            return self
+        rows, width = self.tokens.shape
+        places = torch.arange(width, device=self.tokens.device).expand(rows, width)
+        return replace(self, parents=chain(width, rows), chances=torch.full((rows, width), torch.nan), places=places)
 
     def after(self, count: int) -> Proposal:
         """Without the first `count` tokens of each row."""
@@ -45,6 +75,7 @@ class Proposal:
             [max(0, row - count) for row in self.counts],
             self.read,
             None if self.features is None else {name: value[:, count:] for name, value in self.features.items()},
+            *(None if value is None else value[:, count:] for value in (self.parents, self.chances, self.places)),
         )
 
 
@@ -184,6 +215,8 @@ def side_by_side(made: Sequence[Proposal | None]) -> Proposal:
 
     tokens = of([proposal.tokens for proposal in each])
     assert tokens is not None
+    if any(proposal.parents is not None for proposal in each):
+        each = [proposal.as_tree() for proposal in each]
     features = None
     if like.features is not None:
         parts = {name: of([(one.features or {})[name] for one in each]) for name in like.features}
@@ -195,6 +228,7 @@ def side_by_side(made: Sequence[Proposal | None]) -> Proposal:
         [proposal.counts[0] for proposal in each],
         max(proposal.read for proposal in each),
         features,
+        *(of([getattr(proposal, name) for proposal in each]) for name in ("parents", "chances", "places")),
     )
 
 
@@ -242,6 +276,9 @@ class Drafter(Protocol):
 
     A drafter that may use what the target holds of the rows has `begin_beside(text, target)`, which is called instead
     of `begin` with the target's session, where that has one whose passes are not captured.
+
+    A drafter whose drafts may be trees has `branches`, the most children that a node of them has; 1 without one. Its
+    proposals then have `parents`, and its `max_block_size` counts nodes.
 
     A drafter that holds several sources lists them as `sources`; see `bpkit.decode.sources`.
     """

@@ -21,14 +21,14 @@ def draft_features(proposal: Proposal, wants: frozenset[Feature]) -> dict[Featur
     if Feature.DRAFT_TOKENS in wants:
         features[Feature.DRAFT_TOKENS] = proposal.tokens
     if Feature.DRAFT_HIDDEN in wants and proposal.hidden is not None:
-        features[Feature.DRAFT_HIDDEN] = proposal.hidden
+        features[Feature.DRAFT_HIDDEN] = proposal.of_tokens(proposal.hidden)
     if proposal.scores is not None and wants & {Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY}:
         log_p = proposal.scores.log_softmax(dim=-1)
         if Feature.DRAFT_PROBABILITY in wants:
-            features[Feature.DRAFT_PROBABILITY] = log_p.gather(-1, proposal.tokens[..., None])[..., 0].exp()
+            features[Feature.DRAFT_PROBABILITY] = proposal.at_tokens(log_p).exp()
         if Feature.DRAFT_ENTROPY in wants:
             # Tokens that a processor ruled out have log p = -inf and no share in the entropy.
-            features[Feature.DRAFT_ENTROPY] = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(dim=-1)
+            features[Feature.DRAFT_ENTROPY] = proposal.of_tokens(-(log_p.exp() * log_p.clamp(min=-1e30)).sum(dim=-1))
     return features
 
 
@@ -47,11 +47,11 @@ def target_features(
         first: whether it was prefill.
         embed: the target's embedding.
     """
-    place = verdict.num_accepted
+    place = verdict.last_column
     if output.known is not None:
         return {name: _at(value, place) for name, value in output.known.items() if name in wants}
     features: dict[Feature, Tensor] = {}
-    anchor = _at(verdict.tokens, place)
+    anchor = _at(verdict.tokens, verdict.num_accepted)
     if output.last_hidden is not None:
         if Feature.LAST_HIDDEN in wants:
             features[Feature.LAST_HIDDEN] = _at(output.last_hidden, place)

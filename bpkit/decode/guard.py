@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bpkit.decode.host import to_host
+from bpkit.decode.trees import closed
 from bpkit.policy import Policy, PolicyError, State, overrides
 from bpkit.types import Context, DecoderSpec, Draft, Feature, Plan, Step
 
@@ -211,16 +212,45 @@ class GuardedPolicy:
             ]
         return kept
 
+    def keep_nodes(self, draft: Draft) -> list[list[int]]:
+        """Tokens of trees to verify, of each row, ascending, none without its parent."""
+        lengths: list[int] = draft.draft_length.tolist()
+        if not self.truncates or not any(lengths):
+            return [list(range(length)) for length in lengths]
+        assert draft.parents is not None
+        parents = draft.parents.tolist()
+        first, mask = self._asked(draft, lengths)
+        return [list(range(keeps)) for keeps in first] if mask is None else self._closed(mask, parents)
+
     def _truncate(self, draft: Draft, lengths: list[int]) -> list[int]:
-        length = draft.draft_length
+        first, mask = self._asked(draft, lengths)
+        if mask is None:
+            return first
+        return [len(nodes) for nodes in self._closed(mask, [range(-1, length - 1) for length in lengths])]
+
+    def _asked(self, draft: Draft, lengths: list[int]) -> tuple[list[int], list[list[bool]] | None]:
+        """What `truncate` answers: how many of the first tokens of each row it keeps; or, by a mask, which."""
+        length, mask = draft.draft_length, None
         draft.draft_length = length.clone()  # the policy may write to what it is handed
         try:
-            widths = decision("truncate", self.policy.truncate(self.state, draft), lengths)
+            answer = self.policy.truncate(self.state, draft)
+            if isinstance(answer, Tensor) and answer.ndim == 2:
+                mask, first = kept_tokens(answer, lengths, draft.tokens.shape[1]), lengths
+            else:
+                first = decision("truncate", answer, lengths)
         except Exception as error:
             self._mend("truncate", error, "the whole draft")
-            widths = lengths
+            first = lengths
         draft.draft_length = length
-        return widths
+        return first, mask
+
+    def _closed(self, mask: Sequence[Sequence[bool]], parents: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Of the tokens that a mask keeps those of whose ancestors it keeps all."""
+        found = [closed(*row) for row in zip(mask, parents, strict=True)]
+        if any(sum(kept) > len(nodes) for kept, nodes in zip(mask, found, strict=True)):
+            fault = OutOfRange("it keeps tokens without those before them on their paths")
+            self._mend("truncate", fault, "those whose ancestors are all kept")
+        return found
 
     def extend(self, draft: Draft) -> list[bool]:
         """Which rows an autoregressive drafter goes on with."""
@@ -294,6 +324,21 @@ def kind_of(value: object) -> str:
         return "None"
     name = type(value).__name__
     return f"a{'n' if name[0].lower() in 'aeiou' else ''} {name}"
+
+
+def kept_tokens(answer: Tensor, lengths: Sequence[int], width: int) -> list[list[bool]]:
+    """Whether each drafted token is kept, by a mask [batch, width], of each row without its padding.
+
+    Raises:
+        PolicyFault: it is no such mask.
+    """
+    if answer.dtype != torch.bool or answer.shape != (len(lengths), width):
+        raise PolicyFault(
+            f"it returned {answer.dtype} {list(answer.shape)}, neither int64 [{len(lengths)}] nor a mask, bool "
+            f"[{len(lengths)}, {width}]"
+        )
+    mask: list[list[bool]] = to_host([answer])[0].tolist()
+    return [row[:length] for row, length in zip(mask, lengths, strict=True)]
 
 
 def decision(method: str, answer: Any, most: Sequence[int]) -> list[int]:

@@ -51,8 +51,7 @@ def begin(rows: Rows, policy: GuardedPolicy, output: TargetOutput, features: lis
 def step(rows: Rows, policy: GuardedPolicy) -> Step:
     """One turn of all rows."""
     assert rows.context is not None
-    draft = rows.draft(*policy.select(rows.offered(rows.context)))
-    width = rows.width(draft, policy.truncate(draft))
+    draft, width = rows.cut(rows.draft(*policy.select(rows.offered(rows.context))), policy)
     output = rows.verify(draft, width)
     decided = rows.settle(output, rows.rule.verify(output.logits, draft, width), width)
     rows.advance(output, draft, decided, width)

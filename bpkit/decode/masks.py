@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bpkit.decode.trees import Tree
+
 
 def causal(places: Tensor, first: int, end: int, window: int | None = None) -> Tensor:
     """Each query sees the keys up to its own place, the last `window` of them if there is a window.
@@ -24,6 +26,28 @@ def causal(places: Tensor, first: int, end: int, window: int | None = None) -> T
     if window is not None:
         seen = seen & (keys > queries - window)
     return seen
+
+
+def of_trees(held: Tensor, tree: Tree, first: int, end: int, window: int | None = None) -> Tensor:
+    """Each node sees what its row held before the pass, the anchor and the nodes of its own path.
+
+    Where there is a window it is one of positions in the text, of which siblings have the same.
+
+    Args:
+        held: tokens of each row before the pass, whose first column comes after them, int64 [rows, 1].
+        first, end: as in `causal`.
+
+    Returns:
+        bool [rows, 1, columns, keys], True where a query sees a key.
+    """
+    keys, width = torch.arange(first, end, device=held.device), tree.depth.shape[1]
+    column = keys - held
+    inside, own = (column >= 0) & (column < width), column.clamp(0, width - 1)
+    seen = tree.above.gather(2, own[:, None].expand(-1, width, -1)) & inside[:, None] | (column < 0)[:, None]
+    if window is not None:
+        places = torch.where(inside, held + tree.depth.gather(1, own), keys)
+        seen &= places[:, None] > (held + tree.depth)[..., None] - window
+    return seen[:, None]
 
 
 def added(seen: Tensor, dtype: torch.dtype) -> Tensor:

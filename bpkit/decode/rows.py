@@ -18,6 +18,7 @@ from bpkit.decode.request import Request
 from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText, counts, to_device
 from bpkit.decode.timing import Stopwatch, TimedDrafter
+from bpkit.decode.trees import VerifiedNodes
 from bpkit.decode.verify import Verdict, VerifyRule
 from bpkit.types import (
     OF_PREFILL,
@@ -46,7 +47,8 @@ class Decided:
         near_ties: among the tokens.
         stopped: whether generation ends.
         context: of the draft that comes next.
-        passed: tokens of the target at verified positions behind those of each row.
+        passed: tokens of the target at verified positions behind those of each row; of trees none.
+        columns: of trees those of the pass that stand, anchors first; None of chains.
     """
 
     tokens: Tensor
@@ -56,6 +58,7 @@ class Decided:
     stopped: tuple[bool, ...]
     context: Context
     passed: list[list[int]]
+    columns: list[list[int]] | None = None
 
 
 @dataclass
@@ -167,9 +170,11 @@ class Rows:
         if wants - OF_THE_DRAFT - OF_THE_SOURCES:
             features = target_features(output, verdict, wants, first=first, embed=self.target.embed)
             predictions = self.policy.predict(features)
-        (tokens, accepted, near_tie), features, predictions = to_host_with(verdict, features, predictions)
-        verified = [row[: count + 1] for row, count in zip(tokens.tolist(), width, strict=True)]
-        chosen = [row[: stands + 1] for row, stands in zip(verified, accepted.tolist(), strict=True)]
+        decided = [part for part in verdict if part is not None]
+        (tokens, accepted, near_tie, *path), features, predictions = to_host_with(decided, features, predictions)
+        stands = accepted.tolist()
+        verified = [row[: count + 1] for row, count in zip(tokens.tolist(), stands if path else width, strict=True)]
+        chosen = [row[: count + 1] for row, count in zip(verified, stands, strict=True)]
         passed = [row[len(own) :] for row, own in zip(verified, chosen, strict=True)]
         ends = [request.cut(row) for request, row in zip(self.requests, chosen, strict=True)]
         chosen = [row[:count] for row, (count, _) in zip(chosen, ends, strict=True)]
@@ -186,7 +191,8 @@ class Rows:
         widest = max(map(len, chosen))
         ties = tuple(sum(row[:count]) for row, (count, _) in zip(near_tie.tolist(), ends, strict=True))
         num_accepted = [len(row) - 1 for row in chosen]
-        return Decided(tokens[:, :widest], position, num_accepted, ties, stopped, context, passed)
+        columns = [row[: len(own)] for row, own in zip(path[0].tolist(), chosen, strict=True)] if path else None
+        return Decided(tokens[:, :widest], position, num_accepted, ties, stopped, context, passed, columns)
 
     def _counted(self) -> Context:
         """Counts of the texts as they are."""
@@ -225,7 +231,7 @@ class Rows:
         proposed.add(proposal.after(proposed.width))
         draft = proposed.draft()
         draft.tokens, draft.logits = proposal.tokens.to(device), proposal.scores
-        draft.read = self.drafter.read
+        draft.read, draft.parents, draft.chances = self.drafter.read, proposal.parents, proposal.chances
         return draft
 
     def no_draft(self) -> Draft:
@@ -233,29 +239,50 @@ class Rows:
         context = self.context or self._counted()
         return Draft(context, context.full(1), context.full(0), self.text.anchor[:, :0])
 
-    def width(self, draft: Draft, verify_length: Sequence[int]) -> list[int]:
-        """Drafted tokens to verify: what the policy keeps, capped to what may still be generated, and read."""
+    def cut(self, draft: Draft, policy: GuardedPolicy) -> tuple[Draft, list[int]]:
+        """The draft without the nodes of trees that are not verified, and the tokens of each row that are.
+
+        It is what the policy keeps, capped to what may still be generated, and read.
+        """
+        if draft.parents is None:
+            return draft, [*map(min, policy.truncate(draft), self._deepest())]
+        parents, device = draft.parents.tolist(), draft.tokens.device
+        nodes = VerifiedNodes.of(parents, policy.keep_nodes(draft), self._deepest(), device)
+        return replace(draft, tokens=nodes.tokens(draft.tokens), nodes=nodes), [len(row) for row in nodes.places]
+
+    def _deepest(self) -> list[int]:
+        """Drafted tokens of each row, one after the other, that may be verified."""
         positions = self.target.positions
-        widths = []
-        for row, keeps in zip(self.text.rows, verify_length, strict=True):
+        deepest = []
+        for row in self.text.rows:
             # A step yields one token more than it verifies.
             most = row.max_length - row.length - 1
             if positions is not None:  # where plain decoding may end before it comes to the last one
                 most = max(0, min(most, positions - row.length))
-            widths.append(min(keeps, most))
-        return widths
+            deepest.append(most)
+        return deepest
 
     def verify(self, draft: Draft, width: Sequence[int]) -> TargetOutput:
         """The target's pass over anchors and drafted tokens, so many of each row."""
         tokens = torch.cat([self.text.anchor, draft.tokens[:, : max(width)]], dim=1)
+        if draft.nodes is not None and draft.nodes.tree is not None:
+            reading: Any = self.target  # of a decoder that takes drafters with branches, so of a kind that reads them
+            output: TargetOutput = reading.verify_trees(tokens, draft.nodes.tree)
+            return output
         return self.target.verify(tokens, [count + 1 for count in width])
 
     def advance(self, output: TargetOutput, draft: Draft, decided: Decided, width: Sequence[int]) -> None:
         """Drop what was rejected from what the target holds, and show the drafter what stands."""
-        self.target.rollback([count - stands for count, stands in zip(width, decided.num_accepted, strict=True)])
+        if decided.columns is None:
+            self.target.rollback([count - stands for count, stands in zip(width, decided.num_accepted, strict=True)])
+            features = output.features_of([stands + 1 for stands in decided.num_accepted])
+        else:
+            reading: Any = self.target
+            reading.accept([count + 1 for count in width], decided.columns)
+            features = output.features_at(decided.columns)
         self.drafter.verified(draft.source.tolist(), width, decided.num_accepted)
         self.drafter.passed(decided.passed)
-        self.drafter.advance(output.features_of([stands + 1 for stands in decided.num_accepted]))
+        self.drafter.advance(features)
 
     # Records
 
@@ -280,7 +307,16 @@ class Rows:
             stopped=decided.stopped,
             source=draft.source,
             offer_agreed=self.drafter.agreed([row.newest for row in self.text.rows]),
+            path=None if draft.nodes is None else self._path(draft.nodes.places, decided),
         )
+
+    @staticmethod
+    def _path(places: Sequence[Sequence[int]], decided: Decided) -> Tensor:
+        """Of drafted trees the tokens that stand; see `Step.path`."""
+        columns = decided.columns or [list(range(stands + 1)) for stands in decided.num_accepted]
+        paths = [[own[column - 1] for column in row[1:]] for own, row in zip(places, columns, strict=True)]
+        widest = max(map(len, paths))
+        return torch.tensor([[*path, *[-1] * (widest - len(path))] for path in paths], dtype=torch.long)
 
     @property
     def row_ids(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.rollback import PREFIX_FREE, Rollback
 from bpkit.decode.text import RowText
+from bpkit.decode.trees import Tree
 
 
 class Processors:
@@ -160,6 +161,16 @@ class Samplers:
                 scores[place, :count] += row.noise.at(position[place], count)
         return scores
 
+    def noisy_at(self, scores: Tensor, position: Sequence[int], tree: Tree) -> Tensor:
+        """The same for columns of trees, each with the noise of its depth after output index `position`."""
+        if self.greedy:
+            return scores
+        scores = scores.clone()
+        for place, row in enumerate(self.rows):
+            if row.noise is not None:
+                scores[place] += row.noise.at(position[place], tree.deepest + 1)[tree.depth[place]]
+        return scores
+
 
 def alike(one: Processors, other: Processors) -> bool:
     """Whether two lists of processors that look at scores only do the same."""
@@ -215,13 +226,43 @@ class Draw:
         parts = [self._draw(logits[:, i : i + 1], [int(count > i) for count in counts]) for i in range(width)]
         return torch.cat([t for t, _ in parts], dim=1), torch.cat([s for _, s in parts], dim=1)
 
+    def candidates(self, logits: Tensor, counts: Sequence[int], most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best tokens of the next positions; each position as if those before had their best.
+
+        Args:
+            most: tokens of each position. logits, counts: as of a call.
+
+        Returns:
+            tokens int64 [rows, count, most], the best first, which is what a call draws; their shares of all
+            exp(score + noise), float32 [rows, count, most]; and processed scores float32 [rows, count, vocab].
+        """
+        width = logits.shape[1]
+        if width <= 1 or all(row.processors.prefix_free for row in self.samplers.rows):
+            return self._best(logits, counts, most)
+        each = [self._best(logits[:, i : i + 1], [int(count > i) for count in counts], most) for i in range(width)]
+        tokens, chances, scores = (torch.cat(parts, dim=1) for parts in zip(*each, strict=True))
+        return tokens, chances, scores
+
     def row(self, place: int) -> Draw:
         """That of one row, which has drawn nothing yet."""
         return Draw(Samplers([self.samplers.rows[place]]))
 
     def _draw(self, logits: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        scores = self.samplers.scores(logits, self.tokens, self.tokens[:, :0], counts)
-        tokens = self.samplers.noisy(scores, self.position, counts).argmax(dim=-1)
-        self.position = [at + logits.shape[1] for at in self.position]
-        self.tokens = torch.cat([self.tokens, tokens], dim=1)
+        scores, noisy = self._scored(logits, counts)
+        tokens = noisy.argmax(dim=-1)
+        self._go_on(tokens)
         return tokens, scores
+
+    def _best(self, logits: Tensor, counts: Sequence[int], most: int) -> tuple[Tensor, Tensor, Tensor]:
+        scores, noisy = self._scored(logits, counts)
+        tokens = noisy.topk(min(most, noisy.shape[-1]), dim=-1).indices
+        self._go_on(tokens[..., 0])
+        return tokens, noisy.softmax(dim=-1).gather(-1, tokens), scores
+
+    def _scored(self, logits: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        scores = self.samplers.scores(logits, self.tokens, self.tokens[:, :0], counts)
+        return scores, self.samplers.noisy(scores, self.position, counts)
+
+    def _go_on(self, tokens: Tensor) -> None:
+        self.position = [at + tokens.shape[1] for at in self.position]
+        self.tokens = torch.cat([self.tokens, tokens], dim=1)

@@ -25,12 +25,14 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from bpkit.decode.drafter import Drafter
 from bpkit.decode.pretrained import input_device
 from bpkit.decode.row_by_row import CachedRows, RowByRow, StatefulRows
 from bpkit.decode.slot_target import SlotTarget, may_share_passes
 from bpkit.decode.slots import DUMMY
 from bpkit.decode.stateful import StatefulTarget, cache_argument, crop_of
 from bpkit.decode.target import CachedTarget
+from bpkit.decode.trees import Tree
 
 Sessions = SlotTarget | RowByRow
 PREFIX, TOKENS = 24, 6
@@ -45,6 +47,7 @@ _FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError
 """What reading a few tokens in an unusual way may raise."""
 _known: WeakKeyDictionary[PreTrainedModel, dict[str, type[Sessions] | str]] = WeakKeyDictionary()
 """By the way in which the model computes attention."""
+_trees: WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = WeakKeyDictionary()
 
 
 def session_class(model: PreTrainedModel) -> type[Sessions]:
@@ -209,6 +212,78 @@ def _together(
         for i, count in enumerate(counts):
             found[i].append(logits[i : i + 1, :count])
     return [torch.cat(parts, dim=1) for parts in found]
+
+
+def refuse_branches(drafter: Drafter, model: PreTrainedModel, rule: str) -> None:
+    """Raise ValueError for a drafter of trees where rule or target verify chains alone."""
+    branches = getattr(drafter, "branches", 1)
+    if branches == 1:
+        return
+    if rule != "coupled":
+        raise ValueError(
+            f"drafter {drafter.name} drafts trees (branches={branches}), and rule {rule!r} verifies chains alone: use "
+            "rule 'coupled', or branches=1"
+        )
+    if not issubclass(session_class(model), SlotTarget):
+        why = "its layers keep one state for a whole text" if session_class(model).stateful else "it reads rows apart"
+        raise ValueError(
+            f"target {type(model).__name__} reads one path at a time, because {why}: draft chains for it, branches=1"
+        )
+    if not reads_trees(model):
+        raise ValueError(
+            f"target {type(model).__name__} does not give for the nodes of a tree what it gives for their paths: draft "
+            "chains for it, branches=1"
+        )
+
+
+def reads_trees(model: PreTrainedModel) -> bool:
+    """Whether a target in slots gives for nodes of trees what it gives for their paths; tried once for each model."""
+    known, attention = _trees.setdefault(model, {}), str(model.config._attn_implementation)
+    if attention not in known:
+        weight = next(model.parameters())
+        known[attention] = weight.is_meta or isinstance(weight, FakeTensor) or _tries_trees(model)
+    return known[attention]
+
+
+@torch.inference_mode()
+def _tries_trees(model: PreTrainedModel) -> bool:
+    """Two rows of different lengths, with a tree each, and tokens after the paths that stand."""
+    model = _precise(model)
+    try:
+        tokens = _some_tokens(model)
+        texts, parents = (tokens[:, :12], tokens[:, 12:21]), ([-1, 0, -1, 2, 0, 4], [-1, -1, 1])
+        tree = Tree.of(parents, tokens.device)
+        session = SlotTarget(model, rows=2, slots=2, capacity=24, **_NOTHING)
+        prompts = torch.cat([texts[0], torch.nn.functional.pad(texts[1], (0, 3))])
+        session.prefill(prompts[:, :-1], [11, 8], last=False)
+        drafted = tokens[:, 21:27].expand(2, -1)
+        anchors = torch.stack([texts[0][0, -1:], texts[1][0, -1:]])
+        found = session.verify_trees(torch.cat([anchors, drafted], dim=1), tree).logits.float()
+        session.accept(tree.counts, ([0, 1, 5, 6], [0, 2, 3]))
+        after = session.verify(tokens[:, 27:29].expand(2, -1), [2, 2]).logits.float()
+        errors, spread = [], float(found[0].std())
+        for row, own in enumerate(parents):
+            paths: list[list[int]] = [[]]
+            for node, before in enumerate(own):
+                paths.append([*paths[before + 1], node])
+            parts = [torch.cat([drafted[:1, :0], *(drafted[:1, i : i + 1] for i in path)], dim=1) for path in paths]
+            wanted = [_of_path(model, texts[row], part)[:, -1] for part in parts]
+            errors.append(_difference(found[row, : len(paths)], torch.cat(wanted)))
+            whole = _of_path(model, texts[row], parts[-1], tokens[:, 27:29])
+            errors.append(_difference(after[row], whole[0, -2:]))
+        pieces = CachedTarget(model, **_NOTHING)
+        pieces.prefill(texts[0][:, :-3])
+        rounding = _difference(pieces.verify(texts[0][:, -3:]).logits.float(), _of_path(model, texts[0])[:, -3:])
+        return max(errors) / spread <= _tolerance(model, rounding / spread)
+    except _FAULTS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+
+
+def _of_path(model: PreTrainedModel, *parts: Tensor) -> Tensor:
+    """Logits of a text that is read by itself, float32 [1, length, vocab]."""
+    return CachedTarget(model, **_NOTHING).verify(torch.cat(parts, dim=1)).logits.float()
 
 
 def _precise(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from bpkit.decode.attention import NAME
 from bpkit.decode.capture import WIDTHS, Graphs, Input, counts_of
 from bpkit.decode.inputs import ModelInputs
-from bpkit.decode.masks import added, causal
+from bpkit.decode.masks import added, causal, of_trees
 from bpkit.decode.slots import Reading, SlotCache
 from bpkit.decode.target import LiveTarget, TargetOutput, of_prefill
+from bpkit.decode.text import to_device
+from bpkit.decode.trees import Tree
 
 KINDS = {"full_attention", "sliding_attention"}
 """Kinds of attention layers whose masks are made here."""
@@ -83,6 +85,31 @@ class SlotTarget(LiveTarget):
     def verify(self, tokens: Tensor, counts: Sequence[int]) -> TargetOutput:
         replayed = None if self.graphs is None else self._replay(self.graphs, tokens, counts)
         return self._read(tokens, counts, logits_to_keep=0) if replayed is None else replayed
+
+    def verify_trees(self, tokens: Tensor, tree: Tree) -> TargetOutput:
+        """Score anchors and nodes of drafted trees, int64 [rows, columns], all of which are kept until `accept`.
+
+        Such passes are not captured: the shape of a tree is as good as never the same.
+        """
+        cache, device = self.slot_cache, tokens.device
+        reading, held = cache.place(tokens.shape[1], tree.counts, device), to_device(cache.held, device)[:, None]
+        inputs: dict[str, Any] = {
+            name: value.gather(-1, tree.depth.expand(*value.shape[:-1], -1))
+            for name, value in self._following(tree.deepest + 1).items()
+        }
+        if self.counts_positions and "position_ids" not in inputs:
+            inputs["position_ids"] = held + tree.depth
+        inputs["attention_mask"] = self._by_kind(
+            reading, lambda first, window: of_trees(held, tree, first, reading.end, window)
+        )
+        output = self._run(Pass(tokens, reading, inputs), 0)
+        cache.held = [held + count for held, count in zip(cache.held, tree.counts, strict=True)]
+        return self._output(output, device)
+
+    def accept(self, counts: Sequence[int], columns: Sequence[Sequence[int]]) -> None:
+        """Of the last tokens that were read, so many of each row, keep these, ascending, and drop the others."""
+        cache = self.slot_cache
+        cache.hold([held - count for held, count in zip(cache.held, counts, strict=True)], columns)
 
     def read_below(self, part: nn.Module, tokens: Tensor, counts: Sequence[int], held: Sequence[int]) -> Tensor:
         """Hidden states of tokens after the first layers, [rows, width, hidden]; keys and values are written, not held.
@@ -199,10 +226,14 @@ class SlotTarget(LiveTarget):
 
     def _masks(self, places: Tensor, reading: Reading) -> Any:
         """The mask of all layers, or one by kind of layer where there are several kinds."""
+        return self._by_kind(reading, lambda first, window: causal(places, first, reading.end, window))
+
+    def _by_kind(self, reading: Reading, mask: Callable[[int, int | None], Tensor]) -> Any:
+        """The same of any mask by its first key and its window."""
         made: dict[str, Tensor] = {}
         for kind, window in self.windows.items():
             reached = window is not None and reading.end > window
-            seen = causal(places, reading.first(window), reading.end, window if reached else None)
+            seen = mask(reading.first(window), window if reached else None)
             made[kind] = added(seen, self.model.dtype) if self.adds_masks else seen
         return made if len(made) > 1 else next(iter(made.values()))
 

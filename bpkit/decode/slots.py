@@ -101,6 +101,14 @@ class SlotLayer(CacheLayerMixin):
                 at = _sent([*sources, *targets], kept.device).view(2, -1)
                 kept[at[1], :, :length] = kept[at[0], :, :length]
 
+    def shift(self, places: Tensor) -> None:
+        """Copy single columns: rows, from which column, and to which, int64 [3, count], on the host."""
+        for kept in (self.keys, self.values):
+            if kept is not None:
+                rows, sources, targets = places.to(kept.device, non_blocking=True)
+                columns = kept.transpose(1, 2)
+                columns[rows, targets] = columns[rows, sources]
+
     def grow(self, slots: int, capacity: int, rows: int, length: int) -> None:
         """Make room, and keep the first `length` columns of the first `rows` slots."""
         old, self.slots, self.capacity = (self.keys, self.values), slots, capacity
@@ -195,6 +203,19 @@ class SlotCache(Cache):
         """The next pass is this one."""
         for layer in self.slot_layers:
             layer.reading = reading
+
+    def hold(self, starts: Sequence[int], columns: Sequence[Sequence[int]]) -> None:
+        """Of what rows hold from `starts` on, keep these columns alone, counted from there, one behind the other."""
+        moved = [
+            (row, start + column, start + place)
+            for row, (start, own) in enumerate(zip(starts, columns, strict=True))
+            for place, column in enumerate(own)
+            if column != place
+        ]
+        if moved:
+            for layer in self.slot_layers:
+                layer.shift(torch.tensor(moved).T)
+        self.held = [start + len(own) for start, own in zip(starts, columns, strict=True)]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on, in this order; slots of rows that change place are copied."""

@@ -49,6 +49,7 @@ class Sources:
         self.provides: frozenset[Feature] = frozenset().union(*(source.provides for source in sources))
         self.remembers_requests = any(getattr(source, "remembers_requests", False) for source in sources)
         self.depends_on_steps = any(getattr(source, "depends_on_steps", False) for source in sources)
+        self.branches = max(getattr(source, "branches", 1) for source in sources)
 
     def begin(self, text: RunningText) -> DrafterSession:
         raise TypeError("several sources have a session each: begin them with SourceSessions")
@@ -229,7 +230,8 @@ def _together(parts: Mapping[int, Proposal], source: Sequence[int], block_size: 
         return padded([value(part)[row : row + 1].to(device) for row, part in enumerate(made)])
 
     features = {name: rows_of(partial(_feature, name=name, parts=parts)) for name in _names(parts)}
-    scored = any(part.scores is not None for part in parts.values())
+    trees = any(part.parents is not None for part in parts.values())
+    scored = not trees and any(part.scores is not None for part in parts.values())
     vocab = next((part.scores.shape[-1] for part in parts.values() if part.scores is not None), 0)
     return Proposal(
         rows_of(lambda part: part.tokens),
@@ -238,7 +240,13 @@ def _together(parts: Mapping[int, Proposal], source: Sequence[int], block_size: 
         [part.counts[row] for row, part in enumerate(made)],
         max(part.read for part in parts.values()),
         features,
+        *(_on_the_host([part.as_tree() for part in made], name) if trees else None for name in ("parents", "chances")),
     )
+
+
+def _on_the_host(made: Sequence[Proposal], name: str) -> Tensor:
+    """Parents or chances of each row out of the proposal of its source, [rows, width]."""
+    return padded([getattr(part, name)[row : row + 1] for row, part in enumerate(made)])
 
 
 def _complete(part: Proposal, wants: frozenset[Feature]) -> Proposal:

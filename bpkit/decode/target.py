@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bpkit.decode.inputs import ModelInputs
 from bpkit.decode.pretrained import hidden_states_at, position_limit
+from bpkit.decode.text import to_device
 from bpkit.types import Feature
 
 
@@ -38,6 +39,12 @@ class TargetOutput:
         if self.features is None:
             return None
         return [self.features[row, :count] for row, count in enumerate(counts)]
+
+    def features_at(self, columns: Sequence[Sequence[int]]) -> list[Tensor] | None:
+        """The same of any positions of each row."""
+        if self.features is None:
+            return None
+        return [self.features[row, to_device(own, self.features.device)] for row, own in enumerate(columns)]
 
     def last(self) -> TargetOutput:
         """Only the last position."""

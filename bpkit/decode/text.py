@@ -150,8 +150,8 @@ def padded(rows: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
 
 
-def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers of the host, int64 [count], on a device, without a wait for it."""
+def to_device(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Numbers of the host, int64 [count] or [rows, count], on a device, without a wait for it."""
     return torch.tensor(numbers).to(device, non_blocking=True)
 
 

@@ -17,6 +17,7 @@ from bpkit.decode.guard import GuardedPolicy
 from bpkit.decode.sampling import Draw
 from bpkit.decode.sources import SourceSessions
 from bpkit.decode.target import TargetOutput, TargetSession
+from bpkit.decode.trees import Tree
 from bpkit.policy import Policy
 from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step, Work
 
@@ -61,6 +62,7 @@ class TimedTarget:
         self.session, self.watch = session, watch
         self.positions, self.rollback, self.embed = session.positions, session.rollback, session.embed
         self.keep, self.cache = session.keep, session.cache
+        self.accept = getattr(session, "accept", None)
 
     @property
     def reread(self) -> int:
@@ -82,6 +84,13 @@ class TimedTarget:
     def verify(self, tokens: Tensor, counts: Sequence[int]) -> TargetOutput:
         self.watch.lap("policy")  # features of the draft, after which it may have decided nothing
         output = self.session.verify(tokens, counts)
+        self.watch.lap("verify")
+        return output
+
+    def verify_trees(self, tokens: Tensor, tree: Tree) -> TargetOutput:
+        self.watch.lap("policy")
+        session: Any = self.session
+        output: TargetOutput = session.verify_trees(tokens, tree)
         self.watch.lap("verify")
         return output
 
@@ -163,6 +172,11 @@ class TimedPolicy(GuardedPolicy):
         lengths = super().truncate(draft)
         self.watch.lap("policy")
         return lengths
+
+    def keep_nodes(self, draft: Draft) -> list[list[int]]:
+        nodes = super().keep_nodes(draft)
+        self.watch.lap("policy")
+        return nodes
 
     def observe(self, step: Step) -> None:
         super().observe(step)

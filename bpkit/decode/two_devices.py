@@ -92,6 +92,7 @@ class OtherDevice:
         self.feature_layers, self.provides = drafter.feature_layers, drafter.provides
         self.remembers_requests = bool(getattr(drafter, "remembers_requests", False))
         self.depends_on_steps = bool(getattr(drafter, "depends_on_steps", False))
+        self.branches = int(getattr(drafter, "branches", 1))
         self.model: nn.Module | None = getattr(drafter, "model", None)
 
     def begin(self, text: RunningText) -> OtherDeviceSession:

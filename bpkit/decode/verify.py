@@ -12,6 +12,7 @@ from torch import Tensor
 from bpkit.decode.noise import ACCEPT_SALT, DRAFT_SALT, GumbelNoise, hashed, uniform
 from bpkit.decode.sampling import Draw, Sampler, Samplers, noisy
 from bpkit.decode.text import padded, to_device
+from bpkit.decode.trees import Tree
 from bpkit.types import Draft
 
 NEAR_TIE = 1e-4
@@ -29,11 +30,21 @@ class Verdict(NamedTuple):
             the target would say after a wrong token, and may be drafted next.
         num_accepted: before stopping is considered, int64 [rows].
         near_tie: whether the top-2 gap was below tolerance, bool [rows, positions].
+        path: of trees the column of the pass that each position is of, int64 [rows, positions]; the first is the
+            anchor's, 0. None where position and column are one.
     """
 
     tokens: Tensor
     num_accepted: Tensor
     near_tie: Tensor
+    path: Tensor | None = None
+
+    @property
+    def last_column(self) -> Tensor:
+        """Of the pass, that of the last decided token, int64 [rows]."""
+        if self.path is None:
+            return self.num_accepted
+        return self.path.gather(1, self.num_accepted[:, None])[:, 0]
 
 
 class VerifyRule(Protocol):
@@ -48,6 +59,7 @@ class VerifyRule(Protocol):
 
         Args:
             logits: of the target at anchor and drafted tokens, [rows, largest width + 1, vocab].
+            draft: of a tree that was cut to the nodes that are verified, which `draft.nodes` says.
         """
         ...
 
@@ -97,6 +109,8 @@ class Coupled:
         return Draw(self.samplers)
 
     def verify(self, logits: Tensor, draft: Draft, width: Sequence[int]) -> Verdict:
+        if draft.nodes is not None and draft.nodes.tree is not None:
+            return self._verify_trees(logits, draft.tokens, draft.nodes.tree)
         drafted, position = draft.tokens[:, : max(width)], self.samplers.position
         self.samplers.forget_before(position)
         counts = [row + 1 for row in width]
@@ -109,11 +123,67 @@ class Coupled:
             same &= _within(width, drafted)
         return Verdict(chosen, same.cumprod(dim=1).sum(dim=1), near_ties(scores, tolerance))
 
+    def _verify_trees(self, logits: Tensor, drafted: Tensor, tree: Tree) -> Verdict:
+        """Walk down from the anchor, each time to the child that is the token after its parent.
+
+        That token goes by the noise of its output position, which nodes of one depth share.
+        """
+        position = self.samplers.position
+        self.samplers.forget_before(position)
+        scores, asked = scores_of_trees(self.samplers, logits, drafted, tree)
+        tolerance = tie_tolerance(logits, scores)
+        scores = self.samplers.noisy_at(scores, position, tree)
+        chosen = scores.argmax(dim=-1)
+        if asked is not None:
+            chosen = chosen.where(asked, -1)
+        depth = tree.depth[:, 1:]
+        wrong = (chosen.gather(1, tree.parent) != drafted) | (depth == 0)  # padding has no depth
+        stands = ~(tree.above[:, 1:, 1:] & wrong[:, None]).any(dim=2) & ~wrong
+        reached = depth * stands
+        accepted, last = reached.amax(dim=1), reached.argmax(dim=1) + 1
+        last = last.where(accepted > 0, 0)
+        rows, columns = torch.arange(len(last), device=last.device), torch.arange(chosen.shape[1], device=last.device)
+        path = columns.where(tree.above[rows, last], chosen.shape[1]).sort(dim=1).values
+        path = path.clamp_(max=chosen.shape[1] - 1)  # behind the last decided token anything
+        return Verdict(chosen.gather(1, path), accepted, near_ties(scores, tolerance).gather(1, path), path)
+
     def keep(self, rows: Sequence[int]) -> None:
         self.samplers = Samplers([self.samplers.rows[row] for row in rows])
 
     def join(self, other: Coupled) -> None:
         self.samplers = Samplers([*self.samplers.rows, *other.samplers.rows])
+
+
+def scores_of_trees(samplers: Samplers, logits: Tensor, drafted: Tensor, tree: Tree) -> tuple[Tensor, Tensor | None]:
+    """Processed scores of the nodes of trees, each after its own path: float32 [rows, columns, vocab].
+
+    Processors that look at tokens are only asked about the path that stands, token after token, which is read from
+    the device: like plain decoding, and in its order.
+
+    Returns:
+        The scores, and which of them were asked for, bool [rows, columns]; None where all were.
+    """
+    if all(row.processors.prefix_free for row in samplers.rows):
+        return samplers.scores(logits, drafted[:, :0], drafted, tree.counts), None
+    scores, tokens = logits.float().clone(), drafted.tolist()
+    asked = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
+    for place, row in enumerate(samplers.rows):
+        own = slice(place, place + 1)
+        if row.processors.prefix_free:
+            scores[own] = row.scores(logits[own], drafted[own, :0], drafted[own, :0])
+            continue
+        asked[place], path = False, list[int]()
+        columns = [0]
+        for column in columns:
+            at = slice(column, column + 1)
+            drawn = to_device([path], drafted.device).long()
+            scores[own, at] = row.scores(logits[own, at], drawn, drafted[own, :0])
+            asked[own, at] = True
+            token = int(noisy(scores[own, at], row.noise, row.text.position + len(path)).argmax())
+            path.append(token)
+            children = enumerate(zip(tree.parents[place], tokens[place], strict=False), 1)
+            columns += [child for child, found in children if found == (column, token)][:1]
+    return scores, asked
 
 
 def _within(width: Sequence[int], drafted: Tensor) -> Tensor:
@@ -161,7 +231,7 @@ class Rejection(Coupled):
         verdicts = [self._row(place, logits, draft, count) for place, count in enumerate(width)]
         if len(verdicts) == 1:
             return verdicts[0]
-        tokens, accepted, ties = zip(*verdicts, strict=True)
+        tokens, accepted, ties, _ = zip(*verdicts, strict=True)
         return Verdict(padded(tokens), torch.cat(accepted), padded(ties))
 
     def _row(self, place: int, logits: Tensor, draft: Draft, width: int) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,10 +14,12 @@ from bpkit.assets import drafter_path
 from bpkit.decode.attention import use_grouped_attention
 from bpkit.decode.capture import Graphs, Input, counts_of
 from bpkit.decode.drafter import GoOn, Proposal
+from bpkit.decode.host import to_host
 from bpkit.decode.pretrained import device_of, hub_options, move, refuse_other_weights, working_dtype
 from bpkit.decode.sampling import Draw
 from bpkit.decode.slots import Reading, SlotCache
 from bpkit.decode.text import RunningText, padded
+from bpkit.draft.best_first import best_first
 from bpkit.draft.dflash_checks import refuse_unfit, refuse_unknown_layout
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
 from bpkit.draft.newcomers import newcomers, take_in
@@ -29,16 +32,30 @@ class BlockDiffusionDrafter:
 
     Any block size from 1 to twice the trained one; sizes differ in more than length, because attention inside the
     block is bidirectional.
+
+    A position's distribution does not depend on what is drafted before it, so that further candidates cost no pass.
+    With `branches` a draft is a tree of `block_size - 1` nodes: the beginnings of texts with the highest products of
+    chances over the best candidates of each position. The block that the model is passed is then at most the trained
+    one, and of the block size below that.
+
+    A candidate's chance is its share of exp(score + noise), which without noise is its probability. With noise it is
+    the chance to be the target's choice if the target's scores, with the same noise, differ from these by independent
+    Gumbel noise: an order of candidates that respects the noise, not a calibrated chance.
+
+    Args:
+        branches: candidates at each position.
     """
 
     kind, work = BLOCK_DIFFUSION, work_of(BLOCK_DIFFUSION)
     provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
 
-    def __init__(self, model: DFlashModel, target: PreTrainedModel, *, name: str = "DFlash") -> None:
+    def __init__(self, model: DFlashModel, target: PreTrainedModel, *, name: str = "DFlash", branches: int = 1) -> None:
+        if branches < 1:
+            raise ValueError(f"branches must be 1 or more; got {branches}")
         refuse_unfit(model.config, target.config.get_text_config(), embedding_rows(target), name)
         self.model, self.target, self.name = model.eval(), target, name
         self.trained_block_size = model.config.block_size
-        self.max_block_size = 2 * model.config.block_size
+        self.branches, self.max_block_size = branches, max(2, branches) * model.config.block_size
         self.feature_layers = tuple(model.config.target_layer_ids or ())
         if target.get_output_embeddings() is None:
             raise ValueError(
@@ -54,7 +71,7 @@ class BlockDiffusionDrafter:
         self._reads_as = working_dtype(self._head, target)
 
     @classmethod
-    def load(cls, path: str, target: PreTrainedModel, **options: Any) -> BlockDiffusionDrafter:
+    def load(cls, path: str, target: PreTrainedModel, *, branches: int = 1, **options: Any) -> BlockDiffusionDrafter:
         """Load a checkpoint of the published DFlash layout, from a folder or the Hub.
 
         Without a path it is the target's own, if bpkit knows the target, or else the shipped one. It is put where the
@@ -74,7 +91,7 @@ class BlockDiffusionDrafter:
         refuse_other_weights(path, info, "a DFlash drafter of the known layout")
         model = move(model, device_of(target.get_output_embeddings(), target))
         use_grouped_attention(model)
-        return cls(model, target, name=path)
+        return cls(model, target, name=path, branches=branches)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embeddings of tokens, int64 [..., count] -> [..., count, hidden]."""
@@ -112,6 +129,8 @@ class BlockDiffusionSession:
         rows, capacity = len(text.rows), text.max_length + drafter.max_block_size
         self.slot_cache = SlotCache(drafter.model.config, rows=rows, slots=text.slots, capacity=capacity)
         self.waiting: list[list[Tensor]] = [[] for _ in text.rows]
+        self.largest = drafter.max_block_size if drafter.branches == 1 else drafter.trained_block_size
+        """Positions of a block."""
 
     @property
     def model(self) -> DFlashModel:
@@ -124,6 +143,8 @@ class BlockDiffusionSession:
             waiting.append(more)
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+        nodes = [size - 1 for size in block_size]
+        block_size = [min(size, self.largest) for size in block_size]
         context = [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
         read = [len(features) for features in context]
         apart = newcomers(self.slot_cache.held, read)
@@ -135,6 +156,11 @@ class BlockDiffusionSession:
             made = hidden, self.drafter.score(hidden)
         self.waiting = [[] for _ in context]
         (hidden, logits), counts = made, [size - 1 for size in block_size]
+        if self.drafter.branches > 1:
+            candidates, chances, scores = draw.candidates(logits, counts, self.drafter.branches)
+            return grown(
+                candidates, chances, counts, nodes, Proposal(candidates[..., 0], scores, hidden, [], max(read))
+            )
         tokens, scores = draw(logits, counts)
         return Proposal(tokens, scores, hidden, counts, max(read))
 
@@ -221,6 +247,33 @@ class BlockDiffusionSession:
             **inputs,
         ).last_hidden_state
         return hidden[:, 1:]
+
+
+def grown(candidates: Tensor, chances: Tensor, counts: Sequence[int], most: Sequence[int], block: Proposal) -> Proposal:
+    """The block as a tree of the best candidates, whose chances are read from the device.
+
+    Args:
+        candidates: int64 [rows, positions, branches], falling by their chances, float32 alike.
+        counts: positions of each row. most: nodes of each row.
+    """
+    (read,), device = to_host([chances]), candidates.device
+    trees = [best_first(own[:count], size) for own, count, size in zip(read.tolist(), counts, most, strict=True)]
+    shape = len(trees), max(map(len, trees))
+    columns = torch.full((4, *shape), -1.0, dtype=torch.double)
+    for row, tree in enumerate(trees):
+        if tree:
+            columns[:, row, : len(tree)] = torch.tensor(tree, dtype=torch.double).T
+    parents, places, ranks, of_nodes = columns
+    sent = torch.stack([places, ranks]).clamp_(min=0).long().to(device, non_blocking=True)
+    rows = torch.arange(shape[0], device=device)[:, None]
+    return replace(
+        block,
+        tokens=candidates[rows, sent[0], sent[1]],
+        counts=[len(tree) for tree in trees],
+        parents=parents.long(),
+        chances=of_nodes.float(),
+        places=sent[0],
+    )
 
 
 def padded_pass(

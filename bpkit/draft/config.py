@@ -35,6 +35,9 @@ class BlockDiffusionConfig(DrafterConfig):
         default=None, description="attention of transformers, such as sdpa or eager"
     )
     local_files_only: bool = Field(default=False, description="never ask the Hub")
+    branches: int = Field(
+        default=1, ge=1, description="candidates at each position; with more than one a draft is a tree of the best"
+    )
 
 
 class AutoregressiveConfig(DrafterConfig):

@@ -161,6 +161,8 @@ def _refuse_unlike(members: Sequence[Drafter], weights: Sequence[float] | None) 
         )
     first = members[0]
     for member in members:
+        if getattr(member, "branches", 1) > 1:
+            raise ValueError(f"drafter {member.name} drafts trees, and members of an ensemble draft chains: branches=1")
         scored = Feature.DRAFT_PROBABILITY in member.provides
         alone = member.work.passes == "each" and not isinstance(member, AutoregressiveDrafter)
         if not scored or alone or isinstance(member, EnsembleDrafter):

@@ -144,7 +144,11 @@ class Policy:
         return draft.draft_length > 0
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
-        """How many drafted tokens to verify: int64 [batch], 0 .. `draft.draft_length`."""
+        """How many drafted tokens to verify, the first of the draft: int64 [batch], 0 .. `draft.draft_length`.
+
+        Where drafts are trees (`draft.parents`) the first tokens are the best, and a mask, bool like `draft.parents`,
+        may say which to verify instead; none of them without the tokens before it on its path.
+        """
         return draft.draft_length
 
     def observe(self, state: State, step: Step) -> None:

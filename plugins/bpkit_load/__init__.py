@@ -37,3 +37,9 @@ def bpkit_register_policies(register: Register) -> None:
         summary="One budget over all rows: widths by chances against the price of a step.",
         config="bpkit_load.joint:JointConfig",
     )
+    register(
+        "tree",
+        "bpkit_load.tree:TreePolicy",
+        summary="Of drafts that are trees: the nodes of all rows that pay, the likeliest first.",
+        config="bpkit_load.tree:TreePolicyConfig",
+    )

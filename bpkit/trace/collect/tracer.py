@@ -107,6 +107,11 @@ def refuse_untraceable(decoder: SpeculativeDecoder) -> None:
             "device; leave it out to trace, and measure the two devices with `bpkit calibrate`"
         )
     for drafter in sources_of(decoder.drafter):
+        if (branches := getattr(drafter, "branches", 1)) > 1:
+            raise ValueError(
+                f"drafter {drafter.name} drafts trees (branches={branches}), and traces hold chains: trace it with "
+                "branches=1, and measure trees live, with `bpkit bench`"
+            )
         if getattr(drafter, "depends_on_steps", False):
             raise ValueError(
                 f"drafter {drafter.name} drafts by what was drafted and verified before, so that a policy decides what "

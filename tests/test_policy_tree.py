@@ -1,0 +1,197 @@
+"""The policy `tree`: which nodes pay, of one row and of several, and what it learns of their chances."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from bpkit_load.node_chances import BOUNDS, KEPT, SUREST, WEIGHT, NodeChances, depths, reached
+from bpkit_load.tree import TreePolicy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpkit import SpeculativeDecoder
+from bpkit.decode.trees import closed
+from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.policy import PolicyError
+from bpkit.registry.resolve import resolve_policy
+from bpkit.testing import TinyPair
+from bpkit.trace.cost import CostTable
+from bpkit.types import Draft
+from tests.conftest import ShippedPair
+from tests.records import bound, context, decoder, step
+
+
+def tree(parents: list[list[int]], chances: list[list[float]]) -> Draft:
+    """A draft of these nodes of each row, which may be of several lengths."""
+    width, length = max(map(len, parents)), torch.tensor([len(row) for row in parents])
+    padded = [[*row, *[7] * (width - len(row))] for row in parents]
+    values = [[*row, *[float("nan")] * (width - len(row))] for row in chances]
+    tokens = torch.zeros(len(parents), width, dtype=torch.long)
+    return Draft(
+        context(len(parents)), length + 1, length, tokens, parents=torch.tensor(padded), chances=torch.tensor(values)
+    )
+
+
+def kept(policy: TreePolicy, draft: Draft) -> list[list[int]]:
+    state = policy.begin(draft.context)
+    assert policy.select(state, draft.context).tolist() == [policy.block_size] * len(draft.draft_length)
+    mask = policy.truncate(state, draft)
+    assert mask.dtype == torch.bool
+    return [row.nonzero()[:, 0].tolist() for row in mask]
+
+
+def test_nodes_that_pay_by_hand() -> None:
+    """Products 0.9, 0.72, 0.08 and 0.36; k nodes give 1 + the k largest for 1 + slope k plain steps."""
+    draft = tree([[-1, 0, -1, 1]], [[0.9, 0.8, 0.08, 0.5]])
+    assert kept(bound(TreePolicy(slope=0.2)), draft) == [[0, 1]], "2.62 / 1.4 is more than 1.9 / 1.2 and 2.98 / 1.6"
+    assert kept(bound(TreePolicy(slope=0.1)), draft) == [[0, 1, 3]], "the third is less likely than the fourth"
+    assert kept(bound(TreePolicy(slope=0.0)), draft) == [[0, 1, 2, 3]]
+    assert kept(bound(TreePolicy(slope=2.0)), draft) == [[]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_no_other_trees_have_more_tokens_for_their_time(data: st.DataObject) -> None:
+    """All rows have one budget: all closed sets of nodes are tried."""
+    slope = data.draw(st.sampled_from([0.05, 0.2, 0.4]))
+    parents = [[data.draw(st.integers(-1, i - 1)) for i in range(data.draw(st.integers(1, 4)))] for _ in range(2)]
+    chances = [[data.draw(st.floats(0.5, 0.95)) for _ in row] for row in parents]
+    draft = tree(parents, chances)
+
+    def worth(chosen: tuple[tuple[bool, ...], ...]) -> float:
+        tokens, count = 2.0, 0
+        for row, own, before in zip(chosen, chances, parents, strict=True):
+            if closed(row, before) != [node for node, keeps in enumerate(row) if keeps]:
+                return 0.0
+            tokens += sum(s for s, keeps in zip(products(own, before), row, strict=True) if keeps)
+            count += sum(row)
+        return tokens / (2 + slope * count)
+
+    made = kept(bound(TreePolicy(slope=slope)), draft)
+    mine = tuple(tuple(node in own for node in range(len(row))) for own, row in zip(made, parents, strict=True))
+    every = itertools.product(*(itertools.product([False, True], repeat=len(row)) for row in parents))
+    assert worth(mine) == pytest.approx(max(map(worth, every)))
+
+
+def products(chances: list[float], parents: list[int]) -> list[float]:
+    found: list[float] = []
+    for chance, before in zip(chances, parents, strict=True):
+        found.append(chance * (found[before] if before >= 0 else 1.0))
+    return found
+
+
+def test_depths_and_products_follow_parents() -> None:
+    parents, chances = np.array([[-1, 0, -1, 1, 2], [-1, -1, -1, 0, 3]]), np.full((2, 5), 0.5)
+    assert depths(parents).tolist() == [[0, 1, 0, 2, 1], [0, 0, 0, 1, 2]]
+    assert reached(chances, parents).tolist() == [[0.5, 0.25, 0.5, 0.125, 0.25], [0.5, 0.5, 0.5, 0.25, 0.125]]
+
+
+def test_chains_are_verified_whole() -> None:
+    policy = bound(TreePolicy(), decoder(trained=8, largest=16))
+    draft = replace(tree([[-1, 0, 1]], [[0.1, 0.1, 0.1]]), parents=None, chances=None)
+    assert policy.truncate(policy.begin(draft.context), draft).tolist() == [3]
+    assert policy.select(policy.begin(context()), context()).tolist() == [8]
+    assert bound(TreePolicy(block_size=12)).block_size == 12
+    assert bound(TreePolicy(block_size=99)).block_size == 16
+
+
+def test_what_was_tested_is_counted() -> None:
+    counted = NodeChances()
+    chances = np.array([[0.55, 0.25, 0.55, 0.02], [0.55, 0.55, 0.9, 0.55]])
+    parents = np.array([[-1, -1, 0, 1], [-1, 0, 1, -1]])
+    cells = counted.cells(chances, depths(parents))
+    assert counted.calibrated(chances, cells) == pytest.approx(chances)
+    cells[1, 3] = -1  # not verified
+    counted.count(cells, parents, np.array([[1, -1], [0, 1]]), np.array([False, True]))
+    # Of row 0 the first node failed, the second stands, its child failed, and that of the first was not reached. Row 1
+    # ended after two, whatever follows.
+    at = np.searchsorted(BOUNDS, [0.55, 0.25, 0.02], side="right").tolist()
+    assert counted.tested[0, at].tolist() == [2, 1, 0]
+    assert counted.tested[1, at].tolist() == [1, 0, 1]
+    assert counted.accepted[0, at].tolist() == [1, 1, 0]
+    assert counted.accepted[1, at].tolist() == [1, 0, 0]
+    assert counted.tested.sum() == 5
+    first = counted.calibrated(np.array([[0.55]]), counted.cells(np.array([[0.55]]), np.array([[0]])))
+    broad = (2 + WEIGHT * 0.55) / (3 + WEIGHT)
+    assert float(first[0, 0]) == pytest.approx((1 + WEIGHT * broad) / (2 + WEIGHT))
+    counted.count(np.full((1, 1), -1), np.full((1, 1), -1), np.zeros((1, 0), np.int64), np.array([False]))
+    assert counted.tested.sum() == pytest.approx(5 * KEPT)
+    counted.accepted += 1e9
+    counted.tested += 1e9
+    assert counted.calibrated(chances, counted.cells(chances, depths(parents))).max() == SUREST
+
+
+def test_nodes_that_never_stand_are_left_out_in_time() -> None:
+    policy = bound(TreePolicy(slope=0.1))
+    draft = tree([[-1, -1]], [[0.6, 0.3]])
+    state = policy.begin(draft.context)
+    sizes = []
+    for _ in range(60):
+        policy.select(state, draft.context)
+        sizes.append(policy.truncate(state, draft)[0].tolist())
+        policy.observe(state, replace(step([sum(sizes[-1])], [1]), path=torch.tensor([[0]])))
+    assert sizes[0] == [True, True]
+    assert sizes[-1] == [True, False]
+
+
+def test_memory_survives_json_and_strangers_are_refused() -> None:
+    policy, draft = bound(TreePolicy()), tree([[-1, -1], [-1]], [[0.6, 0.3], [0.5]])
+    assert policy.state_dict() == {}
+    state = policy.begin(draft.context)
+    policy.select(state, draft.context)
+    policy.truncate(state, draft)
+    policy.observe(state, replace(step([2, 1], [1, 0]), path=torch.tensor([[1], [-1]])))
+    fresh = bound(TreePolicy())
+    fresh.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert fresh.memory.model_dump() == policy.memory.model_dump()
+    assert fresh.memory.rates.keys() == {2}
+    assert kept(fresh, draft) == kept(policy, draft)
+    for strange in (
+        {"something": 1},
+        {"accepted": policy.state_dict()["accepted"]},
+        {"accepted": [[1.0]], "tested": [[1.0]]},
+    ):
+        with pytest.raises(PolicyError, match="this is no memory of TreePolicy"):
+            fresh.load_state_dict(strange)
+
+
+def test_sizes_without_a_price_are_not_drafted() -> None:
+    policy = bound(TreePolicy(), cost=CostTable(draft={6: 0.2}, verify={1: 1.0, 6: 2.0}, rest=0.1))
+    assert policy.block_size == 6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_with_trees_run_without_faults(pair: TinyPair, temperature: float) -> None:
+    prompts = [pair.ids(text) for text in ("def f(x):", "1, 2, 3, 1, 2,", "a b a b", "x = 1", "y")]
+    drafter = BlockDiffusionDrafter(pair.drafter_model, pair.target, branches=3)
+    made, plain = (
+        SpeculativeDecoder(pair.target, drafter, policy, strict=True).generate(
+            prompts, batch_size=3, max_new_tokens=16, temperature=temperature, seed=1
+        )
+        for policy in (resolve_policy("tree:block_size=20,slope=0.001"), "fixed:1")
+    )
+    assert [each.tokens.tolist() for each in made] == [each.tokens.tolist() for each in plain]
+
+
+def test_the_shipped_pair_verifies_fewer_nodes_where_they_cost_more(shipped: ShippedPair) -> None:
+    prompt = shipped.tokenizer("def add(a, b):\n    return", return_tensors="pt")["input_ids"]
+    drafter = BlockDiffusionDrafter(shipped.drafter.model, shipped.target, branches=4)
+    widths, lengths, texts = [], [], []
+    for slope in (0.3, 0.05, 0.01):
+        policy = TreePolicy(slope=slope)
+        made = SpeculativeDecoder(shipped.target, drafter, policy, strict=True).generate(prompt, max_new_tokens=48)
+        widths.append(float(np.mean([int(one.verify_length) for one in made.steps])))
+        lengths.append(made.acceptance_length)
+        texts.append(made.tokens.tolist())
+        counted = policy.known()
+        assert counted.tested.sum() > 0
+        assert bool((counted.accepted <= counted.tested).all())
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1] / 2
+    assert lengths[0] < lengths[-1]
+    assert texts[0] == texts[1] == texts[2]
