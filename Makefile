@@ -29,7 +29,7 @@ fetch: $(VENV)/.ready  ## get the real model, once: 93 MB to download, 542 MB on
 real: fetch  ## the demo on it
 	$(BIN)/bpkit demo --target smollm2 --products auto --limit 1
 
-test: $(VENV)/.ready  ## every test, in some eight minutes on two cores
+test: $(VENV)/.ready  ## every test, in a quarter of an hour on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: $(VENV)/.ready  ## without the tests marked `slow`: under two minutes

@@ -67,7 +67,9 @@ class EnginePolicies:
 
     def _made(self, spec: Spec | Policy) -> EngineRows:
         text = written(spec)
-        if text not in self._known or isinstance(spec, Policy):
+        if isinstance(spec, Policy) and text in self._known:
+            text = f"{text} ({len(self._known)})"  # another of the same class, which may have running requests
+        if text not in self._known:
             policy = resolve_policy(spec)
             check_policy(policy, text, self.provided, self.config)
             if policy.wants - self.computed:
