@@ -121,7 +121,7 @@ def calibrate(
     from bpkit.trace.cost import read_cost, write_cost
     from bpkit.trace.cost.plot import plot_cost
 
-    sizes = numbers_of_rows(batch_sizes or "1")
+    sizes = numbers_of_rows("1" if batch_sizes is None else batch_sizes)
     files = Outputs(out if show is None else None, plot=plot)
     cost: NamedCost
     if show is not None:
