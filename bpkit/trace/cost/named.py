@@ -50,9 +50,9 @@ class NamedCost(BaseModel, ABC):
 
     # The BatchCostModel protocol
 
-    @abstractmethod
     def seconds(self, phase: str, size: int, context_length: int) -> float:
         """Cost of one of `PHASES` for one row. Raises CostError for what it does not price."""
+        return self.batch_seconds(phase, size, context_length, 1, size)
 
     @abstractmethod
     def batch_seconds(self, phase: str, size: int, context_length: int, rows: int, positions: int) -> float:

@@ -86,10 +86,6 @@ class PackedCost(NamedCost):
 
     # The BatchCostModel protocol
 
-    def seconds(self, phase: str, size: int, context_length: int) -> float:
-        """Cost of one of `PHASES` for one row. Raises CostError for another phase."""
-        return self.batch_seconds(phase, size, context_length, 1, size)
-
     def batch_seconds(self, phase: str, size: int, context_length: int, rows: int, positions: int) -> float:
         """Cost of one of `PHASES` for all rows of a step; see `BatchCostModel`. Raises CostError for another phase."""
         return float(self.array(phase, size, context_length, rows, positions))
