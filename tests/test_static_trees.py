@@ -68,7 +68,7 @@ def test_all_sizes_are_those_of_sequoias_recursion(chances: NDArray[np.float64],
         if depth == 5 or rank == 4:
             return -np.inf
         with_child = (
-            chances[depth, rank] * (1 + forest(depth + 1, 0, under)) + forest(depth, rank + 1, nodes - 1 - under)
+            float(chances[depth, rank]) * (1 + forest(depth + 1, 0, under)) + forest(depth, rank + 1, nodes - 1 - under)
             for under in range(nodes)
         )
         return max(forest(depth, rank + 1, nodes), *with_child)
