@@ -208,7 +208,7 @@ class SourceSpec:
 
     Attributes:
         drafter: name or path. kind: its label.
-        trained_block_size, max_block_size, work: as in `DecoderSpec`.
+        trained_block_size, max_block_size, work, branches: as in `DecoderSpec`.
     """
 
     drafter: str
@@ -216,6 +216,7 @@ class SourceSpec:
     trained_block_size: int
     max_block_size: int
     work: DraftWork
+    branches: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +239,8 @@ class DecoderSpec:
         stateful: whether the target has recurrent states, so that it reads accepted tokens again after a rejection.
         work: what the drafter does for a draft; needed for kinds that are not built in.
         others: further sources of drafts, in their order, from source 1 on.
+        branches: the most children of a node of the drafter's trees; 1 where its drafts are chains. Trees are at most
+            `trained_block_size - 1` deep, and block sizes above that make them larger.
 
     Raises:
         ValueError: `work` was left out and the kind is not built in.
@@ -255,6 +258,7 @@ class DecoderSpec:
     stateful: bool = False
     work: DraftWork = _OF_THE_KIND
     others: tuple[SourceSpec, ...] = ()
+    branches: int = 1
 
     def __post_init__(self) -> None:
         if self.work is _OF_THE_KIND:
@@ -263,7 +267,14 @@ class DecoderSpec:
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
         """All sources of drafts."""
-        first = (self.drafter, self.drafter_kind, self.trained_block_size, self.max_block_size, self.work)
+        first = (
+            self.drafter,
+            self.drafter_kind,
+            self.trained_block_size,
+            self.max_block_size,
+            self.work,
+            self.branches,
+        )
         return (SourceSpec(*first), *self.others)
 
 
@@ -419,15 +430,24 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `select` may return where there are several sources.
+    """What `select` may return: beside sizes the sources, where there are several, and trees, where these are drafted.
 
     Attributes:
         block_size: of the next draft, anchor included, int64 [batch]; 1 is no draft.
         source: that drafts, int64 [batch].
+        parents: of trees to draft the node that each follows, by its place, which is before its own; -1 is the anchor.
+            int64 [batch, nodes], of which the first `block_size - 1` of a row count; None where the drafter chooses.
+        ranks: which of the candidates after its parent each node is, 0 the best, below `SourceSpec.branches`; int64
+            alike, and None where `parents` is.
+
+    No two children of a node have one rank, and no path is longer than `trained_block_size - 1`. A source that drafts
+    chains is asked for the chain of the best: parents -1, 0, 1, ... and ranks 0.
     """
 
     block_size: Tensor
     source: Tensor
+    parents: Tensor | None = None
+    ranks: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -445,7 +465,8 @@ class Draft:
         read: decided positions that sources read before they drafted, by source, for the runtime.
         source: that was asked, int64 [batch]; by default source 0. Features that a row's source does not have are NaN.
         parents: of a tree the token that each follows, by its place in the draft, which is before its own; -1 is the
-            anchor. int64 [batch, draft_length]; None where drafts are chains. Tokens of a tree are ordered best first.
+            anchor. int64 [batch, draft_length]; None where drafts are chains. Tokens of a tree are ordered best first,
+            or as the `Plan` has them, without those that are ruled out.
         chances: of a tree, that each token is the target's where its parent stands, as far as the drafter can tell:
             by its scores and, at temperatures above 0, the noise that it shares with the target. Float32
             [batch, draft_length], not calibrated; NaN of sources that draft chains; None where all drafts are chains.

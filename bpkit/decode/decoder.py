@@ -146,6 +146,7 @@ class SpeculativeDecoder:
             stateful=session_class(self.model).stateful,
             work=first.work,
             others=tuple(others),
+            branches=first.branches,
         )
         serves = session_class(self.model)
         self.capture = capture if isinstance(capture, Capture) else Capture(capture, target, self.model, serves)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RowText, RunningText, padded
-from bpkit.decode.trees import chain
+from bpkit.decode.trees import TreeShape, chain
 from bpkit.types import DraftWork, Feature
 
 
@@ -128,7 +128,12 @@ class DrafterSession(Protocol):
         ...
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        """Propose up to `block_size - 1` tokens after the anchor of each row; at least one row has 2 or more."""
+        """Propose up to `block_size - 1` tokens after the anchor of each row; at least one row has 2 or more.
+
+        That of a drafter with `branches` above 1 takes `shapes=None` as well, which is handed over where a `Plan` has
+        trees: of each row the `TreeShape` to draft, without nodes that are ruled out and those after them, or None
+        where the tree is the drafter's choice.
+        """
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -152,7 +157,10 @@ class RowDrafterSession(Protocol):
         ...
 
     def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
-        """Propose up to `block_size - 1` tokens, of which there is at least one: a proposal of one row."""
+        """Propose up to `block_size - 1` tokens, of which there is at least one: a proposal of one row.
+
+        That of a drafter with `branches` above 1 takes `shape=None` as well: this row's, as in `DrafterSession`.
+        """
         ...
 
 
@@ -172,12 +180,21 @@ class EachRow:
         for place, session in enumerate(self.sessions):
             session.advance(None if features is None else features[place])
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        if len(self.sessions) == 1:
-            return self.sessions[0].draft(block_size[0], draw, go_on)
+    def draft(
+        self,
+        block_size: Sequence[int],
+        draw: Draw,
+        go_on: GoOn | None,
+        shapes: Sequence[TreeShape | None] | None = None,
+    ) -> Proposal:
+        shaped = [{"shape": shape} if shape else {} for shape in shapes or [None] * len(self.sessions)]
+        sessions: list[Any] = self.sessions
+        if len(sessions) == 1:
+            proposal: Proposal = sessions[0].draft(block_size[0], draw, go_on, **shaped[0])
+            return proposal
         made: list[Proposal | None] = [
-            session.draft(size, draw.row(row), None) if size > 1 else None
-            for row, (session, size) in enumerate(zip(self.sessions, block_size, strict=True))
+            session.draft(size, draw.row(row), None, **own) if size > 1 else None
+            for row, (session, size, own) in enumerate(zip(sessions, block_size, shaped, strict=True))
         ]
         return side_by_side(made)
 

@@ -12,15 +12,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bpkit.decode.host import to_host
-from bpkit.decode.trees import closed
+from bpkit.decode.trees import TreeShape, closed
 from bpkit.policy import Policy, PolicyError, State, overrides
-from bpkit.types import Context, DecoderSpec, Draft, Feature, Plan, Step
+from bpkit.types import Context, DecoderSpec, Draft, Feature, Plan, SourceSpec, Step
 
 
 class PolicyFault(PolicyError):
@@ -45,6 +45,19 @@ class OutOfRange(PolicyFault):
 
 class PolicyFaultWarning(UserWarning):
     """A policy was overruled; the text is not affected, the speed may be."""
+
+
+class Selected(NamedTuple):
+    """What is drafted next, of each row.
+
+    Attributes:
+        block_size: 1 .. its source's limit. source: that drafts; 0 at block size 1.
+        shapes: trees to draft, of `block_size - 1` nodes, None of rows whose drafter chooses; None if all are.
+    """
+
+    block_size: list[int]
+    source: list[int]
+    shapes: list[TreeShape | None] | None = None
 
 
 class GuardedPolicy:
@@ -168,28 +181,37 @@ class GuardedPolicy:
             self._mend("predict", error, "no predictions")
             return None
 
-    def select(self, context: Context) -> tuple[list[int], list[int]]:
-        """Block size of the next draft of each row, 1 .. its source's limit, and that source; 0 at block size 1."""
+    def select(self, context: Context) -> Selected:
+        """What the policy wants drafted."""
         default, rows = self.spec.trained_block_size, context.batch_size
         sources, most = [0] * rows, [self.spec.max_block_size] * rows
+        plan: Plan | None = None
         try:
             answer = self.policy.select(self.state, context)
             if isinstance(answer, Plan):
-                sources = decision("source", answer.source, [len(self.spec.sources)] * rows)
+                plan, sources = answer, decision("source", answer.source, [len(self.spec.sources)] * rows)
                 most = [self.spec.sources[source].max_block_size for source in sources]
-                answer = answer.block_size
+                answer = plan.block_size
             sizes = decision("select", answer, most)
         except OutOfRange as error:
             too_large = [*map(min, error.sizes, most)]
             self._mend("select", error, str(max(too_large)) if too_large else f"the trained block size {default}")
             sizes = too_large or [default] * rows
-            sources = sources if too_large else [0] * rows
+            sources, plan = sources if too_large else [0] * rows, None
         except Exception as error:
             self._mend("select", error, f"the trained block size {default}")
-            sizes, sources = [default] * rows, [0] * rows
+            sizes, sources, plan = [default] * rows, [0] * rows, None
         if any(sources):
             sources = [source if size > 1 else 0 for size, source in zip(sizes, sources, strict=True)]
-        return sizes, sources
+        return Selected(sizes, sources, None if plan is None else self._shapes(plan, sizes, sources))
+
+    def _shapes(self, plan: Plan, sizes: Sequence[int], sources: Sequence[int]) -> list[TreeShape | None] | None:
+        """The trees that a plan wants drafted."""
+        try:
+            return shapes_of(plan, sizes, [self.spec.sources[source] for source in sources])
+        except Exception as error:
+            self._mend("select", error, "the trees that the drafter chooses")
+            return None
 
     def truncate(self, draft: Draft) -> list[int]:
         """Drafted tokens to verify of each row, 0 .. draft_length."""
@@ -383,3 +405,63 @@ def decision(method: str, answer: Any, most: Sequence[int]) -> list[int]:
         advice = "keep `decoder.max_block_size` in `bind`, and clamp to it"
         raise OutOfRange(f"it returned {numbers}, above {above}: {advice}", whole)
     return whole
+
+
+def shapes_of(plan: Plan, sizes: Sequence[int], sources: Sequence[SourceSpec]) -> list[TreeShape | None] | None:
+    """The trees of a plan, of each row; None of rows that draft chains, and if all do or the plan has no trees.
+
+    Args:
+        sizes: block size of each row. sources: where each drafts from.
+
+    Raises:
+        PolicyFault: they are no trees, or not such as these sources draft.
+    """
+    if plan.parents is None and plan.ranks is None:
+        return None
+    rows, width = len(sizes), max(sizes) - 1
+    given = [_of_nodes(name, value, rows, width) for name, value in (("parents", plan.parents), ("ranks", plan.ranks))]
+    parents, ranks = (value.tolist() for value in to_host(given))
+    shapes = [
+        _shape_of(TreeShape(tuple(before[: size - 1]), tuple(own[: size - 1])), source)
+        for before, own, size, source in zip(parents, ranks, sizes, sources, strict=True)
+    ]
+    return shapes if any(shapes) else None
+
+
+def _of_nodes(name: str, value: Any, rows: int, width: int) -> Tensor:
+    """Numbers of a plan's nodes, int64 [rows, width or more]. Raises PolicyFault for anything else."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = str(value.dtype) if isinstance(value, Tensor) else kind_of(value)
+        raise PolicyFault(f"{name} of its Plan: {got}, not int64 [batch, nodes]")
+    if value.ndim != 2 or len(value) != rows or value.shape[1] < width:
+        raise PolicyFault(
+            f"{name} of its Plan have shape {list(value.shape)}, not [{rows}, {width}]: a row of a tree has "
+            "block_size - 1 nodes"
+        )
+    return value
+
+
+def _shape_of(shape: TreeShape, source: SourceSpec) -> TreeShape | None:
+    """The tree, if a source drafts such; None of a chain from a source of chains. Raises OutOfRange."""
+    if source.branches == 1:
+        if shape == TreeShape.chain(len(shape)):
+            return None
+        raise OutOfRange(
+            f"its Plan has a tree for {source.drafter}, which drafts chains: parents -1, 0, 1, ... and ranks 0"
+        )
+    places: set[tuple[int, int]] = set()
+    for node, place in enumerate(zip(shape.parents, shape.ranks, strict=True)):
+        parent, rank = place
+        if not -1 <= parent < node:
+            raise OutOfRange(f"node {node} of its Plan has parent {parent}, which is not before it")
+        if not 0 <= rank < source.branches:
+            raise OutOfRange(f"node {node} of its Plan has rank {rank}, of {source.branches} candidates")
+        if place in places:
+            raise OutOfRange(f"its Plan has two nodes of rank {rank} after node {parent}, one of them node {node}")
+        places.add(place)
+    if shape.deepest >= source.trained_block_size:
+        raise OutOfRange(
+            f"its Plan has a path of {shape.deepest} nodes, above trained_block_size - 1, "
+            f"{source.trained_block_size - 1} of {source.drafter}"
+        )
+    return shape

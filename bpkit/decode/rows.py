@@ -18,7 +18,7 @@ from bpkit.decode.request import Request
 from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText, counts, to_device
 from bpkit.decode.timing import Stopwatch, TimedDrafter
-from bpkit.decode.trees import VerifiedNodes
+from bpkit.decode.trees import TreeShape, VerifiedNodes
 from bpkit.decode.verify import Verdict, VerifyRule
 from bpkit.types import (
     OF_PREFILL,
@@ -213,8 +213,10 @@ class Rows:
             return context
         return replace(context, features={**context.features, **self.drafter.features(wanted)})
 
-    def draft(self, block_size: Sequence[int], source: Sequence[int]) -> Draft:
-        """Ask each row's source for a block, or nobody where no row drafts."""
+    def draft(
+        self, block_size: Sequence[int], source: Sequence[int], shapes: Sequence[TreeShape | None] | None = None
+    ) -> Draft:
+        """Ask each row's source for a block, or nobody where no row drafts; see `Selected`."""
         if max(block_size) == 1:
             return self.no_draft()
         assert self.context is not None
@@ -227,7 +229,7 @@ class Rows:
 
         draw = self.rule.draw(block_size)
         asked = go_on if self.policy.extends else None
-        proposal = self.drafter.draft(block_size, source, draw, asked, wants)
+        proposal = self.drafter.draft(block_size, source, draw, asked, wants, shapes)
         proposed.add(proposal.after(proposed.width))
         draft = proposed.draft()
         draft.tokens, draft.logits = proposal.tokens.to(device), proposal.scores

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from bpkit.decode.features import draft_features
 from bpkit.decode.sampling import Draw
 from bpkit.decode.target import TargetSession
 from bpkit.decode.text import RunningText, padded
+from bpkit.decode.trees import TreeShape
 from bpkit.types import OF_OFFERS, OF_THE_DISTRIBUTION, DraftWork, Feature, SourceSpec, work_of
 
 RECENT, AT_FIRST = 0.2, 0.5
@@ -75,7 +77,8 @@ def source_spec(drafter: Drafter, largest: int | None = None) -> SourceSpec:
     """
     most = min(drafter.max_block_size, largest or drafter.max_block_size)
     trained = min(drafter.trained_block_size, most)
-    return SourceSpec(model_name(drafter.name), drafter.kind, trained, most, work_of_drafter(drafter))
+    branches = getattr(drafter, "branches", 1)
+    return SourceSpec(model_name(drafter.name), drafter.kind, trained, most, work_of_drafter(drafter), branches)
 
 
 def _begun(source: Drafter, text: RunningText, target: TargetSession | None) -> DrafterSession:
@@ -187,6 +190,7 @@ class SourceSessions:
         draw: Draw,
         go_on: GoOn | None,
         wants: frozenset[Feature],
+        shapes: Sequence[TreeShape | None] | None = None,
     ) -> Proposal:
         """Propose tokens for each row from its source; at least one row has a block size above 1.
 
@@ -194,19 +198,35 @@ class SourceSessions:
 
         Args:
             wants: features of drafts, which are computed here where sources differ.
+            shapes: trees to draft, of rows whose source drafts trees.
         """
         used = sorted({place for place, size in zip(source, block_size, strict=True) if size > 1})
         if len(used) == 1:
-            proposal = self.sessions[used[0]].draft(block_size, draw, go_on)
+            proposal = self._drafted(used[0], block_size, draw, go_on, shapes)
             self.read = {used[0]: proposal.read}
             return proposal if len(self.sessions) == 1 else _complete(proposal, wants)
         parts: dict[int, Proposal] = {}
         for place in used:
             sizes = [size if own == place else 1 for size, own in zip(block_size, source, strict=True)]
-            part = self.sessions[place].draft(sizes, draw, None)
+            own_shapes = shapes and [shape if own == place else None for shape, own in zip(shapes, source, strict=True)]
+            part = self._drafted(place, sizes, draw, None, own_shapes)
             parts[place] = _complete(replace(part, features=draft_features(part, wants)), wants)
         self.read = {place: part.read for place, part in parts.items()}
         return _together(parts, source, block_size)
+
+    def _drafted(
+        self,
+        place: int,
+        block_size: Sequence[int],
+        draw: Draw,
+        go_on: GoOn | None,
+        shapes: Sequence[TreeShape | None] | None,
+    ) -> Proposal:
+        """What one source drafts; sessions of chains know of no shapes."""
+        session: Any = self.sessions[place]
+        shaped: dict[str, Any] = {"shapes": shapes} if shapes and any(shapes) else {}
+        proposal: Proposal = session.draft(block_size, draw, go_on, **shaped)
+        return proposal
 
     def keep(self, rows: Sequence[int]) -> None:
         for session in self.sessions:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bpkit.decode.clock import GuardedClock
 from bpkit.decode.drafter import GoOn, Proposal
-from bpkit.decode.guard import GuardedPolicy
+from bpkit.decode.guard import GuardedPolicy, Selected
 from bpkit.decode.sampling import Draw
 from bpkit.decode.sources import SourceSessions
 from bpkit.decode.target import TargetOutput, TargetSession
-from bpkit.decode.trees import Tree
+from bpkit.decode.trees import Tree, TreeShape
 from bpkit.policy import Policy
 from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step, Work
 
@@ -126,8 +126,9 @@ class TimedDrafter:
         draw: Draw,
         go_on: GoOn | None,
         wants: frozenset[Feature],
+        shapes: Sequence[TreeShape | None] | None = None,
     ) -> Proposal:
-        proposal = self.session.draft(block_size, source, draw, go_on and self._timed(go_on), wants)
+        proposal = self.session.draft(block_size, source, draw, go_on and self._timed(go_on), wants, shapes)
         self.watch.lap("draft")
         return proposal
 
@@ -162,7 +163,7 @@ class TimedPolicy(GuardedPolicy):
         self.watch.lap("policy")
         return predictions
 
-    def select(self, context: Context) -> tuple[list[int], list[int]]:
+    def select(self, context: Context) -> Selected:
         self.watch.resume()  # a turn begins
         chosen = super().select(context)
         self.watch.lap("policy")

@@ -100,6 +100,56 @@ class VerifiedNodes:
         return drafted.gather(1, to_device(at, drafted.device)) if width else drafted[:, :0]
 
 
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """A tree that a drafter is to draft for one row, instead of the one that it would choose.
+
+    Attributes:
+        parents: of each node the one that it follows, which is before it; -1 is the anchor.
+        ranks: which of the candidates after its parent each node is, 0 the best.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @property
+    def depths(self) -> list[int]:
+        """Of each node, 1 after the anchor."""
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent + 1] + 1)
+        return depths[1:]
+
+    @property
+    def deepest(self) -> int:
+        """The largest depth; 0 of no nodes."""
+        return max(self.depths, default=0)
+
+    @classmethod
+    def chain(cls, length: int) -> TreeShape:
+        """The best candidate after the best candidate."""
+        return cls(tuple(range(-1, length - 1)), (0,) * length)
+
+    @classmethod
+    def delayed(cls, branches: int, trunk: int, length: int) -> TreeShape:
+        """A path of `trunk` tokens, and so many further ones of `length` tokens after its end; the best comes first.
+
+        Delayed tree expansion (2602.16994). What begins with the candidates of rank 0, 1, ... goes on with the best.
+
+        >>> TreeShape.delayed(2, trunk=1, length=2)
+        TreeShape(parents=(-1, 0, 1, 0, 3), ranks=(0, 0, 0, 1, 0))
+        """
+        parents, ranks = list(range(-1, trunk - 1)), [0] * trunk
+        for rank in range(branches if length else 0):
+            first = len(parents)
+            parents += [trunk - 1, *range(first, first + length - 1)]
+            ranks += [rank] + [0] * (length - 1)
+        return cls(tuple(parents), tuple(ranks))
+
+
 def chain(width: int, rows: int) -> Tensor:
     """The parents of drafts without branches, int64 [rows, width]."""
     return torch.arange(-1, width - 1).expand(rows, width)

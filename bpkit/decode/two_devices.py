@@ -119,8 +119,8 @@ class OtherDeviceSession:
         if hasattr(self.session, "passed"):
             self.session.passed(chosen)
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        return self.session.draft(block_size, self._there(draw), go_on)
+    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None, **shapes: Any) -> Proposal:
+        return self.session.draft(block_size, self._there(draw), go_on, **shapes)
 
     def keep(self, rows: Sequence[int]) -> None:
         self.copy.keep(rows)

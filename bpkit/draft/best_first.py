@@ -1,10 +1,12 @@
-"""The best tree over candidates: of each position, where these do not depend on each other, or of each node."""
+"""Trees over candidates, the best one or a given one: of each position, where they are independent, or of each node."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from bpkit.decode.trees import TreeShape
 
 
 class Node(NamedTuple):
@@ -61,4 +63,30 @@ def best_nodes(children: Callable[[Node | None], Sequence[float]], most: int) ->
         below.append(children(nodes[-1]))
         if below[-1]:
             heapq.heappush(ahead, (reached * below[-1][0], position + 1, 0, len(nodes) - 1, -reached))
+    return nodes
+
+
+def shaped(chances: Sequence[Sequence[float]], shape: TreeShape) -> list[Node]:
+    """The nodes of a tree in its order, without those that are ruled out or not there, and all that follow them.
+
+    >>> tree = shaped([[0.6, 0.3], [1.0, 0.0]], TreeShape((-1, 0, 0, -1, 3), (0, 1, 0, 1, 0)))
+    >>> [(node.parent, node.rank, node.chance) for node in tree]
+    [(-1, 0, 0.6), (0, 0, 1.0), (-1, 1, 0.3), (2, 0, 1.0)]
+    """
+    positions = [*chances, ()]
+    return shaped_nodes(lambda node: positions[0 if node is None else node.position + 1], shape)
+
+
+def shaped_nodes(children: Callable[[Node | None], Sequence[float]], shape: TreeShape) -> list[Node]:
+    """The same where candidates depend on the path, of nodes that have children in the shape."""
+    nodes: list[Node] = []
+    places, below = {-1: -1}, dict[int, Sequence[float]]()
+    for place, (parent, rank, depth) in enumerate(zip(shape.parents, shape.ranks, shape.depths, strict=True)):
+        if parent not in places:
+            continue
+        if parent not in below:
+            below[parent] = children(None if parent < 0 else nodes[places[parent]])
+        if rank < len(below[parent]) and below[parent][rank] > 0:
+            places[place] = len(nodes)
+            nodes.append(Node(places[parent], depth - 1, rank, below[parent][rank]))
     return nodes

@@ -19,7 +19,8 @@ from bpkit.decode.pretrained import device_of, hub_options, move, refuse_other_w
 from bpkit.decode.sampling import Draw
 from bpkit.decode.slots import Reading, SlotCache
 from bpkit.decode.text import RunningText, padded
-from bpkit.draft.best_first import best_first
+from bpkit.decode.trees import TreeShape
+from bpkit.draft.best_first import best_first, shaped
 from bpkit.draft.dflash_checks import refuse_unfit, refuse_unknown_layout
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
 from bpkit.draft.newcomers import newcomers, take_in
@@ -142,9 +143,17 @@ class BlockDiffusionSession:
         for waiting, more in zip(self.waiting, features, strict=True):
             waiting.append(more)
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
-        nodes = [size - 1 for size in block_size]
-        block_size = [min(size, self.largest) for size in block_size]
+    def draft(
+        self,
+        block_size: Sequence[int],
+        draw: Draw,
+        go_on: GoOn | None,
+        shapes: Sequence[TreeShape | None] | None = None,
+    ) -> Proposal:
+        trees = [shape or size - 1 for shape, size in zip(shapes or [None] * len(block_size), block_size, strict=True)]
+        block_size = [
+            tree.deepest + 1 if isinstance(tree, TreeShape) else min(tree + 1, self.largest) for tree in trees
+        ]
         context = [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
         read = [len(features) for features in context]
         apart = newcomers(self.slot_cache.held, read)
@@ -159,7 +168,7 @@ class BlockDiffusionSession:
         if self.drafter.branches > 1:
             candidates, chances, scores = draw.candidates(logits, counts, self.drafter.branches)
             return grown(
-                candidates, chances, counts, nodes, Proposal(candidates[..., 0], scores, hidden, [], max(read))
+                candidates, chances, counts, trees, Proposal(candidates[..., 0], scores, hidden, [], max(read))
             )
         tokens, scores = draw(logits, counts)
         return Proposal(tokens, scores, hidden, counts, max(read))
@@ -249,15 +258,20 @@ class BlockDiffusionSession:
         return hidden[:, 1:]
 
 
-def grown(candidates: Tensor, chances: Tensor, counts: Sequence[int], most: Sequence[int], block: Proposal) -> Proposal:
-    """The block as a tree of the best candidates, whose chances are read from the device.
+def grown(
+    candidates: Tensor, chances: Tensor, counts: Sequence[int], wanted: Sequence[int | TreeShape], block: Proposal
+) -> Proposal:
+    """The block as a tree of candidates, whose chances are read from the device.
 
     Args:
         candidates: int64 [rows, positions, branches], falling by their chances, float32 alike.
-        counts: positions of each row. most: nodes of each row.
+        counts: positions of each row. wanted: the tree of each row, or how many nodes the best one is to have.
     """
     (read,), device = to_host([chances]), candidates.device
-    trees = [best_first(own[:count], size) for own, count, size in zip(read.tolist(), counts, most, strict=True)]
+    trees = [
+        shaped(own[:count], tree) if isinstance(tree, TreeShape) else best_first(own[:count], tree)
+        for own, count, tree in zip(read.tolist(), counts, wanted, strict=True)
+    ]
     shape = len(trees), max(map(len, trees))
     columns = torch.full((4, *shape), -1.0, dtype=torch.double)
     for row, tree in enumerate(trees):

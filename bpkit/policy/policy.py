@@ -135,7 +135,7 @@ class Policy:
         """The block size of the next draft, anchor included: int64 [batch], from 1 (no draft) upwards.
 
         Where the decoder has several sources of drafts (`context.spec.sources`), a `bpkit.Plan` also names the source;
-        block sizes alone are drafted by source 0.
+        block sizes alone are drafted by source 0. Of one that drafts trees it may also say which.
         """
         raise NotImplementedError(f"{type(self).__name__} must define select(self, state, context)")
 

@@ -270,7 +270,7 @@ class EngineRows:
             return first
         if not self.pause.paused:
             with self._asked(), self._only(places):
-                sizes, _ = self.guard.select(self._context(places, features, len(self)))
+                sizes, *_ = self.guard.select(self._context(places, features, len(self)))
             for place, size in zip(places, sizes, strict=True):
                 self.chosen[place] = size - 1
         return max(first, *(self.chosen[place] for place in places))

@@ -251,7 +251,8 @@ class CallRecorder:
             made.answer = numbers(method, answer, made.given)
             if method == "select" and self.force is not None:
                 if isinstance(answer, Plan):
-                    return dataclasses.replace(answer, block_size=self.force(answer.block_size))
+                    forced = self.force(answer.block_size)
+                    return dataclasses.replace(answer, block_size=forced, parents=None, ranks=None)
                 return self.force(answer)
         return answer
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bpkit.decode.guard import decision
+from bpkit.decode.guard import decision, shapes_of
 from bpkit.types import Context, Draft, Feature, Plan, Step
 
 Given = Context | Draft | Step
@@ -100,6 +100,7 @@ def numbers(method: str, answer: Any, given: Given) -> Decided:
         return decision(method, answer, [spec.max_block_size] * rows)
     sources = decision("source", answer.source, [len(spec.sources)] * rows)
     sizes = decision(method, answer.block_size, [spec.sources[source].max_block_size for source in sources])
+    shapes_of(answer, sizes, [spec.sources[source] for source in sources])
     return list(zip(sizes, sources, strict=True))
 
 
