@@ -13,7 +13,7 @@ Every tensor carries a leading batch axis: row *i* is request *i*. Terms (one me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -218,6 +218,10 @@ class SourceSpec:
     work: DraftWork
     branches: int = 1
 
+    def draft_size(self, block_size: int) -> int:
+        """Anchor and positions, one after the other, that a draft of such a size computes, which is what it costs."""
+        return block_size if self.branches == 1 else min(block_size, self.trained_block_size)
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
@@ -239,8 +243,8 @@ class DecoderSpec:
         stateful: whether the target has recurrent states, so that it reads accepted tokens again after a rejection.
         work: what the drafter does for a draft; needed for kinds that are not built in.
         others: further sources of drafts, in their order, from source 1 on.
-        branches: the most children of a node of the drafter's trees; 1 where its drafts are chains. Trees are at most
-            `trained_block_size - 1` deep, and block sizes above that make them larger.
+        branches: the most tokens that may follow one in a draft; 1 where drafts are chains. A tree of `block_size - 1`
+            nodes is at most `trained_block_size - 1` deep.
 
     Raises:
         ValueError: `work` was left out and the kind is not built in.
@@ -267,15 +271,16 @@ class DecoderSpec:
     @property
     def sources(self) -> tuple[SourceSpec, ...]:
         """All sources of drafts."""
-        first = (
-            self.drafter,
-            self.drafter_kind,
-            self.trained_block_size,
-            self.max_block_size,
-            self.work,
-            self.branches,
+        sizes = self.trained_block_size, self.max_block_size
+        return (SourceSpec(self.drafter, self.drafter_kind, *sizes, self.work, self.branches), *self.others)
+
+    def without_branches(self) -> DecoderSpec:
+        """The same decoder with drafts that are chains, of the sizes that a tree may be deep."""
+        first, *others = (
+            source if source.branches == 1 else replace(source, branches=1, max_block_size=source.trained_block_size)
+            for source in self.sources
         )
-        return (SourceSpec(*first), *self.others)
+        return replace(self, branches=1, max_block_size=first.max_block_size, others=tuple(others))
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,6 +476,8 @@ class Draft:
             by its scores and, at temperatures above 0, the noise that it shares with the target. Float32
             [batch, draft_length], not calibrated; NaN of sources that draft chains; None where all drafts are chains.
         nodes: which of a tree are verified, for the runtime.
+        positions: anchor and positions that the drafter computed for each row, for the runtime; None where these are
+            `draft_length + 1`.
     """
 
     context: Context
@@ -485,6 +492,7 @@ class Draft:
     parents: Tensor | None = None
     chances: Tensor | None = None
     nodes: Any = None
+    positions: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.source is None:

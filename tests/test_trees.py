@@ -506,15 +506,6 @@ def test_what_cannot_verify_trees_is_refused(pair: TinyPair) -> None:
             SpeculativeDecoder(target, TreeDrafter(target, 0))
 
 
-def test_traces_of_trees_are_refused(pair: TinyPair) -> None:
-    from bpkit.trace.collect.tracer import refuse_untraceable
-
-    with pytest.raises(
-        ValueError, match=r"drafts trees \(branches=3\), and traces hold chains: trace it with branches=1"
-    ):
-        refuse_untraceable(SpeculativeDecoder(pair.target, branching(pair), tokenizer=pair.tokenizer))
-
-
 class Masking(Policy):
     wants = frozenset()
 

@@ -30,6 +30,8 @@ class Proposal:
         chances: as in `Draft`, on the host.
         places: of a tree, which of the positions of `scores` and `hidden` each token is drawn from, int64 [rows, width]
             on their device; None where position and token are one.
+        positions: of a tree, the anchor and the positions of each row that the drafter computed, one after the other;
+            None of a chain, whose tokens they are.
     """
 
     tokens: Tensor
@@ -41,6 +43,7 @@ class Proposal:
     parents: Tensor | None = None
     chances: Tensor | None = None
     places: Tensor | None = None
+    positions: Sequence[int] | None = None
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """Of values of positions, [rows, positions, ...], those of the tokens: [rows, width, ...]."""
@@ -62,20 +65,32 @@ class Proposal:
             return self
         rows, width = self.tokens.shape
         places = torch.arange(width, device=self.tokens.device).expand(rows, width)
-        return replace(self, parents=chain(width, rows), chances=torch.full((rows, width), torch.nan), places=places)
+        return replace(
+            self,
+            parents=chain(width, rows),
+            chances=torch.full((rows, width), torch.nan),
+            places=places,
+            positions=[count + 1 for count in self.counts],
+        )
 
     def after(self, count: int) -> Proposal:
         """Without the first `count` tokens of each row."""
         if count == 0:
             return self
-        return Proposal(
-            self.tokens[:, count:],
-            None if self.scores is None else self.scores[:, count:],
-            None if self.hidden is None else self.hidden[:, count:],
-            [max(0, row - count) for row in self.counts],
-            self.read,
-            None if self.features is None else {name: value[:, count:] for name, value in self.features.items()},
-            *(None if value is None else value[:, count:] for value in (self.parents, self.chances, self.places)),
+
+        def cut(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[:, count:]
+
+        return replace(
+            self,
+            tokens=self.tokens[:, count:],
+            scores=cut(self.scores),
+            hidden=cut(self.hidden),
+            counts=[max(0, row - count) for row in self.counts],
+            features=None if self.features is None else {name: v[:, count:] for name, v in self.features.items()},
+            parents=cut(self.parents),
+            chances=cut(self.chances),
+            places=cut(self.places),
         )
 
 
@@ -232,7 +247,8 @@ def side_by_side(made: Sequence[Proposal | None]) -> Proposal:
 
     tokens = of([proposal.tokens for proposal in each])
     assert tokens is not None
-    if any(proposal.parents is not None for proposal in each):
+    trees = any(proposal.parents is not None for proposal in each)
+    if trees:
         each = [proposal.as_tree() for proposal in each]
     features = None
     if like.features is not None:
@@ -245,7 +261,10 @@ def side_by_side(made: Sequence[Proposal | None]) -> Proposal:
         [proposal.counts[0] for proposal in each],
         max(proposal.read for proposal in each),
         features,
-        *(of([getattr(proposal, name) for proposal in each]) for name in ("parents", "chances", "places")),
+        parents=of([proposal.parents for proposal in each]),
+        chances=of([proposal.chances for proposal in each]),
+        places=of([proposal.places for proposal in each]),
+        positions=[(proposal.positions or [1])[0] for proposal in each] if trees else None,
     )
 
 

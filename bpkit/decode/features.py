@@ -47,9 +47,9 @@ def target_features(
         first: whether it was prefill.
         embed: the target's embedding.
     """
+    if output.known is not None:  # of positions of the text
+        return {name: _at(value, verdict.num_accepted) for name, value in output.known.items() if name in wants}
     place = verdict.last_column
-    if output.known is not None:
-        return {name: _at(value, place) for name, value in output.known.items() if name in wants}
     features: dict[Feature, Tensor] = {}
     anchor = _at(verdict.tokens, verdict.num_accepted)
     if output.last_hidden is not None:

@@ -234,6 +234,7 @@ class Rows:
         draft = proposed.draft()
         draft.tokens, draft.logits = proposal.tokens.to(device), proposal.scores
         draft.read, draft.parents, draft.chances = self.drafter.read, proposal.parents, proposal.chances
+        draft.positions = proposal.positions
         return draft
 
     def no_draft(self) -> Draft:
@@ -345,9 +346,11 @@ class Rows:
     def _drafts(self, draft: Draft) -> list[SourceWork]:
         """What each source did that drafted something."""
         sizes: dict[int, list[int]] = {}
-        for source, length in zip(draft.source.tolist(), draft.draft_length.tolist(), strict=True):
+        lengths = draft.draft_length.tolist()
+        positions = draft.positions or [length + 1 for length in lengths]
+        for source, length, size in zip(draft.source.tolist(), lengths, positions, strict=True):
             if length:
-                sizes.setdefault(source, []).append(length + 1)
+                sizes.setdefault(source, []).append(size)
         features = not self.shared.wants.isdisjoint(OF_THE_DISTRIBUTION)
         return [
             SourceWork(source, max(drafted), draft.read.get(source, 0), sum(drafted), features)

@@ -249,8 +249,10 @@ def _together(parts: Mapping[int, Proposal], source: Sequence[int], block_size: 
     def rows_of(value: Callable[[Proposal], Tensor]) -> Tensor:
         return padded([value(part)[row : row + 1].to(device) for row, part in enumerate(made)])
 
-    features = {name: rows_of(partial(_feature, name=name, parts=parts)) for name in _names(parts)}
     trees = any(part.parents is not None for part in parts.values())
+    if trees:
+        made = [part.as_tree() for part in made]
+    features = {name: rows_of(partial(_feature, name=name, parts=parts)) for name in _names(parts)}
     scored = not trees and any(part.scores is not None for part in parts.values())
     vocab = next((part.scores.shape[-1] for part in parts.values() if part.scores is not None), 0)
     return Proposal(
@@ -260,13 +262,15 @@ def _together(parts: Mapping[int, Proposal], source: Sequence[int], block_size: 
         [part.counts[row] for row, part in enumerate(made)],
         max(part.read for part in parts.values()),
         features,
-        *(_on_the_host([part.as_tree() for part in made], name) if trees else None for name in ("parents", "chances")),
+        parents=_on_the_host([part.parents for part in made]) if trees else None,
+        chances=_on_the_host([part.chances for part in made]) if trees else None,
+        positions=[(part.positions or [1])[row] for row, part in enumerate(made)] if trees else None,
     )
 
 
-def _on_the_host(made: Sequence[Proposal], name: str) -> Tensor:
-    """Parents or chances of each row out of the proposal of its source, [rows, width]."""
-    return padded([getattr(part, name)[row : row + 1] for row, part in enumerate(made)])
+def _on_the_host(made: Sequence[Tensor | None]) -> Tensor:
+    """Parents or chances of each row out of those of its source, [rows, width]."""
+    return padded([part[row : row + 1] for row, part in enumerate(made) if part is not None])
 
 
 def _complete(part: Proposal, wants: frozenset[Feature]) -> Proposal:

@@ -25,8 +25,8 @@ class TargetOutput:
         logits: [rows, positions, vocab]; prefill gives one position only.
         features: hidden states of the drafter's layers, concatenated, [rows, positions, layers * hidden], or None.
         last_hidden: final-norm hidden states, [rows, positions, hidden], or None if no policy wants them.
-        known: what policies may see of each position, [rows, positions, ...], where that need not be computed (in
-            replay).
+        known: what policies may see of each position of the text, [rows, positions, ...], where that need not be
+            computed (in replay).
     """
 
     logits: Tensor

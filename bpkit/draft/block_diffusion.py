@@ -287,6 +287,7 @@ def grown(
         parents=parents.long(),
         chances=of_nodes.float(),
         places=sent[0],
+        positions=[count + 1 for count in counts],
     )
 
 

@@ -19,6 +19,30 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class CandidateTable:
+    """The best tokens of each drafted position, of a drafter whose positions do not depend on each other.
+
+    Any tree of them can be replayed: whether a node stands is told by its rank and those before it on its path.
+
+    Attributes:
+        tokens: int32 [rows, sizes, width, branches], the best first, -1 where nothing was drafted.
+        chances: their shares of exp(score + noise) among all tokens, float32 of the same shape; NaN there.
+        probabilities: by the drafter, which without noise the chances are; the same.
+        ranks: of the output's own token among them, int32 [rows, sizes, width]: `branches` where it is none of them or
+            the output has ended, -1 where nothing was drafted.
+    """
+
+    tokens: Ints
+    chances: Floats
+    probabilities: Floats
+    ranks: Ints
+
+    @property
+    def branches(self) -> int:
+        return int(self.tokens.shape[-1])
+
+
+@dataclass(frozen=True)
 class DraftTable:
     """Every draft that could have been made while this output was decided.
 
@@ -39,6 +63,9 @@ class DraftTable:
             the chance given that all earlier ones matched; `oracle_distributions` takes another.
         match_length: of free sources, tokens of the match that each position's drafts come from: int32 [rows].
         match_share: of them, the share of its occurrences that goes on alike (`Feature.SOURCE_SHARE`): float64 [rows].
+        candidates: of block diffusion with branches; the other tables are of the chains of the best candidates then.
+        parents, chances: of other drafters of trees, as in `Draft`, int32 and float32 [rows, sizes, width], -1 and NaN
+            where nothing was drafted; `num_accepted` is of whole trees.
     """
 
     block_sizes: Ints
@@ -49,6 +76,9 @@ class DraftTable:
     match_probability: Floats | None = None
     match_length: Ints | None = None
     match_share: NDArray[np.float64] | None = None
+    candidates: CandidateTable | None = None
+    parents: Ints | None = None
+    chances: Floats | None = None
 
     @property
     def rows(self) -> int:

@@ -173,7 +173,7 @@ def traced_rows(
     """
     text, spec = RunningText([request.text for request in requests]), shared.spec
     drafters = [
-        TracedDrafter(drafts, source.work, shared.wants, text)
+        TracedDrafter(drafts, source, shared.wants, text)
         for drafts, source in zip(prompts.sources, spec.sources, strict=True)
     ]
     return Rows(

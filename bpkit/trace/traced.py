@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +17,12 @@ from bpkit.decode.reread import Rereading
 from bpkit.decode.sampling import Draw
 from bpkit.decode.target import TargetOutput
 from bpkit.decode.text import RowText, RunningText, counts, padded
+from bpkit.decode.trees import Tree
 from bpkit.decode.verify import Verdict
-from bpkit.trace.records import DraftTable, PromptTrace
+from bpkit.draft.block_diffusion import grown
+from bpkit.trace.records import CandidateTable, DraftTable, PromptTrace
 from bpkit.trace.store.manifest import TraceError
-from bpkit.types import OF_PREFILL, Draft, DraftWork, Feature
+from bpkit.types import OF_PREFILL, Draft, Feature, SourceSpec
 
 
 class TracedPrompts:
@@ -83,6 +86,25 @@ class TracedDrafts:
         return {name: _joined([table.features[name] for table in self.tables]) for name in self.tables[0].features}
 
     @cached_property
+    def candidates(self) -> CandidateTable | None:
+        """As of one prompt."""
+        found = [table.candidates for table in self.tables if table.candidates is not None and table.rows]
+        if not found:
+            return None
+        return CandidateTable(
+            *(_joined([getattr(table, field.name) for table in found]) for field in fields(CandidateTable))
+        )
+
+    @cached_property
+    def nodes(self) -> tuple[NDArray[np.int32], NDArray[np.float32]] | None:
+        """Parents and chances of trees that were traced as such, each [rows, sizes, width]."""
+        found = [(table.parents, table.chances) for table in self.tables]
+        if any(parents is None for parents, _ in found):
+            return None
+        parents, chances = zip(*found, strict=True)
+        return _joined(parents), _joined(chances)
+
+    @cached_property
     def matches(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Length of the match and its share: [rows] each; 0 and 1 where the trace does not hold them."""
         rows = len(self.draft_length)
@@ -131,6 +153,13 @@ class TracedTarget:
             self.reread = max(row.reread for row in self.rereading)
         return TargetOutput(_nothing(len(counts)), None, None, self._known(self.text.position, max(counts)))
 
+    def verify_trees(self, tokens: Tensor, tree: Tree) -> TargetOutput:
+        known = self._known(self.text.position, tree.deepest + 1)
+        return TargetOutput(_nothing(len(tokens)), None, None, known)
+
+    def accept(self, counts: Sequence[int], columns: Sequence[Sequence[int]]) -> None:
+        """What is held goes by the text."""
+
     def _known(self, first: Sequence[int], width: int) -> dict[Feature, Tensor]:
         """Features of so many positions of each row from its first on; zeros beyond an output."""
         rows = [*zip(_texts(self.text), first, strict=True)]
@@ -161,8 +190,8 @@ class TracedTarget:
 class TracedDrafter:
     """A `DrafterSession` without a model, that reads what a real one with such `work` would read."""
 
-    def __init__(self, drafts: TracedDrafts, work: DraftWork, wants: frozenset[Feature], text: RunningText) -> None:
-        self.drafts, self.work, self.text = drafts, work, text
+    def __init__(self, drafts: TracedDrafts, source: SourceSpec, wants: frozenset[Feature], text: RunningText) -> None:
+        self.drafts, self.source, self.work, self.text = drafts, source, source.work, text
         self.features = {name: value for name, value in drafts.features.items() if name in wants} if wants else {}
         self.waiting: list[int] = []
         """Positions that the next draft reads, of each row; none until prefill has decided the first tokens."""
@@ -189,6 +218,10 @@ class TracedDrafter:
 
     def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
         at = _at(self.text)
+        if self.source.branches > 1 and self.drafts.candidates is not None:
+            whole = self._tree(self.drafts.candidates, at, block_size)
+            self._drafted([size - 1 for size in block_size], block_size)
+            return whole
         columns = [self.drafts.column(size) if size > 1 else 0 for size in block_size]
         lengths = self.drafts.draft_length[at, columns].tolist()
         lengths = [length if size > 1 else 0 for length, size in zip(lengths, block_size, strict=True)]
@@ -197,10 +230,40 @@ class TracedDrafter:
         if go_on is not None and self.work.may_end_early:
             lengths = self._ended(whole, lengths, go_on)
             whole = self._proposal(at, columns, lengths, read)
-        # Rows that do not draft are read along.
-        self.waiting = [0] * len(at)
-        self.lengths = [length if size > 1 else None for length, size in zip(lengths, block_size, strict=True)]
+        self._drafted(lengths, block_size)
         return whole
+
+    def _drafted(self, lengths: Sequence[int], block_size: Sequence[int]) -> None:
+        """Note how long the drafts of rows are; those that do not draft are read along."""
+        self.waiting = [0] * len(lengths)
+        self.lengths = [length if size > 1 else None for length, size in zip(lengths, block_size, strict=True)]
+
+    def _tree(self, candidates: CandidateTable, at: Sequence[int], block_size: Sequence[int]) -> Proposal:
+        """Trees of the best candidates, as the drafter makes them."""
+        sizes = [self.source.draft_size(size) for size in block_size]
+        columns = [self.drafts.column(size) if size > 1 else 0 for size in sizes]
+        tokens, chances, probabilities = (
+            torch.from_numpy(table[at, columns, : max(sizes) - 1, : self.source.branches])
+            for table in (candidates.tokens, candidates.chances, candidates.probabilities)
+        )
+        tokens = tokens.long()
+        block = Proposal(tokens, None, None, [], max(self.waiting, default=0))
+        made = grown(tokens, chances, [size - 1 for size in sizes], [size - 1 for size in block_size], block)
+        return replace(made, features=self._of_nodes(made, tokens, probabilities, at, columns))
+
+    def _of_nodes(
+        self, made: Proposal, tokens: Tensor, probabilities: Tensor, at: Sequence[int], columns: Sequence[int]
+    ) -> dict[Feature, Tensor]:
+        """Features of the nodes: of their positions; the probabilities are their own."""
+        width = tokens.shape[1]
+        features = {
+            name: made.of_tokens(torch.from_numpy(value[at, columns, :width])) for name, value in self.features.items()
+        }
+        if Feature.DRAFT_PROBABILITY in features:
+            own = made.of_tokens(tokens) == made.tokens[..., None]
+            features[Feature.DRAFT_PROBABILITY] = (made.of_tokens(probabilities) * own).sum(dim=-1)
+        real = torch.arange(made.tokens.shape[1]) < torch.tensor(made.counts)[:, None]
+        return {Feature.DRAFT_TOKENS: made.tokens, **{name: _masked(value, real) for name, value in features.items()}}
 
     def _ended(self, whole: Proposal, lengths: Sequence[int], go_on: GoOn) -> list[int]:
         """Lengths of drafts that are made token after token, where a policy may end them."""
@@ -220,11 +283,21 @@ class TracedDrafter:
         width = max(lengths)
         found = torch.from_numpy(self.drafts.tokens[at, columns, :width]).long()
         features = {name: torch.from_numpy(value[at, columns, :width]) for name, value in self.features.items()}
+        nodes = self._nodes(at, columns, width)
         if min(lengths) < width:  # behind a row's own tokens the tables hold none, or those of another size
             real = torch.arange(width) < torch.tensor(lengths)[:, None]
             found = found.where(real, 0)
             features = {name: _masked(value, real) for name, value in features.items()}
-        return Proposal(found, None, None, lengths, read, {Feature.DRAFT_TOKENS: found, **features})
+        return Proposal(found, None, None, lengths, read, {Feature.DRAFT_TOKENS: found, **features}, *nodes)
+
+    def _nodes(
+        self, at: Sequence[int], columns: Sequence[int], width: int
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[()]:
+        """Parents, chances and places of traced trees; nothing of chains."""
+        if self.drafts.nodes is None:
+            return ()
+        parents, chances = (torch.from_numpy(table[at, columns, :width]) for table in self.drafts.nodes)
+        return parents.long(), chances, torch.arange(width).expand(len(at), width)
 
     def keep(self, rows: Sequence[int]) -> None:
         self.waiting = [self.waiting[row] for row in rows]
@@ -245,7 +318,25 @@ class TracedRule:
         """Drafts are looked up."""
 
     def verify(self, logits: Tensor, draft: Draft, width: Sequence[int]) -> Verdict:
-        accepted = self._accepted(draft, width) if max(width) else [0] * len(width)
+        if draft.parents is not None:
+            return self._verify_nodes(draft, width)
+        return self._verdict(self._accepted(draft, width) if max(width) else [0] * len(width))
+
+    def _verify_nodes(self, draft: Draft, width: Sequence[int]) -> Verdict:
+        """Walk down from each anchor, as far as tokens are the output's."""
+        tree: Tree | None = draft.nodes.tree
+        parents = [range(count) for count in width] if tree is None else tree.parents
+        paths = []
+        for row, nodes, before in zip(_texts(self.text), draft.tokens.tolist(), parents, strict=True):
+            first, last = row.output_at + row.position, row.output_at + row.traced.output_length - 1
+            paths.append(_walked(nodes, before, self.prompts.output[first:last].tolist()))
+        verdict = self._verdict([len(path) - 1 for path in paths])
+        if tree is None:
+            return verdict
+        most = max(map(len, paths))
+        return verdict._replace(path=torch.tensor([path + [0] * (most - len(path)) for path in paths]))
+
+    def _verdict(self, accepted: Sequence[int]) -> Verdict:
         rows, most = _texts(self.text), max(accepted) + 1
         first = [row.output_at + row.position for row in rows]
         if len(first) == 1:
@@ -279,6 +370,28 @@ def _texts(text: RunningText) -> list[TracedText]:
 def _at(text: RunningText) -> list[int]:
     """Row of the joined draft tables at which each running row is."""
     return [row.drafts_at + row.position for row in _texts(text)]
+
+
+def _walked(tokens: Sequence[int], parents: Sequence[int], output: Sequence[int]) -> list[int]:
+    """Columns of a pass that stand, from the anchor's on.
+
+    Args:
+        tokens: of nodes, which are in columns from 1. parents: their columns. output: what comes after the anchor.
+
+    >>> _walked([5, 7, 6, 9], [0, 0, 2, 1], [7, 6, 9])
+    [0, 2, 3]
+    """
+    path = [0]
+    for token in output:
+        same = [
+            column
+            for column, (node, before) in enumerate(zip(tokens, parents, strict=False), 1)
+            if node == token and before == path[-1]
+        ]
+        if not same:
+            break
+        path.append(same[0])
+    return path
 
 
 def _one_token(whole: Proposal, place: int, drafts: list[int]) -> Proposal:

@@ -32,6 +32,7 @@ class Finished:
         target_probabilities: the target's processed distribution at each output position, [vocab] each, or None for
             greedy drafts.
         keep_hidden: also keep the drafter's hidden states.
+        branches: candidates of each position to keep; 1 keeps none beside the drafted token.
     """
 
     ids: Tensor
@@ -43,6 +44,7 @@ class Finished:
     noise: HeldNoise | None = None
     target_probabilities: Positions | None = None
     keep_hidden: bool = False
+    branches: int = 1
 
     @property
     def rows(self) -> int:
@@ -67,6 +69,8 @@ class Drafts:
         probability: of each token, by the drafter. entropy: of the drafter's distribution, in nats. match_probability:
             the chance that target and drafter agree, for sampled traces. All float32 [rows, sizes, width].
         hidden: float32 [rows, sizes, width, drafter hidden], made when the first is put.
+        candidates: of blocks with branches, int64 [rows, sizes, width, branches]; None without branches.
+        candidate_chances: their chances and probabilities, as in `CandidateTable`, float32 [2, *the same*].
         match_length, match_share: of free sources, as in `DraftTable`: int64 and float64 [rows].
     """
 
@@ -76,6 +80,12 @@ class Drafts:
         self.tokens = torch.full(shape, -1)
         self.probability, self.entropy, self.match_probability = torch.full((3, *shape), float("nan"))
         self.hidden: Tensor | None = None
+        self.candidates: Tensor | None = None
+        self.candidate_chances: Tensor | None = None
+        if finished.branches > 1:
+            of_all = (*shape, min(finished.branches, finished.vocab_size))
+            self.candidates = torch.full(of_all, -1)
+            self.candidate_chances = torch.full((2, *of_all), float("nan"))
         self.match_length: Tensor | None = None
         self.match_share: Tensor | None = None
 
@@ -90,13 +100,24 @@ class Drafts:
         `score` makes logits [count, vocab] of some of `values` [rows * places, ...], row after row. Where a processor
         looks at the tokens before, those of earlier places are there, and `where` has one place.
         """
-        index, noise = self._index(where), self.finished.noise
+        index, noise, most = self._index(where), self.finished.noise, self.finished.branches
+        best: list[tuple[Tensor, ...]] = []
 
         def drawn(piece: slice) -> tuple[Tensor, Tensor]:
             scores = self._processed(where, piece, score(values[piece]))
-            return scores, argmax(scores if noise is None else noise.held[index[piece]].add_(scores))
+            noisy = scores if noise is None else noise.held[index[piece]].add_(scores)
+            if most == 1:
+                return scores, argmax(noisy)
+            tokens = noisy.topk(min(most, noisy.shape[-1]), dim=-1).indices
+            best.append((tokens, *(values.softmax(dim=-1).gather(-1, tokens) for values in (noisy, scores))))
+            return scores, tokens[:, 0]
 
         self.put(where, drawn, hidden)
+        if self.candidates is not None and self.candidate_chances is not None:
+            tables = self.candidates, *self.candidate_chances
+            for table, values in zip(tables, map(torch.cat, zip(*best, strict=True)), strict=True):
+                part = table[where]
+                part.copy_(values.view(len(part), 1, -1, values.shape[-1]))
 
     def put(self, where: TablePart, drawn: Callable[[slice], tuple[Tensor, Tensor]], hidden: Tensor | None) -> None:
         """Enter tokens, the same in all columns of `where`, with what a trace keeps of them.
@@ -180,6 +201,23 @@ def num_accepted(drafted: Tensor, output: Tensor) -> Tensor:
     stands = (drafted == right[:, None]).cumprod(dim=-1).sum(dim=-1)
     left = torch.arange(rows, 0, -1) - 1
     return stands.minimum(left[:, None])
+
+
+def ranks(candidates: Tensor, output: Tensor) -> Tensor:
+    """Rank of the output's own token among candidates; see `CandidateTable.ranks`.
+
+    Args:
+        candidates: int64 [rows, sizes, width, branches], -1 where nothing was drafted. output: int64 [output length].
+
+    Returns:
+        int64 [rows, sizes, width].
+    """
+    rows, _, width, branches = candidates.shape
+    padded = torch.cat([output, output.new_full((width,), -2)])
+    right = padded[1:].unfold(0, width, 1)[:rows]
+    same = candidates == right[:, None, :, None]
+    found = torch.where(same.any(dim=-1), same.int().argmax(dim=-1), branches)
+    return found.masked_fill(candidates[..., 0] < 0, -1)
 
 
 def match_probability(p: Tensor, q: Tensor) -> Tensor:

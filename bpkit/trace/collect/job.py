@@ -12,7 +12,7 @@ from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.installation.machine import describe_machine
 from bpkit.progress import NoProgress, Progress
 from bpkit.prompts import Prompt
-from bpkit.trace.collect.tracer import IndexedPrompt, TraceOptions, Traces
+from bpkit.trace.collect.tracer import IndexedPrompt, TraceOptions, Traces, drafts_side_by_side
 from bpkit.trace.fingerprint import fingerprint_models, fingerprint_texts
 from bpkit.trace.store.manifest import Manifest, ModelFacts
 from bpkit.trace.store.storage import TraceWriter, claimed
@@ -41,6 +41,8 @@ def describe(
         hidden_size=spec.hidden_size,
         vocab_size=spec.vocab_size,
         stateful=spec.stateful,
+        branches=spec.branches,
+        candidates=spec.branches > 1 and drafts_side_by_side(decoder.drafter),
         dtype=str(decoder.target.dtype).removeprefix("torch."),
         sampling=dict(options.sampling),
         max_new_tokens=options.max_new_tokens,

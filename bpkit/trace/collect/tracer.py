@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -28,11 +28,11 @@ from bpkit.draft.early_exit import EarlyExitDrafter
 from bpkit.prompts import Prompt
 from bpkit.trace.collect.autoregressive import trace_rollouts
 from bpkit.trace.collect.block_diffusion import trace_blocks
-from bpkit.trace.collect.drafts import Drafts, Finished, num_accepted
+from bpkit.trace.collect.drafts import Drafts, Finished, num_accepted, ranks
 from bpkit.trace.collect.pieces import HeldNoise, keep_freed_memory
 from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_passes
-from bpkit.trace.records import DraftTable, PromptTrace
+from bpkit.trace.records import CandidateTable, DraftTable, PromptTrace
 from bpkit.trace.store.joined import AnyTrace, open_trace
 from bpkit.trace.store.manifest import TraceError
 from bpkit.types import OF_THE_ANCHOR, Feature
@@ -50,6 +50,8 @@ READ_AT_ONCE = 1024
 """Tokens of a target pass over several outputs, padding included; more leave the cache of a CPU, and are slower."""
 PARTS = ("generation", "target pass", "draft passes", "the rest")
 """Where the time of tracing a prompt goes."""
+MOST_CANDIDATES = 16
+"""Candidates of a position that a trace holds at most."""
 TOP = 64
 """First tokens whose log-probabilities are kept."""
 
@@ -107,10 +109,16 @@ def refuse_untraceable(decoder: SpeculativeDecoder) -> None:
             "device; leave it out to trace, and measure the two devices with `bpkit calibrate`"
         )
     for drafter in sources_of(decoder.drafter):
-        if (branches := getattr(drafter, "branches", 1)) > 1:
+        branches = getattr(drafter, "branches", 1)
+        if branches > 1 and not drafts_side_by_side(drafter):
             raise ValueError(
-                f"drafter {drafter.name} drafts trees (branches={branches}), and traces hold chains: trace it with "
-                "branches=1, and measure trees live, with `bpkit bench`"
+                f"drafter {drafter.name} drafts trees (branches={branches}), and traces hold those of block diffusion "
+                "alone: trace it with branches=1, and measure its trees live, with `bpkit bench`"
+            )
+        if branches > MOST_CANDIDATES:
+            raise ValueError(
+                f"drafter {drafter.name} has {branches} branches, and a trace holds at most {MOST_CANDIDATES} "
+                f"candidates of a position: trace it with branches={MOST_CANDIDATES}"
             )
         if getattr(drafter, "depends_on_steps", False):
             raise ValueError(
@@ -147,7 +155,9 @@ class Tracer:
                 f"{drafter.name} are several drafters: trace each by itself, the second with the outputs of the first, "
                 "and read the traces together, as `bpkit trace` does"
             )
-        largest = drafter.max_block_size
+        self.branches = getattr(drafter, "branches", 1)
+        # Larger trees are made of the candidates of the trained size.
+        largest = drafter.max_block_size if self.branches == 1 else drafter.trained_block_size
         if not options.block_sizes or min(options.block_sizes) < 2 or max(options.block_sizes) > largest:
             sizes = "+".join(map(str, options.block_sizes)) or "none"
             raise ValueError(
@@ -266,6 +276,7 @@ class Tracer:
             noise=noise,
             target_probabilities=None if noise is None else seen.probabilities(output.processors),
             keep_hidden=Feature.DRAFT_HIDDEN in self.options.features,
+            branches=self.branches,
         )
 
     def _trace(self, output: Output, seen: TargetPass, finished: Finished, drafts: Drafts) -> PromptTrace:
@@ -321,7 +332,26 @@ class Tracer:
             match_probability=_floats(drafts.match_probability) if sampled else None,
             match_length=None if drafts.match_length is None else _ints(drafts.match_length),
             match_share=None if drafts.match_share is None else drafts.match_share.numpy(),
+            candidates=_candidates(drafts, output),
         )
+
+
+def drafts_side_by_side(drafter: Drafter) -> TypeGuard[BlockDiffusionDrafter]:
+    """Whether blocks from many positions are drafted in one pass.
+
+    Where attention depends on places in the cache, blocks side by side do not keep it.
+    """
+    if type(drafter) is not BlockDiffusionDrafter or drafter.model.config.is_causal:
+        return False
+    return all(layer.self_attn.sliding_window is None for layer in drafter.model.layers)
+
+
+def _candidates(drafts: Drafts, output: Tensor) -> CandidateTable | None:
+    tokens, chances = drafts.candidates, drafts.candidate_chances
+    if tokens is None or chances is None:
+        return None
+    noisy, plain = map(_floats, chances)
+    return CandidateTable(_ints(tokens), noisy, plain, _ints(ranks(tokens, output)))
 
 
 def trace_drafts(drafter: Drafter, finished: Sequence[Finished]) -> list[Drafts]:
@@ -329,12 +359,9 @@ def trace_drafts(drafter: Drafter, finished: Sequence[Finished]) -> list[Drafts]
 
     A subclass may draft in its own way, so that only the very classes are taken at their word.
     """
-    if type(drafter) is BlockDiffusionDrafter:
-        # Where attention depends on places in the cache, blocks side by side do not keep it.
-        windows = [layer.self_attn.sliding_window for layer in drafter.model.layers]
-        if not drafter.model.config.is_causal and windows == [None] * len(windows):
-            return trace_blocks(drafter, finished)
-    elif isinstance(drafter, AutoregressiveDrafter) and type(drafter) in (AutoregressiveDrafter, EarlyExitDrafter):
+    if drafts_side_by_side(drafter):
+        return trace_blocks(drafter, finished)
+    if isinstance(drafter, AutoregressiveDrafter) and type(drafter) in (AutoregressiveDrafter, EarlyExitDrafter):
         return [trace_rollouts(drafter, one) if one.rows else Drafts(one) for one in finished]
     return [trace_step_by_step(drafter, one) for one in finished]
 

@@ -14,7 +14,17 @@ from bpkit.trace.store.storage import PromptTraces, Trace
 from bpkit.types import DecoderSpec, SourceSpec
 
 OF_THE_DRAFTER = frozenset(
-    {"drafter", "drafter_kind", "drafter_work", "trained_block_size", "block_sizes", "features", "near_ties"}
+    {
+        "drafter",
+        "drafter_kind",
+        "drafter_work",
+        "trained_block_size",
+        "block_sizes",
+        "branches",
+        "candidates",
+        "features",
+        "near_ties",
+    }
 )
 """What may differ between traces of one output."""
 

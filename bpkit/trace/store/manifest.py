@@ -34,6 +34,8 @@ class Manifest(BaseModel):
         sampling: `temperature`, and `top_p`, `top_k`, `repetition_penalty` where they were given.
         seed: of the noise; None for greedy outputs.
         stateful: whether the target has recurrent states.
+        branches: of drafts that are trees, the most children of a node; 1 of chains.
+        candidates: whether the candidates of each position were traced, of which trees of any size can be made.
         prompt_ids: in the order of the trace.
         prompts_fingerprint: of ids, domains and texts.
         command, versions, machine: how it came to be; they do not count when a run is taken up again.
@@ -59,6 +61,8 @@ class Manifest(BaseModel):
     prompt_ids: tuple[str, ...]
     prompts_fingerprint: str
     drafter_work: DraftWork | None = None
+    branches: int = 1
+    candidates: bool = False
     near_ties: int | None = None
     output_tokens: int | None = None
     command: str = ""
@@ -69,16 +73,19 @@ class Manifest(BaseModel):
     def spec(self) -> DecoderSpec:
         """The decoder that replay stands for: the one that was traced, limited to the block sizes that were."""
         largest = max(self.block_sizes)
+        trained = min(self.trained_block_size, largest)
+        most = self.branches * trained if self.candidates and trained == self.trained_block_size else largest
         return DecoderSpec(
             target=self.target.name,
             drafter=self.drafter.name,
             drafter_kind=self.drafter_kind,
-            trained_block_size=min(self.trained_block_size, largest),
-            max_block_size=largest,
+            trained_block_size=trained,
+            max_block_size=most,
             hidden_size=self.hidden_size,
             vocab_size=self.vocab_size,
             stateful=self.stateful,
             work=self.drafter_work or work_of(self.drafter_kind),
+            branches=self.branches,
         )
 
     def differences(self, other: Manifest) -> list[str]:

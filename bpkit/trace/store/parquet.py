@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bpkit.trace.records import DraftTable, Ints, PromptTrace
+from bpkit.trace.records import CandidateTable, DraftTable, Ints, PromptTrace
 from bpkit.types import Feature
 
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
@@ -55,15 +55,28 @@ MORE_OF_PROMPTS = _schema(
     ("target_features", _FLOATS, "the drafter's layers of the target there [output length * layers * hidden]"),
 )
 MORE_OF_DRAFTS = _schema(
+    ("candidate_chances", _FLOATS, "of the best tokens at each place, as the drafter tells [draft_length * branches]"),
+    ("candidate_probabilities", _FLOATS, "of the same by the drafter, without noise [draft_length * branches]"),
+    ("candidate_ranks", _INTS, "of the output's own token among them, from 0; `branches` of none [draft_length]"),
+    ("candidate_tokens", _INTS, "their token ids, the best first [draft_length * branches]"),
     ("draft_entropy", _FLOATS, "entropy of its distribution at each place, nats [draft_length]"),
     ("draft_hidden", _FLOATS, "its last hidden states [draft_length * drafter hidden]"),
     ("draft_probability", _FLOATS, "drafter's probability of each proposed token [draft_length]"),
     ("match_length", pa.int32(), "of stores, tokens of the match that the position's drafts come from"),
     ("match_share", pa.float64(), "of its occurrences, those that go on alike over all and one"),
+    ("node_chances", _FLOATS, "of trees, that each token stands where its parent does [draft_length]"),
+    ("node_parents", _INTS, "of trees, the token that each follows; -1 is the anchor [draft_length]"),
     ("match_probability", _FLOATS, "chance that proposed and target token agree, noise unknown [draft_length]"),
 )
 """Columns that are there if they were asked for, or where the drafter has them."""
 MATCH, MATCH_LENGTH, MATCH_SHARE = "match_probability", "match_length", "match_share"
+CANDIDATES = "candidate_tokens", "candidate_chances", "candidate_probabilities", "candidate_ranks"
+NODES = "node_parents", "node_chances"
+FLOAT = np.nan, np.float32
+_EMPTY: dict[str, Any] = dict.fromkeys((*CANDIDATES[::3], NODES[0]), (-1, np.int32))
+"""What stands where nothing was drafted, and the type, of columns that are no floats."""
+_WIDE = frozenset({Feature.DRAFT_HIDDEN, *CANDIDATES[:3]})
+"""Columns of several values for each token."""
 _BY_OUTPUT_TOKEN = (Feature.LAST_HIDDEN, Feature.TARGET_FEATURES, Feature.ANCHOR_EMBEDDING)
 
 
@@ -79,9 +92,13 @@ def _draft_table(trace: PromptTrace) -> pa.Table:
     drafts = trace.drafts
     rows, sizes = drafts.draft_length.shape
     length = drafts.draft_length.ravel()
-    more = {str(name): values for name, values in drafts.features.items()}
+    more: dict[str, Any] = {str(name): values for name, values in drafts.features.items()}
     if drafts.match_probability is not None:
         more[MATCH] = drafts.match_probability
+    if (found := drafts.candidates) is not None:
+        more.update(zip(CANDIDATES, (found.tokens, found.chances, found.probabilities, found.ranks), strict=True))
+    if drafts.parents is not None:
+        more.update(zip(NODES, (drafts.parents, drafts.chances), strict=True))
     columns = {
         "index": np.full(rows * sizes, trace.index, np.int32),
         "position": np.repeat(np.arange(1, rows + 1, dtype=np.int32), sizes),
@@ -138,15 +155,16 @@ def _draft_arrays(table: pa.Table, rows: int, sizes: Ints) -> DraftTable:
     def padded(name: str, empty: float, kind: type) -> NDArray[Any]:
         flat = columns[name].flatten().to_numpy(zero_copy_only=False)
         total = int(length.sum())
-        tail = (len(flat) // max(1, total),) if name == Feature.DRAFT_HIDDEN else ()
+        tail = (len(flat) // max(1, total),) if name in _WIDE else ()
         values = np.full((rows * len(sizes), width, *tail), empty, kind)
         values[np.arange(width) < length.reshape(-1, 1)] = flat.reshape(total, *tail)
         return values.reshape(*shape, width, *tail)
 
     matched = {name: columns.pop(name).to_numpy() for name in (MATCH_LENGTH, MATCH_SHARE) if name in columns}
     of_rows = {name: values.reshape(shape)[:, 0] for name, values in matched.items()}
-    more = {name: padded(name, np.nan, np.float32) for name in MORE_OF_DRAFTS.names if name in columns}
-    match = more.pop(MATCH, None)
+    more = {name: padded(name, *_EMPTY.get(name, FLOAT)) for name in MORE_OF_DRAFTS.names if name in columns}
+    match, parents, chances = (more.pop(name, None) for name in (MATCH, *NODES))
+    candidates = [more.pop(name) for name in CANDIDATES if name in more]
     return DraftTable(
         block_sizes=sizes,
         draft_length=length,
@@ -154,5 +172,8 @@ def _draft_arrays(table: pa.Table, rows: int, sizes: Ints) -> DraftTable:
         tokens=padded("tokens", -1, np.int32),
         features={Feature(name): values for name, values in more.items()},
         match_probability=match,
+        candidates=CandidateTable(*candidates) if candidates else None,
+        parents=parents,
+        chances=chances,
         **of_rows,
     )
