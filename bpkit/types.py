@@ -274,13 +274,15 @@ class DecoderSpec:
         sizes = self.trained_block_size, self.max_block_size
         return (SourceSpec(self.drafter, self.drafter_kind, *sizes, self.work, self.branches), *self.others)
 
-    def without_branches(self) -> DecoderSpec:
-        """The same decoder with drafts that are chains, of the sizes that a tree may be deep."""
+    def with_branches(self, branches: int) -> DecoderSpec:
+        """The same decoder with at most so many branches; 1 is chains, of the sizes that a tree may be deep."""
         first, *others = (
-            source if source.branches == 1 else replace(source, branches=1, max_block_size=source.trained_block_size)
+            source
+            if source.branches <= branches
+            else replace(source, branches=branches, max_block_size=branches * source.trained_block_size)
             for source in self.sources
         )
-        return replace(self, branches=1, max_block_size=first.max_block_size, others=tuple(others))
+        return replace(self, branches=first.branches, max_block_size=first.max_block_size, others=tuple(others))
 
 
 @dataclass(frozen=True, slots=True)

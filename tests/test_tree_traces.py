@@ -16,16 +16,18 @@ from bpkit.decode.clock import CostClock
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.draft.best_first import best_first
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
+from bpkit.judge.evaluation import evaluate
 from bpkit.policy import Policy, State
 from bpkit.prompts import Prompt, choose_prompts
 from bpkit.testing import TinyPair
 from bpkit.trace.collect import TraceOptions, Tracer, generation_options
 from bpkit.trace.collect.drafts import ranks
 from bpkit.trace.collect.job import describe, run_job
-from bpkit.trace.cost import CostTable
+from bpkit.trace.cost import CostTable, flat
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
 from bpkit.trace.store.joined import open_trace
+from bpkit.trace.store.manifest import TraceError
 from bpkit.types import Context, Draft, Feature, Step
 
 if TYPE_CHECKING:
@@ -149,7 +151,7 @@ def test_a_trace_with_candidates_is_one_of_chains_too(pair: TinyPair, tmp_path: 
     chains, trees = opened[1], opened[3]
     assert trees.spec.branches == 3
     assert trees.spec.max_block_size == 3 * trees.spec.trained_block_size
-    assert trees.spec.without_branches() == replace(chains.spec, drafter=trees.spec.drafter)
+    assert trees.spec.with_branches(1) == replace(chains.spec, drafter=trees.spec.drafter)
     for one, other in zip(chains, trees, strict=True):
         assert one.drafts.candidates is None
         for name in ("draft_length", "num_accepted", "tokens"):
@@ -165,11 +167,32 @@ def test_a_trace_with_candidates_is_one_of_chains_too(pair: TinyPair, tmp_path: 
         leading = np.cumprod(found.ranks == 0, axis=-1).sum(axis=-1)
         left = other.output_length - 2 - np.arange(other.drafts.rows)
         assert np.array_equal(np.minimum(leading, left[:, None]), other.drafts.num_accepted)
-    replayed = Replayer(trees.spec.without_branches(), "fixed:4", COST, seed=3).run(trees[0])
+    replayed = Replayer(trees.spec.with_branches(1), "fixed:4", COST, seed=3).run(trees[0])
     assert (
         replayed.num_accepted.tolist()
         == Replayer(chains.spec, "fixed:4", COST, seed=3).run(chains[0]).num_accepted.tolist()
     )
+
+
+def test_policies_on_trees_are_judged_beside_chains(pair: TinyPair, tmp_path: Path) -> None:
+    prompts = [Prompt(str(i), "tiny", text) for i, text in enumerate(TEXTS * 2)]
+    decoder = SpeculativeDecoder(pair.target, branching(pair, 3), "fixed:4", tokenizer=pair.tokenizer)
+    options = TraceOptions((2, 4, decoder.spec.trained_block_size), 12)
+    run_job(tmp_path / "trace", describe(decoder, prompts, options), prompts, Tracer(decoder, options))
+    split = {prompt.id: ("train", "validation", "test")[i % 3] for i, prompt in enumerate(prompts)}
+    found = {}
+    for branches in (1, 2, None):
+        opened = open_trace(tmp_path / "trace", branches)
+        policies = {"fixed:4": "fixed:4", "fixed:8": "fixed:8"}
+        found[branches] = evaluate(opened, opened.spec, policies, [flat(COST)], split=split, permutations=0)
+    groups = {branches: one["cost_models"]["flat"]["overall"] for branches, one in found.items()}
+    assert [one["settings"].get("branches") for one in found.values()] == [None, 2, 3]
+    assert groups[1]["best_fixed"] == groups[2]["best_fixed"] == groups[None]["best_fixed"]
+    lengths = [groups[branches]["policies"]["fixed:8"]["acceptance_length"]["value"] for branches in (1, 2, None)]
+    assert lengths == sorted(lengths)
+    assert any("trees of up to 3 branches" in note for note in found[None]["notes"])
+    with pytest.raises(TraceError, match="cannot be read with 4 branches: its drafts have 3"):
+        open_trace(tmp_path / "trace", 4)
 
 
 def test_ranks_are_of_the_output() -> None:

@@ -73,6 +73,14 @@ def evaluate(
             help="Judge a trained policy also on prompts that it was trained or chosen on; the result says so.",
         ),
     ] = False,
+    branches: Annotated[
+        int | None,
+        _how(
+            "--branches",
+            help="Of a trace of drafts with branches, how many of them at most; 1 judges policies on chains.",
+            min=1,
+        ),
+    ] = None,
     limit: Annotated[int | None, _how(help="Prompts of each domain, the first ones; all by default.", min=1)] = None,
     recompute: options.Recompute = False,
     config: Config,
@@ -102,7 +110,7 @@ def evaluate(
     from bpkit.trace.store.joined import open_trace
 
     quiet_libraries()
-    opened = open_trace(trace)
+    opened = open_trace(trace, branches)
     costs = cost_models(cost, max(opened.manifest.block_sizes))
     started = time.time()
     fill = Recompute(load_decoder(config, "fixed"), opened.manifest) if recompute else None

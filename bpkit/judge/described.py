@@ -12,6 +12,8 @@ from bpkit.types import DecoderSpec
 def describe_spec(spec: DecoderSpec) -> dict[str, Any]:
     """The models, as plain JSON values; `sources` lists the drafters where there are several."""
     named = {name: getattr(spec, name) for name in ("target", "drafter", "drafter_kind", "trained_block_size")}
+    if spec.branches > 1:
+        named["branches"] = spec.branches
     if not spec.others:
         return named
     sources = [

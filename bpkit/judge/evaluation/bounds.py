@@ -82,6 +82,9 @@ def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bound
     )
 
 
+OF_TREES = "its drafts are trees, and what the oracle does with time is known of chains"
+
+
 @dataclass
 class _Found:
     """What a search for the best choices says; as in `Results`."""
@@ -97,7 +100,8 @@ def _oracles(setup: Setup, name: str, policies: Mapping[str, PolicyResult], best
     rows = defaultdict[str, list[tuple[float, ...]]](list)
     steps: list[Steps] = []
     fixed_regret: list[Floats] = []
-    regrets: dict[str, Regret] = {policy: [] for policy in policies}
+    trees = any(source.branches > 1 for source in setup.spec.sources)
+    regrets: dict[str, Regret] = {policy: OF_TREES if trees else [] for policy in policies}
     setup.progress.start(f"oracles, {name}", len(test))
     for place, prompt in enumerate(setup.test):
         known = paths.oracle_step_truncate(prompt, works, cost)

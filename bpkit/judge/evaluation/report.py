@@ -10,6 +10,7 @@ from bpkit.judge.evaluation.setup import Setup
 from bpkit.judge.statistics import Ints
 from bpkit.trace.cost import NamedCost
 from bpkit.trace.oracle.paths import FixedChoice
+from bpkit.types import DecoderSpec
 
 FEW = 20
 """Test prompts below which intervals are too narrow to be believed."""
@@ -142,6 +143,16 @@ def notes_of_sources(setup: Setup) -> list[str]:
         lacking = [name for name, known in zip(setup.names, setup.summary.sampled, strict=True) if not known]
         said.append(f"oracle.distributions is left out: {', '.join(lacking)} drafts from no distribution.")
     return said
+
+
+def notes_of_trees(spec: DecoderSpec) -> list[str]:
+    """What policies on trees are compared with."""
+    if all(source.branches == 1 for source in spec.sources):
+        return []
+    return [
+        f"Policies draft trees of up to {max(source.branches for source in spec.sources)} branches. Fixed sizes and "
+        "bounds are those of chains, the drafts without branches."
+    ]
 
 
 def notes(results: Mapping[str, Any], near_ties: Ints, loops: Mapping[str, int], without_steps: int) -> list[str]:

@@ -21,6 +21,7 @@ from bpkit.judge.evaluation.report import (
     describe_cost,
     notes,
     notes_of_sources,
+    notes_of_trees,
 )
 from bpkit.judge.evaluation.setup import Setup, TraceSummary, prepare
 from bpkit.judge.evaluation.splits import FRACTIONS, PARTS, SplitRule
@@ -146,7 +147,8 @@ def evaluate(
         "leaks": {name: leak.as_json() for name, leak in leaks.items()},
         "notes": said
         + notes(results, summary.near_ties[list(setup.split.test)], loops, summary.left_out)
-        + notes_of_sources(setup),
+        + notes_of_sources(setup)
+        + notes_of_trees(spec),
         "cost_models": results,
     }
 

@@ -52,8 +52,8 @@ class JoinedTrace(PromptTraces):
     @property
     def spec(self) -> DecoderSpec:
         """The decoder that replay stands for, with all sources."""
-        others = [trace.manifest.spec.sources[0] for trace in self.traces[1:]]
-        return replace(self.manifest.spec, others=tuple[SourceSpec, ...](others))
+        others = [trace.spec.sources[0] for trace in self.traces[1:]]
+        return replace(self.traces[0].spec, others=tuple[SourceSpec, ...](others))
 
     @property
     def prompt_fingerprints(self) -> list[str]:
@@ -74,18 +74,23 @@ class JoinedTrace(PromptTraces):
 AnyTrace = Trace | JoinedTrace
 
 
-def open_trace(folder: Path | str) -> AnyTrace:
+def open_trace(folder: Path | str, branches: int | None = None) -> AnyTrace:
     """Open a complete trace, or several of the same outputs, each of which is a source of drafts.
 
     Args:
         folder: of one trace; or one that holds traces in folders 0, 1, ..., as `bpkit trace` writes of several
             drafters; or folders with `+` between them.
+        branches: as of `Trace`, of those whose drafts have more.
 
     Raises:
         TraceError, FileNotFoundError: with a sentence that says what to do.
     """
     folders = [each for part in _parts(str(folder)) for each in _sources_in(Path(part))]
     traces = [Trace(each) for each in folders]
+    if branches is not None:
+        traces = [
+            Trace(trace.path, branches) if trace.branches > branches or len(traces) == 1 else trace for trace in traces
+        ]
     return traces[0] if len(traces) == 1 else JoinedTrace(traces)
 
 

@@ -172,10 +172,22 @@ class PromptTraces(Sequence[PromptTrace]):
 
 
 class Trace(PromptTraces):
-    """A complete trace. Prompts are read when they are asked for, so that memory stays flat."""
+    """A complete trace. Prompts are read when they are asked for, so that memory stays flat.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        branches: of drafts at most, where candidates were traced; by default all.
+    """
+
+    def __init__(self, folder: Path, branches: int | None = None) -> None:
         self.path, self.manifest = folder, read_manifest(folder)
+        self.branches = self.manifest.branches if branches is None else branches
+        if self.branches != self.manifest.branches and not (
+            self.manifest.candidates and 1 <= self.branches < self.manifest.branches
+        ):
+            raise TraceError(
+                f"{folder} cannot be read with {branches} branches: its drafts have {self.manifest.branches}; with "
+                "fewer only traces of block diffusion are read"
+            )
         if not self.manifest.complete:
             parts = len(list((folder / "parts").glob("*.prompts.parquet")))
             raise TraceError(
@@ -194,7 +206,7 @@ class Trace(PromptTraces):
     @property
     def spec(self) -> DecoderSpec:
         """The decoder that this trace stands for."""
-        return self.manifest.spec
+        return self.manifest.spec.with_branches(self.branches)
 
     @cached_property
     def prompt_fingerprints(self) -> list[str]:
