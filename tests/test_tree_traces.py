@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bpkit.decode.clock import CostClock
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.decode.trees import TreeShape
 from bpkit.draft.best_first import best_first
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
 from bpkit.judge.evaluation import evaluate
@@ -28,7 +29,7 @@ from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
 from bpkit.trace.store.joined import open_trace
 from bpkit.trace.store.manifest import TraceError
-from bpkit.types import Context, Draft, Feature, Step
+from bpkit.types import Context, Draft, Feature, Plan, Step
 
 if TYPE_CHECKING:
     from tests.conftest import ShippedPair
@@ -86,6 +87,17 @@ class SomeNodes(Policy):
             state["paths"] = state["paths"] + step.path.clamp(min=0).sum(dim=1)
 
 
+class Shapes(SomeNodes):
+    """The same nodes of trees that it asks for itself, every other time."""
+
+    def select(self, state: State, context: Context) -> Any:
+        shape = TreeShape.delayed(2 + int(state["paths"][0]) % 2, trunk=int(context.position[0]) % 3, length=2)
+        if int(context.position[0]) % 2:
+            return super().select(state, context)
+        size = context.full(len(shape) + 1)
+        return Plan(size, context.full(0), torch.tensor([shape.parents]), torch.tensor([shape.ranks]))
+
+
 def branching(pair: TinyPair | ShippedPair, branches: int) -> BlockDiffusionDrafter:
     model = pair.drafter_model if isinstance(pair, TinyPair) else pair.drafter.model
     return BlockDiffusionDrafter(model, pair.target, branches=branches)
@@ -122,7 +134,7 @@ def test_replay_of_trees_is_the_live_decoder_step_for_step(pair: TinyPair, tempe
     options = options_of(temperature, range(2, decoder.spec.trained_block_size + 1), 20)
     tracer = Tracer(decoder, options)
     traces = [tracer.trace(i, Prompt(str(i), "tiny", text)) for i, text in enumerate(TEXTS)]
-    for policy in ("fixed:3", "fixed:12", f"fixed:{decoder.spec.max_block_size}", "joint", "tree", SomeNodes):
+    for policy in ("fixed:3", "fixed:12", f"fixed:{decoder.spec.max_block_size}", "joint", "tree", SomeNodes, Shapes):
         same_steps(decoder, policy, traces, options)
 
 
@@ -134,7 +146,7 @@ def test_replay_of_trees_on_the_shipped_pair(shipped: ShippedPair, temperature: 
     tracer = Tracer(decoder, options)
     one_of_each_domain = list(enumerate(choose_prompts(None, [], 2)))[1::2]
     traces = [tracer.trace(i, prompt) for i, prompt in one_of_each_domain]
-    for policy in ("fixed:16", "fixed:48", "tree", SomeNodes):
+    for policy in ("fixed:16", "fixed:48", "tree", SomeNodes, Shapes):
         assert same_steps(decoder, policy, traces, options) > 0
 
 

@@ -17,7 +17,7 @@ from bpkit.decode.reread import Rereading
 from bpkit.decode.sampling import Draw
 from bpkit.decode.target import TargetOutput
 from bpkit.decode.text import RowText, RunningText, counts, padded
-from bpkit.decode.trees import Tree
+from bpkit.decode.trees import Tree, TreeShape
 from bpkit.decode.verify import Verdict
 from bpkit.draft.block_diffusion import grown
 from bpkit.trace.records import CandidateTable, DraftTable, PromptTrace
@@ -216,12 +216,23 @@ class TracedDrafter:
             Offer(tokens[at, -1, : lengths[at]].tolist(), int(match[at]), float(share[at])) for at in _at(self.text)
         ]
 
-    def draft(self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None) -> Proposal:
+    def draft(
+        self,
+        block_size: Sequence[int],
+        draw: Draw,
+        go_on: GoOn | None,
+        shapes: Sequence[TreeShape | None] | None = None,
+    ) -> Proposal:
         at = _at(self.text)
         if self.source.branches > 1 and self.drafts.candidates is not None:
-            whole = self._tree(self.drafts.candidates, at, block_size)
-            self._drafted([size - 1 for size in block_size], block_size)
+            whole = self._tree(self.drafts.candidates, at, block_size, shapes or [None] * len(at))
+            self._drafted(whole.counts, block_size)
             return whole
+        if shapes is not None:
+            raise TraceError(
+                f"the policy says which trees {self.source.drafter} is to draft, and its traces hold those that it "
+                "chooses itself: measure that live, with `bpkit bench`"
+            )
         columns = [self.drafts.column(size) if size > 1 else 0 for size in block_size]
         lengths = self.drafts.draft_length[at, columns].tolist()
         lengths = [length if size > 1 else 0 for length, size in zip(lengths, block_size, strict=True)]
@@ -238,9 +249,19 @@ class TracedDrafter:
         self.waiting = [0] * len(lengths)
         self.lengths = [length if size > 1 else None for length, size in zip(lengths, block_size, strict=True)]
 
-    def _tree(self, candidates: CandidateTable, at: Sequence[int], block_size: Sequence[int]) -> Proposal:
-        """Trees of the best candidates, as the drafter makes them."""
-        sizes = [self.source.draft_size(size) for size in block_size]
+    def _tree(
+        self,
+        candidates: CandidateTable,
+        at: Sequence[int],
+        block_size: Sequence[int],
+        shapes: Sequence[TreeShape | None],
+    ) -> Proposal:
+        """Trees of candidates, as the drafter makes them."""
+        sizes = [
+            self.source.draft_size(size) if shape is None else shape.deepest + 1
+            for size, shape in zip(block_size, shapes, strict=True)
+        ]
+        wanted = [shape or size - 1 for size, shape in zip(block_size, shapes, strict=True)]
         columns = [self.drafts.column(size) if size > 1 else 0 for size in sizes]
         tokens, chances, probabilities = (
             torch.from_numpy(table[at, columns, : max(sizes) - 1, : self.source.branches])
@@ -248,7 +269,7 @@ class TracedDrafter:
         )
         tokens = tokens.long()
         block = Proposal(tokens, None, None, [], max(self.waiting, default=0))
-        made = grown(tokens, chances, [size - 1 for size in sizes], [size - 1 for size in block_size], block)
+        made = grown(tokens, chances, [size - 1 for size in sizes], wanted, block)
         return replace(made, features=self._of_nodes(made, tokens, probabilities, at, columns))
 
     def _of_nodes(
