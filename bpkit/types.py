@@ -478,8 +478,7 @@ class Draft:
             by its scores and, at temperatures above 0, the noise that it shares with the target. Float32
             [batch, draft_length], not calibrated; NaN of sources that draft chains; None where all drafts are chains.
         nodes: which of a tree are verified, for the runtime.
-        positions: anchor and positions that the drafter computed for each row, for the runtime; None where these are
-            `draft_length + 1`.
+        positions: anchor and positions that the drafter computed for each row, for the runtime.
     """
 
     context: Context
@@ -494,7 +493,7 @@ class Draft:
     parents: Tensor | None = None
     chances: Tensor | None = None
     nodes: Any = None
-    positions: Sequence[int] | None = None
+    positions: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.source is None:

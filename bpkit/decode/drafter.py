@@ -31,7 +31,7 @@ class Proposal:
         places: of a tree, which of the positions of `scores` and `hidden` each token is drawn from, int64 [rows, width]
             on their device; None where position and token are one.
         positions: of a tree, the anchor and the positions of each row that the drafter computed, one after the other;
-            None of a chain, whose tokens they are.
+            None where they are its tokens.
     """
 
     tokens: Tensor
@@ -70,8 +70,12 @@ class Proposal:
             parents=chain(width, rows),
             chances=torch.full((rows, width), torch.nan),
             places=places,
-            positions=[count + 1 for count in self.counts],
         )
+
+    @property
+    def draft_sizes(self) -> list[int]:
+        """What each row's draft costs, as a block size."""
+        return list(self.positions or [count + 1 for count in self.counts])
 
     def after(self, count: int) -> Proposal:
         """Without the first `count` tokens of each row."""
@@ -247,8 +251,7 @@ def side_by_side(made: Sequence[Proposal | None]) -> Proposal:
 
     tokens = of([proposal.tokens for proposal in each])
     assert tokens is not None
-    trees = any(proposal.parents is not None for proposal in each)
-    if trees:
+    if any(proposal.parents is not None for proposal in each):
         each = [proposal.as_tree() for proposal in each]
     features = None
     if like.features is not None:
@@ -264,7 +267,7 @@ def side_by_side(made: Sequence[Proposal | None]) -> Proposal:
         parents=of([proposal.parents for proposal in each]),
         chances=of([proposal.chances for proposal in each]),
         places=of([proposal.places for proposal in each]),
-        positions=[(proposal.positions or [1])[0] for proposal in each] if trees else None,
+        positions=[proposal.draft_sizes[0] for proposal in each],
     )
 
 

@@ -234,13 +234,14 @@ class Rows:
         draft = proposed.draft()
         draft.tokens, draft.logits = proposal.tokens.to(device), proposal.scores
         draft.read, draft.parents, draft.chances = self.drafter.read, proposal.parents, proposal.chances
-        draft.positions = proposal.positions
+        draft.positions = proposal.draft_sizes
         return draft
 
     def no_draft(self) -> Draft:
         """Blocks of the anchor alone."""
         context = self.context or self._counted()
-        return Draft(context, context.full(1), context.full(0), self.text.anchor[:, :0])
+        nothing = context.full(0)
+        return Draft(context, context.full(1), nothing, self.text.anchor[:, :0], positions=[1] * len(nothing))
 
     def cut(self, draft: Draft, policy: GuardedPolicy) -> tuple[Draft, list[int]]:
         """The draft without the nodes of trees that are not verified, and the tokens of each row that are.
@@ -347,8 +348,7 @@ class Rows:
         """What each source did that drafted something."""
         sizes: dict[int, list[int]] = {}
         lengths = draft.draft_length.tolist()
-        positions = draft.positions or [length + 1 for length in lengths]
-        for source, length, size in zip(draft.source.tolist(), lengths, positions, strict=True):
+        for source, length, size in zip(draft.source.tolist(), lengths, draft.positions, strict=True):
             if length:
                 sizes.setdefault(source, []).append(size)
         features = not self.shared.wants.isdisjoint(OF_THE_DISTRIBUTION)

@@ -264,7 +264,7 @@ def _together(parts: Mapping[int, Proposal], source: Sequence[int], block_size: 
         features,
         parents=_on_the_host([part.parents for part in made]) if trees else None,
         chances=_on_the_host([part.chances for part in made]) if trees else None,
-        positions=[(part.positions or [1])[row] for row, part in enumerate(made)] if trees else None,
+        positions=[part.draft_sizes[row] for row, part in enumerate(made)],
     )
 
 
