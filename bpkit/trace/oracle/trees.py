@@ -1,0 +1,89 @@
+"""What trees of drafted tokens could have had accepted: the best nodes of each step in hindsight.
+
+The target's token after every node is fixed, so that in hindsight the nodes that are worth verifying lie on one path,
+that of the output's own tokens. It goes as deep as each of them is among the candidates: that is a draft's *reach*. A
+step that verifies the first *l* nodes of it yields *l* + 1 tokens, as one of a chain of which as many stand. So oracles
+of chains (`bpkit.trace.oracle.paths`), asked of a prompt `along_paths`, are those of trees: whatever tree a policy
+drafts and verifies, no step has more accepted for as many nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from bpkit.trace.records import CandidateTable, DraftTable, Ints, PromptTrace
+
+
+def drafts_trees(prompt: PromptTrace) -> bool:
+    """Whether a source of this prompt's trace drafts trees."""
+    return any(drafts.candidates is not None or drafts.parents is not None for drafts in prompt.sources)
+
+
+def along_paths(prompt: PromptTrace) -> PromptTrace:
+    """The prompt as if each draft were the one path of the tree that is worth verifying."""
+    first, *others = map(_along_paths, prompt.sources)
+    return replace(prompt, drafts=first, others=tuple(others))
+
+
+def _along_paths(drafts: DraftTable) -> DraftTable:
+    if drafts.candidates is not None:
+        return replace(drafts, num_accepted=reach(drafts.candidates, room(drafts.rows)))
+    if drafts.parents is not None:
+        return replace(drafts, draft_length=deepest(drafts.parents))
+    return drafts
+
+
+def room(rows: int) -> Ints:
+    """Tokens that can be accepted at each position: the output's last one is yielded by a step. int32 [rows]."""
+    return np.arange(rows - 1, -1, -1, dtype=np.int32)
+
+
+def reach(candidates: CandidateTable, most: Ints, branches: int | None = None) -> Ints:
+    """Leading places of each draft at which the output's own token is among the candidates: int32 [rows, sizes].
+
+    Args:
+        most: of each row, int32 [rows]. branches: candidates that count, by default all.
+    """
+    there = (candidates.ranks >= 0) & (candidates.ranks < (branches or candidates.branches))
+    leading = np.logical_and.accumulate(there, axis=2).sum(axis=2)
+    return np.asarray(np.minimum(leading, most[:, None]), np.int32)
+
+
+def deepest(parents: Ints) -> Ints:
+    """Tokens on the longest path of each tree, int32 [...].
+
+    Args:
+        parents: int32 [..., nodes], -1 where a node follows the anchor or where nothing was drafted behind the others.
+    """
+    nodes = parents.shape[-1]
+    depth = np.zeros((*parents.shape[:-1], nodes + 1), np.int32)  # of the anchor in the last place, where -1 looks
+    for node in range(nodes):
+        before = parents[..., node, None].astype(np.int64)
+        depth[..., node] = np.take_along_axis(depth, np.where(before < 0, nodes, before), axis=-1)[..., 0] + 1
+    return np.asarray(depth.max(axis=-1))
+
+
+def fewest_steps(reached: Ints) -> int:
+    """Steps that decide an output, at least, if each may have up to so many tokens accepted.
+
+    Args:
+        reached: at each position, int32 [rows], as far as the output goes.
+    """
+    steps = np.zeros(len(reached) + 1, np.int64)
+    for row in range(len(reached) - 1, -1, -1):
+        steps[row] = 1 + steps[row + 1 : row + 2 + reached[row]].min()
+    return int(steps[0])
+
+
+def steps_taken(accepted: Ints) -> Ints:
+    """Steps that decide an output if they have just so many tokens accepted: int64 [...].
+
+    Args:
+        accepted: at each position, int32 [rows, ...], as far as the output goes.
+    """
+    steps = np.zeros((len(accepted) + 1, *accepted.shape[1:]), np.int64)
+    for row in range(len(accepted) - 1, -1, -1):
+        steps[row] = 1 + np.take_along_axis(steps, (row + 1 + accepted[row])[None].astype(np.int64), axis=0)[0]
+    return np.asarray(steps[0])

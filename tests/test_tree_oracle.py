@@ -1,0 +1,252 @@
+"""Oracles of trees: against every tree of every step; trees of so many nodes by rule; and what replay makes of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpkit.decode.clock import price
+from bpkit.decode.trees import closed
+from bpkit.draft.best_first import best_first
+from bpkit.draft.static_trees import best_static
+from bpkit.testing.traces import synthetic_prompt
+from bpkit.trace.oracle import budgets
+from bpkit.trace.oracle.paths import oracle_step_truncate
+from bpkit.trace.oracle.trees import along_paths, deepest, drafts_trees, fewest_steps, reach, room, steps_taken
+from bpkit.trace.records import CandidateTable, Ints, PromptTrace
+from bpkit.types import BLOCK_DIFFUSION, CostModel, Work, work_of
+
+WORK = work_of(BLOCK_DIFFUSION)
+
+
+def prompt_of(ranks: Ints, chances: object, sizes: tuple[int, ...], spare: int = 8) -> PromptTrace:
+    """A prompt whose drafts have these candidates: ranks [rows, sizes, width], chances [..., branches] of each."""
+    rows, _, width = ranks.shape
+    chance = np.asarray(chances, np.float32)
+    drafted = np.array(sizes, np.int32) - 1
+    inside = np.arange(width) < drafted[:, None]
+    ranks = np.where(inside, ranks, -1).astype(np.int32)
+    left = room(rows)
+    candidates = CandidateTable(np.zeros(chance.shape, np.int32), chance, ranks)
+    stands = np.minimum(np.logical_and.accumulate(ranks == 0, axis=2).sum(axis=2), left[:, None])
+    made = synthetic_prompt(
+        0, output_length=rows + 1, max_new_tokens=rows + 1 + spare, block_sizes=sizes, prompt_length=3
+    )
+    drafts = replace(
+        made.drafts, num_accepted=stands.astype(np.int32), candidates=candidates, match_probability=None, features={}
+    )
+    return replace(made, drafts=drafts)
+
+
+def random_prompt(seed: int, rows: int, sizes: tuple[int, ...], branches: int, spare: int = 8) -> PromptTrace:
+    rng = np.random.default_rng(seed)
+    width = max(sizes) - 1
+    ranks = rng.choice(branches + 1, (rows, len(sizes), width), p=[0.5, *[0.5 / branches] * branches])
+    beyond = np.arange(width) > room(rows)[:, None]
+    ranks[np.broadcast_to(beyond[:, None], ranks.shape)] = branches
+    chances = -np.sort(-rng.dirichlet(np.ones(branches + 2), ranks.shape)[..., :branches], axis=-1)
+    return prompt_of(ranks.astype(np.int32), chances, sizes, spare)
+
+
+class Rising:
+    """Prices that do not fall where more is verified, and are in no order otherwise."""
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.draft, self.catch_up = rng.uniform(0, 0.6, 20), rng.uniform(0, 0.5, 60)
+        self.verify = np.cumsum(rng.uniform(0, 0.3, 40) * rng.integers(0, 2, 40)) + rng.uniform(0.3, 1)
+
+    def seconds(self, phase: str, size: int, context_length: int) -> float:
+        return 0.1 if phase == "rest" else float(getattr(self, phase)[size])
+
+
+# The least time
+
+
+def trees_of(width: int, branches: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Parents and ranks of every tree of candidates of a draft."""
+    paths = [path for depth in range(width) for path in itertools.product(range(branches), repeat=depth + 1)]
+    parents = [paths.index(path[:-1]) if len(path) > 1 else -1 for path in paths]
+    for kept in itertools.product([False, True], repeat=len(paths)):
+        nodes = closed(kept, parents)
+        if len(nodes) == sum(kept):
+            yield [nodes.index(parents[i]) if parents[i] >= 0 else -1 for i in nodes], [paths[i][-1] for i in nodes]
+
+
+def stands(parents: list[int], ranks: list[int], right: list[int]) -> int:
+    """Nodes of a tree on the path of the output."""
+    at, depth = -1, 0
+    for node, (parent, rank) in enumerate(zip(parents, ranks, strict=True)):
+        if parent == at and depth < len(right) and rank == right[depth]:
+            at, depth = node, depth + 1
+    return depth
+
+
+def exhaustive(prompt: PromptTrace, cost: CostModel) -> float:
+    """Least seconds over every sequence of drafted sizes and verified trees, priced as the runtime prices them."""
+    candidates, sizes = prompt.drafts.candidates, prompt.drafts.block_sizes.tolist()
+    assert candidates is not None
+    trees = {size: [*trees_of(size - 1, candidates.branches)] for size in sizes}
+
+    @cache
+    def least(position: int, drafted_at: int | None) -> float:
+        if position == prompt.output_length:
+            return 0.0
+        at, left = prompt.prompt_length + position, prompt.output_length - position - 1
+
+        def seconds(size: int, nodes: int) -> float:
+            waits = 0 if size == 1 else (at - 1 if drafted_at is None else position - drafted_at)
+            return price(cost, Work(0 if size == 1 else size, waits, nodes + 1, at)).total
+
+        best = seconds(1, 0) + least(position + 1, drafted_at)
+        for column, size in enumerate(sizes):
+            right = candidates.ranks[position - 1, column, : size - 1].tolist()
+            for parents, ranks in trees[size]:
+                accepted = min(stands(parents, ranks, right), left)
+                if len(parents) <= prompt.most_verified(position):
+                    best = min(best, seconds(size, len(parents)) + least(position + accepted + 1, position))
+        return best
+
+    return least(1, None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_sequence_of_trees_takes_less_time(seed: int) -> None:
+    prompt, cost = random_prompt(seed, 4, (2, 3), branches=2, spare=seed), Rising(seed)
+    oracle = oracle_step_truncate(along_paths(prompt), WORK, cost)
+    assert oracle.seconds == pytest.approx(exhaustive(prompt, cost))
+    assert oracle.seconds <= oracle_step_truncate(prompt, WORK, cost).seconds + 1e-9
+
+
+def test_trees_win_where_second_candidates_are_right() -> None:
+    ranks = np.ones((9, 1, 3), np.int32)
+    prompt = prompt_of(ranks, np.full((9, 1, 3, 2), 0.4), (4,))
+    cost = Rising(0)
+    chain, tree = (oracle_step_truncate(each, WORK, cost) for each in (prompt, along_paths(prompt)))
+    assert chain.steps == 9
+    assert tree.steps < 9
+    assert drafts_trees(prompt)
+    assert not drafts_trees(synthetic_prompt(0))
+    alone = synthetic_prompt(0)
+    assert along_paths(alone).drafts is alone.drafts
+
+
+def test_reach_ends_with_the_candidates_and_with_the_output() -> None:
+    ranks = np.array([[[0, 2, 1]], [[1, 0, 0]], [[2, 0, 0]], [[0, 0, 0]]], np.int32)
+    candidates = CandidateTable(np.zeros((4, 1, 3, 2), np.int32), np.zeros((4, 1, 3, 2), np.float32), ranks)
+    assert reach(candidates, room(4)).tolist() == [[1], [2], [0], [0]]
+    assert reach(candidates, room(4), branches=1).tolist() == [[1], [0], [0], [0]]
+
+
+def test_of_trees_of_nodes_the_deepest_path_is_worth_verifying() -> None:
+    parents = np.array([[[-1, 0, 1, 0], [-1, -1, -1, -1]], [[-1, -1, 1, 2], [-1, 0, -1, -1]]], np.int32)
+    assert deepest(parents).tolist() == [[3, 1], [3, 2]]
+    made = synthetic_prompt(0, output_length=3, block_sizes=(3, 5))
+    drafts = replace(made.drafts, parents=parents)
+    shown = along_paths(replace(made, drafts=drafts)).drafts
+    assert shown.draft_length.tolist() == deepest(parents).tolist()
+    assert shown.num_accepted is drafts.num_accepted
+
+
+# The fewest steps
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), rows=st.integers(1, 9))
+def test_fewest_steps_are_those_of_the_search(seed: int, rows: int) -> None:
+    prompt = random_prompt(seed, rows, (2, 4), branches=3)
+    drafts = along_paths(prompt).drafts
+
+    class OneEach:
+        def seconds(self, phase: str, size: int, context_length: int) -> float:
+            return float(phase == "verify")
+
+    oracle = oracle_step_truncate(along_paths(prompt), WORK, OneEach())
+    assert fewest_steps(drafts.num_accepted.max(axis=1)) == oracle.steps
+
+    def every(row: int) -> int:
+        if row == rows:
+            return 0
+        return 1 + min(every(row + 1 + count) for count in range(drafts.num_accepted[row, 1] + 1))
+
+    assert fewest_steps(drafts.num_accepted[:, 1]) == every(0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), rows=st.integers(1, 12))
+def test_steps_follow_from_what_is_accepted(seed: int, rows: int) -> None:
+    table = random_prompt(seed, rows, (2, 3, 5), branches=2).drafts.num_accepted
+    wanted = []
+    for column in range(3):
+        row, steps = 0, 0
+        while row < rows:
+            row, steps = row + 1 + int(table[row, column]), steps + 1
+        wanted.append(steps)
+    assert steps_taken(table).tolist() == wanted
+    assert int(steps_taken(table[:, 0])) == wanted[0]
+
+
+# Trees of so many nodes
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 9999), branches=st.integers(1, 3), nodes=st.integers(0, 14))
+def test_places_say_what_trees_have_accepted(seed: int, branches: int, nodes: int) -> None:
+    """Of each rule, by building each tree and walking down from the anchor."""
+    prompt = random_prompt(seed, 7, (3, 5), branches=3)
+    candidates, left = prompt.drafts.candidates, room(7)
+    assert candidates is not None
+    ranks = candidates.ranks[:, 1]
+    static = best_static(np.random.default_rng(seed).dirichlet(np.ones(branches + 1), 4)[:, :branches], 14)
+    places = {
+        "chain": budgets.of_chains(ranks),
+        "best_first": budgets.of_best_first(candidates, 1, 14, branches),
+        "static": budgets.of_static(static, ranks),
+        "path": budgets.of_paths(ranks, branches),
+    }
+    found = {name: budgets.accepted(each, nodes, left).tolist() for name, each in places.items()}
+    for row in range(7):
+        right = ranks[row].tolist()
+        grown = best_first(candidates.chances[row, 1, :, :branches].astype(float).tolist(), nodes)
+        static_tree = (static.parents[:nodes].tolist(), static.ranks[:nodes].tolist())
+        wanted = {
+            "chain": stands(list(range(-1, min(nodes, 4) - 1)), [0] * min(nodes, 4), right),
+            "best_first": stands([node.parent for node in grown], [node.rank for node in grown], right),
+            "static": stands(*static_tree, right),
+            "path": min(nodes, next((k for k, rank in enumerate(right) if rank >= branches), 4)),
+        }
+        for name, depth in wanted.items():
+            assert found[name][row] == min(depth, int(left[row])), name
+            assert found[name][row] <= found["path"][row]
+
+
+def test_drafts_of_smaller_sizes_have_no_nodes_behind_them() -> None:
+    prompt = random_prompt(3, 9, (3, 5), branches=2)
+    candidates = prompt.drafts.candidates
+    assert candidates is not None
+    for places in (
+        budgets.of_best_first(candidates, 0, 20, 2),
+        budgets.of_static(best_static(np.full((4, 2), 0.4), 20), candidates.ranks[:, 0]),
+        budgets.of_paths(candidates.ranks[:, 0], 2),
+        budgets.of_chains(candidates.ranks[:, 0]),
+    ):
+        assert (places[:, 2:] == budgets.NEVER).all()
+        assert (places[:, :2] != budgets.NEVER).any()
+
+
+def test_ranks_are_counted_where_the_path_before_stands() -> None:
+    ranks = np.array([[0, 1, 0], [1, 2, 0], [2, 0, 0], [0, -1, -1]])
+    chances = budgets.rank_chances(ranks, 2)
+    assert chances.tolist() == [[0.5, 0.25], [0.0, 0.5], [1.0, 0.0]]
+    assert budgets.rank_chances(ranks[2:3], 2).tolist() == [[0.0, 0.0]] * 3
+    candidates = random_prompt(0, 3, (4,), branches=2).drafts.candidates
+    assert candidates is not None
+    known = budgets.known_ranks(candidates, 0, room(3))
+    assert (known >= 0).tolist() == [[True, True, True], [True, True, False], [True, False, False]]
