@@ -17,6 +17,7 @@ from bpkit_load.adaptive_verification import AdaptiveVerification, most_tokens_p
 from bpkit_load.batch_ema import BatchEma
 from bpkit_load.batch_table import BatchTable
 from bpkit_load.joint import Joint
+from bpkit_load.sequoia import Sequoia
 from bpkit_load.tree import TreePolicy
 from bpkit_load.turbospec import TurboSpec
 
@@ -37,6 +38,7 @@ KINDS: dict[str, type[Policy]] = {
     "adaptive_verification": AdaptiveVerification,
     "joint": Joint,
     "tree": TreePolicy,
+    "sequoia": Sequoia,
 }
 LEARNING = [BatchEma, TurboSpec, AdaptiveVerification]
 
@@ -76,6 +78,7 @@ def test_registered_names_load_their_classes() -> None:
         "joint",
         "joint:confidences=false,slope=0.2",
         "tree",
+        "sequoia",
         "adaptive_verification:slope=0.2,signal=probability,fit_every=2,first_fits=1",
     ],
 )

@@ -120,6 +120,7 @@ POLICIES: tuple[PolicyLike, ...] = (
     "joint:confidences=false,slope=0.2",
     "adaptive_verification:signal=probability,fit_every=2,first_fits=1",
     "tree",
+    "sequoia",
 )
 FOR_THE_SHIPPED_PAIR: tuple[PolicyLike, ...] = (
     "forecast",

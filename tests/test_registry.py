@@ -59,6 +59,7 @@ BUILT_IN = {
     "portfolio",
     "priority",
     "schedule",
+    "sequoia",
     "source_bandit",
     "specdecpp",
     "svip",

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bpkit.draft.static_trees import StaticTree, best_counted, best_static
+from bpkit.draft.static_trees import StaticTree, accepted_by_depth, best_counted, best_static
 
 Path = tuple[int, ...]
 
@@ -41,8 +41,8 @@ def product(chances: NDArray[np.float64], path: Path) -> float:
     return float(np.prod([chances[depth, rank] for depth, rank in enumerate(path)]))
 
 
-def tables(depths: int, ranks: int, chance: Any = None) -> Any:
-    rows = st.lists(chance or st.floats(0.01, 1.0), min_size=ranks, max_size=ranks)
+def tables(depths: int, ranks: int, least: float = 0.01) -> Any:
+    rows = st.lists(st.floats(least, 1.0), min_size=ranks, max_size=ranks)
     return st.lists(rows, min_size=depths, max_size=depths).map(np.array)
 
 
@@ -76,6 +76,14 @@ def test_all_sizes_are_those_of_sequoias_recursion(chances: NDArray[np.float64],
     made = best_static(chances, most)
     wanted = [forest(0, 0, nodes) for nodes in range(1, most + 1)]
     assert np.cumsum(made.reached) == pytest.approx(wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chances=tables(4, 3, 0.0), most=st.integers(0, 12))
+def test_trees_of_all_sizes_and_depths_are_the_best_of_each(chances: NDArray[np.float64], most: int) -> None:
+    found = accepted_by_depth(chances, most)
+    for depth, count in itertools.product(range(4), range(most + 1)):
+        assert found[depth, count] == pytest.approx(best_static(chances[: depth + 1], count).reached.sum())
 
 
 def test_what_is_expected_is_what_is_drawn() -> None:

@@ -9,21 +9,32 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpkit.decode.clock import price
+from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.trees import closed
 from bpkit.draft.best_first import best_first
 from bpkit.draft.static_trees import best_static
+from bpkit.policy import Policy, State
+from bpkit.prompts import Prompt
+from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
+from bpkit.trace.collect import Tracer
 from bpkit.trace.oracle import budgets
 from bpkit.trace.oracle.paths import oracle_step_truncate
-from bpkit.trace.oracle.trees import along_paths, deepest, drafts_trees, fewest_steps, reach, room, steps_taken
+from bpkit.trace.oracle.trees import along_paths, deepest, fewest_steps, reach, room, steps_taken
 from bpkit.trace.records import CandidateTable, Ints, PromptTrace
-from bpkit.types import BLOCK_DIFFUSION, CostModel, Work, work_of
+from bpkit.trace.replay import Replayer
+from bpkit.types import BLOCK_DIFFUSION, Context, CostModel, Plan, Work, work_of
+from tests.test_tree_traces import COST as TREE_COST
+from tests.test_tree_traces import TEXTS, SomeNodes, branching, options_of, same_steps
 
 WORK = work_of(BLOCK_DIFFUSION)
+BRANCHES = 16
+"""More than any of these drafts has."""
 
 
 def prompt_of(ranks: Ints, chances: object, sizes: tuple[int, ...], spare: int = 8) -> PromptTrace:
@@ -34,7 +45,7 @@ def prompt_of(ranks: Ints, chances: object, sizes: tuple[int, ...], spare: int =
     inside = np.arange(width) < drafted[:, None]
     ranks = np.where(inside, ranks, -1).astype(np.int32)
     left = room(rows)
-    candidates = CandidateTable(np.zeros(chance.shape, np.int32), chance, ranks)
+    candidates = CandidateTable(np.zeros(chance.shape, np.int32), chance, chance, ranks)
     stands = np.minimum(np.logical_and.accumulate(ranks == 0, axis=2).sum(axis=2), left[:, None])
     made = synthetic_prompt(
         0, output_length=rows + 1, max_new_tokens=rows + 1 + spare, block_sizes=sizes, prompt_length=3
@@ -120,7 +131,7 @@ def exhaustive(prompt: PromptTrace, cost: CostModel) -> float:
 @pytest.mark.parametrize("seed", range(6))
 def test_no_sequence_of_trees_takes_less_time(seed: int) -> None:
     prompt, cost = random_prompt(seed, 4, (2, 3), branches=2, spare=seed), Rising(seed)
-    oracle = oracle_step_truncate(along_paths(prompt), WORK, cost)
+    oracle = oracle_step_truncate(along_paths(prompt, [BRANCHES]), WORK, cost)
     assert oracle.seconds == pytest.approx(exhaustive(prompt, cost))
     assert oracle.seconds <= oracle_step_truncate(prompt, WORK, cost).seconds + 1e-9
 
@@ -129,20 +140,20 @@ def test_trees_win_where_second_candidates_are_right() -> None:
     ranks = np.ones((9, 1, 3), np.int32)
     prompt = prompt_of(ranks, np.full((9, 1, 3, 2), 0.4), (4,))
     cost = Rising(0)
-    chain, tree = (oracle_step_truncate(each, WORK, cost) for each in (prompt, along_paths(prompt)))
+    chain, tree = (oracle_step_truncate(each, WORK, cost) for each in (prompt, along_paths(prompt, [BRANCHES])))
     assert chain.steps == 9
     assert tree.steps < 9
-    assert drafts_trees(prompt)
-    assert not drafts_trees(synthetic_prompt(0))
+    assert along_paths(prompt, [1]).drafts.num_accepted.tolist() == prompt.drafts.num_accepted.tolist()
     alone = synthetic_prompt(0)
-    assert along_paths(alone).drafts is alone.drafts
+    assert along_paths(alone, [1]).drafts is alone.drafts
 
 
 def test_reach_ends_with_the_candidates_and_with_the_output() -> None:
     ranks = np.array([[[0, 2, 1]], [[1, 0, 0]], [[2, 0, 0]], [[0, 0, 0]]], np.int32)
-    candidates = CandidateTable(np.zeros((4, 1, 3, 2), np.int32), np.zeros((4, 1, 3, 2), np.float32), ranks)
-    assert reach(candidates, room(4)).tolist() == [[1], [2], [0], [0]]
-    assert reach(candidates, room(4), branches=1).tolist() == [[1], [0], [0], [0]]
+    chances = np.zeros((4, 1, 3, 2), np.float32)
+    candidates = CandidateTable(np.zeros(chances.shape, np.int32), chances, chances, ranks)
+    assert reach(candidates, room(4), 2).tolist() == [[1], [2], [0], [0]]
+    assert reach(candidates, room(4), 1).tolist() == [[1], [0], [0], [0]]
 
 
 def test_of_trees_of_nodes_the_deepest_path_is_worth_verifying() -> None:
@@ -150,7 +161,7 @@ def test_of_trees_of_nodes_the_deepest_path_is_worth_verifying() -> None:
     assert deepest(parents).tolist() == [[3, 1], [3, 2]]
     made = synthetic_prompt(0, output_length=3, block_sizes=(3, 5))
     drafts = replace(made.drafts, parents=parents)
-    shown = along_paths(replace(made, drafts=drafts)).drafts
+    shown = along_paths(replace(made, drafts=drafts), [BRANCHES]).drafts
     assert shown.draft_length.tolist() == deepest(parents).tolist()
     assert shown.num_accepted is drafts.num_accepted
 
@@ -162,13 +173,13 @@ def test_of_trees_of_nodes_the_deepest_path_is_worth_verifying() -> None:
 @given(seed=st.integers(0, 999), rows=st.integers(1, 9))
 def test_fewest_steps_are_those_of_the_search(seed: int, rows: int) -> None:
     prompt = random_prompt(seed, rows, (2, 4), branches=3)
-    drafts = along_paths(prompt).drafts
+    drafts = along_paths(prompt, [BRANCHES]).drafts
 
     class OneEach:
         def seconds(self, phase: str, size: int, context_length: int) -> float:
             return float(phase == "verify")
 
-    oracle = oracle_step_truncate(along_paths(prompt), WORK, OneEach())
+    oracle = oracle_step_truncate(along_paths(prompt, [BRANCHES]), WORK, OneEach())
     assert fewest_steps(drafts.num_accepted.max(axis=1)) == oracle.steps
 
     def every(row: int) -> int:
@@ -250,3 +261,53 @@ def test_ranks_are_counted_where_the_path_before_stands() -> None:
     assert candidates is not None
     known = budgets.known_ranks(candidates, 0, room(3))
     assert (known >= 0).tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+
+
+# Against replay
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_replays_take_the_steps_that_places_say(pair: TinyPair, temperature: float) -> None:
+    """Of the best-first tree and of a static one, which a policy asks for; of drafts of the trained size and below."""
+    decoder = SpeculativeDecoder(pair.target, branching(pair, 3), "fixed:4", tokenizer=pair.tokenizer)
+    trained = decoder.spec.trained_block_size
+    options = options_of(temperature, range(2, trained + 1), 20)
+    tracer = Tracer(decoder, options)
+    tree = best_static(np.array([[0.5, 0.3, 0.1], [0.3, 0.3, 0.1], [0.2, 0.1, 0.0]]), 9)
+
+    class Static(Policy):
+        wants = frozenset()
+
+        def select(self, state: State, context: Context) -> Plan:
+            parents, ranks = (torch.from_numpy(values)[None] for values in (tree.parents, tree.ranks))
+            return Plan(context.full(len(tree.ranks) + 1), context.full(0), parents, ranks)
+
+    for index, text in enumerate(TEXTS):
+        prompt = tracer.trace(index, Prompt(str(index), "tiny", text))
+        candidates, left = prompt.drafts.candidates, room(prompt.drafts.rows)
+        assert candidates is not None
+        for size in (3, 12, 20):
+            column = prompt.drafts.column(min(size, trained))
+            places = budgets.of_best_first(candidates, column, size - 1, 3)
+            replayed = Replayer(decoder.spec, f"fixed:{size}", TREE_COST, seed=options.seed).run(prompt)
+            assert steps_taken(budgets.accepted(places, size - 1, left)) == replayed.steps
+            paths = budgets.of_paths(candidates.ranks[:, column], 3)
+            assert fewest_steps(budgets.accepted(paths, size - 1, left)) <= replayed.steps
+        column = prompt.drafts.column(2 + int(tree.depths.max()))
+        places = budgets.of_static(tree, candidates.ranks[:, column])
+        replayed = Replayer(decoder.spec, Static(), TREE_COST, seed=options.seed).run(prompt)
+        assert steps_taken(budgets.accepted(places, 9, left)) == replayed.steps
+        oracle = oracle_step_truncate(along_paths(prompt, [3]), WORK, TREE_COST)
+        for policy in ("fixed:12", "tree", "sequoia", SomeNodes()):
+            replayed = Replayer(decoder.spec, policy, TREE_COST, seed=options.seed).run(prompt)
+            assert replayed.seconds(TREE_COST) > oracle.seconds
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_replays_of_sequoia_are_the_live_decoder_step_for_step(pair: TinyPair, temperature: float) -> None:
+    decoder = SpeculativeDecoder(pair.target, branching(pair, 3), "fixed:4", tokenizer=pair.tokenizer)
+    options = options_of(temperature, range(2, decoder.spec.trained_block_size + 1), 20)
+    tracer = Tracer(decoder, options)
+    traces = [tracer.trace(i, Prompt(str(i), "tiny", text)) for i, text in enumerate(TEXTS)]
+    for policy in ("sequoia", "sequoia:block_size=18"):
+        same_steps(decoder, policy, traces, options)

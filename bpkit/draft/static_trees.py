@@ -61,6 +61,34 @@ def best_static(chances: Floats, most: int) -> StaticTree:
     return StaticTree(parents, order[depths, places], depths, np.array(reached))
 
 
+def accepted_by_depth(chances: Floats, most: int) -> Floats:
+    """Accepted tokens, expected, of the best trees that are at most 1, 2, ... deep: float64 [depths, most + 1].
+
+    Args:
+        chances: as of `best_static`.
+
+    Returns:
+        By the largest depth, and by nodes from 0 on; where there are no more nodes, as of all.
+
+    >>> accepted_by_depth(np.array([[0.5, 0.25], [0.5, 0.25]]), 3).tolist()
+    [[0.0, 0.5, 0.75, 0.75], [0.0, 0.5, 0.75, 1.0]]
+    """
+    found = np.zeros((len(chances), most + 1))
+    level, best = np.ones(1), np.zeros(0)
+    for depth, own in enumerate(chances):
+        # Of a level no more than `most` nodes are in a tree, nor is what follows the others.
+        level = _largest(np.outer(level, own).ravel(), most)
+        best = _largest(np.concatenate([best, level]), most)
+        found[depth, 1 : len(best) + 1] = best.cumsum()
+        found[depth, len(best) + 1 :] = best.sum()
+    return found
+
+
+def _largest(values: Floats, most: int) -> Floats:
+    """Falling."""
+    return -np.sort(-values)[:most]
+
+
 def best_counted(ranks: Ints, most: int) -> StaticTree:
     """The tree that would have had the most tokens accepted over drafts that were made, whatever depends on what.
 

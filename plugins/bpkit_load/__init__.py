@@ -43,3 +43,9 @@ def bpkit_register_policies(register: Register) -> None:
         summary="Of drafts that are trees: the nodes of all rows that pay, the likeliest first.",
         config="bpkit_load.tree:TreePolicyConfig",
     )
+    register(
+        "sequoia",
+        "bpkit_load.sequoia:Sequoia",
+        summary="Before every draft: the best tree that is the same in every step, of as many nodes as pay (Sequoia).",
+        config="bpkit_load.sequoia:SequoiaConfig",
+    )

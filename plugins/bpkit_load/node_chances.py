@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 BOUNDS = (0.003, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.99)
 """Between ranges of the drafter's chance whose nodes are counted together."""
@@ -45,6 +46,23 @@ def reached(chances: Floats, parents: Ints) -> Floats:
     return found
 
 
+def told(verified: Flags, parents: Ints, path: Ints, ended: Any) -> tuple[Flags, Flags]:
+    """Of which nodes a step told whether they are right, and which of all stand: bool [rows, nodes] each.
+
+    Args:
+        verified: bool [rows, nodes]. parents: int64 [rows, nodes].
+        path: nodes of each row that stand, int64 [rows, width], and -1 behind them.
+        ended: rows that ended, bool [rows]: what comes after their paths may not have been tested.
+    """
+    rows, nodes = parents.shape
+    stands = np.zeros((rows, nodes + 1), bool)
+    stands[np.arange(rows)[:, None], path] = True  # -1 is the place behind the last node
+    stands[:, -1] = True  # and the anchor, for -1 is the parent of those that follow it
+    tested = verified & np.take_along_axis(stands, parents, axis=1)
+    stands = stands[:, :-1]
+    return tested & (stands | ~ended[:, None]), stands
+
+
 class NodeChances:
     """Chances of nodes by the drafter's, from counts.
 
@@ -75,16 +93,9 @@ class NodeChances:
 
         Args:
             cells: of nodes that were verified, int64 [rows, nodes]; -1 of others.
-            path: nodes of each row that stand, int64 [rows, width], and -1 behind them.
-            ended: rows that ended, bool [rows]: what comes after their paths may not have been tested.
+            parents, path, ended: as of `told`.
         """
-        rows, nodes = cells.shape
-        stands = np.zeros((rows, nodes + 1), bool)
-        stands[np.arange(rows)[:, None], path] = True  # -1 is the place behind the last node
-        stands[:, -1] = True  # and the anchor, for -1 is the parent of those that follow it
-        tested = (cells >= 0) & np.take_along_axis(stands, parents, axis=1)
-        stands = stands[:, :-1]
-        tested &= stands | ~ended[:, None]
+        tested, stands = told(cells >= 0, parents, path, ended)
         for counts, counted in ((self.accepted, tested & stands), (self.tested, tested)):
             counts *= KEPT
             counts += np.bincount(cells[counted], minlength=counts.size).reshape(SHAPE)

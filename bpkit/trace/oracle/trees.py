@@ -9,6 +9,7 @@ drafts and verifies, no step has more accepted for as many nodes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,20 +17,19 @@ import numpy as np
 from bpkit.trace.records import CandidateTable, DraftTable, Ints, PromptTrace
 
 
-def drafts_trees(prompt: PromptTrace) -> bool:
-    """Whether a source of this prompt's trace drafts trees."""
-    return any(drafts.candidates is not None or drafts.parents is not None for drafts in prompt.sources)
+def along_paths(prompt: PromptTrace, branches: Sequence[int]) -> PromptTrace:
+    """The prompt as if each draft were the one path of its tree that is worth verifying.
 
-
-def along_paths(prompt: PromptTrace) -> PromptTrace:
-    """The prompt as if each draft were the one path of the tree that is worth verifying."""
-    first, *others = map(_along_paths, prompt.sources)
+    Args:
+        branches: that a node may have at most, of each source (`SourceSpec.branches`).
+    """
+    first, *others = map(_along_paths, prompt.sources, branches)
     return replace(prompt, drafts=first, others=tuple(others))
 
 
-def _along_paths(drafts: DraftTable) -> DraftTable:
+def _along_paths(drafts: DraftTable, branches: int) -> DraftTable:
     if drafts.candidates is not None:
-        return replace(drafts, num_accepted=reach(drafts.candidates, room(drafts.rows)))
+        return replace(drafts, num_accepted=reach(drafts.candidates, room(drafts.rows), branches))
     if drafts.parents is not None:
         return replace(drafts, draft_length=deepest(drafts.parents))
     return drafts
@@ -40,13 +40,13 @@ def room(rows: int) -> Ints:
     return np.arange(rows - 1, -1, -1, dtype=np.int32)
 
 
-def reach(candidates: CandidateTable, most: Ints, branches: int | None = None) -> Ints:
-    """Leading places of each draft at which the output's own token is among the candidates: int32 [rows, sizes].
+def reach(candidates: CandidateTable, most: Ints, branches: int) -> Ints:
+    """Leading places of each draft at which the output's own token is among the first candidates: int32 [rows, sizes].
 
     Args:
-        most: of each row, int32 [rows]. branches: candidates that count, by default all.
+        most: of each row, int32 [rows]. branches: candidates that count.
     """
-    there = (candidates.ranks >= 0) & (candidates.ranks < (branches or candidates.branches))
+    there = (candidates.ranks >= 0) & (candidates.ranks < min(branches, candidates.branches))
     leading = np.logical_and.accumulate(there, axis=2).sum(axis=2)
     return np.asarray(np.minimum(leading, most[:, None]), np.int32)
 
