@@ -21,7 +21,7 @@ from bpkit.draft.static_trees import best_static
 from bpkit.policy import PolicyError
 from bpkit.testing import TinyPair
 from bpkit.trace.cost import CostTable
-from bpkit.types import DecoderSpec
+from bpkit.types import DecoderSpec, Draft
 from tests.conftest import ShippedPair
 from tests.records import bound, context, decoder, step
 
@@ -158,9 +158,7 @@ def test_limits_of_the_decoder_and_of_the_prices() -> None:
 
 def test_with_chains_it_chooses_their_length() -> None:
     policy = knowing(bound(Sequoia(slope=0.1)), [[0.9]] * 3 + [[0.05]] * 12)
-    state = policy.begin(context(2))
-    assert sizes(policy, state, 2) == [4, 4]
-    assert state["parents"][0, :3].tolist() == [-1, 0, 1]
+    assert sizes(policy, policy.begin(context(2)), 2) == [4, 4]
     assert nodes(bound(Sequoia(block_size=12))) == 11
     assert nodes(bound(Sequoia(block_size=99))) == 15
 
@@ -198,19 +196,16 @@ def test_chains_are_counted_and_counts_fade() -> None:
 def test_nodes_that_were_ruled_out_are_not_counted() -> None:
     parents, ranks = [-1, -1, 0, 0, 1, 2], [0, 1, 0, 1, 0, 0]
     assert nodes_left(parents, ranks, [-1, 0, 1]) == [0, 2, 5]
-    policy = bound(Sequoia(block_size=7, discount=1.0), of_trees())
+    policy = bound(Sequoia(block_size=9, discount=1.0), of_trees())
     state = policy.begin(context())
-    state["parents"][:, :6], state["cells"][:, :6] = torch.tensor(parents), torch.tensor([0, 1, 4, 5, 4, 8])
-
-    class OfNodes:
-        draft_length, block_size = torch.tensor([3]), torch.tensor([7])
-        parents = torch.tensor([[-1, 0, 1]])
-
-    assert policy.truncate(state, OfNodes()).tolist() == [3]
+    state["parents"][0] = torch.tensor([*parents, -1, -1])  # the last two are of an earlier, larger tree
+    state["cells"][0] = torch.tensor([0, 1, 4, 5, 4, 8, 2, 3])
+    length, tokens = torch.tensor([3]), torch.zeros(1, 3, dtype=torch.long)
+    draft = Draft(context(), torch.tensor([7]), length, tokens, parents=torch.tensor([[-1, 0, 1]]))
+    assert policy.truncate(state, draft).tolist() == [3]
     assert state["cells"][0, :3].tolist() == [0, 4, 8]
-    policy.observe(
-        state, replace(step([3], [2], block_size=[7]), draft_length=OfNodes.draft_length, path=torch.tensor([[0, 1]]))
-    )
+    made = step([3], [2], block_size=[7])
+    policy.observe(state, replace(made, draft_length=length, path=torch.tensor([[0, 1]])))
     assert policy.known().tested[:3].tolist() == [[1, 0, 0, 0]] * 3
     assert policy.known().accepted[:3, 0].tolist() == [1, 1, 0]
 

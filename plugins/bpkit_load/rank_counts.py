@@ -26,8 +26,8 @@ def nodes_left(parents: Sequence[int], ranks: Sequence[int], found: Sequence[int
     """Which nodes of a tree were drafted, if some were ruled out: of children of a node those of the highest ranks.
 
     Args:
-        parents, ranks: of the tree's nodes, and maybe of further ones behind them. found: parents of those that were
-            drafted, by their places among these, in the same order.
+        parents, ranks: of the tree's nodes. found: parents of those that were drafted, by their places among these, in
+            the same order.
 
     >>> nodes_left([-1, 0, -1, 0, 2], [1, 1, 0, 0, 0], [-1, -1])
     [0, 2]

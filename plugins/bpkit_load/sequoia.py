@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Count = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PARENTS, CELLS = "parents", "cells"
-"""Of a state: parents of the last draft's nodes, and where each is counted, depth * branches + rank; -1 of none."""
+"""Of a state: parents of the last tree's nodes, and where each is counted, depth * branches + rank; -1 of none."""
 MOST_NODES = 64
 """Where as many are drafted as pay."""
 COST_CONTEXT = 64
@@ -75,7 +75,6 @@ class Sequoia(RememberingPolicy[SequoiaMemory]):
     Memory = SequoiaMemory
     wants = frozenset()
     joint = True
-    in_order = True
     config: SequoiaConfig
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
@@ -113,23 +112,24 @@ class Sequoia(RememberingPolicy[SequoiaMemory]):
         self._left -= 1
         tree = self._tree(context.running, int(context.context_length.max()) // COST_CONTEXT)
         nodes, rows, like = len(tree.parents), context.batch_size, context.position
+        size = context.full(nodes + 1)
+        if self.branches == 1 or not nodes:
+            return size
         parents, ranks, depths = (like.new_tensor(values).expand(rows, nodes) for values in tree)
-        state[CELLS].fill_(-1)
         state[CELLS][:, :nodes] = depths * self.branches + ranks
         state[PARENTS][:, :nodes] = parents
-        size = context.full(nodes + 1)
-        return size if self.branches == 1 or not nodes else Plan(size, context.full(0), parents, ranks)
+        return Plan(size, context.full(0), parents, ranks)
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
-        lengths = draft.draft_length.tolist()
-        if draft.parents is not None and lengths != (draft.block_size - 1).tolist():
+        lengths, asked = draft.draft_length.tolist(), (draft.block_size - 1).tolist()
+        if draft.parents is not None and self.branches > 1 and lengths != asked:
             from bpkit_load.rank_counts import nodes_left
 
-            for row, (length, found) in enumerate(zip(lengths, draft.parents.tolist(), strict=True)):
-                cells, asked = state[CELLS][row], state[PARENTS][row].tolist()
-                kept = nodes_left(asked, (cells % self.branches).tolist(), found[:length])
-                cells[:length] = cells[kept]
-                state[PARENTS][row, :length] = draft.parents[row, :length]
+            for row, (length, most) in enumerate(zip(lengths, asked, strict=True)):
+                cells, parents = state[CELLS][row], state[PARENTS][row]
+                found, ranks = draft.parents[row, :length], cells[:most] % self.branches
+                kept = nodes_left(parents[:most].tolist(), ranks.tolist(), found.tolist())
+                cells[:length], parents[:length] = cells[kept], found
         return draft.draft_length
 
     def _steps_until_the_next(self) -> int:
@@ -190,7 +190,9 @@ class Sequoia(RememberingPolicy[SequoiaMemory]):
         path = np.where(place < step.num_accepted.numpy()[:, None], place, -1)  # of a chain
         if step.path is not None:
             path = step.path.numpy()
-        ended = np.array(step.stopped or [False] * rows)
-        cells = np.where(place < step.draft_length.numpy()[:, None], state[CELLS].numpy(), -1)
-        counted.count(cells, state[PARENTS].numpy(), path, ended, self.config.discount)
+        cells, parents = np.tile(place, (rows, 1)), np.tile(place - 1, (rows, 1))
+        if self.branches > 1:
+            cells, parents = state[CELLS].numpy(), state[PARENTS].numpy()
+        cells = np.where(place < step.draft_length.numpy()[:, None], cells, -1)
+        counted.count(cells, parents, path, np.array(step.stopped or [False] * rows), self.config.discount)
         self.memory = SequoiaMemory.model_construct(accepted=counted.accepted.tolist(), tested=counted.tested.tolist())
