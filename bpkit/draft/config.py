@@ -62,6 +62,9 @@ class NgramConfig(DrafterConfig):
     max_ngram: int = Field(default=3, ge=1, description="longest n-gram that is looked up, first")
     min_ngram: int = Field(default=1, ge=1, description="shortest, if no longer one is found")
     block_size: int = Field(default=NGRAM_BLOCK_SIZE, ge=1, description="stands for a trained block size")
+    branches: int = Field(
+        default=1, ge=1, description="continuations after each token; with more than one a draft is a tree of the best"
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> NgramConfig:
@@ -134,6 +137,9 @@ class HierarchyConfig(DrafterConfig):
         default=False, description="one context store for all requests, so texts of one are drafted to others"
     )
     block_size: int = Field(default=NGRAM_BLOCK_SIZE, ge=1, description="stands for a trained block size")
+    branches: int = Field(
+        default=1, ge=1, description="continuations after each token; with more than one a draft is a tree of the best"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> HierarchyConfig:

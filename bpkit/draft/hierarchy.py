@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from bpkit.decode.text import RowText, RunningText
 from bpkit.draft.config import HierarchyConfig
 from bpkit.draft.stores.context import ContextStore, TextIndex
 from bpkit.draft.stores.files import Store, StoreFacts, open_store
+from bpkit.draft.stores.trees import Backoff, Branch, Counted, Place, drafted_tree
 from bpkit.draft.vocabulary import fingerprint_tokenizer
 from bpkit.types import DraftWork, Feature
 
@@ -26,12 +29,19 @@ class HierarchyDrafter:
     The model and the corpus store are only read. The context store belongs to one request, unless it was asked to live
     across requests.
 
+    With `branches` a draft is the trie of all that the stores have of what followed their matches: the `block_size - 1`
+    nodes with the highest products of chances, at most `trained_block_size - 1` deep. A child's chance is its share of
+    the continuations that go on after the node's path, with one more in the divisor; the share of that one goes to
+    children that the next store has and this one has not. The context store counts each different continuation that it
+    keeps once and the latest twice, the model store an n-gram once for each text that had it, the corpus up to 32
+    occurrences. An offer is the best path: of each node the first child.
+
     Args:
         store: the tables of the model and the corpus store; without them the context alone is asked.
         options: see `HierarchyConfig`.
 
     Raises:
-        ValueError: only stores are to be asked that are not there.
+        ValueError: only stores are to be asked that are not there; `branches` with a model store without counts.
 
     Attributes:
         drafts: drafts made so far, by the store that began them.
@@ -46,11 +56,18 @@ class HierarchyDrafter:
         self.store = store
         asked = "" if options.order == HierarchyConfig().order else f" {'+'.join(options.order)}"
         self.name = f"hierarchy{asked}" + ("" if store is None else f" of {store.path.name}")
-        self.trained_block_size, self.max_block_size = options.block_size, max(32, 2 * options.block_size)
+        self.trained_block_size = options.block_size
+        self.max_block_size = max(32, max(2, options.branches) * options.block_size)
         self.order = tuple(name for name in options.order if name == "context" or store is not None)
         if not self.order:
             order = "+".join(options.order)
             raise ValueError(f"order {order} needs a store, which `bpkit store build` makes: hierarchy:store=FOLDER")
+        self.branches = options.branches
+        if self.branches > 1 and store is not None and "model" in self.order and store.model.counts is None:
+            raise ValueError(
+                f"store {store.path} has no counts of n-grams, which branches={self.branches} needs: build it again "
+                "with `bpkit store build`, or leave the model store out with order=context+corpus"
+            )
         self.remembers_requests, self.depends_on_steps = options.across_requests, options.last_pass
         self.shared = self.context() if options.across_requests else None
         self.drafts: Counter[str] = Counter()
@@ -74,7 +91,7 @@ class HierarchyDrafter:
         return ContextStore(self.options.span, self.options.candidates, self.options.max_entries)
 
     def begin(self, text: RunningText) -> EachRow:
-        return EachRow(text, partial(HierarchySession, self))
+        return EachRow(text, partial(HierarchySession if self.branches == 1 else HierarchyTrees, self))
 
 
 class HierarchySession:
@@ -89,6 +106,7 @@ class HierarchySession:
         sizes = range(self.options.max_ngram, self.options.min_ngram - 1, -1)
         self.index = TextIndex(drafter.shared or drafter.context(), sizes, text.tokens)
         self.matches = range(self.options.max_match, self.options.min_match - 1, -1)
+        self.longest = max(self.options.max_ngram, self.options.max_match)
         self.said: list[int] = []
         """By the target, in its last pass, after the first wrong token."""
         self.source = ""
@@ -114,18 +132,21 @@ class HierarchySession:
 
         What is drafted is looked up again as if it stood, as long as that finds a match of `go_on_match` tokens.
         """
-        longest = max(self.options.max_ngram, self.options.max_match)
-        first, self.source = self.find(self.tokens[-longest:], most)
+        first, self.source = self.find(self.tokens[-self.longest :], most)
         tokens = first.tokens
         for _ in range(self.options.look_ups - 1):
             if not tokens or len(tokens) >= most:
                 break
-            more, _ = self.find([*self.tokens[-longest:], *tokens][-longest:], most - len(tokens))
+            more, _ = self.find(self.tail_with(tokens), most - len(tokens))
             if more.match < self.options.go_on_match:
                 break
             tokens = tokens + more.tokens
         self.asked, self.made = most, Offer(tokens[:most], first.match, first.share)
         return self.made
+
+    def tail_with(self, drafted: Sequence[int]) -> list[int]:
+        """The end of the text as if these tokens stood."""
+        return [*self.tokens[-self.longest :], *drafted][-self.longest :]
 
     def find(self, tail: list[int], most: int) -> tuple[Offer, str]:
         """What follows in the first store that has a match of `sure_match` tokens, else in that with the longest.
@@ -156,6 +177,80 @@ class HierarchySession:
         if tokens:
             self.drafter.drafts[self.source] += 1
         return proposed(Offer(tokens))
+
+
+class HierarchyTrees(HierarchySession):
+    """The same where drafts are trees."""
+
+    def __init__(self, drafter: HierarchyDrafter, text: RowText) -> None:
+        super().__init__(drafter, text)
+        self.deepest = drafter.trained_block_size - 1
+        self.first: Counted | None = None
+        """What follows this text, once it was looked up."""
+
+    def advance(self, features: Tensor | None) -> None:
+        super().advance(features)
+        self.first = None
+
+    def offer(self, most: int) -> Offer:
+        """The best path, at most `most` tokens, and the length of the match that it follows."""
+        root, match = self.root()
+        return Counted.at(root, match, min(most, self.deepest))
+
+    def root(self) -> tuple[Onward, int]:
+        """The place after the text, and the length of the match."""
+        if self.first is None:
+            self.first, self.source = self.find(self.tail_with(()), self.deepest)
+        return Onward(self, self.first.place, (), self.options.look_ups - 1), self.first.match
+
+    def find(self, tail: list[int], most: int) -> tuple[Counted, str]:
+        """What follows in all stores, and the name of that which comes first."""
+        looked_up = [(self.look_up(name, tail, most), name) for name in self.drafter.order]
+        found = [(own, name) for own, name in looked_up if own.tokens]
+        if not found:
+            return Counted([], place=Backoff(())), ""
+        sure = (own for own in found if own[0].match >= self.options.sure_match)
+        first = next(sure, None) or max(found, key=lambda own: own[0].match)
+        places = [first[0].place, *(own[0].place for own in found if own is not first)]
+        return Counted(first[0].tokens, first[0].match, first[0].share, place=Backoff(places)), first[1]
+
+    def look_up(self, name: str, tail: list[int], most: int) -> Counted:
+        if name == "context" or self.drafter.store is None:
+            return self.index.find_all(tail)
+        if name == "model":
+            return self.drafter.store.model.find_all(tail)
+        return self.drafter.store.corpus.find_all(tail, self.matches, most)
+
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+        root, _ = self.root()
+        tree = drafted_tree(root, block_size - 1, self.deepest, self.drafter.branches)
+        if tree.counts[0]:
+            self.drafter.drafts[self.source] += 1
+        return tree
+
+
+@dataclass(frozen=True, slots=True)
+class Onward:
+    """A place in a store, where a path that ends is looked up again as if it stood.
+
+    Attributes:
+        path: to it, from the text on. left: look-ups that the path may still take.
+    """
+
+    session: HierarchyTrees
+    place: Place
+    path: tuple[int, ...]
+    left: int
+
+    def children(self, most: int) -> list[Branch]:
+        found, left, session = self.place.children(most), self.left, self.session
+        if not found and self.path and left:
+            more, _ = session.find(session.tail_with(self.path), session.deepest - len(self.path))
+            if more.match >= session.options.go_on_match:
+                found, left = more.place.children(most), left - 1
+        return [
+            branch._replace(below=Onward(session, branch.below, (*self.path, branch.token), left)) for branch in found
+        ]
 
 
 def refuse_misfit(facts: StoreFacts, target: PreTrainedModel, name: str) -> None:

@@ -20,6 +20,7 @@ class StoreTables:
     """What a store holds; see `NgramTable` and `Corpus` for shapes."""
 
     ngrams: NDArray[np.uint32]
+    counts: NDArray[np.uint32]
     likeliest: NDArray[np.uint32]
     ngram_firsts: NDArray[np.uint32]
     tokens: NDArray[np.uint32]
@@ -48,6 +49,7 @@ def make_tables(
     ids = np.arange(vocab_size + 1)
     return StoreTables(
         ngrams=ngrams[kept].astype(TOKEN),
+        counts=counts[kept].astype(np.uint32),
         likeliest=likeliest_rows(ngrams[kept], counts[kept]).astype(np.uint32),
         ngram_firsts=np.searchsorted(ngrams[kept, 0], ids).astype(np.uint32),
         tokens=tokens.astype(TOKEN),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bpkit.decode.drafter import Offer
+from bpkit.draft.stores.trees import Continuations, Counted
 
 Ngram = tuple[int, ...]
 
@@ -70,6 +71,19 @@ class TextIndex:
 
     def find(self, tail: list[int]) -> Offer:
         """What followed the longest n-gram at the end of `tail`, the latest time; its share is of what is kept."""
+        found, size = self._longest(tail)
+        if not found:
+            return Offer([])
+        agreeing = sum(other[0] == found[0][0] for other in found)
+        return Offer(list(found[0]), size, agreeing / (len(found) + 1))
+
+    def find_all(self, tail: list[int]) -> Counted:
+        """All that is kept of what followed it, as the place of a tree. What came several times is kept once."""
+        found, size = self._longest(tail)
+        return Counted.at(Continuations(found, latest_first=True), size)
+
+    def _longest(self, tail: list[int]) -> tuple[list[Sequence[int]], int]:
+        """What followed the longest n-gram at the end of `tail`, the latest first, and the length of that."""
         for size in self.sizes:
             if size > len(tail):
                 continue
@@ -80,6 +94,5 @@ class TextIndex:
                 if end >= size and self.tokens[end - size : end] == ngram:
                     found.insert(0, self.tokens[end:])
             if found:
-                agreeing = sum(other[0] == found[0][0] for other in found)
-                return Offer(list(found[0]), size, agreeing / (len(found) + 1))
-        return Offer([])
+                return found, size
+        return [], 0

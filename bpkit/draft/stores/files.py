@@ -117,7 +117,9 @@ def open_store(folder: Path) -> Store:
     likeliest = _array(folder / "likeliest.npy", (rows, facts.n - 1))
     if likeliest.size and int(likeliest.max()) >= rows:
         raise ValueError(f"{folder / 'likeliest.npy'} does not belong to its table; build the store again")
-    model = NgramTable(ngrams, likeliest, _firsts(folder / "ngram_firsts.npy", ids, rows))
+    # Not in stores of earlier versions.
+    counts = _array(folder / "counts.npy", (rows,)) if (folder / "counts.npy").exists() else None
+    model = NgramTable(ngrams, likeliest, _firsts(folder / "ngram_firsts.npy", ids, rows), counts)
     tokens, suffixes = _array(folder / "tokens.npy", (length,), TOKEN), _array(folder / "suffixes.npy", (length,))
     return Store(folder, facts, model, Corpus(tokens, suffixes, _firsts(folder / "suffix_firsts.npy", ids, length)))
 

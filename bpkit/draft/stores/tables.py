@@ -9,20 +9,20 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from struct import pack, unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bpkit.decode.drafter import Offer
+from bpkit.draft.stores.trees import COUNTED, Branch, Continuations, Counted
 
 TOKEN = np.dtype(">u4")
 """How a token id lies in a file."""
 BYTES = TOKEN.itemsize
 SEPARATOR = 2**32 - 1
 """Stands between the texts of a corpus: the token id that no vocabulary has."""
-VOTES = 32
-"""Occurrences that are asked for what comes next, where there are more."""
 
 
 def as_bytes(tokens: Sequence[int]) -> bytes:
@@ -68,9 +68,17 @@ class NgramTable:
         ngrams: [rows, n], in the dtype `TOKEN`.
         likeliest: for the first 1, 2, ... n - 1 tokens of each the row that goes on best from them, [rows, n - 1].
         firsts: [vocabulary + 1], as in `Sorted`.
+        counts: texts that each was in, [rows]; trees need them.
     """
 
-    def __init__(self, ngrams: NDArray[np.uint32], likeliest: NDArray[np.uint32], firsts: NDArray[np.uint32]) -> None:
+    def __init__(
+        self,
+        ngrams: NDArray[np.uint32],
+        likeliest: NDArray[np.uint32],
+        firsts: NDArray[np.uint32],
+        counts: NDArray[np.uint32] | None = None,
+    ) -> None:
+        self.ngrams, self.counts = ngrams, counts
         self.n = ngrams.shape[1]
         self._step = step = self.n * BYTES
         self._data = data = ngrams.reshape(-1).view(np.uint8).data
@@ -83,14 +91,50 @@ class NgramTable:
         Returns:
             the rest of that n-gram; the match is how many tokens of the tail it begins with.
         """
+        found, match = self._longest(tail)
+        if not match:
+            return Offer([])
+        begin = self._likeliest[found.start * (self.n - 1) + match - 1] * self._step
+        return Offer(as_tokens(self._data[begin + match * BYTES : begin + self._step]), match)
+
+    def find_all(self, tail: Sequence[int]) -> Counted:
+        """The same of all n-grams that begin so, as the place of a tree. Where there are `counts` only."""
+        found, match = self._longest(tail)
+        return Counted.at(NgramRows(self, found, match), match)
+
+    def _longest(self, tail: Sequence[int]) -> tuple[range, int]:
+        """The n-grams that begin with the longest end of `tail` that any begins with, and its length."""
         wanted = as_bytes(tail[-(self.n - 1) :])
         while wanted:
             if found := self._rows.find(wanted):
-                match = len(wanted) // BYTES
-                begin = self._likeliest[found.start * (self.n - 1) + match - 1] * self._step
-                return Offer(as_tokens(self._data[begin + len(wanted) : begin + self._step]), match)
+                return found, len(wanted) // BYTES
             wanted = wanted[BYTES:]
-        return Offer([])
+        return range(0), 0
+
+
+@dataclass(frozen=True, slots=True)
+class NgramRows:
+    """N-grams of a table that begin with the same tokens, so many. Each counts once for each text that it was in."""
+
+    table: NgramTable
+    rows: range
+    size: int
+
+    def children(self, most: int) -> list[Branch]:
+        table, rows = self.table, slice(self.rows.start, self.rows.stop)
+        if self.size == table.n or not self.rows:
+            return []
+        assert table.counts is not None
+        tokens = table.ngrams[rows, self.size]
+        starts = np.append(True, tokens[1:] != tokens[:-1]).nonzero()[0]
+        counts = np.add.reduceat(table.counts[rows].astype(np.int64), starts)
+        ends, all_and_one = [*starts[1:].tolist(), len(tokens)], 1 + int(counts.sum())
+        found = []
+        for place in np.argsort(-counts, kind="stable")[:most].tolist():
+            below = NgramRows(table, self.rows[int(starts[place]) : ends[place]], self.size + 1)
+            chance = int(counts[place]) / all_and_one
+            found.append(Branch(int(tokens[starts[place]]), chance, chance, below))
+        return found
 
 
 class Corpus:
@@ -117,6 +161,17 @@ class Corpus:
         Returns:
             at most `most` tokens.
         """
+        found, size = self._longest(tail, sizes)
+        return self._vote(self._texts(found, size, most), size, most) if size else Offer([])
+
+    def find_all(self, tail: Sequence[int], sizes: range, most: int) -> Counted:
+        """The same of all that followed it, as the place of a tree."""
+        found, size = self._longest(tail, sizes)
+        texts = self._texts(found, size, most) if size else []
+        return Counted.at(Continuations(texts, vocabulary=self._vocabulary), size)
+
+    def _longest(self, tail: Sequence[int], sizes: range) -> tuple[range, int]:
+        """The suffixes that begin with the longest match, and its length; 0 if there is none."""
         wanted = as_bytes(tail[-sizes[0] :])
         possible = [size for size in reversed(sizes) if size * BYTES <= len(wanted)]
         matches: dict[int, range] = {}
@@ -128,18 +183,21 @@ class Corpus:
         # What ends a long match is a shorter one, so the longest is bisected for.
         place = bisect_left(possible, True, key=fails)
         if place == 0:
-            return Offer([])
+            return range(0), 0
         size = possible[place - 1]
-        return self._vote(matches[size], size, most)
+        return matches[size], size
 
-    def _vote(self, found: range, size: int, most: int) -> Offer:
+    def _texts(self, found: range, size: int, most: int) -> list[list[int]]:
+        """What comes after so many tokens of suffixes, `most` tokens of each."""
+        step = -(-len(found) // COUNTED)
+        begins = [(self._starts[row] + size) * BYTES for row in found[::step]]
+        return [as_tokens(self._data[at : at + most * BYTES]) for at in begins]
+
+    def _vote(self, left: list[list[int]], size: int, most: int) -> Offer:
         """Token after token what most occurrences go on with, of those that agreed so far.
 
         It ends before an id that the vocabulary lacks, which is a separator or a fault in the file.
         """
-        step = -(-len(found) // VOTES)
-        begins = [(self._starts[row] + size) * BYTES for row in found[::step]]
-        left = [as_tokens(self._data[at : at + most * BYTES]) for at in begins]
         chosen: list[int] = []
         all_of_them, agreeing = len(left), 0
         while len(chosen) < most:
