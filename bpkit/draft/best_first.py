@@ -24,6 +24,11 @@ class Node(NamedTuple):
     chance: float
 
 
+Children = Callable[[int, Node | None], Sequence[float]]
+"""Chances of the candidates after a node, falling. It is told by its place among the nodes; after -1, None the anchor's
+are."""
+
+
 def best_first(chances: Sequence[Sequence[float]], most: int) -> list[Node]:
     """The beginnings with the highest products of chances, the best first; no node comes before its parent.
 
@@ -34,20 +39,19 @@ def best_first(chances: Sequence[Sequence[float]], most: int) -> list[Node]:
     [(-1, 0, 0), (0, 1, 0), (-1, 0, 1), (2, 1, 0)]
     """
     positions = [*chances, ()]
-    return best_nodes(lambda node: positions[0 if node is None else node.position + 1], most)
+    return best_nodes(lambda place, node: positions[0 if node is None else node.position + 1], most)
 
 
-def best_nodes(children: Callable[[Node | None], Sequence[float]], most: int) -> list[Node]:
+def best_nodes(children: Children, most: int) -> list[Node]:
     """The same where candidates depend on the path.
 
     Args:
-        children: chances of the candidates after the anchor (None) or a node, falling. It is asked once for each node,
-            in their order.
+        children: is asked once for each node, in their order.
     """
     if most < 1:
         return []
     nodes: list[Node] = []
-    below = [children(None)]
+    below = [children(-1, None)]
     # Ranks follow each other, so that of a node's children and later siblings only the best can be next.
     ahead = [(-chance, 0, 0, -1, 1.0) for chance in below[0][:1]]
     while ahead:
@@ -60,7 +64,7 @@ def best_nodes(children: Callable[[Node | None], Sequence[float]], most: int) ->
             break
         if rank + 1 < len(candidates):
             heapq.heappush(ahead, (-before * candidates[rank + 1], position, rank + 1, parent, before))
-        below.append(children(nodes[-1]))
+        below.append(children(len(nodes) - 1, nodes[-1]))
         if below[-1]:
             heapq.heappush(ahead, (reached * below[-1][0], position + 1, 0, len(nodes) - 1, -reached))
     return nodes
@@ -74,10 +78,10 @@ def shaped(chances: Sequence[Sequence[float]], shape: TreeShape) -> list[Node]:
     [(-1, 0, 0.6), (0, 0, 1.0), (-1, 1, 0.3), (2, 0, 1.0)]
     """
     positions = [*chances, ()]
-    return shaped_nodes(lambda node: positions[0 if node is None else node.position + 1], shape)
+    return shaped_nodes(lambda place, node: positions[0 if node is None else node.position + 1], shape)
 
 
-def shaped_nodes(children: Callable[[Node | None], Sequence[float]], shape: TreeShape) -> list[Node]:
+def shaped_nodes(children: Children, shape: TreeShape) -> list[Node]:
     """The same where candidates depend on the path, of nodes that have children in the shape."""
     nodes: list[Node] = []
     places, below = {-1: -1}, dict[int, Sequence[float]]()
@@ -85,7 +89,8 @@ def shaped_nodes(children: Callable[[Node | None], Sequence[float]], shape: Tree
         if parent not in places:
             continue
         if parent not in below:
-            below[parent] = children(None if parent < 0 else nodes[places[parent]])
+            at = places[parent]
+            below[parent] = children(at, None if at < 0 else nodes[at])
         if rank < len(below[parent]) and below[parent][rank] > 0:
             places[place] = len(nodes)
             nodes.append(Node(places[parent], depth - 1, rank, below[parent][rank]))

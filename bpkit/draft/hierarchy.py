@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from bpkit.decode.drafter import EachRow, GoOn, Offer, Proposal, proposed
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RowText, RunningText
+from bpkit.decode.trees import TreeShape
 from bpkit.draft.config import HierarchyConfig
 from bpkit.draft.stores.context import ContextStore, TextIndex
 from bpkit.draft.stores.files import Store, StoreFacts, open_store
@@ -221,9 +222,9 @@ class HierarchyTrees(HierarchySession):
             return self.drafter.store.model.find_all(tail)
         return self.drafter.store.corpus.find_all(tail, self.matches, most)
 
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None, shape: TreeShape | None = None) -> Proposal:
         root, _ = self.root()
-        tree = drafted_tree(root, block_size - 1, self.deepest, self.drafter.branches)
+        tree = drafted_tree(root, shape or block_size - 1, self.deepest, self.drafter.branches)
         if tree.counts[0]:
             self.drafter.drafts[self.source] += 1
         return tree

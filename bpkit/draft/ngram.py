@@ -13,6 +13,7 @@ from torch import Tensor
 from bpkit.decode.drafter import EachRow, GoOn, Offer, Proposal, proposed
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RowText, RunningText
+from bpkit.decode.trees import TreeShape
 from bpkit.draft.config import NGRAM_BLOCK_SIZE
 from bpkit.draft.stores.trees import COUNTED, Continuations, Counted, drafted_tree
 from bpkit.types import NGRAM, Feature, work_of
@@ -95,8 +96,8 @@ class NgramSession:
         """What followed, the latest first."""
         return Continuations([self.tokens[end : end + self.deepest] for end in reversed(ends)], latest_first=True)
 
-    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None) -> Proposal:
+    def draft(self, block_size: int, draw: Draw, go_on: GoOn | None, shape: TreeShape | None = None) -> Proposal:
         if self.branches > 1:
             ends, _ = self.find()
-            return drafted_tree(self.continuations(ends), block_size - 1, self.deepest, self.branches)
+            return drafted_tree(self.continuations(ends), shape or block_size - 1, self.deepest, self.branches)
         return proposed(self.offer(block_size - 1))

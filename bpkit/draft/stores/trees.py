@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from bpkit.decode.drafter import Offer, Proposal
-from bpkit.draft.best_first import Node, best_nodes
+from bpkit.decode.trees import TreeShape
+from bpkit.draft.best_first import Node, best_nodes, shaped_nodes
 
 COUNTED = 32
 """Occurrences of a match that are asked for what comes next, where there are more."""
@@ -114,25 +115,26 @@ class Counted(Offer):
         return cls(tokens, match, share, place=place)
 
 
-def drafted_tree(place: Place, most: int, deepest: int, branches: int) -> Proposal:
-    """The best tree of what follows as the proposal of its row.
+def drafted_tree(root: Place, wanted: int | TreeShape, deepest: int, branches: int) -> Proposal:
+    """A tree of what follows as the proposal of its row.
 
     Args:
-        most: nodes. deepest: tokens of a path. branches: children of a node.
+        wanted: nodes of the best tree, or the tree. deepest: tokens of a path. branches: children of a node.
     """
-    below: list[list[Branch]] = []
+    below: dict[int, list[Branch]] = {}
 
-    def children(node: Node | None) -> list[float]:
-        at = place if node is None else below[node.parent + 1][node.rank].below
-        below.append([] if node is not None and node.position + 1 >= deepest else at.children(branches))
-        return [branch.chance for branch in below[-1]]
+    def children(place: int, node: Node | None) -> list[float]:
+        at, depth = (root, 0) if node is None else (below[node.parent][node.rank].below, node.position + 1)
+        below[place] = at.children(branches) if depth < deepest else []
+        return [branch.chance for branch in below[place]]
 
-    nodes = best_nodes(children, most)
+    nodes = best_nodes(children, wanted) if isinstance(wanted, int) else shaped_nodes(children, wanted)
     return Proposal(
-        torch.tensor([[below[node.parent + 1][node.rank].token for node in nodes]], dtype=torch.long),
+        torch.tensor([[below[node.parent][node.rank].token for node in nodes]], dtype=torch.long),
         None,
         None,
         [len(nodes)],
         parents=torch.tensor([[node.parent for node in nodes]], dtype=torch.long),
         chances=torch.tensor([[node.chance for node in nodes]], dtype=torch.float32),
+        positions=[1 + min(len(nodes), deepest)],
     )
