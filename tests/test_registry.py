@@ -647,7 +647,7 @@ def test_drafters_list_their_options(pair: TinyPair) -> None:
     listed = json.loads(CliRunner().invoke(main.build_app(), ["drafters", "--json"]).stdout)
     options = {drafter["name"]: drafter["options"] for drafter in listed["drafters"]}
     assert {name: option["default"] for name, option in options["ngram"].items()} == {
-        "max_ngram": 3, "min_ngram": 1, "block_size": 8
+        "max_ngram": 3, "min_ngram": 1, "block_size": 8, "branches": 1
     }  # fmt: skip
     assert all(option["description"] for drafter in options.values() for option in drafter.values())
 

@@ -123,7 +123,7 @@ def test_the_best_nodes_are_drafted(
         }
         return dict(sorted(of.items(), key=lambda item: -item[1])[:branches])
 
-    products = {(): 1.0}
+    products: dict[tuple[int, ...], float] = {(): 1.0}
     for depth in range(deepest):
         for path in [path for path in products if len(path) == depth]:
             products.update({(*path, token): products[path] * chance for token, chance in chances(path).items()})
