@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,23 +13,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from bpkit.decode.clock import price
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.trees import closed
 from bpkit.draft.best_first import best_first
 from bpkit.draft.static_trees import best_static
+from bpkit.judge.evaluation import evaluate
+from bpkit.judge.evaluation.page import html_report
+from bpkit.judge.evaluation.tables import print_evaluation
 from bpkit.policy import Policy, State
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.collect import Tracer
+from bpkit.trace.cost import flat
 from bpkit.trace.oracle import budgets
 from bpkit.trace.oracle.paths import oracle_step_truncate
+from bpkit.trace.oracle.regret import KINDS, tree_regret
 from bpkit.trace.oracle.trees import along_paths, deepest, fewest_steps, reach, room, steps_taken
 from bpkit.trace.records import CandidateTable, Ints, PromptTrace
 from bpkit.trace.replay import Replayer
-from bpkit.types import BLOCK_DIFFUSION, Context, CostModel, Plan, Work, work_of
+from bpkit.types import BLOCK_DIFFUSION, Context, CostModel, DecoderSpec, Draft, Plan, Work, work_of
 from tests.test_tree_traces import COST as TREE_COST
 from tests.test_tree_traces import TEXTS, SomeNodes, branching, options_of, same_steps
 
@@ -45,7 +52,9 @@ def prompt_of(ranks: Ints, chances: object, sizes: tuple[int, ...], spare: int =
     inside = np.arange(width) < drafted[:, None]
     ranks = np.where(inside, ranks, -1).astype(np.int32)
     left = room(rows)
-    candidates = CandidateTable(np.zeros(chance.shape, np.int32), chance, chance, ranks)
+    places = np.arange(chance.shape[-1], dtype=np.int32)
+    tokens = np.where(ranks[..., None] == places, 1, 2 + places).astype(np.int32)  # the output is of ones
+    candidates = CandidateTable(tokens, chance, chance, ranks)
     stands = np.minimum(np.logical_and.accumulate(ranks == 0, axis=2).sum(axis=2), left[:, None])
     made = synthetic_prompt(
         0, output_length=rows + 1, max_new_tokens=rows + 1 + spare, block_sizes=sizes, prompt_length=3
@@ -311,3 +320,74 @@ def test_replays_of_sequoia_are_the_live_decoder_step_for_step(pair: TinyPair, t
     traces = [tracer.trace(i, Prompt(str(i), "tiny", text)) for i, text in enumerate(TEXTS)]
     for policy in ("sequoia", "sequoia:block_size=18"):
         same_steps(decoder, policy, traces, options)
+
+
+# Where the time goes
+
+
+TREE_SPEC = DecoderSpec("target", "drafter", BLOCK_DIFFUSION, 6, 18, hidden_size=8, vocab_size=64, branches=3)
+
+
+class RandomTrees(Policy):
+    """Random static trees, and random numbers of their nodes."""
+
+    wants = frozenset()
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(seed)
+
+    def select(self, state: State, context: Context) -> Plan:
+        tree = best_static(self.rng.uniform(0.1, 0.4, (int(self.rng.integers(1, 6)), 3)), int(self.rng.integers(1, 18)))
+        parents, ranks = (torch.from_numpy(values)[None] for values in (tree.parents, tree.ranks))
+        return Plan(context.full(len(tree.ranks) + 1), context.full(0), parents, ranks)
+
+    def truncate(self, state: State, draft: Draft) -> torch.Tensor:
+        return draft.full(int(self.rng.integers(0, 18))).minimum(draft.draft_length)
+
+
+def test_regret_sums_to_what_policies_on_trees_take_more_than_the_oracle() -> None:
+    kinds = np.zeros(len(KINDS))
+    for seed in range(4):
+        prompt = random_prompt(seed, 30, (2, 3, 4, 5, 6), branches=3)
+        shown = along_paths(prompt, [3])
+        known = oracle_step_truncate(shown, WORK, TREE_COST)
+        for policy in ("fixed:1", "fixed:3", "fixed:16", "tree", "sequoia:slope=0.01", RandomTrees(seed)):
+            taken = Replayer(TREE_SPEC, policy, TREE_COST).run(prompt)
+            regret = tree_regret(shown, WORK, TREE_COST, known, taken)
+            assert regret.shape == (taken.steps, len(KINDS))
+            assert regret.min() >= -1e-12
+            assert regret.sum() == pytest.approx(taken.seconds(TREE_COST) - known.seconds, abs=1e-12)
+            kinds += regret.sum(axis=0)
+        assert tree_regret(shown, WORK, TREE_COST, known, known).sum() == pytest.approx(0, abs=1e-12)
+    assert bool((kinds > 0).all()), "they make every mistake"
+
+
+def test_an_evaluation_of_trees_measures_gaps_up_to_the_best_nodes() -> None:
+    prompts = [
+        replace(random_prompt(seed, 30, (2, 3, 4, 5, 6), branches=3), index=seed, id=str(seed)) for seed in range(12)
+    ]
+    split = {prompt.id: ("train", "validation", "test")[i % 3] for i, prompt in enumerate(prompts)}
+    policies, reports = {"fixed": "fixed:6", "sequoia": "sequoia", "tree": "tree"}, []
+    for branches in (1, 3):
+        spec = TREE_SPEC.with_branches(branches)
+        reports.append(evaluate(prompts, spec, policies, [flat(TREE_COST)], split=split, permutations=0))
+    chains, trees = (report["cost_models"]["flat"]["overall"] for report in reports)
+    assert "tree" not in chains["oracle"]
+    assert trees["oracle"]["step_truncate"] == chains["oracle"]["step_truncate"]
+    rate = {name: entry["tokens_per_second"] for name, entry in trees["oracle"].items()}
+    assert rate["tree"] > rate["step_truncate"]
+    gap = rate["tree"] - trees["best_fixed"]["tokens_per_second"]
+    assert trees["gap"]["tokens_per_second"] == pytest.approx(gap)
+    for entry in trees["policies"].values():
+        assert entry["tokens_per_second"] < rate["tree"]
+        assert sum(entry["regret"].values()) == pytest.approx(1)
+        assert entry["regret"]["oracle"] == pytest.approx(entry["tokens_per_second"] / rate["tree"], rel=0.01)
+    assert "oracle.tree" in reports[1]["definitions"]
+    assert "oracle.tree" not in reports[0]["definitions"]
+    page, told = html_report(reports[1]), io.StringIO()
+    print_evaluation(reports[1], Console(file=told, width=200))
+    printed = told.getvalue()
+    assert "oracle.tree (bound)" in printed
+    assert "to oracle.tree" in printed
+    assert "The bound of choosing size and nodes at every step" in page

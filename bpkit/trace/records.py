@@ -155,6 +155,8 @@ class Taken:
     Attributes:
         tokens: that the steps yielded; the one that prefill decides is not among them.
         position, block_size, draft_length, verify_length, num_accepted, source: of each step, int32 [steps].
+        draft_size: anchor and positions that the drafter computed, which is what a draft costs; 0 where it did not
+            draft. By default that of chains.
         features: whether features of the drafter's distributions were wanted.
     """
 
@@ -165,11 +167,14 @@ class Taken:
     verify_length: Ints
     num_accepted: Ints
     source: Ints = None  # type: ignore[assignment]
+    draft_size: Ints = None  # type: ignore[assignment]
     features: bool = False
 
     def __post_init__(self) -> None:
         if self.source is None:
             object.__setattr__(self, "source", self.block_size * 0)
+        if self.draft_size is None:
+            object.__setattr__(self, "draft_size", self.draft_length + (self.draft_length > 0))
 
     @property
     def steps(self) -> int:

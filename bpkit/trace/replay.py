@@ -120,6 +120,7 @@ class Replayer:
         return Replayed(
             tokens=prompt.decided_by_steps,
             **{name: np.array([int(getattr(step, name)) for step in steps], np.int32) for name in columns},
+            draft_size=np.array([work.draft_size for work in clock.work], np.int32),
             features=any(work.features for work in clock.work),
             index=prompt.index,
             work=tuple(clock.work),

@@ -20,12 +20,13 @@ from bpkit.trace.oracle import paths
 from bpkit.trace.oracle.informed import Informed, calibrate, has_confidences
 from bpkit.trace.oracle.paths import FixedChoice
 from bpkit.trace.oracle.plan import Works
-from bpkit.trace.oracle.regret import NotTraced, features_seconds, step_regret
+from bpkit.trace.oracle.regret import NotTraced, features_seconds, step_regret, tree_regret
+from bpkit.trace.oracle.trees import along_paths
 from bpkit.trace.records import PromptTrace, Taken
 from bpkit.types import CostModel
 
-HEADLINE = "step_truncate"
-"""The oracle that gaps are measured up to."""
+CHAINS, TREES = "step_truncate", "tree"
+"""The oracles that gaps are measured up to: where drafts are chains, and where they may be trees."""
 STRETCHES = 8
 """Stretches of the output that are told apart, at most."""
 FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
@@ -46,8 +47,8 @@ class Results:
         names: of the sources of drafts.
         best_fixed: what was chosen on all validation prompts. best_of_source: for each source, of its sizes and 1.
         fixed: by choice. oracles, bounds, policies: by name.
-        choices: where the oracle `HEADLINE` chooses otherwise than the best fixed size, plain JSON values; None where
-            there is no such oracle.
+        choices: where the `best_oracle` chooses otherwise than the best fixed size, plain JSON values; None where there
+            is no such oracle.
         regrets: of the policies, by name. fixed_regret: of the best fixed size.
     """
 
@@ -61,6 +62,11 @@ class Results:
     choices: dict[str, Any] | None
     regrets: dict[str, Regret]
     fixed_regret: Regret
+
+    @property
+    def best_oracle(self) -> Totals | None:
+        """The one that gaps are measured up to."""
+        return self.oracles.get(TREES, self.oracles.get(CHAINS))
 
 
 def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bounds: dict[str, Totals]) -> Results:
@@ -82,9 +88,6 @@ def compare(setup: Setup, name: str, policies: Mapping[str, PolicyResult], bound
     )
 
 
-OF_TREES = "its drafts are trees, and what the oracle does with time is known of chains"
-
-
 @dataclass
 class _Found:
     """What a search for the best choices says; as in `Results`."""
@@ -100,24 +103,28 @@ def _oracles(setup: Setup, name: str, policies: Mapping[str, PolicyResult], best
     rows = defaultdict[str, list[tuple[float, ...]]](list)
     steps: list[Steps] = []
     fixed_regret: list[Floats] = []
-    trees = any(source.branches > 1 for source in setup.spec.sources)
-    regrets: dict[str, Regret] = {policy: OF_TREES if trees else [] for policy in policies}
+    branches = [source.branches for source in setup.spec.sources]
+    trees = max(branches) > 1
+    regrets: dict[str, Regret] = {policy: [] for policy in policies}
     setup.progress.start(f"oracles, {name}", len(test))
     for place, prompt in enumerate(setup.test):
-        known = paths.oracle_step_truncate(prompt, works, cost)
+        chains = paths.oracle_step_truncate(prompt, works, cost)
+        shown = along_paths(prompt, branches) if trees else prompt
+        known = paths.oracle_step_truncate(shown, works, cost) if trees else chains
         for policy, result in policies.items():
             so_far = regrets[policy]
             if isinstance(so_far, list):
                 try:
-                    so_far.append(_regret(prompt, works, cost, known, result.taken[place]))
+                    so_far.append(_regret(shown, works, cost, known, result.taken[place], trees=trees))
                 except NotTraced as error:
                     regrets[policy] = str(error)
         fixed = paths.fixed_path(prompt, works, cost, *best_fixed)
-        fixed_regret.append(_regret(prompt, works, cost, known, [fixed]))
+        fixed_regret.append(_regret(shown, works, cost, known, [fixed], trees=trees))
         steps.append(steps_beside(best_fixed, prompt, known))
         found: dict[str, paths.Path | paths.Expectation] = {
             "step": paths.oracle_step(prompt, works, cost),
-            HEADLINE: known,
+            CHAINS: chains,
+            **({TREES: known} if trees else {}),
         }
         if all(setup.summary.sampled):
             found["distributions"] = paths.oracle_distributions(prompt, works, cost)
@@ -129,10 +136,19 @@ def _oracles(setup: Setup, name: str, policies: Mapping[str, PolicyResult], best
 
 
 def _regret(
-    prompt: PromptTrace, works: Works, cost: CostModel, known: paths.Hindsight, taken: Sequence[Taken]
+    prompt: PromptTrace,
+    works: Works,
+    cost: CostModel,
+    known: paths.Hindsight,
+    taken: Sequence[Taken],
+    *,
+    trees: bool,
 ) -> Floats:
     """Of one prompt, in one or more orders."""
-    by_kind = [step_regret(prompt, works, known, one).sum(axis=0) for one in taken]
+    by_kind = [
+        (tree_regret(prompt, works, cost, known, one) if trees else step_regret(prompt, works, known, one)).sum(axis=0)
+        for one in taken
+    ]
     return np.append(np.sum(by_kind, axis=0), sum(features_seconds(prompt, cost, one) for one in taken))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bpkit.judge.evaluation.bounds import HEADLINE, Regret, Results
+from bpkit.judge.evaluation.bounds import Regret, Results
 from bpkit.judge.evaluation.fixed import described as described_choice
 from bpkit.judge.evaluation.fixed import label
 from bpkit.judge.evaluation.policies import PolicyResult
@@ -35,7 +35,7 @@ class GroupFigures:
     def __init__(self, results: Results, prompts: Ints, seed: int) -> None:
         self.results, self.prompts = results, prompts
         self.bootstrap = Bootstrap(len(prompts), seed)
-        self.base, oracle = results.fixed[results.best_fixed].of(prompts), results.oracles.get(HEADLINE)
+        self.base, oracle = results.fixed[results.best_fixed].of(prompts), results.best_oracle
         self.oracle = None if oracle is None else oracle.of(prompts)
         self.base_rates = self.base.rates(self.bootstrap)
         self.oracle_rates = None if self.oracle is None else self.oracle.rates(self.bootstrap)

@@ -60,7 +60,10 @@ def _headline(name: str, result: Mapping[str, Any]) -> str:
     faster = [f"{p} {tables.figure(r)}" for p, r in ratio.items() if r["interval"][0] > 1]
     slower = [f"{p} {tables.figure(r)}" for p, r in ratio.items() if r["interval"][1] < 1]
     bound = ""
-    if "step_truncate" in group["oracle"]:
+    if "tree" in group["oracle"]:
+        most = tables.figure(group["oracle"]["tree"][tables.RATIO])
+        bound = f" The bound of choosing size and nodes at every step is {most}."
+    elif "step_truncate" in group["oracle"]:
         most = tables.figure(group["oracle"]["step_truncate"][tables.RATIO])
         bound = f" The bound of choosing size and verify length at every step is {most}."
     return (
@@ -107,8 +110,8 @@ def _oracle(name: str, result: Mapping[str, Any]) -> list[str]:
             "<h3>Where the gap is, % of one's own time</h3>",
             picture(
                 plots.regrets(group),
-                "Of each one's own time, what oracle.step_truncate does not take, by the choice that took it. A draft "
-                "that was too large only because too much of it was verified counts as verified too much.",
+                f"Of each one's own time, what {tables.best_oracle(group)} does not take, by the choice that took it. "
+                "A draft that was too large only because too much of it was verified counts as verified too much.",
             ),
             tables.regret_table(name, group).html(),
         ]

@@ -96,6 +96,19 @@ DEFINITIONS_OF_SOURCES = {
 }
 
 
+DEFINITIONS_OF_TREES = {
+    "oracle.tree": (
+        "A bound: the best block size and the best nodes of its tree for each step, known afterwards. Those lie on one "
+        "path, that of the output's own tokens, as far as each is among the candidates. `gap`, `gap_share`, `regret` "
+        "and `oracle_choices` are of it, in place of oracle.step_truncate; `verify_length` there counts nodes."
+    ),
+    "verified_too_much": (
+        "Of `regret`: also what nodes took that do not lie on the path that was found; what that path alone would have "
+        "taken is then split as that of a chain."
+    ),
+}
+
+
 def describe_cost(cost: NamedCost, choices: Sequence[FixedChoice], names: Sequence[str]) -> dict[str, Any]:
     """A cost model: its unit, and what a step costs by block size at a middle context length.
 
@@ -150,8 +163,8 @@ def notes_of_trees(spec: DecoderSpec) -> list[str]:
     if all(source.branches == 1 for source in spec.sources):
         return []
     return [
-        f"Policies draft trees of up to {max(source.branches for source in spec.sources)} branches. Fixed sizes and "
-        "bounds are those of chains, the drafts without branches."
+        f"Policies draft trees of up to {max(source.branches for source in spec.sources)} branches. Fixed sizes are "
+        "those of chains, the drafts without branches, and so are all bounds but oracle.tree."
     ]
 
 

@@ -18,6 +18,7 @@ from bpkit.judge.evaluation.policies import PolicyResult, judge_policy
 from bpkit.judge.evaluation.report import (
     DEFINITIONS,
     DEFINITIONS_OF_SOURCES,
+    DEFINITIONS_OF_TREES,
     describe_cost,
     notes,
     notes_of_sources,
@@ -124,7 +125,9 @@ def evaluate(
     parts = {part: [summary.domains[i] for i in getattr(setup.split, part)] for part in PARTS}
     return {
         "schema_version": 1,
-        "definitions": DEFINITIONS | (DEFINITIONS_OF_SOURCES if spec.others else {}),
+        "definitions": DEFINITIONS
+        | (DEFINITIONS_OF_SOURCES if spec.others else {})
+        | (DEFINITIONS_OF_TREES if any(source.branches > 1 for source in spec.sources) else {}),
         "settings": {
             **describe_spec(spec),
             "block_sizes": list(summary.sizes),

@@ -12,7 +12,14 @@ from bpkit.judge.evaluation.fixed import called
 from bpkit.judge.tables import Table, TableRow, bracketed, print_sentences
 from bpkit.trace.oracle.regret import KINDS, OTHER_SOURCE
 
-BOUNDS = ("oracle.prompt", "bound.confidences", "oracle.distributions", "oracle.step", "oracle.step_truncate")
+BOUNDS = (
+    "oracle.prompt",
+    "bound.confidences",
+    "oracle.distributions",
+    "oracle.step",
+    "oracle.step_truncate",
+    "oracle.tree",
+)
 """In the order in which they are shown."""
 LOST = {kind: kind.replace("_", " ") for kind in (*KINDS, OTHER_SOURCE)}
 RATIO = "tokens_per_second_ratio"
@@ -88,7 +95,7 @@ def domain_table(name: str, domains: Mapping[str, Any]) -> Table:
 
 
 def regret_table(name: str, group: Mapping[str, Any]) -> Table:
-    """Where the time goes that oracle.step_truncate does not take, in percent of each one's own."""
+    """Where the time goes that the best oracle does not take, in percent of each one's own."""
     titles = lost_titles(group)
     head = ("who", *(title.replace(" too", "\ntoo") for title in (*titles, "together")))
     rows = [TableRow((who, *_percents(entry["regret"], len(titles)))) for who, entry in compared(group).items()]
@@ -156,9 +163,9 @@ def about(report: Mapping[str, Any]) -> str:
     )
     return (
         "Test prompts only. In brackets: 95% paired bootstrap over prompts." + orders + " The share is of the gap from "
-        "the best fixed size to oracle.step_truncate. Oracles choose with hindsight: a block size for each prompt, for "
-        "each step, or block size and verify length for each step. They are bounds on such choices, and no policies."
-        + (confidences if any(group["bounds"] for group in groups) else "")
+        f"the best fixed size to {best_oracle(groups[0])}. Oracles choose with hindsight: a block size for each "
+        "prompt, for each step, or block size and verify length for each step. They are bounds on such choices, and no "
+        "policies." + (confidences if any(group["bounds"] for group in groups) else "")
     )
 
 
@@ -183,6 +190,11 @@ def bounds(group: Mapping[str, Any]) -> dict[str, Any]:
     known = {f"oracle.{name}": entry for name, entry in group["oracle"].items()}
     known |= {f"bound.{name}": entry for name, entry in group["bounds"].items()}
     return {title: known[title] for title in BOUNDS if title in known}
+
+
+def best_oracle(group: Mapping[str, Any]) -> str:
+    """What the oracle is called that gaps are measured up to."""
+    return "oracle.tree" if "tree" in group["oracle"] else "oracle.step_truncate"
 
 
 def figure(entry: Mapping[str, Any], *, digits: int = 3) -> str:

@@ -14,6 +14,8 @@ drafts from another source there.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from bpkit.trace.oracle.paths import Hindsight
@@ -79,6 +81,28 @@ def step_regret(prompt: PromptTrace, work: Works, known: Hindsight, taken: Taken
     return np.stack(parts[: len(kinds(len(table.sources)))], axis=1)
 
 
+def tree_regret(prompt: PromptTrace, work: Works, cost: CostModel, known: Hindsight, taken: Taken) -> Float64:
+    """The same of steps that verified nodes of trees.
+
+    What a step takes longer than verifying the path that it found, and no other node, was verified too much. Beyond
+    that its value is that of a chain of as many tokens.
+
+    Args:
+        prompt: `along_paths`. known: its `oracle_step_truncate`.
+    """
+    path = replace(
+        taken,
+        block_size=np.maximum(taken.draft_size, 1),
+        draft_length=np.maximum(taken.draft_size - 1, 0),
+        verify_length=taken.num_accepted,
+    )
+    found = step_regret(prompt, work, known, path)
+    prices, at = array_cost(cost), prompt.prompt_length + taken.position
+    aside = prices.array("verify", taken.verify_length + 1, at) - prices.array("verify", taken.num_accepted + 1, at)
+    found[:, KINDS.index("verified_too_much")] += aside
+    return found
+
+
 def features_seconds(prompt: PromptTrace, cost: CostModel, taken: Taken) -> float:
     """What the features that the steps wanted cost: oracles go without."""
     if not taken.features:
@@ -88,7 +112,7 @@ def features_seconds(prompt: PromptTrace, cost: CostModel, taken: Taken) -> floa
         drafted = (taken.draft_length > 0) & (taken.source == source)
         at = prompt.prompt_length + taken.position[drafted]
         own = array_cost(of_source(cost, source))
-        spent += float(own.array("features", taken.draft_length[drafted] + 1, at).sum())
+        spent += float(own.array("features", taken.draft_size[drafted], at).sum())
     return spent
 
 
