@@ -163,10 +163,9 @@ def test_targets_that_read_trees_wrongly_are_found(
 class TreeDrafter(AgreeableDrafter):
     """Random trees over the target's own continuation: a token is that at its depth, or any other."""
 
-    branches = 99
-
     def __init__(self, target: Any, seed: int, right: float = 0.6) -> None:
         super().__init__(target, corruption=0.0)
+        self.branches = 99
         self.max_block_size, self.right, self.trees = 32, right, random.Random(seed)
 
     def begin(self, text: RunningText) -> TreeSession:
@@ -307,10 +306,9 @@ def test_second_candidates_stand(pair: TinyPair, outputs: Outputs, held: list[St
 class SecondRight(AgreeableDrafter):
     """Pairs of siblings of which the second is the target's."""
 
-    branches = 2
-
     def __init__(self, target: Any) -> None:
         super().__init__(target, corruption=0.0)
+        self.branches = 2
         self.max_block_size = 16
 
     def begin(self, text: RunningText) -> SecondRightSession:

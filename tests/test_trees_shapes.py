@@ -102,10 +102,9 @@ class Shaping(Policy):
 class ShapedDrafter(AgreeableDrafter):
     """The target's own continuation at a rank that goes by the depth, and other tokens beside it."""
 
-    branches = 3
-
     def __init__(self, target: Any, name: str = "shaped") -> None:
         super().__init__(target, corruption=0.0)
+        self.branches = 3
         self.name, self.max_block_size = name, 24
 
     def begin(self, text: RunningText) -> ShapedSession:

@@ -50,7 +50,7 @@ class Proposal:
         if self.places is None:
             return values
         rows = torch.arange(len(values), device=values.device)[:, None]
-        return values[rows, self.places]
+        return values[rows, self.places.to(values.device)]
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """Of values of positions and words, [rows, positions, vocab], those of the tokens: [rows, width]."""

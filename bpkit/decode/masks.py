@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bpkit.decode.trees import Tree
+from bpkit.decode.trees import Level, Tree
 
 
 def causal(places: Tensor, first: int, end: int, window: int | None = None) -> Tensor:
@@ -28,25 +28,26 @@ def causal(places: Tensor, first: int, end: int, window: int | None = None) -> T
     return seen
 
 
-def of_trees(held: Tensor, tree: Tree, first: int, end: int, window: int | None = None) -> Tensor:
-    """Each node sees what its row held before the pass, the anchor and the nodes of its own path.
+def of_trees(held: Tensor, tree: Tree | Level, first: int, end: int, window: int | None = None) -> Tensor:
+    """Each node sees what its row held before the anchor, the anchor and the nodes of its own path.
 
     Where there is a window it is one of positions in the text, of which siblings have the same.
 
     Args:
-        held: tokens of each row before the pass, whose first column comes after them, int64 [rows, 1].
+        held: tokens of each row before the anchor, which is the first column, int64 [rows, 1].
         first, end: as in `causal`.
 
     Returns:
-        bool [rows, 1, columns, keys], True where a query sees a key.
+        bool [rows, 1, width of the pass, keys], True where a query sees a key.
     """
-    keys, width = torch.arange(first, end, device=held.device), tree.depth.shape[1]
+    keys, columns = torch.arange(first, end, device=held.device), tree.depth.shape[1]
     column = keys - held
-    inside, own = (column >= 0) & (column < width), column.clamp(0, width - 1)
-    seen = tree.above.gather(2, own[:, None].expand(-1, width, -1)) & inside[:, None] | (column < 0)[:, None]
+    inside, own = (column >= 0) & (column < columns), column.clamp(0, columns - 1)
+    on_path = tree.above.gather(2, own[:, None].expand(-1, tree.above.shape[1], -1))
+    seen = on_path & inside[:, None] | (column < 0)[:, None]
     if window is not None:
         places = torch.where(inside, held + tree.depth.gather(1, own), keys)
-        seen &= places[:, None] > (held + tree.depth)[..., None] - window
+        seen &= places[:, None] > (held + tree.queries)[..., None] - window
     return seen[:, None]
 
 

@@ -224,16 +224,18 @@ def refuse_branches(drafter: Drafter, model: PreTrainedModel, rule: str) -> None
             f"drafter {drafter.name} drafts trees (branches={branches}), and rule {rule!r} verifies chains alone: use "
             "rule 'coupled', or branches=1"
         )
-    if not issubclass(session_class(model), SlotTarget):
-        why = "its layers keep one state for a whole text" if session_class(model).stateful else "it reads rows apart"
-        raise ValueError(
-            f"target {type(model).__name__} reads one path at a time, because {why}: draft chains for it, branches=1"
-        )
-    if not reads_trees(model):
-        raise ValueError(
-            f"target {type(model).__name__} does not give for the nodes of a tree what it gives for their paths: draft "
-            "chains for it, branches=1"
-        )
+    why = why_no_trees(model)
+    if why is not None:
+        raise ValueError(f"target {type(model).__name__} {why}: draft chains for it, branches=1")
+
+
+def why_no_trees(model: PreTrainedModel) -> str | None:
+    """What keeps a model from reading trees."""
+    kind = session_class(model)
+    if not issubclass(kind, SlotTarget):
+        why = "its layers keep one state for a whole text" if kind.stateful else "it reads rows apart"
+        return f"reads one path at a time, because {why}"
+    return None if reads_trees(model) else "does not give for the nodes of a tree what it gives for their paths"
 
 
 def reads_trees(model: PreTrainedModel) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from bpkit.decode.masks import added, causal, of_trees
 from bpkit.decode.slots import Reading, SlotCache
 from bpkit.decode.target import LiveTarget, TargetOutput, of_prefill
 from bpkit.decode.text import to_device
-from bpkit.decode.trees import Tree
+from bpkit.decode.trees import Level, Tree
 
 KINDS = {"full_attention", "sliding_attention"}
 """Kinds of attention layers whose masks are made here."""
@@ -86,19 +86,24 @@ class SlotTarget(LiveTarget):
         replayed = None if self.graphs is None else self._replay(self.graphs, tokens, counts)
         return self._read(tokens, counts, logits_to_keep=0) if replayed is None else replayed
 
-    def verify_trees(self, tokens: Tensor, tree: Tree) -> TargetOutput:
+    def verify_trees(self, tokens: Tensor, tree: Tree | Level) -> TargetOutput:
         """Score anchors and nodes of drafted trees, int64 [rows, columns], all of which are kept until `accept`.
 
-        Such passes are not captured: the shape of a tree is as good as never the same.
+        Of a `Level` the newest nodes alone, which see those that were read before them. Such passes are not captured:
+        the shape of a tree is as good as never the same.
         """
         cache, device = self.slot_cache, tokens.device
-        reading, held = cache.place(tokens.shape[1], tree.counts, device), to_device(cache.held, device)[:, None]
+        before = [held - columns for held, columns in zip(cache.held, tree.first, strict=True)]
+        reading, held = cache.place(tokens.shape[1], tree.counts, device), to_device(before, device)[:, None]
+        # Nodes are at positions of the text, from the anchor's on: a window begins by these, not by columns.
+        reading = replace(reading, lengths=(min(before), reading.lengths[1]))
         inputs: dict[str, Any] = {
-            name: value.gather(-1, tree.depth.expand(*value.shape[:-1], -1))
-            for name, value in self._following(tree.deepest + 1).items()
+            name: value.gather(-1, tree.queries.expand(*value.shape[:-1], -1))
+            for name, value in self._following(tree.deepest + 1, before).items()
         }
         if self.counts_positions and "position_ids" not in inputs:
-            inputs["position_ids"] = held + tree.depth
+            positions = held + tree.queries
+            inputs["position_ids"] = positions if self.positions is None else positions.clamp(max=self.positions - 1)
         inputs["attention_mask"] = self._by_kind(
             reading, lambda first, window: of_trees(held, tree, first, reading.end, window)
         )
@@ -209,15 +214,18 @@ class SlotTarget(LiveTarget):
             inputs["attention_mask"] = self._masks(reading.places, reading)
         return inputs
 
-    def _following(self, width: int) -> dict[str, Tensor]:
-        """What the rows' own inputs are at the next `width` tokens, [rows, width].
+    def _following(self, width: int, after: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """What the rows' own inputs are at `width` tokens, by default at the next ones, [rows, width].
+
+        Args:
+            after: tokens of each row before them.
 
         Raises:
             ValueError: an input that some rows have and others lack.
         """
         given = [
             row.at(held, width) if row is not None and held else {}
-            for row, held in zip(self.inputs, self.held, strict=True)
+            for row, held in zip(self.inputs, after or self.held, strict=True)
         ]
         for name in {name for row in given for name in row}:
             if not all(name in row for row in given):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,43 @@ class Tree:
     def counts(self) -> list[int]:
         """Columns of each row, its anchor among them."""
         return [len(nodes) + 1 for nodes in self.parents]
+
+    @property
+    def first(self) -> list[int]:
+        """Columns of each row that were read before."""
+        return [0] * len(self.parents)
+
+    @property
+    def queries(self) -> Tensor:
+        """Depths of the columns that a pass reads, int64 [rows, 1 + width]."""
+        return self.depth
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The newest columns of trees, all of one depth, in a pass of their own: those before them were read by others.
+
+    Attributes:
+        counts: columns of each row in the pass. first: those of each row before them, its anchor among them.
+        depth: of all columns, these included, int64 [rows, columns].
+        above: which of them are on the path of one of these, itself included, bool [rows, width, columns].
+        deepest: depth of these.
+    """
+
+    counts: list[int]
+    first: list[int]
+    depth: Tensor
+    above: Tensor
+    deepest: int
+
+    @property
+    def queries(self) -> Tensor:
+        """Depths of the columns that the pass reads, int64 [rows, width]."""
+        return self.depth.new_full(self.above.shape[:2], self.deepest)
+
+    def on(self, device: torch.device) -> Level:
+        """The same on a device."""
+        return replace(self, depth=self.depth.to(device), above=self.above.to(device))
 
 
 @dataclass(frozen=True, slots=True)

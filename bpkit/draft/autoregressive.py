@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,14 @@ from bpkit.assets import drafter_path
 from bpkit.decode.drafter import GoOn, Proposal
 from bpkit.decode.pretrained import device_of, input_device, inside, move, position_limit
 from bpkit.decode.sampling import Draw
-from bpkit.decode.serving import served_by, session_class
+from bpkit.decode.serving import served_by, session_class, why_no_trees
 from bpkit.decode.stateful import cache_argument
 from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText
+from bpkit.decode.trees import Level, TreeShape
 from bpkit.draft.config import ASSISTANT_BLOCK_SIZE
+from bpkit.draft.grown_tree import GrownTree
+from bpkit.draft.level_wise import Growth
 from bpkit.draft.newcomers import LONG, newcomers, take_in
 from bpkit.draft.own_layers import load_own_layers
 from bpkit.draft.vocabulary import embedding_rows, fetch_tokenizer, refuse_another_tokenizer
@@ -27,7 +31,19 @@ from bpkit.types import AUTOREGRESSIVE, Feature, work_of
 
 
 class AutoregressiveDrafter:
-    """An assistant model (Leviathan et al. 2023, 2211.17192). A policy's `extend` may end a draft early."""
+    """An assistant model (Leviathan et al. 2023, 2211.17192). A policy's `extend` may end a draft early.
+
+    With `branches` a draft is a tree of `block_size - 1` nodes, at most `trained_block_size - 1` deep, which grows
+    level by level (EAGLE-2, 2406.16858): the `branches` nodes of a level that are the likeliest to be reached are read
+    in one pass, each has `branches` candidates, and of all that came up the best are drafted. `extend` is not asked.
+
+    Args:
+        branches: candidates after each token, and nodes that are read at each level.
+
+    Raises:
+        ValueError: another tokenizer, an assistant that cannot take back tokens, or one that cannot read trees and
+            should.
+    """
 
     kind, work = AUTOREGRESSIVE, work_of(AUTOREGRESSIVE)
     provides = frozenset({Feature.DRAFT_TOKENS, Feature.DRAFT_PROBABILITY, Feature.DRAFT_ENTROPY, Feature.DRAFT_HIDDEN})
@@ -40,6 +56,7 @@ class AutoregressiveDrafter:
         *,
         name: str = "assistant",
         block_size: int = ASSISTANT_BLOCK_SIZE,
+        branches: int = 1,
     ) -> None:
         refuse_another_tokenizer(model, target, name)
         self.inner = inside(model)
@@ -51,7 +68,7 @@ class AutoregressiveDrafter:
             )
         self.stateful = served.stateful
         self.model, self.name = model.eval(), name
-        self.trained_block_size, self.max_block_size = block_size, max(32, 2 * block_size)
+        self.trained_block_size, self.max_block_size = block_size, max(32, max(2, branches) * block_size)
         self.last_index = model.config.get_text_config().num_hidden_layers
         self.positions = position_limit(model)
         self._ended = False
@@ -59,10 +76,20 @@ class AutoregressiveDrafter:
         self._reads_all = self._rows >= embedding_rows(target)
         self.target = target
         self._embedding, self._target_embedding = model.get_input_embeddings(), target.get_input_embeddings()
+        self.branches = branches
+        self._refuse_branches()
+
+    def _refuse_branches(self) -> None:
+        """Raise ValueError for a number of branches that cannot be drafted."""
+        if not 1 <= self.branches <= self._width:
+            raise ValueError(f"branches must be from 1 to {self._width}, the target's vocabulary; got {self.branches}")
+        why = why_no_trees(self.inner) if self.branches > 1 else None
+        if why is not None:
+            raise ValueError(f"drafter {self.name} ({type(self.model).__name__}) {why}: use it with branches=1")
 
     @classmethod
     def load(
-        cls, path: str, target: PreTrainedModel, *, block_size: int = ASSISTANT_BLOCK_SIZE
+        cls, path: str, target: PreTrainedModel, *, block_size: int = ASSISTANT_BLOCK_SIZE, branches: int = 1
     ) -> AutoregressiveDrafter:
         """Load a causal language model from a folder or the Hub; without a path, the target's own or the shipped one.
 
@@ -74,10 +101,10 @@ class AutoregressiveDrafter:
         path = drafter_path(path, str(target.name_or_path or ""), "assistant")
         model = load_own_layers(path, target)
         fetch_tokenizer(path)
-        return cls(move(model, input_device(target)), target, name=path, block_size=block_size)
+        return cls(move(model, input_device(target)), target, name=path, block_size=block_size, branches=branches)
 
     def begin(self, text: RunningText) -> AutoregressiveSession:
-        return AutoregressiveSession(self, text)
+        return (LevelWiseSession if self.branches > 1 else AutoregressiveSession)(self, text)
 
     def reader(self, rows: int, capacity: int, *, slots: int) -> TargetSession:
         """What reads texts of up to `capacity` tokens with the assistant, with room for so many rows."""
@@ -279,3 +306,53 @@ class AutoregressiveSession(TokenByToken):
         width = max(map(len, tokens))
         padded = [[*row, *[0] * (width - len(row))] for row in tokens]
         return self.drafter.own(torch.tensor(padded))
+
+
+class LevelWiseSession(AutoregressiveSession):
+    """Drafts trees. What was read of one stays for the path that stands, whose keys and values move into place."""
+
+    def __init__(self, drafter: AutoregressiveDrafter, text: RunningText) -> None:
+        super().__init__(drafter, text)
+        self.trees: list[GrownTree] = []
+        """Of the last draft, as long as it is not known what stands; `begins` are lengths of the texts before it."""
+        self.begins: list[int] = []
+
+    def draft(
+        self,
+        block_size: Sequence[int],
+        draw: Draw,
+        go_on: GoOn | None,
+        shapes: Sequence[TreeShape | None] | None = None,
+    ) -> Proposal:
+        wanted = [shape or size - 1 for shape, size in zip(shapes or [None] * len(block_size), block_size, strict=True)]
+        most = self.drafter.trained_block_size
+        levels = self.room(
+            [tree.deepest + 1 if isinstance(tree, TreeShape) else min(tree + 1, most) for tree in wanted]
+        )
+        if max(levels) == 0:
+            return self.nothing()
+        waited, self.begins = self.waiting(), self.text.length
+        growth = Growth(draw, self.drafter.branches, wanted, levels)
+        growth.take(*self.first())
+        while (following := growth.next()) is not None:
+            growth.take(*self._read_level(*following))
+        proposal, self.trees = growth.draft(waited)
+        return proposal
+
+    def advance(self, features: Sequence[Tensor] | None) -> None:
+        if self.trees:
+            rows = zip(self.trees, self.text.rows, self.begins, strict=True)
+            paths = [tree.path(row.tokens[begin:-1]) for tree, row, begin in rows]
+            read = [max(0, len(tree.columns) - 1) for tree in self.trees]
+            reader: Any = self.reader  # a SlotTarget, as others read no trees
+            reader.accept(read, [[place - 1 for place in path] for path in paths])
+            self.held = [held - count + len(path) for held, count, path in zip(self.held, read, paths, strict=True)]
+            self.trees = []
+        super().advance(features)
+
+    def _read_level(self, tokens: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """Read the newest columns of trees, int64 [rows, width]: as of `following`."""
+        reader: Any = self.reader
+        own = self.drafter.own(tokens)
+        logits, hidden = self._note(reader.verify_trees(own, level.on(own.device)), level.counts)
+        return self.drafter.score(logits), hidden

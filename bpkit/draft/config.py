@@ -47,6 +47,9 @@ class AutoregressiveConfig(DrafterConfig):
         default="", description="folder or Hub name of a causal language model; by default the shipped one"
     )
     block_size: int = Field(default=ASSISTANT_BLOCK_SIZE, ge=1, description="stands for a trained block size")
+    branches: int = Field(
+        default=1, ge=1, description="candidates after each token; with more than one a draft is a tree of the best"
+    )
 
 
 class EarlyExitConfig(DrafterConfig):
@@ -54,6 +57,9 @@ class EarlyExitConfig(DrafterConfig):
 
     path: str = Field(default="", description="folder or Hub name of a trained exit; by default the shipped one")
     block_size: int = Field(default=ASSISTANT_BLOCK_SIZE, ge=1, description="stands for a trained block size")
+    branches: int = Field(
+        default=1, ge=1, description="candidates after each token; with more than one a draft is a tree of the best"
+    )
 
 
 class NgramConfig(DrafterConfig):

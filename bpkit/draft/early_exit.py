@@ -66,6 +66,7 @@ class EarlyExitDrafter(AutoregressiveDrafter):
         layer: int,
         name: str = "early exit",
         block_size: int = ASSISTANT_BLOCK_SIZE,
+        branches: int = 1,
     ) -> None:
         refuse_unfit_layer(target, layer)
         self.exit, self.layer = exit, layer
@@ -75,13 +76,15 @@ class EarlyExitDrafter(AutoregressiveDrafter):
                 f"the first {layer} layers of {type(target).__name__} give something else by themselves than below "
                 "the others: early exit cannot share them; use another drafter"
             )
-        super().__init__(model, target, name=name, block_size=block_size)
+        super().__init__(model, target, name=name, block_size=block_size, branches=branches)
         self.feature_layers = (layer - 1,)
         self.alone, self.below = with_layers(target, [numbered(exit, 0)], [-1]), first_layers_of(target, layer)
         self._shares = session_class(target) is SlotTarget and self._gives_the_same()
 
     @classmethod
-    def load(cls, path: str, target: PreTrainedModel, *, block_size: int = ASSISTANT_BLOCK_SIZE) -> EarlyExitDrafter:
+    def load(
+        cls, path: str, target: PreTrainedModel, *, block_size: int = ASSISTANT_BLOCK_SIZE, branches: int = 1
+    ) -> EarlyExitDrafter:
         """Load an exit from a folder or the Hub; without a path, the target's own or the shipped one.
 
         Raises:
@@ -104,6 +107,7 @@ class EarlyExitDrafter(AutoregressiveDrafter):
             layer=layer,
             name=path,
             block_size=block_size,
+            branches=branches,
         )
 
     def begin(self, text: RunningText) -> AutoregressiveSession:
@@ -113,9 +117,15 @@ class EarlyExitDrafter(AutoregressiveDrafter):
     def begin_beside(self, text: RunningText, target: object) -> AutoregressiveSession:
         """A session beside the target's, whose keys and values of the first layers it shares where these lie in slots.
 
-        Beside any other it reads texts by itself, with the same layers and a cache of its own.
+        Beside any other it reads texts by itself, with the same layers and a cache of its own. So it does for trees.
         """
-        if isinstance(target, SlotTarget) and target.wrapper is None and self._shares and self.below is not None:
+        if (
+            self.branches == 1
+            and isinstance(target, SlotTarget)
+            and target.wrapper is None
+            and self._shares
+            and self.below is not None
+        ):
             self._follow_the_target()
             return SharedExitSession(self, text, target, self.alone, self.below)
         return self.begin(text)
