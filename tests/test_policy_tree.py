@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bpkit_load.node_chances import BOUNDS, KEPT, SUREST, WEIGHT, NodeChances, depths, reached
+from bpkit_load.node_chances import BOUNDS, KEPT, SHAPE, SUREST, UNKNOWN, WEIGHT, NodeChances, Paths
+from bpkit_load.node_prices import NodePrices, PassCosts
 from bpkit_load.tree import TreePolicy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from bpkit.policy import PolicyError
 from bpkit.registry.resolve import resolve_policy
 from bpkit.testing import TinyPair
 from bpkit.trace.cost import CostTable
-from bpkit.types import Draft
+from bpkit.types import Draft, Feature
 from tests.conftest import ShippedPair
 from tests.records import bound, context, decoder, step
 
@@ -39,7 +40,7 @@ def tree(parents: list[list[int]], chances: list[list[float]]) -> Draft:
 
 def kept(policy: TreePolicy, draft: Draft) -> list[list[int]]:
     state = policy.begin(draft.context)
-    assert policy.select(state, draft.context).tolist() == [policy.block_size] * len(draft.draft_length)
+    assert policy.select(state, draft.context).tolist() == [policy.most + 1] * len(draft.draft_length)
     mask = policy.truncate(state, draft)
     assert mask.dtype == torch.bool
     return [row.nonzero()[:, 0].tolist() for row in mask]
@@ -87,24 +88,91 @@ def products(chances: list[float], parents: list[int]) -> list[float]:
 
 def test_depths_and_products_follow_parents() -> None:
     parents, chances = np.array([[-1, 0, -1, 1, 2], [-1, -1, -1, 0, 3]]), np.full((2, 5), 0.5)
-    assert depths(parents).tolist() == [[0, 1, 0, 2, 1], [0, 0, 0, 1, 2]]
-    assert reached(chances, parents).tolist() == [[0.5, 0.25, 0.5, 0.125, 0.25], [0.5, 0.5, 0.5, 0.25, 0.125]]
+    paths = Paths(parents)
+    assert paths.depths.tolist() == [[0, 1, 0, 2, 1], [0, 0, 0, 1, 2]]
+    assert paths.products(chances).tolist() == [[0.5, 0.25, 0.5, 0.125, 0.25], [0.5, 0.5, 0.5, 0.25, 0.125]]
 
 
-def test_chains_are_verified_whole() -> None:
-    policy = bound(TreePolicy(), decoder(trained=8, largest=16))
-    draft = replace(tree([[-1, 0, 1]], [[0.1, 0.1, 0.1]]), parents=None, chances=None)
-    assert policy.truncate(policy.begin(draft.context), draft).tolist() == [3]
-    assert policy.select(policy.begin(context()), context()).tolist() == [8]
-    assert bound(TreePolicy(block_size=12)).block_size == 12
-    assert bound(TreePolicy(block_size=99)).block_size == 16
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_paths_of_any_tree(data: st.DataObject) -> None:
+    nodes = data.draw(st.integers(0, 20))
+    rows = [[data.draw(st.integers(-1, i - 1)) for i in range(nodes)] for _ in range(data.draw(st.integers(1, 3)))]
+    chances = [[data.draw(st.floats(0.1, 1.0)) for _ in row] for row in rows]
+    paths = Paths(np.array(rows, np.int64).reshape(len(rows), nodes))
+    found = paths.products(np.array(chances).reshape(len(rows), nodes))
+    for place, row in enumerate(rows):
+        assert found[place].tolist() == pytest.approx(products(chances[place], row))
+        assert (2.0 ** -paths.depths[place]).tolist() == pytest.approx(products([0.5] * nodes, row), rel=1.01)
+
+
+def test_a_chain_is_a_tree_of_one_path() -> None:
+    """Its chances are the drafter's probabilities, of a drafter without any one that is usual."""
+    chances = [[0.9, 0.8, 0.5]]
+    nodes = tree([[-1, 0, 1]], chances)
+    chain = replace(nodes, parents=None, chances=None, features={Feature.DRAFT_PROBABILITY: torch.tensor(chances)})
+    for slope in (0.1, 0.2, 0.4):
+        assert kept(bound(TreePolicy(slope=slope)), nodes) == kept(bound(TreePolicy(slope=slope)), chain)
+    bare = replace(chain, features={})
+    assert kept(bound(TreePolicy(slope=0.3)), bare) == [[0, 1]], "1 + 0.7 + 0.49 for 1.6, more than 1.7 for 1.3"
+    assert bound(TreePolicy()).wants_optional == {Feature.DRAFT_PROBABILITY}
+    assert bound(TreePolicy(), replace(decoder(), branches=2)).wants_optional == frozenset()
+    assert UNKNOWN == 0.7
+
+
+def test_so_many_nodes_are_drafted_as_pay() -> None:
+    """Of twelve nodes the first two stand half the time, and the others never."""
+    policy = bound(TreePolicy(slope=0.1), replace(decoder(trained=8, largest=13), branches=3))
+    state, sizes = policy.begin(context()), []
+    for turn in range(80):
+        size = int(policy.select(state, context())[0])
+        sizes.append(size)
+        draft = tree([[-1, *range(size - 2)]], [[0.7, 0.7, *[0.05] * 10][: size - 1]])
+        mask = policy.truncate(state, draft)
+        stands = min(2, int(mask.sum())) * (turn % 2)
+        policy.observe(state, replace(step([int(mask.sum())], [stands]), path=torch.arange(stands)[None]))
+    assert sizes[:4] == [13] * 4
+    assert set(sizes[4:]) == {3, 13}
+    assert 3 <= sizes[4:].count(13) <= 5, "one in sixteen is of the most nodes"
+    assert bound(TreePolicy(block_size=12)).most == 11
+    assert bound(TreePolicy(block_size=99)).most == 15
+    assert int(bound(TreePolicy(block_size=5)).select(policy.begin(context()), context())[0]) == 5
+
+
+def test_a_number_of_nodes_is_verified_whatever_it_costs() -> None:
+    """The best by what was counted: second candidates have always stood, and first ones never."""
+    policy = bound(TreePolicy(nodes=2, slope=9.0), replace(decoder(), branches=2))
+    draft, state = tree([[-1, 0, -1], [-1, 0, -1]], [[0.6, 0.5, 0.3], [0.6, 0.5, 0.0]]), policy.begin(context(2))
+    seen = []
+    for _ in range(40):
+        assert policy.select(state, draft.context).tolist() == [policy.most + 1] * 2
+        mask = policy.truncate(state, draft)
+        seen.append([row.nonzero()[:, 0].tolist() for row in mask])
+        policy.observe(state, replace(step([2, 2], [1, 0]), path=torch.tensor([[2], [-1]])))
+    assert seen[0] == [[0, 1], [0, 1]]
+    assert seen[-1][0] == [0, 2]
+
+
+def test_larger_trees_are_drafted_at_the_price_of_the_block() -> None:
+    cost = CostTable(draft={2: 0.1, 8: 0.4}, verify={width: 0.9 + 0.1 * width for width in range(1, 34)}, rest=0.1)
+    source = replace(decoder(trained=8, largest=32), branches=4).sources[0]
+    passes = PassCosts(cost, source)
+    assert passes.seconds("draft", 32, 10) == passes.seconds("draft", 8, 10) == cost.seconds("draft", 8, 10)
+    assert passes.seconds("verify", 32, 10) == cost.seconds("verify", 32, 10)
+    prices = NodePrices(passes, range(2, 33), 1, 10, features=False, slope=0.0)
+    assert prices.drafts[[0, 1, 7, 31]].tolist() == pytest.approx([0.0, 0.1, 0.4, 0.4])
+    assert prices.nodes[[0, 8, 31]].tolist() == pytest.approx([1.1, 1.9, 4.2])
+    survival = np.full((2, 31), 0.3)
+    assert prices.draft_length(survival, rate=2.0, before=0.0) == 31, "0.3 for 0.1 s of a rate of 2 a node"
+    assert prices.draft_length(survival, rate=4.0, before=0.0) == 0
+    assert bound(TreePolicy(), replace(decoder(trained=8, largest=32), branches=4), cost).most == 31
 
 
 def test_what_was_tested_is_counted() -> None:
     counted = NodeChances()
     chances = np.array([[0.55, 0.25, 0.55, 0.02], [0.55, 0.55, 0.9, 0.55]])
     parents = np.array([[-1, -1, 0, 1], [-1, 0, 1, -1]])
-    cells = counted.cells(chances, depths(parents))
+    cells = counted.cells(chances, Paths(parents).depths)
     assert counted.calibrated(chances, cells) == pytest.approx(chances)
     cells[1, 3] = -1  # not verified
     counted.count(cells, parents, np.array([[1, -1], [0, 1]]), np.array([False, True]))
@@ -123,7 +191,8 @@ def test_what_was_tested_is_counted() -> None:
     assert counted.tested.sum() == pytest.approx(5 * KEPT)
     counted.accepted += 1e9
     counted.tested += 1e9
-    assert counted.calibrated(chances, counted.cells(chances, depths(parents))).max() == SUREST
+    assert counted.calibrated(chances, counted.cells(chances, Paths(parents).depths)).max() == SUREST
+    assert counted.cells(np.array([[np.nan]]), np.array([[0]])).tolist() == [[SHAPE[1] - 1]]
 
 
 def test_nodes_that_never_stand_are_left_out_in_time() -> None:
@@ -162,7 +231,7 @@ def test_memory_survives_json_and_strangers_are_refused() -> None:
 
 def test_sizes_without_a_price_are_not_drafted() -> None:
     policy = bound(TreePolicy(), cost=CostTable(draft={6: 0.2}, verify={1: 1.0, 6: 2.0}, rest=0.1))
-    assert policy.block_size == 6
+    assert policy.most == 5
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -188,7 +257,7 @@ def test_the_shipped_pair_verifies_fewer_nodes_where_they_cost_more(shipped: Shi
         widths.append(float(np.mean([int(one.verify_length) for one in made.steps])))
         lengths.append(made.acceptance_length)
         texts.append(made.tokens.tolist())
-        counted = policy.known()
+        counted = policy.counted
         assert counted.tested.sum() > 0
         assert bool((counted.accepted <= counted.tested).all())
     assert widths == sorted(widths)

@@ -53,7 +53,7 @@ class PositionCosts:
         slope: float,
         beside: tuple[float, int] = (0.0, 0),
     ) -> None:
-        self.rows, self.beside, self._cost, self._at = rows, beside, cost, at
+        self.rows, self.beside, self.features, self._cost, self._at = rows, beside, features, cost, at
         self.widths = widths_of(sizes)
         tokens = np.arange(rows * (self.widths[-1] - 1) + 1)
         fits = tokens <= rows * (self.widths - 1)[:, None]

@@ -12,11 +12,13 @@ Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 BOUNDS = (0.003, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.99)
-"""Between ranges of the drafter's chance whose nodes are counted together."""
+"""Between ranges of the drafter's chance whose nodes are counted together. A last range is of nodes without one."""
 DEPTHS = (1, 3, 7)
 """Depths, from 0, at which another range of depths begins."""
-SHAPE = len(DEPTHS) + 1, len(BOUNDS) + 1
+SHAPE = len(DEPTHS) + 1, len(BOUNDS) + 2
 """Of the counts: ranges of depths and of chances."""
+UNKNOWN = 0.7
+"""Chance of a node of which the drafter says none."""
 SUREST = 0.999
 WEIGHT = 8.0
 """Nodes that what is known more broadly counts for."""
@@ -24,26 +26,41 @@ KEPT = 0.9995
 """Weight of what was counted after each step."""
 
 
-def depths(parents: Ints) -> Ints:
-    """Depths of nodes, from 0, by their parents, int64 [rows, nodes]; a parent comes first."""
-    found, rows = np.zeros_like(parents), np.arange(len(parents))
-    for node in range(parents.shape[1]):
-        before = parents[:, node]
-        found[:, node] = np.where(before < 0, 0, found[rows, before] + 1)
-    return found
+class Paths:
+    """The paths of nodes, by their parents, int64 [rows, nodes]; a parent comes first, and -1 is the anchor.
 
+    Pointers from nodes to ancestors are doubled, so that the work goes by the logarithm of the depth.
 
-def reached(chances: Floats, parents: Ints) -> Floats:
-    """Chances that nodes stand with all that come before them on their paths: float64 [rows, nodes].
-
-    Args:
-        chances: that each stands if its parent does. parents: int64 [rows, nodes].
+    Attributes:
+        depths: of nodes, from 0.
     """
-    found, rows = chances.copy(), np.arange(len(parents))
-    for node in range(parents.shape[1]):
-        before = parents[:, node]
-        found[:, node] *= np.where(before < 0, 1.0, found[rows, before])
-    return found
+
+    def __init__(self, parents: Ints) -> None:
+        rows, self._nodes = parents.shape
+        wide = self._nodes + 1  # of each row the anchor is behind its nodes
+        above = np.full((rows, wide), self._nodes)
+        above[:, :-1] = parents % wide
+        depths = (above < self._nodes).astype(np.int64).ravel()
+        above = (above + wide * np.arange(rows)[:, None]).ravel()
+        self._jumps = [above]
+        while depths.take(above).any():
+            depths += depths.take(above)
+            above = above.take(above)
+            self._jumps.append(above)
+        self.depths: Ints = depths.reshape(rows, wide)[:, :-1]
+
+    def products(self, chances: Floats) -> Floats:
+        """Chances that nodes stand with all that come before them on their paths: float64 [rows, nodes].
+
+        Args:
+            chances: that each stands if its parent does.
+        """
+        wide = np.ones((len(chances), self._nodes + 1))
+        wide[:, :-1] = chances
+        found = wide.ravel()
+        for above in self._jumps:
+            found *= found.take(above)
+        return found.reshape(wide.shape)[:, :-1]
 
 
 def told(verified: Flags, parents: Ints, path: Ints, ended: Any) -> tuple[Flags, Flags]:
@@ -79,11 +96,12 @@ class NodeChances:
     def cells(self, chances: Floats, depth: Ints) -> Ints:
         """Where nodes are counted, by their chances and depths: places in the flat counts, int64 [rows, nodes]."""
         ranges = np.searchsorted(BOUNDS, chances, side="right")
+        ranges[np.isnan(chances)] = SHAPE[1] - 1
         return np.asarray(np.searchsorted(DEPTHS, depth, side="right") * SHAPE[1] + ranges)
 
     def calibrated(self, chances: Floats, cells: Ints) -> Floats:
         """That a node stands if its parent does, float64 [rows, nodes]."""
-        ranges = cells % SHAPE[1]
+        ranges, chances = cells % SHAPE[1], np.where(np.isnan(chances), UNKNOWN, chances)
         broad = (self.accepted.sum(0)[ranges] + WEIGHT * chances) / (self.tested.sum(0)[ranges] + WEIGHT)
         found = (self.accepted.ravel()[cells] + WEIGHT * broad) / (self.tested.ravel()[cells] + WEIGHT)
         return np.asarray(np.minimum(found, SUREST))

@@ -37,7 +37,13 @@ class TakenPositions:
 
 
 class PositionPrices(PositionCosts):
-    """What steps of so many rows cost, and the best of them; arguments as of `PositionCosts`."""
+    """What steps of so many rows cost, and the best of them; arguments as of `PositionCosts`.
+
+    Class attributes:
+        least: positions with a lower chance are never taken.
+    """
+
+    least = LEAST
 
     def best(
         self, survival: Floats, rate: float, *, before: float | None = None, kept: Floats | None = None
@@ -56,12 +62,12 @@ class PositionPrices(PositionCosts):
         if self.rows == 1:
             return self._of_one(survival[0].tolist(), rate, before, None if kept is None else kept[0].tolist())
         chances = survival.ravel()
-        order = np.flatnonzero(chances > LEAST)
+        order = np.flatnonzero(chances > self.least)
         order = order[np.argsort(-chances[order], kind="stable")]
         gains, place = chances[order], order % survival.shape[1]
         share = None if kept is None else kept.ravel()[order]
         best, choice, taken = -rate * float(self.verify[0, 0]), 0, order[:0]
-        for width in self._compared:
+        for width in self._compared if before is not None else self._compared_after:
             inside = slice(None) if self.widths[width] > survival.shape[1] else place < self.widths[width] - 1
             tokens = np.cumsum(gains[inside])
             if not len(tokens):
@@ -90,11 +96,11 @@ class PositionPrices(PositionCosts):
         self, chances: Sequence[float], rate: float, before: float | None, kept: Sequence[float] | None
     ) -> TakenPositions:
         """The same of one row: plain numbers take a third of the time of arrays."""
-        chances = [chance for chance in chances if chance > LEAST]
+        chances = [chance for chance in chances if chance > self.least]
         ahead = [*accumulate(chances)]
         counts = range(1, len(chances) + 1) if kept is None else [round(share) for share in accumulate(kept)]
         best, choice, taken = -rate * self._verify[0][0], 0, 0
-        for width in self._compared:
+        for width in self._compared if before is not None else self._compared_after:
             verify, drafting = self._verify[width], self._drafts[width]
             for last in range(min(int(self.widths[width]) - 1, len(chances))):
                 seconds = verify[counts[last]] + (0.0 if before is None else drafting[last + 1] + before)
@@ -120,7 +126,7 @@ class PositionPrices(PositionCosts):
         if before is not None:
             seconds += self.drafting[:, 0]
             seconds[1:] += before
-        likely = survival > LEAST
+        likely = survival > self.least
         ahead = np.concatenate([[0.0], np.cumsum((survival * likely).sum(axis=0))])
         choice = int((ahead[np.minimum(self.widths - 1, survival.shape[1])] - rate * seconds).argmax())
         counts = likely[:, : self.widths[choice] - 1].sum(axis=1)
@@ -153,6 +159,13 @@ class PositionPrices(PositionCosts):
     @cached_property
     def _compared(self) -> list[int]:
         """Places of the widths with a draft that are compared: the widest alone, where no other is ever cheaper."""
+        return self._compared_after if self._packed(self.drafting) else [*range(1, len(self.widths))]
+
+    @cached_property
+    def _compared_after(self) -> list[int]:
+        """The same where the draft is made."""
+        return [len(self.widths) - 1] if self._packed(self.verify) else [*range(1, len(self.widths))]
+
+    def _packed(self, table: Floats) -> bool:
         fits = np.isfinite(self.verify[1:])
-        packed = all(bool((table[1:] >= table[-1])[fits].all()) for table in (self.verify, self.drafting))
-        return [len(self.widths) - 1] if packed else [*range(1, len(self.widths))]
+        return bool((table[1:] >= table[-1])[fits].all())

@@ -9,28 +9,40 @@ from pydantic import Field
 from bpkit.export.prices import priced
 from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State
 from bpkit.sizes import BlockSize
-from bpkit.types import Context, CostModel, DecoderSpec, Draft, Step
+from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from bpkit_load.positions import PositionPrices
+    from bpkit_load.node_chances import NodeChances
+    from bpkit_load.node_prices import NodePrices
 
     Floats = NDArray[np.float64]
 
 Count = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PARENTS, CELLS = "parents", "cells"
-"""Of a state: parents of the last draft's nodes, and where each is counted, -1 of those that were not verified."""
-ENOUGH = 1e-6
-"""A rate that grows by less, of itself, has been found."""
+PARENTS, CELLS, WAITING = "parents", "cells", "waiting"
+"""Of a state: parents of the last draft's nodes; where each is counted, -1 of those that were not verified; positions
+that wait for the drafter."""
+MOST_NODES = 63
+LARGEST_EVERY, SEEN = 16, 16
+"""Steps from one draft of the most nodes to the next, and such drafts that say how many nodes pay."""
+USUAL = 3
+"""Positions that wait for a draft where no row is new, at most."""
 
 
 class TreePolicyConfig(PolicyConfig):
     """Options of `tree`."""
 
-    block_size: BlockSize = None
+    block_size: BlockSize = Field(
+        default=None, description="nodes to draft, and the anchor; by default as many as pay, up to 63"
+    )
+    nodes: int | None = Field(
+        default=None,
+        ge=1,
+        description="verify so many nodes in every row, whatever they cost; by default those that pay",
+    )
     rate_discount: float = Field(default=0.95, ge=0, lt=1, description="weight of the past in tokens per second")
     slope: float = Field(
         default=0.05, ge=0, description="cost of a further node, in plain steps, where there is no cost model"
@@ -38,15 +50,17 @@ class TreePolicyConfig(PolicyConfig):
 
 
 class TreePolicyMemory(PolicyMemory):
-    """Discounted counts of all rows, and what a second brought.
+    """Discounted counts of all rows, what drafts are like, and what a second brought.
 
     Fields:
         accepted, tested: nodes by range of depths and of the drafter's chance.
+        survival: of the last drafts of the most nodes, chances that the best, second best, ... stands.
         rates: tokens and seconds by range of rows, from `int.bit_length`.
     """
 
     accepted: list[list[Count]] = []
     tested: list[list[Count]] = []
+    survival: list[list[Count]] = []
     rates: dict[int, tuple[Count, Count]] = {}
 
 
@@ -60,8 +74,10 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
     trees. `rate` is what a second is worth: the tokens per second of the last steps with about as many rows, by the
     prices of the cost model. `seconds` is its price of a target pass that is as wide as the widest row has nodes.
 
-    Every step drafts `block_size - 1` nodes for each row: with a drafter whose further candidates cost no pass. Drafts
-    without branches are verified whole.
+    The nodes to draft are so many that the best of them, chosen like that, are worth most in the mean over the last
+    drafts of the most nodes, of which there is one every sixteen steps.
+
+    A chain is a tree of one path: its chances are the drafter's probabilities, of a drafter without any 0.7 at first.
     """
 
     Config = TreePolicyConfig
@@ -69,16 +85,182 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
     wants = frozenset()
     joint = True
     config: TreePolicyConfig
+    counted: NodeChances
+    survival: Floats
+    rates: dict[int, tuple[float, float]]
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
         from bpkit.export.position_costs import KeptCosts
-        from bpkit_load.positions import PositionPrices
+        from bpkit_load.node_prices import NodePrices, PassCosts
 
-        most = min(self.config.block_size or decoder.trained_block_size, decoder.max_block_size)
-        self.sizes = priced(cost, range(2, most + 1))
-        self.block_size = max(self.sizes, default=1)
-        self.costs = KeptCosts(PositionPrices, cost, self.sizes, features=False, slope=self.config.slope)
-        self._seconds = 0.0
+        source = decoder.sources[0]
+        if source.branches == 1:
+            self.wants_optional = frozenset({Feature.DRAFT_PROBABILITY})  # type: ignore[misc]
+        elif cost is not None:
+            cost = PassCosts(cost, source)
+        most = min(self.config.block_size or MOST_NODES + 1, decoder.max_block_size)
+        self.sizes, self.work = priced(cost, range(2, most + 1)), decoder.work
+        self.most = max(self.sizes, default=1) - 1
+        self.costs = KeptCosts(
+            NodePrices, cost, self.sizes, features=bool(self.wants_optional), slope=self.config.slope
+        )
+        self.length, self._until_largest = self.most, 0
+        self._rate, self._seconds, self._before, self._whole = 0.0, 0.0, 0.0, False
+
+    # Decisions
+
+    def begin(self, context: Context) -> State:
+        like, shape = context.position, (context.batch_size, self.most)
+        first = [self.work.first(length - 1) for length in context.context_length.tolist()]
+        return {
+            PARENTS: like.new_full(shape, -1),
+            CELLS: like.new_full(shape, -1),
+            WAITING: like.new_tensor(first),
+        }
+
+    def select(self, state: State, context: Context) -> Tensor:
+        state[CELLS].fill_(-1)
+        rows = context.batch_size
+        if not self.sizes:
+            return context.full(1)
+        prices = self._prices(context)
+        waiting = int(state[WAITING].max())
+        self._before, usual = prices.catch_up(waiting), prices.catch_up(min(waiting, USUAL))
+        self._rate = self._lately(rows)
+        self._whole = self._until_largest <= 0 or not self._rate or len(self.survival) < min(SEEN, 4)
+        if self._whole:
+            self._until_largest = LARGEST_EVERY
+        self._until_largest -= 1
+        length = self.most
+        if not self._whole and self.config.block_size is None and self.config.nodes is None:
+            length = prices.draft_length(self.survival, self._rate, usual)
+        self._drafting = float(prices.drafts[length]) + (self._before if length else 0.0)
+        self._seconds = self._drafting + float(prices.nodes[0])  # where nothing is drafted, all that there is
+        return context.full(length + 1)
+
+    def truncate(self, state: State, draft: Draft) -> Tensor:
+        import numpy as np
+        import torch
+
+        from bpkit_load.node_chances import Paths
+
+        there = np.arange(draft.tokens.shape[1]) < draft.draft_length.numpy()[:, None]
+        parents, chances = self._tree(draft, there)
+        paths = Paths(parents)
+        cells = self.counted.cells(chances, paths.depths)
+        survival = paths.products(np.where(there, self.counted.calibrated(chances, cells), 0.0))
+        order = np.argsort(-survival, axis=1, kind="stable")
+        falling = np.take_along_axis(survival, order, axis=1)
+        if self._whole:
+            self._note(falling)
+        taken = self._worth(falling, draft.context)
+        kept = np.zeros_like(there)
+        np.put_along_axis(kept, order, np.arange(there.shape[1]) < taken[:, None], axis=1)
+        kept &= there
+        state[PARENTS].numpy()[:, : there.shape[1]] = parents
+        state[CELLS].numpy()[:, : there.shape[1]] = np.where(kept, cells, -1)
+        return torch.from_numpy(kept)
+
+    def _tree(self, draft: Draft, there: Any) -> tuple[Any, Floats]:
+        """Parents and the drafter's chances of a draft; NaN where it says none.
+
+        Args:
+            there: which tokens were drafted, bool [rows, width].
+        """
+        import numpy as np
+
+        if draft.parents is not None and draft.chances is not None:
+            parents, chances = draft.parents.numpy(), draft.chances.double().numpy()
+        else:
+            parents = np.broadcast_to(np.arange(-1, there.shape[1] - 1), there.shape)
+            probability = draft.features.get(Feature.DRAFT_PROBABILITY)
+            chances = np.full(there.shape, np.nan) if probability is None else probability.double().numpy()
+        return np.where(there, parents, -1), chances
+
+    def _note(self, falling: Floats) -> None:
+        """Keep what drafts of the most nodes are like, of the first rows."""
+        import numpy as np
+
+        seen = np.zeros((min(len(falling), SEEN), self.most))
+        seen[:, : falling.shape[1]] = falling[:SEEN]
+        known = self.survival if self.survival.shape[1] == self.most else seen[:0]
+        self.survival = np.concatenate([known, seen])[-SEEN:]
+
+    def _worth(self, falling: Floats, context: Context) -> Any:
+        """Nodes of each row to verify, int64 [rows].
+
+        Args:
+            falling: chances of each row's nodes to be reached and stand, falling.
+        """
+        import numpy as np
+
+        prices, most = self._prices(context), self.config.nodes
+        if most is not None:
+            counts = np.minimum((falling > 0).sum(axis=1), most)
+            self._seconds = self._drafting + float(prices.nodes[min(most, self.most)])
+            return counts
+        if not self._rate:
+            self._rate = prices.best_rate_after(falling, self._drafting)
+        chosen = prices.best(falling, self._rate)
+        self._seconds = self._drafting + chosen.seconds
+        return chosen.counts
+
+    def _prices(self, context: Context) -> NodePrices:
+        return self.costs.of(context.batch_size, int(context.context_length.max()))
+
+    def _lately(self, rows: int) -> float:
+        """Tokens per second of the last steps with about as many rows; 0 if there were none."""
+        tokens, seconds = self.rates.get(rows.bit_length(), (0.0, 0.0))
+        return tokens / seconds if seconds > 0 else 0.0
+
+    # Learning
+
+    def observe(self, state: State, step: Step) -> None:
+        import numpy as np
+
+        if not self.sizes:
+            return
+        accepted = step.num_accepted.numpy()
+        rows, drafted = len(accepted), bool(step.draft_length.any())
+        if drafted:
+            path = np.where(np.arange(self.most) < accepted[:, None], np.arange(self.most), -1)  # of a chain
+            if step.path is not None:
+                path = step.path.numpy()
+            ended = np.array(step.stopped or [False] * rows)
+            self.counted.count(state[CELLS].numpy(), state[PARENTS].numpy(), path, ended)
+        kept, (tokens, seconds) = self.config.rate_discount, self.rates.get(rows.bit_length(), (0.0, 0.0))
+        self.rates[rows.bit_length()] = (
+            kept * tokens + float(accepted.sum()) + rows,
+            kept * seconds + self._seconds,
+        )
+        if drafted:  # rows that do not draft are read along
+            state[WAITING][:] = step.num_accepted + 1 if self.work.reads == "features" else int(self.work.waits)
+        elif self.work.waits:
+            state[WAITING] += 1
+
+    # Memory
+
+    @property
+    def memory(self) -> TreePolicyMemory:
+        counted = self.counted
+        return TreePolicyMemory(
+            accepted=counted.accepted.tolist() if counted.tested.any() else [],
+            tested=counted.tested.tolist() if counted.tested.any() else [],
+            survival=self.survival.tolist(),
+            rates=dict(self.rates),
+        )
+
+    @memory.setter
+    def memory(self, known: TreePolicyMemory) -> None:
+        import numpy as np
+
+        from bpkit_load.node_chances import NodeChances
+
+        self.counted = NodeChances()
+        if known.tested:
+            self.counted.accepted, self.counted.tested = np.array(known.accepted), np.array(known.tested)
+        self.survival = np.array(known.survival or np.zeros((0, 0)))
+        self.rates = dict(known.rates)
 
     def fitted(self, memory: TreePolicyMemory) -> TreePolicyMemory:
         from bpkit_load.node_chances import SHAPE
@@ -86,92 +268,6 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         for counts in (memory.accepted, memory.tested) if memory.accepted or memory.tested else ():
             if [len(row) for row in counts] != [SHAPE[1]] * SHAPE[0]:
                 raise PolicyError(f"this is no memory of TreePolicy (counts are not {SHAPE[0]} rows of {SHAPE[1]})")
+        if len({len(row) for row in memory.survival}) > 1:
+            raise PolicyError("this is no memory of TreePolicy (survival is not of drafts of equal length)")
         return memory
-
-    # Decisions
-
-    def begin(self, context: Context) -> State:
-        like, shape = context.position, (context.batch_size, self.block_size - 1)
-        return {PARENTS: like.new_full(shape, -1), CELLS: like.new_full(shape, -1)}
-
-    def select(self, state: State, context: Context) -> Tensor:
-        state[CELLS].fill_(-1)
-        self._seconds = 0.0
-        return context.full(self.block_size)
-
-    def truncate(self, state: State, draft: Draft) -> Tensor:
-        if draft.parents is None or draft.chances is None:
-            return draft.draft_length
-        import numpy as np
-        import torch
-
-        from bpkit_load.node_chances import depths, reached
-
-        width = draft.parents.shape[1]
-        there = np.arange(width) < draft.draft_length.numpy()[:, None]
-        parents = np.where(there, draft.parents.numpy(), -1)
-        chances = np.where(there, np.nan_to_num(draft.chances.double().numpy(), nan=1.0), 0.0)
-        counted = self.known()
-        cells = counted.cells(chances, depths(parents))
-        survival = reached(np.where(there, counted.calibrated(chances, cells), 0.0), parents)
-        order = np.argsort(-survival, axis=1, kind="stable")
-        taken = self._worth(np.take_along_axis(survival, order, axis=1), draft.context)
-        kept = np.zeros_like(there)
-        np.put_along_axis(kept, order, np.arange(width) < taken[:, None], axis=1)
-        kept &= there
-        state[PARENTS].numpy()[:, :width] = parents
-        state[CELLS].numpy()[:, :width] = np.where(kept, cells, -1)
-        return torch.from_numpy(kept)
-
-    def _worth(self, survival: Floats, context: Context) -> Any:
-        """Nodes of each row to verify, int64 [rows].
-
-        Args:
-            survival: chances of each row's nodes to be reached and stand, falling.
-        """
-        rows = len(survival)
-        prices = self.costs.of(rows, int(context.context_length.max()))
-        drafting = float(prices.drafting[-1, -1])
-        tokens, seconds = self.memory.rates.get(rows.bit_length(), (0.0, 0.0))
-        rate = tokens / seconds if seconds > 0 else self._best_rate(prices, survival, drafting)
-        chosen = prices.best(survival, rate)
-        self._seconds = drafting + chosen.seconds
-        return chosen.counts
-
-    @staticmethod
-    def _best_rate(prices: PositionPrices, survival: Floats, drafting: float) -> float:
-        """The most tokens per second that a step with such drafts may give."""
-        rate, better = 0.0, len(survival) / (drafting + float(prices.verify[0, 0]))
-        while better > rate * (1 + ENOUGH):  # Dinkelbach's iteration: what is best at a rate has no lower one
-            rate, chosen = better, prices.best(survival, better)
-            gained = sum(float(own[:count].sum()) for own, count in zip(survival, chosen.counts, strict=True))
-            better = (len(survival) + gained) / (drafting + chosen.seconds)
-        return rate
-
-    # Learning
-
-    def known(self) -> Any:
-        """What was counted, as `NodeChances`."""
-        import numpy as np
-
-        from bpkit_load.node_chances import NodeChances
-
-        counted = NodeChances()
-        if self.memory.accepted:
-            counted.accepted, counted.tested = np.array(self.memory.accepted), np.array(self.memory.tested)
-        return counted
-
-    def observe(self, state: State, step: Step) -> None:
-        if step.path is None or not self._seconds:
-            return
-        import numpy as np
-
-        rows, counted = len(step.num_accepted), self.known()
-        cells, parents = state[CELLS].numpy(), state[PARENTS].numpy()
-        counted.count(cells, parents, step.path.numpy(), np.array(step.stopped or [False] * rows))
-        kept, rates = self.config.rate_discount, dict(self.memory.rates)
-        tokens, seconds = rates.get(rows.bit_length(), (0.0, 0.0))
-        rates[rows.bit_length()] = kept * tokens + int(step.acceptance_length.sum()), kept * seconds + self._seconds
-        self.memory = TreePolicyMemory.model_construct(
-            accepted=counted.accepted.tolist(), tested=counted.tested.tolist(), rates=rates
-        )
