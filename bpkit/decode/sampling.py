@@ -14,6 +14,10 @@ from bpkit.decode.rollback import PREFIX_FREE, Rollback
 from bpkit.decode.text import RowText
 from bpkit.decode.trees import Tree
 
+SOFTENING = 1.25
+"""Divides scores and noise before chances are taken of them: of 1, 1.25 and 1.5 the one with which the nodes of the
+largest chances accepted most, on validation prompts of both models that bpkit has drafters for."""
+
 
 class Processors:
     """Applies a `LogitsProcessorList` to several positions, each with the prefix it would have in plain decoding.
@@ -197,6 +201,24 @@ def noisy(scores: Tensor, noise: GumbelNoise | None, position: int) -> Tensor:
     return scores if noise is None else scores + noise.at(position, scores.shape[1])
 
 
+def chances(noisy: Tensor, tokens: Tensor, sampled: Sequence[bool]) -> Tensor:
+    """Chances that candidates are the target's choice, as the drafter can tell: their shares of exp(score + noise).
+
+    The target has the same noise and other scores, so that where there is noise both are divided by `SOFTENING`.
+
+    Args:
+        noisy: scores plus noise, float32 [rows, ..., vocab]. tokens: candidates, int64 [rows, ..., count].
+        sampled: rows that have noise.
+
+    Returns:
+        float32 [rows, ..., count].
+    """
+    if any(sampled):
+        by = torch.tensor([SOFTENING if noise else 1.0 for noise in sampled])
+        noisy = noisy / by.to(noisy.device, non_blocking=True).view(-1, *[1] * (noisy.ndim - 1))
+    return noisy.softmax(dim=-1).gather(-1, tokens)
+
+
 class Draw:
     """Draws drafted tokens, the way the target will choose: same processors, noise of the same positions.
 
@@ -233,8 +255,8 @@ class Draw:
             most: tokens of each position. logits, counts: as of a call.
 
         Returns:
-            tokens int64 [rows, count, most], the best first, which is what a call draws; their shares of all
-            exp(score + noise), float32 [rows, count, most]; and processed scores float32 [rows, count, vocab].
+            tokens int64 [rows, count, most], the best first, which is what a call draws; their `chances`, float32
+            [rows, count, most]; and processed scores float32 [rows, count, vocab].
         """
         width = logits.shape[1]
         if width <= 1 or all(row.processors.prefix_free for row in self.samplers.rows):
@@ -257,7 +279,7 @@ class Draw:
         scores, noisy = self._scored(logits, counts)
         tokens = noisy.topk(min(most, noisy.shape[-1]), dim=-1).indices
         self._go_on(tokens[..., 0])
-        return tokens, noisy.softmax(dim=-1).gather(-1, tokens), scores
+        return tokens, chances(noisy, tokens, [row.noise is not None for row in self.samplers.rows]), scores
 
     def _scored(self, logits: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         scores = self.samplers.scores(logits, self.tokens, self.tokens[:, :0], counts)

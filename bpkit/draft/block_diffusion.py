@@ -39,9 +39,8 @@ class BlockDiffusionDrafter:
     chances over the best candidates of each position. The block that the model is passed is then at most the trained
     one, and of the block size below that.
 
-    A candidate's chance is its share of exp(score + noise), which without noise is its probability. With noise it is
-    the chance to be the target's choice if the target's scores, with the same noise, differ from these by independent
-    Gumbel noise: an order of candidates that respects the noise, not a calibrated chance.
+    A candidate's chance is its share of exp(score + noise), which without noise is its probability. With noise both are
+    divided by 1.25 first: the target's scores are others, with which its choice is less sure.
 
     Args:
         branches: candidates at each position.

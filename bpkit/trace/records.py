@@ -26,7 +26,7 @@ class CandidateTable:
 
     Attributes:
         tokens: int32 [rows, sizes, width, branches], the best first, -1 where nothing was drafted.
-        chances: their shares of exp(score + noise) among all tokens, float32 of the same shape; NaN there.
+        chances: as the drafter tells them (`bpkit.decode.sampling.chances`), float32 of the same shape; NaN there.
         probabilities: by the drafter, which without noise the chances are; the same.
         ranks: of the output's own token among them, int32 [rows, sizes, width]: `branches` where it is none of them or
             the output has ended, -1 where nothing was drafted.

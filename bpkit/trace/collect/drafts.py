@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpkit.decode.sampling import Processors
+from bpkit.decode.sampling import Processors, chances
 from bpkit.trace.collect.pieces import HeldNoise, Positions, pieces, positions_at_once
 
 TablePart = tuple[slice, slice, slice]
@@ -109,7 +109,8 @@ class Drafts:
             if most == 1:
                 return scores, argmax(noisy)
             tokens = noisy.topk(min(most, noisy.shape[-1]), dim=-1).indices
-            best.append((tokens, *(values.softmax(dim=-1).gather(-1, tokens) for values in (noisy, scores))))
+            of_target = chances(noisy, tokens, [noise is not None] * len(tokens))
+            best.append((tokens, of_target, scores.softmax(dim=-1).gather(-1, tokens)))
             return scores, tokens[:, 0]
 
         self.put(where, drawn, hidden)
