@@ -21,7 +21,7 @@ from bpkit.decode.drafter import Drafter
 from bpkit.decode.noise import GumbelNoise
 from bpkit.decode.resolve_drafter import resolve_drafter
 from bpkit.decode.rows import Rows
-from bpkit.decode.sampling import Draw, Processors, Sampler, Samplers
+from bpkit.decode.sampling import SOFTENING, Draw, Processors, Sampler, Samplers
 from bpkit.decode.slot_target import SlotTarget
 from bpkit.decode.text import RowText, RunningText
 from bpkit.decode.trees import Level, TreeShape
@@ -180,7 +180,7 @@ class Slow:
             if self.sampling.seed is not None:
                 noise = GumbelNoise(SEED, self.stream, len(scores), scores.device)
                 noise.forget_before(self.position + len(path))
-                noisy = scores + noise.at(self.position + len(path), 1)[0]
+                noisy = (scores + noise.at(self.position + len(path), 1)[0]) / SOFTENING
             self.known[path] = noisy.softmax(dim=-1), scores, whole.hidden_states[-1][0, -1]
         return self.known[path]
 

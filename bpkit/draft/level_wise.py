@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bpkit.decode.drafter import Proposal
 from bpkit.decode.host import to_host
-from bpkit.decode.sampling import Draw
+from bpkit.decode.sampling import Draw, chances
 from bpkit.decode.text import to_device
 from bpkit.decode.trees import Level, TreeShape
 from bpkit.draft.grown_tree import GrownTree
@@ -89,8 +89,8 @@ class Growth:
         scores = self._scores(logits, counts)
         noisy = self._noisy(scores, counts)
         tokens = noisy.topk(self.branches, dim=-1).indices
-        chances = noisy.softmax(dim=-1).gather(-1, tokens)
-        self.read.append(ReadLevel(self.chosen, scores, hidden, tokens, chances))
+        of_target = chances(noisy, tokens, [row.noise is not None for row in self.samplers.rows])
+        self.read.append(ReadLevel(self.chosen, scores, hidden, tokens, of_target))
 
     def next(self) -> tuple[Tensor, Level] | None:
         """The columns to read next, int64 [rows, width], and where they are; None after the last level."""
@@ -183,9 +183,9 @@ class Growth:
         Args:
             waited: decided positions that were read before.
         """
-        chosen, scores, hidden, tokens, chances = (torch.cat(parts, dim=1) for parts in zip(*self.read, strict=True))
+        chosen, scores, hidden, tokens, told = (torch.cat(parts, dim=1) for parts in zip(*self.read, strict=True))
         tokens = tokens.flatten(1)
-        on_host = to_host([chosen, tokens, chances.flatten(1)])
+        on_host = to_host([chosen, tokens, told.flatten(1)])
         firsts = [0, *accumulate(map(max, self.counts))][:-1]
         own_levels = [list(zip(firsts, counts, strict=True)) for counts in zip(*self.counts, strict=True)]
         read = zip(*(part.tolist() for part in on_host), own_levels, strict=True)
