@@ -25,10 +25,11 @@ def bpkit_register_commands(app: typer.Typer) -> None:
     from recipes.sources.command import sources_summary
     from recipes.sweep.command import sweep
     from recipes.tracing.command import bench_trace
+    from recipes.trees.command import trees_summary
     from recipes.vllm.command import bench_vllm, vllm_replay, vllm_summary
 
     making = (train_target, drafter_prompts, policy_prompts, real_prompts, load_prompts)
     measuring = (bench_trace, bench_model, bench_reads, bench_rows, bench_fold, bench_peers, bench_digits)
-    summaries = (real_summary, sources_summary, load_table, load_summary, vllm_replay, vllm_summary)
+    summaries = (real_summary, sources_summary, trees_summary, load_table, load_summary, vllm_replay, vllm_summary)
     for command in (*making, sweep, *summaries, *measuring, bench_vllm):
         app.command()(command)

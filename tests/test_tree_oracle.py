@@ -32,10 +32,10 @@ from bpkit.trace.cost import flat
 from bpkit.trace.oracle import budgets
 from bpkit.trace.oracle.paths import oracle_step_truncate
 from bpkit.trace.oracle.regret import KINDS, tree_regret
-from bpkit.trace.oracle.trees import along_paths, deepest, fewest_steps, reach, room, steps_taken
+from bpkit.trace.oracle.trees import along_paths, deepest, fewest_steps, reach, room, steps_taken, sum_taken
 from bpkit.trace.records import CandidateTable, Ints, PromptTrace
 from bpkit.trace.replay import Replayer
-from bpkit.types import BLOCK_DIFFUSION, Context, CostModel, DecoderSpec, Draft, Plan, Work, work_of
+from bpkit.types import BLOCK_DIFFUSION, Context, CostModel, DecoderSpec, Draft, Feature, Plan, Work, work_of
 from tests.test_tree_traces import COST as TREE_COST
 from tests.test_tree_traces import TEXTS, SomeNodes, branching, options_of, same_steps
 
@@ -47,9 +47,9 @@ BRANCHES = 16
 def prompt_of(ranks: Ints, chances: object, sizes: tuple[int, ...], spare: int = 8) -> PromptTrace:
     """A prompt whose drafts have these candidates: ranks [rows, sizes, width], chances [..., branches] of each."""
     rows, _, width = ranks.shape
-    chance = np.asarray(chances, np.float32)
     drafted = np.array(sizes, np.int32) - 1
     inside = np.arange(width) < drafted[:, None]
+    chance = np.where(inside[..., None], np.asarray(chances, np.float32), np.float32(np.nan))
     ranks = np.where(inside, ranks, -1).astype(np.int32)
     left = room(rows)
     places = np.arange(chance.shape[-1], dtype=np.int32)
@@ -59,8 +59,13 @@ def prompt_of(ranks: Ints, chances: object, sizes: tuple[int, ...], spare: int =
     made = synthetic_prompt(
         0, output_length=rows + 1, max_new_tokens=rows + 1 + spare, block_sizes=sizes, prompt_length=3
     )
+    features = {Feature.DRAFT_PROBABILITY: chance[..., 0], Feature.DRAFT_ENTROPY: 1 - chance[..., 0]}
     drafts = replace(
-        made.drafts, num_accepted=stands.astype(np.int32), candidates=candidates, match_probability=None, features={}
+        made.drafts,
+        num_accepted=stands.astype(np.int32),
+        candidates=candidates,
+        match_probability=None,
+        features=features,
     )
     return replace(made, drafts=drafts)
 
@@ -203,14 +208,18 @@ def test_fewest_steps_are_those_of_the_search(seed: int, rows: int) -> None:
 @given(seed=st.integers(0, 999), rows=st.integers(1, 12))
 def test_steps_follow_from_what_is_accepted(seed: int, rows: int) -> None:
     table = random_prompt(seed, rows, (2, 3, 5), branches=2).drafts.num_accepted
-    wanted = []
+    values = np.random.default_rng(seed).integers(0, 9, table.shape).astype(np.int32)
+    wanted, sums = [], []
     for column in range(3):
-        row, steps = 0, 0
+        row, steps, total = 0, 0, 0
         while row < rows:
+            total += int(values[row, column])
             row, steps = row + 1 + int(table[row, column]), steps + 1
         wanted.append(steps)
+        sums.append(total)
     assert steps_taken(table).tolist() == wanted
     assert int(steps_taken(table[:, 0])) == wanted[0]
+    assert sum_taken(table, values).tolist() == sums
 
 
 # Trees of so many nodes

@@ -34,6 +34,10 @@ class StaticTree(NamedTuple):
     depths: Ints
     reached: Floats
 
+    def first(self, nodes: int) -> StaticTree:
+        """The best tree of at most so many nodes."""
+        return StaticTree(self.parents[:nodes], self.ranks[:nodes], self.depths[:nodes], self.reached[:nodes])
+
 
 def best_static(chances: Floats, most: int) -> StaticTree:
     """The tree of the most accepted tokens, expected, where depths do not depend on each other.

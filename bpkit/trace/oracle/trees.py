@@ -83,7 +83,13 @@ def steps_taken(accepted: Ints) -> Ints:
     Args:
         accepted: at each position, int32 [rows, ...], as far as the output goes.
     """
-    steps = np.zeros((len(accepted) + 1, *accepted.shape[1:]), np.int64)
+    return sum_taken(accepted, np.ones_like(accepted))
+
+
+def sum_taken(accepted: Ints, values: Ints) -> Ints:
+    """Sum over these steps of values at their positions: int64 [...]. Both arguments [rows, ...]."""
+    sums = np.zeros((len(accepted) + 1, *accepted.shape[1:]), np.int64)
     for row in range(len(accepted) - 1, -1, -1):
-        steps[row] = 1 + np.take_along_axis(steps, (row + 1 + accepted[row])[None].astype(np.int64), axis=0)[0]
-    return np.asarray(steps[0])
+        after = (row + 1 + accepted[row])[None].astype(np.int64)
+        sums[row] = values[row] + np.take_along_axis(sums, after, axis=0)[0]
+    return np.asarray(sums[0])
