@@ -17,6 +17,7 @@ from bpkit.cli.main import build_app
 from bpkit.cli.options import named_policies
 from bpkit.config import Config
 from bpkit.decode.decoder import SpeculativeDecoder
+from bpkit.files import write_json
 from bpkit.judge.loops import ends_in_loop
 from bpkit.judge.statistics import RESAMPLES, resample
 from bpkit.judge.wall_clock.bench import BenchSettings, measure, rated, run_bench
@@ -24,6 +25,7 @@ from bpkit.judge.wall_clock.decoders import LOOP, TRANSFORMERS, EncodedPrompt, M
 from bpkit.judge.wall_clock.figures import BenchFigures, differences
 from bpkit.judge.wall_clock.threads import best_counts, candidate_counts, try_thread_counts
 from bpkit.prompts import KINDS, Prompt, choose_prompts, read_prompts
+from bpkit.trace.cost import CostTable, read_cost
 
 ROLES: dict[str, Any] = {
     "plain": (LOOP, TRANSFORMERS),
@@ -362,6 +364,33 @@ def test_bad_input_is_told_before_any_model_is_loaded(arguments: list[str], said
     assert result.exit_code == 2
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_policies_have_drafters_of_their_own(pair: Path, prompt_file: Path, tmp_path: Path) -> None:
+    """In one process and in turn with the others; costs are those of the same drafter alone."""
+    out, cost = tmp_path / "bench.json", tmp_path / "cost.json"
+    write_json(cost, CostTable(draft={32: 0.1}, verify={1: 1.0, 64: 2.0}, rest=0.1))
+    drafter = f"block-diffusion:path={pair / 'drafter'}"
+    arguments = ["--target", str(pair / "target"), "--drafter", f"{drafter},branches=3", "--threads", "1"]
+    arguments += ["--prompts", str(prompt_file), "--max-new-tokens", "8", "--cost", str(cost), "--json", str(out)]
+    policies = ["fixed:9", f"fixed:9@{drafter}", f"goodput@{drafter}", "fixed:4@ngram"]
+    policies = [part for name in policies for part in ("--policy", name)]
+    result = CliRunner().invoke(build_app(), ["bench", *arguments, *policies])
+    assert result.exit_code == 0, result.stderr
+    entries = json.loads(out.read_text(encoding="utf-8"))["overall"]["policies"]
+    assert list(entries) == policies[1::2]
+    assert all(entry["identical_text"] for entry in entries.values())
+    tree, chain, *_ = (entry["acceptance_length"] for entry in entries.values())
+    assert tree >= chain
+
+    decoder = SpeculativeDecoder.from_pretrained(str(pair / "target"), str(pair / "drafter"), cost=read_cost(str(cost)))
+    named = {"a": "fixed:4", "b": "fixed:4", "c": "fixed:4"}
+    drafters = {"b": f"{drafter},branches=2", "c": "ngram"}
+    made = BenchSettings(named, {}, drafters=drafters).under_policies(decoder)
+    assert [one.spec.branches for one in made.values()] == [1, 2, 1]
+    assert [one.cost is not None for one in made.values()] == [True, True, False]
+    with pytest.raises(ValueError, match="given more than once"):
+        named_policies(["fixed:4@ngram", "fixed:4@ngram"], Config(), {"fixed:4@ngram": "fixed:4"})
 
 
 def test_default_policies_that_the_drafter_cannot_serve_are_left_out(pair: Path, prompt_file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -76,6 +77,8 @@ def bench(
 
     `bpkit bench --policy fixed:16 --against transformers-dflash --domain structured --plot bench.png`
 
+    `bpkit bench --drafter block-diffusion:branches=4 --policy tree --policy fixed:6@block-diffusion`
+
     `bpkit bench --batch-size 1,4,16 --policy fixed:3 --policy fixed:4 --json rows.json --plot rows.png`
 
     Next: `bpkit trace` and `bpkit evaluate` say how much of the possible gain a policy takes.
@@ -84,7 +87,9 @@ def bench(
         return refuse_options_before(context)
     batch_sizes = parse_batch_sizes(batch_size)
     default = DEFAULT_POLICIES if batch_sizes == [1] else DEFAULT_ROWS_POLICIES
-    named = options.named_policies(policy or [], config) or {name: name for name in default}
+    own_drafters = split_drafters(policy or [])
+    specs = {name: of_policy for name, (of_policy, _) in own_drafters.items()}
+    named = options.named_policies(policy or [], config, specs) or {name: name for name in default}
     from bpkit.cli.models import in_chat, load_decoder
     from bpkit.judge.wall_clock.bench import BenchSettings, run_bench
     from bpkit.judge.wall_clock.decoders import check_peers
@@ -105,6 +110,7 @@ def bench(
             repeats=repeats,
             threads=config.runtime.threads,
             seed=config.sampling.seed or 0,
+            drafters={name: drafter for name, (_, drafter) in own_drafters.items()},
         )
         if batch_sizes == [1]:
             report = run_bench(decoder, texts, settings, bar)
@@ -114,6 +120,19 @@ def bench(
         files.deliver(report, print_report, plot_report)
     else:
         files.deliver(report, print_rows_report, plot_rows_report)
+
+
+def split_drafters(given: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Policy and drafter of those that are typed `POLICY@DRAFTER`, the drafter being one that is registered.
+
+    >>> split_drafters(["fixed:4@ngram:max_ngram=2", "fixed:8", "org/policy@v1"])
+    {'fixed:4@ngram:max_ngram=2': ('fixed:4', 'ngram:max_ngram=2')}
+    """
+    from bpkit.registry.discovery import registry
+
+    parts = {name: name.rpartition("@")[::2] for name in given if "@" in name}
+    known = registry().drafters if parts else {}
+    return {name: (policy, drafter) for name, (policy, drafter) in parts.items() if drafter.partition(":")[0] in known}
 
 
 def parse_batch_sizes(text: str) -> list[int]:

@@ -268,8 +268,13 @@ def prompts(shipped: int = DEFAULT_LIMIT) -> Group:
     return chosen
 
 
-def named_policies(given: Sequence[str], config: Config) -> dict[str, PolicyLike]:
+def named_policies(
+    given: Sequence[str], config: Config, specs: Mapping[str, str] | None = None
+) -> dict[str, PolicyLike]:
     """Policies by what would be typed: those that were given, else the config's one, else none.
+
+    Args:
+        specs: of those that are typed with more than the policy.
 
     Raises:
         ValueError: one is given twice, or is no policy.
@@ -277,7 +282,7 @@ def named_policies(given: Sequence[str], config: Config) -> dict[str, PolicyLike
     repeated = {name for name in given if given.count(name) > 1}
     if repeated:
         raise ValueError(f"policy {', '.join(sorted(repeated))} is given more than once")
-    named: dict[str, PolicyLike] = {name: name for name in given}
+    named: dict[str, PolicyLike] = {name: (specs or {}).get(name, name) for name in given}
     if not given and config.policy is not None:
         named = {written(config.policy): config.policy}
     for policy in named.values():

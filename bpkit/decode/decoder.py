@@ -194,8 +194,12 @@ class SpeculativeDecoder:
         options.setdefault("tokenizer", AutoTokenizer.from_pretrained(path))
         return cls(model, str(drafter) if isinstance(drafter, Path) else drafter, policy, **options)
 
-    def with_policy(self, policy: PolicyLike | None, drafter: DrafterLike | None = None) -> SpeculativeDecoder:
+    def with_policy(
+        self, policy: PolicyLike | None, drafter: DrafterLike | None = None, *, cost: CostModel | None = None
+    ) -> SpeculativeDecoder:
         """The same target under another policy or with another drafter; None keeps what there is.
+
+        Costs of another drafter are others: `cost` says them.
 
         The two decoders share no policy. Where `policy` is None it is made again as this decoder's was written, or
         copied with its memory if it was handed over as an instance.
@@ -214,7 +218,7 @@ class SpeculativeDecoder:
             clock=self.clock,
             strict=self.strict,
             max_block_size=self._max_block_size if drafter is None else None,
-            cost=self.cost if drafter is None else None,
+            cost=self.cost if drafter is None else cost,
             observers=self.observers,
             capture=self.capture,
             products=self.products,

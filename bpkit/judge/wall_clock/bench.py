@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -55,6 +55,7 @@ class BenchSettings:
         options: of `generate`, with `max_new_tokens` and `temperature`.
         threads: a count for all, or `auto`: each kind of decoder at its own best.
         seed: of orders, bootstrap and sampling noise.
+        drafters: of policies that have another one than the decoder's, by name.
     """
 
     policies: Mapping[str, PolicyLike]
@@ -63,6 +64,15 @@ class BenchSettings:
     repeats: int = 1
     threads: int | str = "auto"
     seed: int = 0
+    drafters: Mapping[str, str] = field(default_factory=dict)
+
+    def under_policies(self, decoder: SpeculativeDecoder) -> dict[str, SpeculativeDecoder]:
+        """The decoder under each policy. The same drafter with other options has the decoder's costs."""
+        made = {name: decoder.with_policy(policy, self.drafters.get(name)) for name, policy in self.policies.items()}
+        for name in self.drafters:
+            if made[name].drafter.name == decoder.drafter.name:
+                made[name] = decoder.with_policy(self.policies[name], made[name].drafter, cost=decoder.cost)
+        return made
 
     def decoders(self, decoder: SpeculativeDecoder, **more: Any) -> dict[str, list[TimedDecoder]]:
         """`plain`, `policies` and `against`, fresh ones, so that no policy learns from warm-up runs.
@@ -81,7 +91,7 @@ class BenchSettings:
         if options["temperature"] == 0:
             plain.append(GenerateDecoder(TRANSFORMERS, target, options, seed))
         check_peers(self.against)
-        under = {name: decoder.with_policy(policy) for name, policy in self.policies.items()}
+        under = self.under_policies(decoder)
         return {
             "plain": plain,
             "policies": [PolicyDecoder(name, one, options, seed) for name, one in under.items()],

@@ -105,7 +105,7 @@ def compared_decoders(decoder: SpeculativeDecoder, settings: BenchSettings, **mo
         more: options that replace those of the settings.
     """
     options, seed = {**settings.options, **more}, settings.seed
-    under = {name: decoder.with_policy(policy) for name, policy in settings.policies.items()}
+    under = settings.under_policies(decoder)
     return [
         PolicyRows(LOOP, plain_loop(decoder), options, seed),
         GenerateRows(TRANSFORMERS, decoder.target, options, seed),
