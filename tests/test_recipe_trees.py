@@ -15,17 +15,19 @@ from typer.testing import Result
 from bpkit.decode.clock import ClockFaultWarning
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.draft.best_first import best_first
+from bpkit.progress import NoProgress
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.collect.job import describe, run_job
-from bpkit.trace.cost import CostError, CostTable
+from bpkit.trace.cost import CostError, CostTable, flat
 from bpkit.trace.oracle.paths import best_fixed
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import Replayer
 from recipes.trees.drafts import MOST, THRESHOLDS, KeptDrafts, kept
 from recipes.trees.nodes import NODES, at_most, on_average
+from recipes.trees.replays import replays_of
 from recipes.trees.rules import rules_of
 from recipes.trees.speed import SpeedCase, choose, on_trees, speeds
 from recipes.trees.summary import Live, live_figures, summarise
@@ -135,6 +137,20 @@ def test_figures_at_equal_numbers_of_nodes(drafts: tuple[list[KeptDrafts], list[
     assert lengths == sorted(lengths)
 
 
+def test_policies_that_verify_so_many_nodes_are_rules_too(drafts: tuple[list[KeptDrafts], list[KeptDrafts]]) -> None:
+    parts = prompts(6), prompts(6, start=50)
+    replays = replays_of(*parts, TREE_SPEC, None, (4, 8), NoProgress())
+    found = at_most(*drafts, 3, nodes=(4, 8), seed=0, replays=replays)
+    for count, entry in found.items():
+        tree = entry["trees"]["tree"]
+        assert tree["chosen"] == f"tree:nodes={count}"
+        replayer = Replayer(TREE_SPEC, tree["chosen"], flat(COST))
+        replayed = [replayer.run(prompt) for prompt in parts[1]]
+        tokens, steps = (sum(getattr(one, name) for one in replayed) for name in ("tokens", "steps"))
+        assert tree["acceptance_length"] == pytest.approx(tokens / steps)
+        assert {int(most) for one in replayed for most in one.verify_length[:-3]} == {int(count)}
+
+
 def test_nothing_is_chosen_on_test_prompts(drafts: tuple[list[KeptDrafts], list[KeptDrafts]]) -> None:
     validation, test = drafts
 
@@ -165,8 +181,6 @@ def test_steps_with_so_many_nodes_on_average(drafts: tuple[list[KeptDrafts], lis
 
 
 def case(costs: list[Any]) -> SpeedCase:
-    from bpkit.progress import NoProgress
-
     return SpeedCase(prompts(4), prompts(4, start=50), TREE_SPEC, None, costs, 2, 0, NoProgress())
 
 
@@ -205,10 +219,10 @@ def test_methods_fit_the_drafter() -> None:
     assert on_trees(5) == {
         "fixed": ["fixed:3", "fixed:4", "fixed:5"],
         "sequoia": ["sequoia"],
-        "tree": ["tree:block_size=5"],
+        "tree": ["tree", "tree:block_size=5"],
     }
     assert on_trees(64)["fixed"][-1] == "fixed:64"
-    assert on_trees(256)["tree"][0] == "tree:block_size=9"
+    assert on_trees(256)["tree"][:2] == ["tree", "tree:block_size=9"]
 
 
 # Live, and the summary

@@ -98,6 +98,7 @@ def _case(
     from bpkit.trace.store.joined import open_trace
     from recipes.trees.drafts import kept
     from recipes.trees.nodes import NODES, at_most, on_average
+    from recipes.trees.replays import replays_of
     from recipes.trees.speed import SpeedCase, speeds
 
     opened = [open_trace(folder, branches) for folder in (validation, test)]
@@ -105,6 +106,7 @@ def _case(
     spec, manifest = opened[1].spec, opened[1].manifest
     progress.start("counting nodes", len(tuned_on) + len(judged_on))
     before, after = ([*_ticked(kept(part, spec.branches), progress)] for part in (tuned_on, judged_on))
+    replays = replays_of(tuned_on, judged_on, spec, manifest.seed, NODES, progress)
     case = SpeedCase(tuned_on, judged_on, spec, manifest.seed, costs, orders, seed, progress)
     return {
         "settings": {
@@ -117,7 +119,7 @@ def _case(
             "seed": seed,
         },
         "nodes": {
-            "at_most": at_most(before, after, spec.branches, nodes=NODES, seed=seed),
+            "at_most": at_most(before, after, spec.branches, nodes=NODES, seed=seed, replays=replays),
             "on_average": on_average(before, after, nodes=NODES, seed=seed),
         },
         "speed": speeds(case, chains, trees) if costs else {},

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from bpkit.judge.statistics import Bootstrap, interval
 from bpkit.trace.oracle.trees import fewest_steps, steps_taken
 from recipes.trees.drafts import THRESHOLDS, KeptDrafts
+from recipes.trees.replays import ReplayedSteps, Replays
 from recipes.trees.rules import CHAIN, NodeRule, best_nodes, rules_of
 
 NODES = (4, 8, 16, 32)
@@ -62,32 +63,49 @@ class HeldOut:
 
 
 def at_most(
-    validation: Sequence[KeptDrafts], test: Sequence[KeptDrafts], branches: int, *, nodes: Sequence[int], seed: int
+    validation: Sequence[KeptDrafts],
+    test: Sequence[KeptDrafts],
+    branches: int,
+    *,
+    nodes: Sequence[int],
+    seed: int,
+    replays: Replays | None = None,
 ) -> dict[str, Any]:
     """Rules that verify so many nodes in every step, at most: by number of nodes.
 
     What a rule leaves open, and which rule is the best, is chosen on validation prompts.
+
+    Args:
+        replays: of policies on trees that verify as many, which are rules with nothing open.
     """
     rules, held = rules_of(validation, branches), HeldOut(test, seed)
-    return {str(count): _at_most(rules, validation, test, branches, count, held) for count in nodes}
+    oracles = {count: [fewest_steps(best_nodes(one, count, branches)) for one in test] for count in nodes}
+    return {
+        str(count): _at_most(
+            rules, validation, test, count, (replays or {}).get(count, {}), np.array(oracles[count], np.float64), held
+        )
+        for count in nodes
+    }
 
 
 def _at_most(
     rules: Mapping[str, NodeRule],
     validation: Sequence[KeptDrafts],
     test: Sequence[KeptDrafts],
-    branches: int,
     nodes: int,
+    replays: Mapping[str, ReplayedSteps],
+    oracle: Floats,
     held: HeldOut,
 ) -> dict[str, Any]:
-    chosen, tuned = {}, {}
+    chosen: dict[str, Any] = {name: one.policy for name, one in replays.items()}
+    tuned = {name: float(one.validation.sum()) for name, one in replays.items()}
+    taken = {name: one.test for name, one in replays.items()}
     for name, rule in rules.items():
-        steps = {place: _steps(validation, rule, one, nodes).sum() for place, one in enumerate(rule.choices(nodes))}
-        best = min(steps, key=lambda place: (steps[place], place))
-        chosen[name], tuned[name] = rule.choices(nodes)[best], steps[best]
-    taken = {name: _steps(test, rule, chosen[name], nodes) for name, rule in rules.items()}
-    oracle = np.array([fewest_steps(best_nodes(one, nodes, branches)) for one in test], np.float64)
-    trees = [name for name in rules if name != CHAIN]
+        choices = rule.choices(nodes)
+        steps = [float(_steps(validation, rule, one, nodes).sum()) for one in choices]
+        chosen[name], tuned[name] = choices[steps.index(min(steps))], min(steps)
+        taken[name] = _steps(test, rule, chosen[name], nodes)
+    trees = [name for name in taken if name != CHAIN]
     return {
         "best": min(trees, key=tuned.__getitem__),
         CHAIN: {"chosen": chosen[CHAIN], **held.length(taken[CHAIN])},

@@ -31,7 +31,7 @@ def on_trees(largest: int) -> Methods:
     return {
         "fixed": [f"fixed:{size}" for size in sizes],
         "sequoia": ["sequoia"],
-        "tree": [f"tree:block_size={size}" for size in sizes if size > 8 or size == sizes[-1]],
+        "tree": ["tree", *(f"tree:block_size={size}" for size in sizes if size > 8 or size == sizes[-1])],
     }
 
 

@@ -90,12 +90,14 @@ def tree_regret(prompt: PromptTrace, work: Works, cost: CostModel, known: Hindsi
     Args:
         prompt: `along_paths`. known: its `oracle_step_truncate`.
     """
-    path = replace(
-        taken,
-        block_size=np.maximum(taken.draft_size, 1),
-        draft_length=np.maximum(taken.draft_size - 1, 0),
-        verify_length=taken.num_accepted,
-    )
+    size, length = np.maximum(taken.draft_size, 1), np.maximum(taken.draft_size - 1, 0)
+    for source, drafts in enumerate(prompt.sources):
+        if drafts.parents is not None:  # of each size its own tree was traced
+            drafted = np.flatnonzero((taken.draft_length > 0) & (taken.source == source))
+            size[drafted] = taken.block_size[drafted]
+            columns = [drafts.column(asked) for asked in size[drafted].tolist()]
+            length[drafted] = drafts.draft_length[taken.position[drafted] - 1, columns]
+    path = replace(taken, block_size=size, draft_length=length, verify_length=taken.num_accepted)
     found = step_regret(prompt, work, known, path)
     prices, at = array_cost(cost), prompt.prompt_length + taken.position
     aside = prices.array("verify", taken.verify_length + 1, at) - prices.array("verify", taken.num_accepted + 1, at)
