@@ -32,16 +32,26 @@ from bpkit.trace.cost import flat
 from bpkit.trace.oracle import budgets
 from bpkit.trace.oracle.paths import oracle_step_truncate
 from bpkit.trace.oracle.regret import KINDS, tree_regret
-from bpkit.trace.oracle.trees import along_paths, deepest, fewest_steps, reach, room, steps_taken, sum_taken
+from bpkit.trace.oracle.trees import along_paths, fewest_steps, reach, room, steps_taken, sum_taken
 from bpkit.trace.records import CandidateTable, Ints, PromptTrace
 from bpkit.trace.replay import Replayer
-from bpkit.types import BLOCK_DIFFUSION, Context, CostModel, DecoderSpec, Draft, Feature, Plan, Work, work_of
+from bpkit.types import (
+    AUTOREGRESSIVE,
+    BLOCK_DIFFUSION,
+    Context,
+    CostModel,
+    DecoderSpec,
+    Draft,
+    Feature,
+    Plan,
+    Work,
+    work_of,
+)
 from tests.test_tree_traces import COST as TREE_COST
 from tests.test_tree_traces import TEXTS, SomeNodes, branching, options_of, same_steps
 
 WORK = work_of(BLOCK_DIFFUSION)
-BRANCHES = 16
-"""More than any of these drafts has."""
+TREE_SPEC = DecoderSpec("target", "drafter", BLOCK_DIFFUSION, 6, 18, hidden_size=8, vocab_size=64, branches=3)
 
 
 def prompt_of(ranks: Ints, chances: object, sizes: tuple[int, ...], spare: int = 8) -> PromptTrace:
@@ -145,7 +155,7 @@ def exhaustive(prompt: PromptTrace, cost: CostModel) -> float:
 @pytest.mark.parametrize("seed", range(6))
 def test_no_sequence_of_trees_takes_less_time(seed: int) -> None:
     prompt, cost = random_prompt(seed, 4, (2, 3), branches=2, spare=seed), Rising(seed)
-    oracle = oracle_step_truncate(along_paths(prompt, [BRANCHES]), WORK, cost)
+    oracle = oracle_step_truncate(along_paths(prompt, TREE_SPEC.sources), WORK, cost)
     assert oracle.seconds == pytest.approx(exhaustive(prompt, cost))
     assert oracle.seconds <= oracle_step_truncate(prompt, WORK, cost).seconds + 1e-9
 
@@ -154,12 +164,15 @@ def test_trees_win_where_second_candidates_are_right() -> None:
     ranks = np.ones((9, 1, 3), np.int32)
     prompt = prompt_of(ranks, np.full((9, 1, 3, 2), 0.4), (4,))
     cost = Rising(0)
-    chain, tree = (oracle_step_truncate(each, WORK, cost) for each in (prompt, along_paths(prompt, [BRANCHES])))
+    chain, tree = (oracle_step_truncate(each, WORK, cost) for each in (prompt, along_paths(prompt, TREE_SPEC.sources)))
     assert chain.steps == 9
     assert tree.steps < 9
-    assert along_paths(prompt, [1]).drafts.num_accepted.tolist() == prompt.drafts.num_accepted.tolist()
+    assert (
+        along_paths(prompt, TREE_SPEC.with_branches(1).sources).drafts.num_accepted.tolist()
+        == prompt.drafts.num_accepted.tolist()
+    )
     alone = synthetic_prompt(0)
-    assert along_paths(alone, [1]).drafts is alone.drafts
+    assert along_paths(alone, TREE_SPEC.sources).drafts is alone.drafts
 
 
 def test_reach_ends_with_the_candidates_and_with_the_output() -> None:
@@ -170,13 +183,13 @@ def test_reach_ends_with_the_candidates_and_with_the_output() -> None:
     assert reach(candidates, room(4), 1).tolist() == [[1], [0], [0], [0]]
 
 
-def test_of_trees_of_nodes_the_deepest_path_is_worth_verifying() -> None:
-    parents = np.array([[[-1, 0, 1, 0], [-1, -1, -1, -1]], [[-1, -1, 1, 2], [-1, 0, -1, -1]]], np.int32)
-    assert deepest(parents).tolist() == [[3, 1], [3, 2]]
-    made = synthetic_prompt(0, output_length=3, block_sizes=(3, 5))
-    drafts = replace(made.drafts, parents=parents)
-    shown = along_paths(replace(made, drafts=drafts), [BRANCHES]).drafts
-    assert shown.draft_length.tolist() == deepest(parents).tolist()
+def test_trees_that_were_traced_as_such_cost_what_their_positions_do() -> None:
+    made = synthetic_prompt(0, output_length=3, block_sizes=(3, 9))
+    length = made.drafts.draft_length.copy()
+    length[0] = 0  # nothing was found
+    drafts = replace(made.drafts, draft_length=length, parents=np.full((2, 2, 8), -1, np.int32))
+    shown = along_paths(replace(made, drafts=drafts), TREE_SPEC.sources).drafts
+    assert shown.draft_length.tolist() == [[0, 0], [2, 5]], "of six positions at most one is the anchor"
     assert shown.num_accepted is drafts.num_accepted
 
 
@@ -187,13 +200,13 @@ def test_of_trees_of_nodes_the_deepest_path_is_worth_verifying() -> None:
 @given(seed=st.integers(0, 999), rows=st.integers(1, 9))
 def test_fewest_steps_are_those_of_the_search(seed: int, rows: int) -> None:
     prompt = random_prompt(seed, rows, (2, 4), branches=3)
-    drafts = along_paths(prompt, [BRANCHES]).drafts
+    drafts = along_paths(prompt, TREE_SPEC.sources).drafts
 
     class OneEach:
         def seconds(self, phase: str, size: int, context_length: int) -> float:
             return float(phase == "verify")
 
-    oracle = oracle_step_truncate(along_paths(prompt, [BRANCHES]), WORK, OneEach())
+    oracle = oracle_step_truncate(along_paths(prompt, TREE_SPEC.sources), WORK, OneEach())
     assert fewest_steps(drafts.num_accepted.max(axis=1)) == oracle.steps
 
     def every(row: int) -> int:
@@ -315,7 +328,7 @@ def test_replays_take_the_steps_that_places_say(pair: TinyPair, temperature: flo
         places = budgets.of_static(tree, candidates.ranks[:, column])
         replayed = Replayer(decoder.spec, Static(), TREE_COST, seed=options.seed).run(prompt)
         assert steps_taken(budgets.accepted(places, 9, left)) == replayed.steps
-        oracle = oracle_step_truncate(along_paths(prompt, [3]), WORK, TREE_COST)
+        oracle = oracle_step_truncate(along_paths(prompt, decoder.spec.sources), WORK, TREE_COST)
         for policy in ("fixed:12", "tree", "sequoia", SomeNodes()):
             replayed = Replayer(decoder.spec, policy, TREE_COST, seed=options.seed).run(prompt)
             assert replayed.seconds(TREE_COST) > oracle.seconds
@@ -332,9 +345,6 @@ def test_replays_of_sequoia_are_the_live_decoder_step_for_step(pair: TinyPair, t
 
 
 # Where the time goes
-
-
-TREE_SPEC = DecoderSpec("target", "drafter", BLOCK_DIFFUSION, 6, 18, hidden_size=8, vocab_size=64, branches=3)
 
 
 class RandomTrees(Policy):
@@ -359,7 +369,7 @@ def test_regret_sums_to_what_policies_on_trees_take_more_than_the_oracle() -> No
     kinds = np.zeros(len(KINDS))
     for seed in range(4):
         prompt = random_prompt(seed, 30, (2, 3, 4, 5, 6), branches=3)
-        shown = along_paths(prompt, [3])
+        shown = along_paths(prompt, TREE_SPEC.sources)
         known = oracle_step_truncate(shown, WORK, TREE_COST)
         for policy in ("fixed:1", "fixed:3", "fixed:16", "tree", "sequoia:slope=0.01", RandomTrees(seed)):
             taken = Replayer(TREE_SPEC, policy, TREE_COST).run(prompt)
@@ -400,3 +410,14 @@ def test_an_evaluation_of_trees_measures_gaps_up_to_the_best_nodes() -> None:
     assert "oracle.tree (bound)" in printed
     assert "to oracle.tree" in printed
     assert "The bound of choosing size and nodes at every step" in page
+
+
+def test_regret_is_left_out_where_drafters_have_read_unknown_nodes() -> None:
+    prompts = [replace(random_prompt(seed, 12, (2, 3, 6), branches=3), index=seed, id=str(seed)) for seed in range(3)]
+    split = {prompt.id: ("train", "validation", "test")[i] for i, prompt in enumerate(prompts)}
+    spec = replace(TREE_SPEC, drafter_kind=AUTOREGRESSIVE, work=work_of(AUTOREGRESSIVE))
+    report = evaluate(prompts, spec, {"fixed": "fixed:6"}, [flat(TREE_COST)], split=split, permutations=0)
+    group = report["cost_models"]["flat"]["overall"]
+    assert group["oracle"]["tree"]["tokens_per_second"] > group["policies"]["fixed"]["tokens_per_second"]
+    assert "autoregressive drafter has read" in group["policies"]["fixed"]["regret"]["reason"]
+    assert "autoregressive drafter has read" in group["best_fixed"]["regret"]["reason"]

@@ -27,6 +27,8 @@ from bpkit.types import CostModel
 
 CHAINS, TREES = "step_truncate", "tree"
 """The oracles that gaps are measured up to: where drafts are chains, and where they may be trees."""
+LEVELS = "which nodes of its trees an autoregressive drafter has read is not known to the oracle, which waits for none"
+"""Why it is not known where time goes; the oracle is a bound all the same."""
 STRETCHES = 8
 """Stretches of the output that are told apart, at most."""
 FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
@@ -103,13 +105,14 @@ def _oracles(setup: Setup, name: str, policies: Mapping[str, PolicyResult], best
     rows = defaultdict[str, list[tuple[float, ...]]](list)
     steps: list[Steps] = []
     fixed_regret: list[Floats] = []
-    branches = [source.branches for source in setup.spec.sources]
-    trees = max(branches) > 1
-    regrets: dict[str, Regret] = {policy: [] for policy in policies}
+    sources = setup.spec.sources
+    trees = max(source.branches for source in sources) > 1
+    unknown = any(source.branches > 1 and source.work.reads == "tokens" for source in sources)
+    regrets: dict[str, Regret] = {policy: LEVELS if unknown else [] for policy in policies}
     setup.progress.start(f"oracles, {name}", len(test))
     for place, prompt in enumerate(setup.test):
         chains = paths.oracle_step_truncate(prompt, works, cost)
-        shown = along_paths(prompt, branches) if trees else prompt
+        shown = along_paths(prompt, sources) if trees else prompt
         known = paths.oracle_step_truncate(shown, works, cost) if trees else chains
         for policy, result in policies.items():
             so_far = regrets[policy]
@@ -119,7 +122,8 @@ def _oracles(setup: Setup, name: str, policies: Mapping[str, PolicyResult], best
                 except NotTraced as error:
                     regrets[policy] = str(error)
         fixed = paths.fixed_path(prompt, works, cost, *best_fixed)
-        fixed_regret.append(_regret(shown, works, cost, known, [fixed], trees=trees))
+        if not unknown:
+            fixed_regret.append(_regret(shown, works, cost, known, [fixed], trees=trees))
         steps.append(steps_beside(best_fixed, prompt, known))
         found: dict[str, paths.Path | paths.Expectation] = {
             "step": paths.oracle_step(prompt, works, cost),
@@ -132,7 +136,9 @@ def _oracles(setup: Setup, name: str, policies: Mapping[str, PolicyResult], best
             rows[oracle].append((path.tokens, path.steps, path.seconds))
         setup.progress.tick()
     oracles = {oracle: totals_of(sums) for oracle, sums in rows.items()}
-    return _Found(fixed_regret, describe_choices(best_fixed, steps, setup.names), oracles, regrets)
+    return _Found(
+        LEVELS if unknown else fixed_regret, describe_choices(best_fixed, steps, setup.names), oracles, regrets
+    )
 
 
 def _regret(

@@ -15,23 +15,26 @@ from dataclasses import replace
 import numpy as np
 
 from bpkit.trace.records import CandidateTable, DraftTable, Ints, PromptTrace
+from bpkit.types import SourceSpec
 
 
-def along_paths(prompt: PromptTrace, branches: Sequence[int]) -> PromptTrace:
+def along_paths(prompt: PromptTrace, sources: Sequence[SourceSpec]) -> PromptTrace:
     """The prompt as if each draft were the one path of its tree that is worth verifying.
 
     Args:
-        branches: that a node may have at most, of each source (`SourceSpec.branches`).
+        sources: of its drafts, some of which may have fewer branches than were traced.
     """
-    first, *others = map(_along_paths, prompt.sources, branches)
+    first, *others = map(_along_paths, prompt.sources, sources)
     return replace(prompt, drafts=first, others=tuple(others))
 
 
-def _along_paths(drafts: DraftTable, branches: int) -> DraftTable:
+def _along_paths(drafts: DraftTable, source: SourceSpec) -> DraftTable:
     if drafts.candidates is not None:
-        return replace(drafts, num_accepted=reach(drafts.candidates, room(drafts.rows), branches))
-    if drafts.parents is not None:
-        return replace(drafts, draft_length=deepest(drafts.parents))
+        return replace(drafts, num_accepted=reach(drafts.candidates, room(drafts.rows), source.branches))
+    if drafts.parents is not None:  # its length is what it costs, which no path of it exceeds
+        positions = [source.draft_size(size) - 1 for size in drafts.block_sizes.tolist()]
+        length = np.where(drafts.draft_length > 0, np.array(positions), 0).astype(np.int32)
+        return replace(drafts, draft_length=length)
     return drafts
 
 
@@ -49,20 +52,6 @@ def reach(candidates: CandidateTable, most: Ints, branches: int) -> Ints:
     there = (candidates.ranks >= 0) & (candidates.ranks < min(branches, candidates.branches))
     leading = np.logical_and.accumulate(there, axis=2).sum(axis=2)
     return np.asarray(np.minimum(leading, most[:, None]), np.int32)
-
-
-def deepest(parents: Ints) -> Ints:
-    """Tokens on the longest path of each tree, int32 [...].
-
-    Args:
-        parents: int32 [..., nodes], -1 where a node follows the anchor or where nothing was drafted behind the others.
-    """
-    nodes = parents.shape[-1]
-    depth = np.zeros((*parents.shape[:-1], nodes + 1), np.int32)  # of the anchor in the last place, where -1 looks
-    for node in range(nodes):
-        before = parents[..., node, None].astype(np.int64)
-        depth[..., node] = np.take_along_axis(depth, np.where(before < 0, nodes, before), axis=-1)[..., 0] + 1
-    return np.asarray(depth.max(axis=-1))
 
 
 def fewest_steps(reached: Ints) -> int:
