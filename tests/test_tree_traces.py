@@ -30,6 +30,7 @@ from bpkit.trace.replay import Replayer
 from bpkit.trace.store.joined import open_trace
 from bpkit.trace.store.manifest import TraceError
 from bpkit.types import Context, Draft, Feature, Plan, Step
+from tests.test_server_replay import check as server_check
 
 if TYPE_CHECKING:
     from tests.conftest import ShippedPair
@@ -136,6 +137,16 @@ def test_replay_of_trees_is_the_live_decoder_step_for_step(pair: TinyPair, tempe
     traces = [tracer.trace(i, Prompt(str(i), "tiny", text)) for i, text in enumerate(TEXTS)]
     for policy in ("fixed:3", "fixed:12", f"fixed:{decoder.spec.max_block_size}", "joint", "tree", SomeNodes, Shapes):
         same_steps(decoder, policy, traces, options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_server_of_trees_is_live_decoding_of_many_rows(pair: TinyPair, temperature: float) -> None:
+    decoder = SpeculativeDecoder(pair.target, branching(pair, 3), "fixed:4", tokenizer=pair.tokenizer)
+    options = options_of(temperature, range(2, decoder.spec.trained_block_size + 1), 12)
+    tracer = Tracer(decoder, options)
+    traces = [tracer.trace(i, Prompt(str(i), "tiny", text)) for i, text in enumerate(TEXTS)]
+    for policy in ("fixed:8", "tree", "sequoia"):
+        assert server_check(decoder, policy, traces, options, rows=2) > 0
 
 
 @pytest.mark.slow

@@ -94,6 +94,10 @@ def evaluate_load(
     part: Annotated[str, _how(help="Prompts to serve: `train`, `validation`, `test` or `all`.")] = "test",
     domain: Annotated[list[str] | None, _how(help="Only prompts of this domain; repeat for more.")] = None,
     num_workers: Annotated[int, _how(help="Processes; no more than cores that are idle.", min=1)] = 1,
+    branches: Annotated[
+        int | None,
+        _how("--branches", help="Of a trace of drafts with branches, how many of them at most; 1: chains.", min=1),
+    ] = None,
     allow_leak: Annotated[
         bool, _how("--allow-leak", help="Judge a trained policy also on prompts that it was trained or chosen on.")
     ] = False,
@@ -126,7 +130,7 @@ def evaluate_load(
     from bpkit.trace.store.joined import open_trace
 
     quiet_libraries()
-    opened, costs, started = open_trace(trace), read_cost(cost), time.time()
+    opened, costs, started = open_trace(trace, branches), read_cost(cost), time.time()
     cases = _cases(costs, concurrency, rate, max_rows, changing, requests)
     places = list(range(len(opened)))
     if part != "all":

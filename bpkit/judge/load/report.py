@@ -119,6 +119,10 @@ def _notes(setup: LoadSetup, loads: dict[str, Any]) -> list[str]:
         said.append(f"Costs are in {setup.cost.unit}, not in seconds: decision time is not charged.")
     if setup.spec.others and setup.bound_seeds:
         said.append("Several sources of drafts: the bounds know drafts of one source, and are left out.")
+    if setup.spec.branches > 1:
+        said.append(
+            f"Drafts are trees of up to {setup.spec.branches} branches: the bounds know chains, and are left out."
+        )
     if setup.seeds < 2:
         said.append("One seed says nothing of the spread: there are no intervals.")
     short = [name for name, load in loads.items() if load["seeds"] < setup.seeds]

@@ -161,6 +161,8 @@ class LoadSetup:
     def _fixed(self) -> dict[str, FixedChoice]:
         names = source_names(self.spec)
         choices = fixed_choices(self.prompts[0], len(names))
+        if self.spec.branches > 1:  # of candidates larger trees are made than blocks were traced
+            choices += tuple(map(FixedChoice, range(max(self.traced) + 1, self.spec.max_block_size + 1)))
         traced = {choice.block_size for choice in choices}
         wanted = set(SIZES) & traced if self.block_sizes is None else set(self.block_sizes)
         if not wanted <= traced:
@@ -185,8 +187,8 @@ class LoadSetup:
 
     @property
     def bounds(self) -> tuple[str, ...]:
-        """That can be had, the one first that gaps are measured to; drafts of several sources have none."""
-        if self.spec.others or not self.bound_seeds:
+        """That can be had, the one first that gaps are measured to; drafts of several sources, or trees, have none."""
+        if self.spec.others or self.spec.branches > 1 or not self.bound_seeds:
             return ()
         sampled = all(prompt.drafts.match_probability is not None for prompt in self.prompts)
         return (DISTRIBUTIONS, CLAIRVOYANT) if sampled else (CLAIRVOYANT,)
