@@ -249,7 +249,7 @@ def test_places_say_what_trees_have_accepted(seed: int, branches: int, nodes: in
     static = best_static(np.random.default_rng(seed).dirichlet(np.ones(branches + 1), 4)[:, :branches], 14)
     places = {
         "chain": budgets.of_chains(ranks),
-        "best_first": budgets.of_best_first(candidates, 1, 14, branches),
+        "best_first": budgets.of_best_first(candidates, 1, 14, branches)[0],
         "static": budgets.of_static(static, ranks),
         "path": budgets.of_paths(ranks, branches),
     }
@@ -274,7 +274,7 @@ def test_drafts_of_smaller_sizes_have_no_nodes_behind_them() -> None:
     candidates = prompt.drafts.candidates
     assert candidates is not None
     for places in (
-        budgets.of_best_first(candidates, 0, 20, 2),
+        budgets.of_best_first(candidates, 0, 20, 2)[0],
         budgets.of_static(best_static(np.full((4, 2), 0.4), 20), candidates.ranks[:, 0]),
         budgets.of_paths(candidates.ranks[:, 0], 2),
         budgets.of_chains(candidates.ranks[:, 0]),
@@ -319,7 +319,7 @@ def test_replays_take_the_steps_that_places_say(pair: TinyPair, temperature: flo
         assert candidates is not None
         for size in (3, 12, 20):
             column = prompt.drafts.column(min(size, trained))
-            places = budgets.of_best_first(candidates, column, size - 1, 3)
+            places, _ = budgets.of_best_first(candidates, column, size - 1, 3)
             replayed = Replayer(decoder.spec, f"fixed:{size}", TREE_COST, seed=options.seed).run(prompt)
             assert steps_taken(budgets.accepted(places, size - 1, left)) == replayed.steps
             paths = budgets.of_paths(candidates.ranks[:, column], 3)

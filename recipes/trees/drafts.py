@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bpkit.draft.best_first import best_first
 from bpkit.trace.oracle import budgets
 from bpkit.trace.oracle.trees import room, sum_taken
 from bpkit.trace.records import CandidateTable, Ints, PromptTrace
@@ -66,16 +65,16 @@ def kept(prompts: Iterable[PromptTrace], branches: int) -> Iterable[KeptDrafts]:
 def _kept(prompt: PromptTrace, candidates: CandidateTable, branches: int) -> KeptDrafts:
     sizes, most = prompt.drafts.block_sizes.tolist(), room(prompt.drafts.rows)
     nodes = [*(size - 1 for size in sizes[:-1]), MOST]
-    places = [budgets.of_best_first(candidates, column, count, branches) for column, count in enumerate(nodes)]
+    trees = [budgets.of_best_first(candidates, column, count, branches) for column, count in enumerate(nodes)]
     return KeptDrafts(
         prompt.domain,
         prompt.decided_by_steps,
         sizes,
         most,
         candidates.ranks,
-        np.stack(places, axis=1),
+        np.stack([places for places, _ in trees], axis=1),
         np.stack([_cut_chains(candidates, column, most) for column in range(len(sizes))], axis=1),
-        _cut_trees(candidates, branches, most),
+        _cut_trees(*trees[-1], most),
     )
 
 
@@ -86,19 +85,10 @@ def _cut_chains(candidates: CandidateTable, column: int, most: Ints) -> NDArray[
     return _totals(reached, reached * stands, most)
 
 
-def _cut_trees(candidates: CandidateTable, branches: int, most: Ints) -> NDArray[np.int64]:
+def _cut_trees(places: Ints, reached: Floats, most: Ints) -> NDArray[np.int64]:
     """Of the best `MOST` nodes those above each threshold, which are a tree."""
-    own = candidates.ranks[:, -1].tolist()
-    reached: Floats = np.zeros((len(own), MOST))
-    standing: Floats = np.zeros((len(own), candidates.ranks.shape[-1]))
-    for row, chances in enumerate(candidates.chances[:, -1, :, :branches].astype(np.float64).tolist()):
-        at, depth = -1, 0
-        for place, node in enumerate(best_first(chances, MOST)):
-            reached[row, place] = node.chance * (reached[row, node.parent] if node.parent >= 0 else 1.0)
-            if node.parent == at and node.rank == own[row][node.position]:
-                standing[row, depth] = reached[row, place]
-                at, depth = place, depth + 1
-    return _totals(reached, standing, most)
+    standing = np.take_along_axis(reached, np.minimum(places, MOST - 1).astype(np.int64), axis=1)
+    return _totals(reached, np.where(places < MOST, standing, 0.0), most)
 
 
 def _totals(reached: Floats, standing: Floats, most: Ints) -> NDArray[np.int64]:

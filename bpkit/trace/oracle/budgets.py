@@ -54,19 +54,27 @@ def of_static(tree: StaticTree, ranks: Ints) -> Ints:
     return found
 
 
-def of_best_first(candidates: CandidateTable, column: int, most: int, branches: int) -> Ints:
-    """By falling products of the drafter's chances, up to so many nodes: what EAGLE-2 and `best_first` take."""
+def of_best_first(
+    candidates: CandidateTable, column: int, most: int, branches: int
+) -> tuple[Ints, NDArray[np.float64]]:
+    """By falling products of the drafter's chances, up to so many nodes: what EAGLE-2 and `best_first` take.
+
+    Returns:
+        Also these products, 0 where there are no more nodes: float64 [rows, most].
+    """
     ranks = candidates.ranks[:, column]
-    found = np.full(ranks.shape, NEVER, np.int32)
+    found, reached = np.full(ranks.shape, NEVER, np.int32), np.zeros((len(ranks), most))
     width = (ranks >= 0).sum(axis=1).tolist()
     for row, (count, own) in enumerate(zip(width, ranks.tolist(), strict=True)):
         chances = candidates.chances[row, column, :count, :branches].astype(np.float64).tolist()
-        at, depth = -1, 0
+        at, depth, products = -1, 0, list[float]()
         for place, node in enumerate(best_first(chances, most)):
+            products.append(node.chance * (products[node.parent] if node.parent >= 0 else 1.0))
             if node.parent == at and node.rank == own[node.position]:
                 found[row, depth] = place
                 at, depth = place, depth + 1
-    return found
+        reached[row, : len(products)] = products
+    return found, reached
 
 
 def known_ranks(candidates: CandidateTable, column: int, most: Ints) -> Ints:
