@@ -22,7 +22,7 @@ from bpkit.draft.config import HierarchyConfig, NgramConfig
 from bpkit.draft.hierarchy import HierarchyDrafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.draft.stores.files import Store, open_store
-from bpkit.draft.stores.trees import Backoff, Continuations, drafted_tree
+from bpkit.draft.stores.trees import Backoff, Continuations, ContinuationTree, Place
 from bpkit.policy import State
 from bpkit.testing import TinyPair
 from tests.test_lossless import SAMPLINGS, Outputs, Sampling, name_of_sampling
@@ -61,6 +61,10 @@ def paths_of(proposal: Proposal) -> dict[tuple[int, ...], float]:
         paths.append((*paths[parent + 1], token))
     assert len(set(paths)) == len(paths), "children of a node are different tokens"
     return dict(zip(paths[1:], proposal.chances[0].tolist(), strict=True))
+
+
+def tree_of(root: Place, most: int, deepest: int, branches: int) -> Proposal:
+    return ContinuationTree(root, 1, deepest, branches).proposal(most)
 
 
 def session_of(drafter: Drafter, tokens: Sequence[int]) -> Any:
@@ -128,7 +132,7 @@ def test_the_best_nodes_are_drafted(
         for path in [path for path in products if len(path) == depth]:
             products.update({(*path, token): products[path] * chance for token, chance in chances(path).items()})
     del products[()]
-    found = paths_of(drafted_tree(Continuations(texts, latest_first=latest_first), most, deepest, branches))
+    found = paths_of(tree_of(Continuations(texts, latest_first=latest_first), most, deepest, branches))
     assert set(found) <= set(products)
     assert [products[path] for path in found] == pytest.approx(sorted(products.values(), reverse=True)[:most])
     for path, chance in found.items():
@@ -147,7 +151,7 @@ def test_a_smaller_tree_is_the_beginning_of_a_larger_one() -> None:
 
 def test_what_others_leave_goes_to_the_next_store() -> None:
     places = [Continuations([[1, 2], [1, 3]]), Continuations([[4], [1, 9], [4]]), Continuations([[7]])]
-    found = paths_of(drafted_tree(Backoff(places), 20, 5, 5))
+    found = paths_of(tree_of(Backoff(places), 20, 5, 5))
     assert found == pytest.approx(
         {
             (1,): 2 / 3,
@@ -158,7 +162,7 @@ def test_what_others_leave_goes_to_the_next_store() -> None:
             (1, 9): 1 / 3 * 1 / 2,
         }
     )
-    assert paths_of(drafted_tree(Backoff(()), 5, 5, 5)) == {}
+    assert paths_of(tree_of(Backoff(()), 5, 5, 5)) == {}
 
 
 def test_an_offer_is_the_best_path(store: Store, pair: TinyPair) -> None:
@@ -168,15 +172,16 @@ def test_an_offer_is_the_best_path(store: Store, pair: TinyPair) -> None:
     assert (offer.tokens, offer.match, offer.share) == ([3, 5, 1], 2, 2 / 4)
     options = HierarchyConfig(branches=3)
     for tokens in (text, pair.ids(PROMPTS[0])[0].tolist(), [88]):
-        session = session_of(HierarchyDrafter(store, options), tokens)
-        offer = session.offer(31)
-        assert len(offer.tokens) <= 7
-        found = paths_of(session.draft(32, None, None))
-        best: tuple[int, ...] = ()
-        while after := {path: chance for path, chance in found.items() if path[:-1] == best}:
-            best = max(after, key=lambda path: after[path])
-        assert list(best) == offer.tokens[: len(best)]
-        assert (offer.match > 0) == bool(offer.tokens)
+        for most in (31, 9, 4):
+            session = session_of(HierarchyDrafter(store, options), tokens)
+            offer = session.offer(most)
+            assert len(offer.tokens) <= 7
+            found = paths_of(session.draft(most + 1, None, None))
+            best: tuple[int, ...] = ()
+            while after := {path: chance for path, chance in found.items() if path[:-1] == best}:
+                best = max(after, key=lambda path: after[path])
+            assert list(best) == offer.tokens
+            assert (offer.match > 0) == bool(offer.tokens)
     assert session.offer(31).tokens == []
 
 

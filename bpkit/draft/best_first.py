@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from bpkit.decode.trees import TreeShape
@@ -39,18 +40,15 @@ def best_first(chances: Sequence[Sequence[float]], most: int) -> list[Node]:
     [(-1, 0, 0), (0, 1, 0), (-1, 0, 1), (2, 1, 0)]
     """
     positions = [*chances, ()]
-    return best_nodes(lambda place, node: positions[0 if node is None else node.position + 1], most)
+    return list(islice(best_nodes(lambda place, node: positions[0 if node is None else node.position + 1]), most))
 
 
-def best_nodes(children: Children, most: int) -> list[Node]:
-    """The same where candidates depend on the path.
+def best_nodes(children: Children) -> Iterator[Node]:
+    """All of them, one by one, where candidates depend on the path.
 
     Args:
-        children: is asked once for each node, in their order.
+        children: is asked once for each node, in their order, when the next one is wanted.
     """
-    if most < 1:
-        return []
-    nodes: list[Node] = []
     below = [children(-1, None)]
     # Ranks follow each other, so that of a node's children and later siblings only the best can be next.
     ahead = [(-chance, 0, 0, -1, 1.0) for chance in below[0][:1]]
@@ -59,15 +57,14 @@ def best_nodes(children: Children, most: int) -> list[Node]:
         if not reached < 0:  # what is ruled out, and all that follows it
             break
         candidates = below[parent + 1]
-        nodes.append(Node(parent, position, rank, candidates[rank]))
-        if len(nodes) == most:
-            break
+        node = Node(parent, position, rank, candidates[rank])
+        yield node
         if rank + 1 < len(candidates):
             heapq.heappush(ahead, (-before * candidates[rank + 1], position, rank + 1, parent, before))
-        below.append(children(len(nodes) - 1, nodes[-1]))
+        place = len(below) - 1
+        below.append(children(place, node))
         if below[-1]:
-            heapq.heappush(ahead, (reached * below[-1][0], position + 1, 0, len(nodes) - 1, -reached))
-    return nodes
+            heapq.heappush(ahead, (reached * below[-1][0], position + 1, 0, place, -reached))
 
 
 def shaped(chances: Sequence[Sequence[float]], shape: TreeShape) -> list[Node]:

@@ -19,7 +19,7 @@ from bpkit.decode.trees import TreeShape
 from bpkit.draft.config import HierarchyConfig
 from bpkit.draft.stores.context import ContextStore, TextIndex
 from bpkit.draft.stores.files import Store, StoreFacts, open_store
-from bpkit.draft.stores.trees import Backoff, Branch, Counted, Place, drafted_tree
+from bpkit.draft.stores.trees import Backoff, Branch, ContinuationTree, Counted, Place
 from bpkit.draft.vocabulary import fingerprint_tokenizer
 from bpkit.types import DraftWork, Feature
 
@@ -186,23 +186,23 @@ class HierarchyTrees(HierarchySession):
     def __init__(self, drafter: HierarchyDrafter, text: RowText) -> None:
         super().__init__(drafter, text)
         self.deepest = drafter.trained_block_size - 1
-        self.first: Counted | None = None
-        """What follows this text, once it was looked up."""
+        self.grown: ContinuationTree | None = None
 
     def advance(self, features: Tensor | None) -> None:
         super().advance(features)
-        self.first = None
+        self.grown = None
 
     def offer(self, most: int) -> Offer:
-        """The best path, at most `most` tokens, and the length of the match that it follows."""
-        root, match = self.root()
-        return Counted.at(root, match, min(most, self.deepest))
+        """The best path of the tree of `most` nodes, and the length of the match that it follows."""
+        return self.tree().offer(most)
 
-    def root(self) -> tuple[Onward, int]:
-        """The place after the text, and the length of the match."""
-        if self.first is None:
-            self.first, self.source = self.find(self.tail_with(()), self.deepest)
-        return Onward(self, self.first.place, (), self.options.look_ups - 1), self.first.match
+    def tree(self) -> ContinuationTree:
+        """What follows the text."""
+        if self.grown is None:
+            first, self.source = self.find(self.tail_with(()), self.deepest)
+            root = Onward(self, first.place, (), self.options.look_ups - 1)
+            self.grown = ContinuationTree(root, first.match, self.deepest, self.drafter.branches)
+        return self.grown
 
     def find(self, tail: list[int], most: int) -> tuple[Counted, str]:
         """What follows in all stores, and the name of that which comes first."""
@@ -223,11 +223,10 @@ class HierarchyTrees(HierarchySession):
         return self.drafter.store.corpus.find_all(tail, self.matches, most)
 
     def draft(self, block_size: int, draw: Draw, go_on: GoOn | None, shape: TreeShape | None = None) -> Proposal:
-        root, _ = self.root()
-        tree = drafted_tree(root, shape or block_size - 1, self.deepest, self.drafter.branches)
-        if tree.counts[0]:
+        proposal = self.tree().proposal(shape or block_size - 1)
+        if proposal.counts[0]:
             self.drafter.drafts[self.source] += 1
-        return tree
+        return proposal
 
 
 @dataclass(frozen=True, slots=True)

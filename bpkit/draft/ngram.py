@@ -15,7 +15,7 @@ from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RowText, RunningText
 from bpkit.decode.trees import TreeShape
 from bpkit.draft.config import NGRAM_BLOCK_SIZE
-from bpkit.draft.stores.trees import COUNTED, Continuations, Counted, drafted_tree
+from bpkit.draft.stores.trees import COUNTED, Continuations, ContinuationTree
 from bpkit.types import NGRAM, Feature, work_of
 
 
@@ -64,6 +64,7 @@ class NgramSession:
         self.sizes, self.branches, self.tokens = drafter.sizes, drafter.branches, text.tokens
         self.deepest = drafter.trained_block_size - 1
         self.kept = 1 if self.branches == 1 else COUNTED
+        self.grown: ContinuationTree | None = None
         self.indexed = 1
         """Up to where n-grams may end that are in `ends`."""
         self.ends: dict[tuple[int, ...], list[int]] = {}
@@ -76,7 +77,16 @@ class NgramSession:
                     ends = self.ends.setdefault(tuple(self.tokens[end - size : end]), [])
                     ends.append(end)
                     del ends[: -self.kept]
-        self.indexed = len(self.tokens)
+        self.indexed, self.grown = len(self.tokens), None
+
+    def tree(self) -> ContinuationTree:
+        """What followed, of which the latest comes first."""
+        if self.grown is None:
+            ends, size = self.find()
+            texts = [self.tokens[end : end + self.deepest] for end in reversed(ends)]
+            root = Continuations(texts, latest_first=True)
+            self.grown = ContinuationTree(root, size, self.deepest, self.branches)
+        return self.grown
 
     def find(self) -> tuple[list[int], int]:
         """Where the longest n-gram at the end of the text that was there before ended, and its length."""
@@ -87,17 +97,12 @@ class NgramSession:
         return [], 0
 
     def offer(self, most: int) -> Offer:
-        ends, size = self.find()
         if self.branches > 1:
-            return Counted.at(self.continuations(ends), size, min(most, self.deepest))
+            return self.tree().offer(most)
+        ends, size = self.find()
         return Offer(self.tokens[ends[-1] : ends[-1] + most], size) if ends else Offer([])
-
-    def continuations(self, ends: list[int]) -> Continuations:
-        """What followed, the latest first."""
-        return Continuations([self.tokens[end : end + self.deepest] for end in reversed(ends)], latest_first=True)
 
     def draft(self, block_size: int, draw: Draw, go_on: GoOn | None, shape: TreeShape | None = None) -> Proposal:
         if self.branches > 1:
-            ends, _ = self.find()
-            return drafted_tree(self.continuations(ends), shape or block_size - 1, self.deepest, self.branches)
+            return self.tree().proposal(shape or block_size - 1)
         return proposed(self.offer(block_size - 1))

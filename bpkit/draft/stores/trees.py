@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
@@ -96,45 +97,73 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class Counted(Offer):
-    """An offer that is the best path of a tree.
-
-    Attributes:
-        place: where the match has come to.
-    """
+    """What a store has: the likeliest token with its share, and where the match has come to."""
 
     place: Place = field(kw_only=True)
 
     @classmethod
-    def at(cls, place: Place, match: int, most: int = 1) -> Counted:
-        """What follows there: of each node the child with the highest chance, up to `most` tokens."""
-        tokens, share, below = list[int](), 1.0, place
-        while len(tokens) < most and (found := below.children(1)):
-            share = share if tokens else found[0].share
-            tokens.append(found[0].token)
-            below = found[0].below
-        return cls(tokens, match, share, place=place)
+    def at(cls, place: Place, match: int) -> Counted:
+        first = place.children(1)
+        return cls([branch.token for branch in first], match, first[0].share if first else 1.0, place=place)
 
 
-def drafted_tree(root: Place, wanted: int | TreeShape, deepest: int, branches: int) -> Proposal:
-    """A tree of what follows as the proposal of its row.
+class ContinuationTree:
+    """The best tree of what follows a match, which grows as far as it is asked for.
 
     Args:
-        wanted: nodes of the best tree, or the tree. deepest: tokens of a path. branches: children of a node.
+        root: where the match has come to. match: its length.
+        deepest: tokens of a path. branches: children of a node.
     """
-    below: dict[int, list[Branch]] = {}
 
-    def children(place: int, node: Node | None) -> list[float]:
-        at, depth = (root, 0) if node is None else (below[node.parent][node.rank].below, node.position + 1)
-        below[place] = at.children(branches) if depth < deepest else []
-        return [branch.chance for branch in below[place]]
+    def __init__(self, root: Place, match: int, deepest: int, branches: int) -> None:
+        self.root, self.match, self.deepest, self.branches = root, match, deepest, branches
+        self.below: dict[int, list[Branch]] = {}
+        """Children of nodes, by their places; of -1 those of the anchor."""
+        self.nodes: list[Node] = []
+        self._further = best_nodes(self._children)
 
-    nodes = best_nodes(children, wanted) if isinstance(wanted, int) else shaped_nodes(children, wanted)
-    return Proposal(
-        torch.tensor([[below[node.parent][node.rank].token for node in nodes]], dtype=torch.long),
-        None,
-        None,
-        [len(nodes)],
-        parents=torch.tensor([[node.parent for node in nodes]], dtype=torch.long),
-        chances=torch.tensor([[node.chance for node in nodes]], dtype=torch.float32),
-        positions=[1 + min(len(nodes), deepest)],
-    )
+    def _children(self, place: int, node: Node | None) -> list[float]:
+        at, depth = (self.root, 0) if node is None else (self.branch(node).below, node.position + 1)
+        self.below[place] = at.children(self.branches) if depth < self.deepest else []
+        return [branch.chance for branch in self.below[place]]
+
+    def branch(self, node: Node) -> Branch:
+        """What a node was made of."""
+        return self.below[node.parent][node.rank]
+
+    def first(self, count: int) -> list[Node]:
+        """The best nodes, so many if there are."""
+        self.nodes += islice(self._further, max(0, count - len(self.nodes)))
+        return self.nodes[:count]
+
+    def offer(self, most: int) -> Offer:
+        """The best path, of each node the first child, as far as it lies in the tree of `most` nodes."""
+        path = [-1]
+        for place in range(most):
+            if not self.below.get(path[-1], [True]):  # nothing follows it
+                break
+            nodes = self.first(place + 1)
+            if len(nodes) <= place:
+                break
+            if nodes[place].parent == path[-1] and nodes[place].rank == 0:
+                path.append(place)
+        on_path = [self.branch(self.nodes[place]) for place in path[1:]]
+        return Offer([branch.token for branch in on_path], self.match, on_path[0].share if on_path else 1.0)
+
+    def proposal(self, wanted: int | TreeShape) -> Proposal:
+        """The best tree of so many nodes, or the one of such a shape, as the proposal of its row."""
+        if isinstance(wanted, int):
+            return self._proposed(self.first(wanted))
+        other = ContinuationTree(self.root, self.match, self.deepest, self.branches)
+        return other._proposed(shaped_nodes(other._children, wanted))
+
+    def _proposed(self, nodes: list[Node]) -> Proposal:
+        return Proposal(
+            torch.tensor([[self.branch(node).token for node in nodes]], dtype=torch.long),
+            None,
+            None,
+            [len(nodes)],
+            parents=torch.tensor([[node.parent for node in nodes]], dtype=torch.long),
+            chances=torch.tensor([[node.chance for node in nodes]], dtype=torch.float32),
+            positions=[1 + min(len(nodes), self.deepest)],
+        )
