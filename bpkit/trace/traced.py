@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -211,10 +211,18 @@ class TracedDrafter:
 
     def offer(self, most: int) -> list[Offer]:
         match, share = self.drafts.matches
-        lengths, tokens = self.drafts.draft_length[:, -1], self.drafts.tokens
-        return [
-            Offer(tokens[at, -1, : lengths[at]].tolist(), int(match[at]), float(share[at])) for at in _at(self.text)
-        ]
+        return [Offer(self._best_path(at), int(match[at]), float(share[at])) for at in _at(self.text)]
+
+    def _best_path(self, at: int) -> list[int]:
+        """Tokens of the largest draft; of a tree, of each node the first child."""
+        length, tokens = self.drafts.draft_length[at, -1], self.drafts.tokens[at, -1]
+        if self.drafts.nodes is None:
+            return cast("list[int]", tokens[:length].tolist())
+        path = [-1]
+        for node, parent in enumerate(self.drafts.nodes[0][at, -1, :length].tolist()):
+            if parent == path[-1]:
+                path.append(node)
+        return [int(tokens[node]) for node in path[1:]]
 
     def draft(
         self,
@@ -238,7 +246,7 @@ class TracedDrafter:
         lengths = [length if size > 1 else 0 for length, size in zip(lengths, block_size, strict=True)]
         read = max(self.waiting, default=0)
         whole = self._proposal(at, columns, lengths, read)
-        if go_on is not None and self.work.may_end_early:
+        if go_on is not None and self.work.may_end_early and self.drafts.nodes is None:
             lengths = self._ended(whole, lengths, go_on)
             whole = self._proposal(at, columns, lengths, read)
         self._drafted(lengths, block_size)
@@ -304,21 +312,34 @@ class TracedDrafter:
         width = max(lengths)
         found = torch.from_numpy(self.drafts.tokens[at, columns, :width]).long()
         features = {name: torch.from_numpy(value[at, columns, :width]) for name, value in self.features.items()}
-        nodes = self._nodes(at, columns, width)
         if min(lengths) < width:  # behind a row's own tokens the tables hold none, or those of another size
             real = torch.arange(width) < torch.tensor(lengths)[:, None]
             found = found.where(real, 0)
             features = {name: _masked(value, real) for name, value in features.items()}
-        return Proposal(found, None, None, lengths, read, {Feature.DRAFT_TOKENS: found, **features}, *nodes)
+        return Proposal(
+            found,
+            None,
+            None,
+            lengths,
+            read,
+            {Feature.DRAFT_TOKENS: found, **features},
+            **self._nodes(at, columns, lengths),
+        )
 
-    def _nodes(
-        self, at: Sequence[int], columns: Sequence[int], width: int
-    ) -> tuple[Tensor, Tensor, Tensor] | tuple[()]:
-        """Parents, chances and places of traced trees; nothing of chains."""
+    def _nodes(self, at: Sequence[int], columns: Sequence[int], lengths: Sequence[int]) -> dict[str, Any]:
+        """Of traced trees what proposals have beside tokens; nothing of chains."""
         if self.drafts.nodes is None:
-            return ()
+            return {}
+        width, sizes = max(lengths), self.drafts.tables[0].block_sizes
+        # A store looks no further than it finds something; a model computes what it was asked for.
+        drafted = [length + 1 for length in lengths] if self.work.free else sizes[columns].tolist()
         parents, chances = (torch.from_numpy(table[at, columns, :width]) for table in self.drafts.nodes)
-        return parents.long(), chances, torch.arange(width).expand(len(at), width)
+        return {
+            "parents": parents.long(),
+            "chances": chances,
+            "places": torch.arange(width).expand(len(at), width),
+            "positions": [self.source.draft_size(size) for size in drafted],
+        }
 
     def keep(self, rows: Sequence[int]) -> None:
         self.waiting = [self.waiting[row] for row in rows]

@@ -33,6 +33,7 @@ class Finished:
             greedy drafts.
         keep_hidden: also keep the drafter's hidden states.
         branches: candidates of each position to keep; 1 keeps none beside the drafted token.
+        trees: whether drafts are trees, of which the nodes are kept.
     """
 
     ids: Tensor
@@ -45,6 +46,7 @@ class Finished:
     target_probabilities: Positions | None = None
     keep_hidden: bool = False
     branches: int = 1
+    trees: bool = False
 
     @property
     def rows(self) -> int:
@@ -71,6 +73,7 @@ class Drafts:
         hidden: float32 [rows, sizes, width, drafter hidden], made when the first is put.
         candidates: of blocks with branches, int64 [rows, sizes, width, branches]; None without branches.
         candidate_chances: their chances and probabilities, as in `CandidateTable`, float32 [2, *the same*].
+        parents, chances: of trees, as in `DraftTable`: int64 and float32 [rows, sizes, width]; None of others.
         match_length, match_share: of free sources, as in `DraftTable`: int64 and float64 [rows].
     """
 
@@ -86,6 +89,8 @@ class Drafts:
             of_all = (*shape, min(finished.branches, finished.vocab_size))
             self.candidates = torch.full(of_all, -1)
             self.candidate_chances = torch.full((2, *of_all), float("nan"))
+        self.parents = torch.full(shape, -1) if finished.trees else None
+        self.chances = torch.full(shape, float("nan")) if finished.trees else None
         self.match_length: Tensor | None = None
         self.match_share: Tensor | None = None
 
@@ -172,7 +177,9 @@ class Drafts:
         # Tokens that a processor ruled out have the score -inf and no share in the entropy.
         below = (scores - scores.amax(dim=-1, keepdim=True)).clamp_(min=-1e30)
         entropy = -probabilities.amax(dim=-1).log() - torch.linalg.vecdot(probabilities, below)
-        target, matches = self.finished.target_probabilities, entropy.new_full(entropy.shape, float("nan"))
+        # Of trees there is none: the target's distribution is known after the tokens that came to be alone.
+        target = None if self.finished.trees else self.finished.target_probabilities
+        matches = entropy.new_full(entropy.shape, float("nan"))
         if target is not None and bool((inside := index < len(target)).any()):
             matches[inside] = match_probability(target[index[inside]], probabilities[inside])
         return probabilities.gather(-1, tokens[:, None])[:, 0], entropy, matches
@@ -197,11 +204,36 @@ def num_accepted(drafted: Tensor, output: Tensor) -> Tensor:
         output counts one less.
     """
     rows, _, width = drafted.shape
-    padded = torch.cat([output, output.new_full((width,), -2)])
-    right = padded[1:].unfold(0, width, 1)[:rows]  # int64 [rows, width]: the output from each row's position on
-    stands = (drafted == right[:, None]).cumprod(dim=-1).sum(dim=-1)
-    left = torch.arange(rows, 0, -1) - 1
-    return stands.minimum(left[:, None])
+    stands = (drafted == to_come(output, rows, width)[:, None]).cumprod(dim=-1).sum(dim=-1)
+    return stands.minimum(room(rows))
+
+
+def nodes_accepted(drafted: Tensor, parents: Tensor, output: Tensor) -> Tensor:
+    """How deep the path goes of each tree that stands; as `num_accepted`.
+
+    Args:
+        drafted, parents: int64 [rows, sizes, width], -1 where nothing was drafted.
+    """
+    rows, _, width = drafted.shape
+    right = torch.cat([to_come(output, rows, width), output.new_full((rows, 1), -2)], dim=1)
+    # Depth that the path has come to at each node, -1 where it does not stand; of the anchor in the last place.
+    reached = torch.full((*drafted.shape[:-1], width + 1), -1)
+    reached[..., -1] = 0
+    for node in range(width):
+        before = reached.gather(-1, parents[..., node, None] % (width + 1))
+        stands = (before >= 0) & (drafted[..., node, None] == right.gather(1, before[..., 0].clamp(min=0))[..., None])
+        reached[..., node, None] = torch.where(stands, before + 1, -1)
+    return reached.amax(dim=-1).minimum(room(rows))
+
+
+def to_come(output: Tensor, rows: int, width: int) -> Tensor:
+    """The output from each row's position on, -2 behind its end: int64 [rows, width]."""
+    return torch.cat([output, output.new_full((width,), -2)])[1:].unfold(0, width, 1)[:rows]
+
+
+def room(rows: int) -> Tensor:
+    """Drafted tokens that may stand at most: the last token of the output is the target's own. int64 [rows, 1]."""
+    return torch.arange(rows - 1, -1, -1)[:, None]
 
 
 def ranks(candidates: Tensor, output: Tensor) -> Tensor:
@@ -214,9 +246,7 @@ def ranks(candidates: Tensor, output: Tensor) -> Tensor:
         int64 [rows, sizes, width].
     """
     rows, _, width, branches = candidates.shape
-    padded = torch.cat([output, output.new_full((width,), -2)])
-    right = padded[1:].unfold(0, width, 1)[:rows]
-    same = candidates == right[:, None, :, None]
+    same = candidates == to_come(output, rows, width)[:, None, :, None]
     found = torch.where(same.any(dim=-1), same.int().argmax(dim=-1), branches)
     return found.masked_fill(candidates[..., 0] < 0, -1)
 

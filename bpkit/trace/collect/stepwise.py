@@ -50,7 +50,7 @@ def _features(finished: Finished, first: int, end: int) -> list[Tensor] | None:
 
 
 def _look_up(drafter: Drafter, finished: Finished, drafts: Drafts) -> bool:
-    """Stores: looking leaves the session as it was, and a draft is the beginning of the offer, so that one serves.
+    """Stores: looking leaves the session as it was, and a draft is the beginning of a larger one, so that one serves.
 
     Returns:
         Whether the drafter makes offers.
@@ -68,23 +68,33 @@ def _look_up(drafter: Drafter, finished: Finished, drafts: Drafts) -> bool:
         assert offers is not None
         (offered,) = offers
         drafts.match_length[row], drafts.match_share[row] = offered.match, offered.share
-        tokens = torch.tensor(offered.tokens, dtype=torch.long)
+        proposal = session.draft([finished.width + 1], _draw(finished, text), None) if finished.trees else None
         for column, block_size in enumerate(finished.block_sizes):
-            length = min(len(tokens), block_size - 1)
-            drafts.tokens[row, column, :length] = tokens[:length]
+            if proposal is None:
+                length = min(len(offered.tokens), block_size - 1)
+                drafts.tokens[row, column, :length] = torch.tensor(offered.tokens[:length], dtype=torch.long)
+            else:
+                _put(drafts, row, column, proposal)
     return True
 
 
 def _put(drafts: Drafts, row: int, column: int, proposal: Proposal) -> None:
-    """Enter one proposal, measured by its own scores."""
-    (count,), scores, hidden = proposal.counts, proposal.scores, proposal.hidden
+    """Enter one proposal, or the beginning of a larger one, measured by its own scores."""
+    scores, hidden = proposal.scores, proposal.hidden
+    count = min(proposal.counts[0], drafts.finished.block_sizes[column] - 1)
     tokens = proposal.tokens[0, :count]
     where = slice(row, row + 1), slice(column, column + 1), slice(0, count)
+    if drafts.parents is not None and drafts.chances is not None:
+        tree = proposal.as_tree()
+        assert tree.parents is not None
+        assert tree.chances is not None
+        drafts.parents[where], drafts.chances[where] = tree.parents[0, :count], tree.chances[0, :count]
     if scores is None or count == 0:
         drafts.tokens[where] = tokens
     else:
-        states = None if hidden is None else hidden[0, :count]
-        drafts.put(where, lambda piece: (scores[0, piece].float(), tokens[piece]), states)
+        of_tokens = proposal.of_tokens(scores)[0, :count].float()
+        states = None if hidden is None else proposal.of_tokens(hidden)[0, :count]
+        drafts.put(where, lambda piece: (of_tokens[piece], tokens[piece]), states)
 
 
 def _draw(finished: Finished, text: RunningText) -> Draw:

@@ -28,7 +28,7 @@ from bpkit.draft.early_exit import EarlyExitDrafter
 from bpkit.prompts import Prompt
 from bpkit.trace.collect.autoregressive import trace_rollouts
 from bpkit.trace.collect.block_diffusion import trace_blocks
-from bpkit.trace.collect.drafts import Drafts, Finished, num_accepted, ranks
+from bpkit.trace.collect.drafts import Drafts, Finished, nodes_accepted, num_accepted, ranks
 from bpkit.trace.collect.pieces import HeldNoise, keep_freed_memory
 from bpkit.trace.collect.stepwise import trace_step_by_step
 from bpkit.trace.collect.target_pass import TargetPass, target_passes
@@ -110,12 +110,7 @@ def refuse_untraceable(decoder: SpeculativeDecoder) -> None:
         )
     for drafter in sources_of(decoder.drafter):
         branches = getattr(drafter, "branches", 1)
-        if branches > 1 and not drafts_side_by_side(drafter):
-            raise ValueError(
-                f"drafter {drafter.name} drafts trees (branches={branches}), and traces hold those of block diffusion "
-                "alone: trace it with branches=1, and measure its trees live, with `bpkit bench`"
-            )
-        if branches > MOST_CANDIDATES:
+        if branches > MOST_CANDIDATES and drafts_side_by_side(drafter):
             raise ValueError(
                 f"drafter {drafter.name} has {branches} branches, and a trace holds at most {MOST_CANDIDATES} "
                 f"candidates of a position: trace it with branches={MOST_CANDIDATES}"
@@ -155,7 +150,9 @@ class Tracer:
                 f"{drafter.name} are several drafters: trace each by itself, the second with the outputs of the first, "
                 "and read the traces together, as `bpkit trace` does"
             )
-        self.branches = getattr(drafter, "branches", 1)
+        branches = getattr(drafter, "branches", 1)
+        self.branches = branches if drafts_side_by_side(drafter) else 1
+        self.trees = branches > self.branches
         # Larger trees are made of the candidates of the trained size.
         largest = drafter.max_block_size if self.branches == 1 else drafter.trained_block_size
         if not options.block_sizes or min(options.block_sizes) < 2 or max(options.block_sizes) > largest:
@@ -277,6 +274,7 @@ class Tracer:
             target_probabilities=None if noise is None else seen.probabilities(output.processors),
             keep_hidden=Feature.DRAFT_HIDDEN in self.options.features,
             branches=self.branches,
+            trees=self.trees,
         )
 
     def _trace(self, output: Output, seen: TargetPass, finished: Finished, drafts: Drafts) -> PromptTrace:
@@ -322,17 +320,24 @@ class Tracer:
         if Feature.DRAFT_HIDDEN in self.options.features:
             nothing = drafts.probability[..., None][..., :0]
             found[Feature.DRAFT_HIDDEN] = nothing if drafts.hidden is None else drafts.hidden
-        sampled = Feature.DRAFT_PROBABILITY in found and self.options.seed is not None
+        sampled = Feature.DRAFT_PROBABILITY in found and self.options.seed is not None and drafts.parents is None
+        parents, chances = drafts.parents, drafts.chances
         return DraftTable(
             block_sizes=np.array(self.options.block_sizes, np.int32),
             draft_length=_ints(drafts.draft_length),
-            num_accepted=_ints(num_accepted(drafts.tokens, output)),
+            num_accepted=_ints(
+                num_accepted(drafts.tokens, output)
+                if parents is None
+                else nodes_accepted(drafts.tokens, parents, output)
+            ),
             tokens=_ints(drafts.tokens),
             features={name: _floats(values) for name, values in found.items()},
             match_probability=_floats(drafts.match_probability) if sampled else None,
             match_length=None if drafts.match_length is None else _ints(drafts.match_length),
             match_share=None if drafts.match_share is None else drafts.match_share.numpy(),
             candidates=_candidates(drafts, output),
+            parents=None if parents is None else _ints(parents),
+            chances=None if chances is None else _floats(chances),
         )
 
 
@@ -361,7 +366,8 @@ def trace_drafts(drafter: Drafter, finished: Sequence[Finished]) -> list[Drafts]
     """
     if drafts_side_by_side(drafter):
         return trace_blocks(drafter, finished)
-    if isinstance(drafter, AutoregressiveDrafter) and type(drafter) in (AutoregressiveDrafter, EarlyExitDrafter):
+    rolled_out = type(drafter) in (AutoregressiveDrafter, EarlyExitDrafter) and getattr(drafter, "branches", 1) == 1
+    if isinstance(drafter, AutoregressiveDrafter) and rolled_out:
         return [trace_rollouts(drafter, one) if one.rows else Drafts(one) for one in finished]
     return [trace_step_by_step(drafter, one) for one in finished]
 
