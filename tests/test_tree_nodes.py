@@ -17,15 +17,19 @@ from torch import Tensor
 
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.drafter import Drafter, GoOn, Proposal
+from bpkit.decode.parts import new_layer
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RunningText
+from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.config import HierarchyConfig
+from bpkit.draft.early_exit import EarlyExitDrafter
 from bpkit.draft.hierarchy import HierarchyDrafter
 from bpkit.draft.ngram import NgramDrafter
 from bpkit.draft.stores.files import open_store
 from bpkit.policy import Policy, State
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
+from bpkit.testing.models import EXIT_LAYER
 from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.collect.drafts import nodes_accepted, num_accepted
 from bpkit.trace.collect.job import describe, run_job
@@ -45,6 +49,10 @@ class PairsOfSiblings(SecondRight):
     """Trees with scores and hidden states, that say what they cost."""
 
     work = DraftWork("nothing", "one")
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(target)
+        self.max_block_size = 9
 
     def begin(self, text: RunningText) -> PairsSession:
         return PairsSession(self, text)
@@ -87,12 +95,15 @@ def drafters(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "n-gram": NgramDrafter(branches=3, max_ngram=2, block_size=6),
         "hierarchy": HierarchyDrafter(store, HierarchyConfig(branches=3)),
         "pairs": PairsOfSiblings(pair.target),
+        "level by level": AutoregressiveDrafter(pair.target, pair.target, block_size=5, branches=2),
+        "assistant": AutoregressiveDrafter(pair.assistant, pair.target, branches=3),
+        "exit": EarlyExitDrafter(new_layer(pair.target, -1), pair.target, layer=EXIT_LAYER, branches=3),
     }
 
 
 def traced(decoder: SpeculativeDecoder, temperature: float, **more: Any) -> tuple[list[PromptTrace], TraceOptions]:
     sampling, sizes = {"temperature": temperature}, tuple(range(2, decoder.spec.max_block_size + 1))
-    options = TraceOptions(sizes, 20, sampling, SAMPLED[temperature], frozenset(more.get("features", ())))
+    options = TraceOptions(sizes, 16, sampling, SAMPLED[temperature], frozenset(more.get("features", ())))
     tracer = Tracer(decoder, options)
     return [tracer.trace(i, Prompt(str(i), "tiny", text)) for i, text in enumerate(TEXTS)], options
 
@@ -117,13 +128,32 @@ def test_replay_of_other_trees_is_the_live_decoder(
     """With the features of their nodes."""
     decoder = SpeculativeDecoder(pair.target, drafters["pairs"], "fixed:4", tokenizer=pair.tokenizer)
     traces, options = traced(decoder, temperature, features=[Feature.LAST_HIDDEN, Feature.DRAFT_HIDDEN])
-    policies: tuple[Any, ...] = ("fixed:3", "fixed:12", "joint", "tree", SomeNodes)
+    policies: tuple[Any, ...] = ("fixed:3", "joint", "tree", SomeNodes)
     assert sum(same_steps(decoder, policy, traces, options) for policy in policies) > 9
     for trace in traces:
         assert trace.drafts.match_probability is None, "the target's distribution after other tokens is not known"
         assert np.array_equal(np.isnan(trace.drafts.features[Feature.DRAFT_ENTROPY]), trace.drafts.tokens < 0)
     with pytest.raises(TraceError, match="its traces hold those that it chooses itself"):
         Replayer(decoder.spec, Shapes(), COST, seed=options.seed, strict=True).run(traces[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["level by level", "assistant", "exit"])
+def test_replay_of_trees_that_grow_level_by_level_is_the_live_decoder(
+    pair: TinyPair, drafters: dict[str, Drafter], name: str, temperature: float
+) -> None:
+    """With what waits for the drafter: it has read some of the nodes that stand, and not others."""
+    decoder = SpeculativeDecoder(pair.target, drafters[name], "fixed:4", tokenizer=pair.tokenizer)
+    traces, options = traced(decoder, temperature, features=[Feature.LAST_HIDDEN, Feature.DRAFT_HIDDEN])
+    policies: tuple[Any, ...] = ("fixed:4", "fixed:14", "tree", SomeNodes)
+    aside = sum(same_steps(decoder, policy, traces, options) for policy in policies)
+    assert aside > 0 or name != "level by level"
+
+
+def test_drafters_that_have_read_nobody_knows_what_are_refused(pair: TinyPair) -> None:
+    decoder = SpeculativeDecoder(pair.target, SecondRight(pair.target), "fixed:4", tokenizer=pair.tokenizer)
+    with pytest.raises(ValueError, match="of a SecondRight it is not known which nodes it has read"):
+        Tracer(decoder, TraceOptions((2, 3), 8))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -143,14 +173,17 @@ def test_trees_of_a_store_beside_blocks_of_a_model(
         same_steps(decoder, policy, prompts, made[0][1])
 
 
-def test_smaller_trees_are_the_beginning_of_larger_ones(pair: TinyPair, drafters: dict[str, Drafter]) -> None:
+@pytest.mark.parametrize("name", ["n-gram", "hierarchy", "assistant"])
+def test_smaller_trees_are_the_beginning_of_larger_ones(
+    pair: TinyPair, drafters: dict[str, Drafter], name: str
+) -> None:
     """And each is what the drafter drafts when it is asked for that size alone."""
-    decoder = SpeculativeDecoder(pair.target, drafters["hierarchy"], "fixed:4", tokenizer=pair.tokenizer)
+    decoder = SpeculativeDecoder(pair.target, drafters[name], "fixed:4", tokenizer=pair.tokenizer)
     traces, options = traced(decoder, 0.0)
-    for column in (0, 6, 20):
+    for column in (0, 8):
         size = options.block_sizes[column]
         own = Tracer(decoder, replace(options, block_sizes=(size,)))
-        for i, trace in enumerate(traces):
+        for i, trace in enumerate(traces[:2]):
             alone, all_sizes = own.trace(i, Prompt(str(i), "tiny", TEXTS[i])).drafts, trace.drafts
             assert all_sizes.parents is not None
             assert alone.parents is not None

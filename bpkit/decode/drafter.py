@@ -128,9 +128,10 @@ class DrafterSession(Protocol):
     """A drafter's state for the rows of one running text.
 
     One of a free source (`DraftWork.free`) also has `offer(most) -> list[Offer]`: what it would draft for each row, up
-    to so many tokens. One that learns from what the target said after a wrong token has `passed(chosen)`, which is
-    called after every step, before `advance`: `chosen[i]` are the target's tokens of row *i*, on the host, at those
-    verified positions that come after the last token that the step yields.
+    to so many tokens, of a tree the best path; what it drafts at a smaller size is the beginning of what it drafts at a
+    larger one. One that learns from what the target said after a wrong token has `passed(chosen)`, which is called
+    after every step, before `advance`: `chosen[i]` are the target's tokens of row *i*, on the host, at those verified
+    positions that come after the last token that the step yields.
     """
 
     def advance(self, features: Sequence[Tensor] | None) -> None:

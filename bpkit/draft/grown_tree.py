@@ -7,6 +7,23 @@ from collections.abc import Sequence
 from bpkit.decode.trees import TreeShape
 
 
+def were_read(parents: Sequence[int], branches: int, levels: int) -> list[bool]:
+    """Of the nodes of a draft, best first, those that were read: of each level but the deepest the first `branches`.
+
+    Args:
+        parents: of each node, by its place; -1 is the anchor. levels: how deep the tree might be.
+
+    >>> were_read([-1, 0, -1, -1, 1, 0], branches=2, levels=3)
+    [True, True, True, False, False, True]
+    """
+    depths, there, found = {-1: 0}, [0] * (levels + 1), list[bool]()
+    for node, parent in enumerate(parents):
+        depths[node] = depth = depths[parent] + 1
+        there[depth] += 1
+        found.append(depth < levels and there[depth] <= branches)
+    return found
+
+
 class GrownTree:
     """What was read of one row's tree, on the host.
 

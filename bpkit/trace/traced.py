@@ -20,6 +20,7 @@ from bpkit.decode.text import RowText, RunningText, counts, padded
 from bpkit.decode.trees import Tree, TreeShape
 from bpkit.decode.verify import Verdict
 from bpkit.draft.block_diffusion import grown
+from bpkit.draft.grown_tree import were_read
 from bpkit.trace.records import CandidateTable, DraftTable, PromptTrace
 from bpkit.trace.store.manifest import TraceError
 from bpkit.types import OF_PREFILL, Draft, Feature, SourceSpec
@@ -197,6 +198,8 @@ class TracedDrafter:
         """Positions that the next draft reads, of each row; none until prefill has decided the first tokens."""
         self.lengths: list[int | None] = [None] * len(text.rows)
         """Tokens of each row's draft since the last advance; None where it did not draft."""
+        self.tree: Proposal | None = None
+        """The last draft, if the drafter has read nodes of it."""
 
     def advance(self, features: Sequence[Tensor] | None) -> None:
         rows, work = self.text.rows, self.work
@@ -204,10 +207,27 @@ class TracedDrafter:
             self.waiting = [work.first(row.prompt_length) for row in rows]
         else:
             self.waiting = [
-                work.after_no_draft(waiting, yielded) if length is None else work.after_draft(length, yielded - 1)
-                for waiting, length, yielded in zip(self.waiting, self.lengths, self.text.counts, strict=True)
+                work.after_no_draft(waiting, yielded) if length is None else self._after_draft(row, length, yielded)
+                for row, (waiting, length, yielded) in enumerate(
+                    zip(self.waiting, self.lengths, self.text.counts, strict=True)
+                )
             ]
-        self.lengths = [None] * len(rows)
+        self.lengths, self.tree = [None] * len(rows), None
+
+    def _after_draft(self, row: int, length: int, yielded: int) -> int:
+        """Positions of a row that wait after a draft of it, of which so many tokens but one stand."""
+        if self.tree is None or self.tree.parents is None:
+            return self.work.after_draft(length, yielded - 1)
+        parents, levels = self.tree.parents[row, :length].tolist(), self.tree.draft_sizes[row] - 1
+        nodes = enumerate(zip(parents, self.tree.tokens[row].tolist(), strict=False))
+        read = were_read(parents, self.source.branches, levels)
+        children = {named: node for node, named in nodes if read[node]}
+        path = [-1]
+        for token in self.text.rows[row].newest[:-1]:
+            if (path[-1], token) not in children:
+                break
+            path.append(children[path[-1], token])
+        return yielded - len(path) + 1
 
     def offer(self, most: int) -> list[Offer]:
         match, share = self.drafts.matches
@@ -250,6 +270,7 @@ class TracedDrafter:
             lengths = self._ended(whole, lengths, go_on)
             whole = self._proposal(at, columns, lengths, read)
         self._drafted(lengths, block_size)
+        self.tree = whole if self.drafts.nodes is not None and self.work.reads == "tokens" else None
         return whole
 
     def _drafted(self, lengths: Sequence[int], block_size: Sequence[int]) -> None:

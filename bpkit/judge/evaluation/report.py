@@ -164,7 +164,8 @@ def notes_of_trees(spec: DecoderSpec) -> list[str]:
         return []
     return [
         f"Policies draft trees of up to {max(source.branches for source in spec.sources)} branches. Fixed sizes are "
-        "those of chains, the drafts without branches, and so are all bounds but oracle.tree."
+        "those of chains, the drafts without branches, and so are all bounds but oracle.tree. Of sources whose trees "
+        "were traced node by node, as of stores, they are those of the trees."
     ]
 
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bpkit.decode.drafter import Drafter, DrafterSession, Proposal, offers_of
+from bpkit.decode.drafter import Drafter, DrafterSession, Offer, Proposal, offers_of, proposed
 from bpkit.decode.sampling import Draw, Sampler, Samplers
 from bpkit.decode.sources import work_of_drafter
 from bpkit.decode.text import RowText, RunningText
+from bpkit.draft.autoregressive import LevelWiseSession
 from bpkit.trace.collect.drafts import Drafts, Finished
 
 
 @torch.no_grad()
 def trace_step_by_step(drafter: Drafter, finished: Finished) -> Drafts:
-    """Draft from every position with every block size, through the drafter's own sessions."""
+    """Draft from every position with every block size, through the drafter's own sessions.
+
+    Of stores, and of trees that grow level by level, smaller drafts are the beginnings of larger ones. Then the largest
+    serves all sizes, and one session all positions.
+    """
     drafts = Drafts(finished)
-    if work_of_drafter(drafter).free and _look_up(drafter, finished, drafts):
+    session, text = _session_at(drafter, finished, 0)
+    looked_up = work_of_drafter(drafter).free and offers_of(session, finished.width) is not None
+    if looked_up or isinstance(session, LevelWiseSession):
+        _go_along(session, text, drafts, looked_up=looked_up)
         return drafts
     for row in range(finished.rows):
         for column, block_size in enumerate(finished.block_sizes):
@@ -49,33 +57,31 @@ def _features(finished: Finished, first: int, end: int) -> list[Tensor] | None:
     return None if finished.features is None else [finished.features[0, first:end]]
 
 
-def _look_up(drafter: Drafter, finished: Finished, drafts: Drafts) -> bool:
-    """Stores: looking leaves the session as it was, and a draft is the beginning of a larger one, so that one serves.
+def _go_along(session: DrafterSession, text: RunningText, drafts: Drafts, *, looked_up: bool) -> None:
+    """Draft the largest block at each position, token after token of the output.
 
-    Returns:
-        Whether the drafter makes offers.
+    Args:
+        session, text: before the draft of row 0.
+        looked_up: whether the session makes offers, of which chains are the beginnings.
     """
-    session, text = _session_at(drafter, finished, 0)
-    if offers_of(session, finished.width) is None:
-        return False
-    drafts.match_length = torch.zeros(finished.rows, dtype=torch.long)
-    drafts.match_share = torch.zeros(finished.rows, dtype=torch.float64)
+    finished = drafts.finished
+    if looked_up:
+        drafts.match_length = torch.zeros(finished.rows, dtype=torch.long)
+        drafts.match_share = torch.zeros(finished.rows, dtype=torch.float64)
     for row in range(finished.rows):
         if row > 0:
             _append(text, finished, 1)
-            session.advance(None)
-        offers = offers_of(session, finished.width)
-        assert offers is not None
-        (offered,) = offers
-        drafts.match_length[row], drafts.match_share[row] = offered.match, offered.share
-        proposal = session.draft([finished.width + 1], _draw(finished, text), None) if finished.trees else None
-        for column, block_size in enumerate(finished.block_sizes):
-            if proposal is None:
-                length = min(len(offered.tokens), block_size - 1)
-                drafts.tokens[row, column, :length] = torch.tensor(offered.tokens[:length], dtype=torch.long)
-            else:
-                _put(drafts, row, column, proposal)
-    return True
+            read = finished.prompt_length + row
+            session.advance(_features(finished, read - 1, read))
+        (offered,) = offers_of(session, finished.width) or [Offer([])]
+        if drafts.match_length is not None and drafts.match_share is not None:
+            drafts.match_length[row], drafts.match_share[row] = offered.match, offered.share
+        if finished.trees:
+            proposal = session.draft([finished.width + 1], _draw(finished, text), None)
+        else:
+            proposal = proposed(offered)
+        for column in range(len(finished.block_sizes)):
+            _put(drafts, row, column, proposal)
 
 
 def _put(drafts: Drafts, row: int, column: int, proposal: Proposal) -> None:

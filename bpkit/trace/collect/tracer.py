@@ -20,7 +20,7 @@ from bpkit.decode.products import quick_products
 from bpkit.decode.result import Generation, RunMany
 from bpkit.decode.sampling import Processors
 from bpkit.decode.serving import session_class
-from bpkit.decode.sources import sources_of
+from bpkit.decode.sources import sources_of, work_of_drafter
 from bpkit.decode.timing import Stopwatch
 from bpkit.draft.autoregressive import AutoregressiveDrafter
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
@@ -52,6 +52,8 @@ PARTS = ("generation", "target pass", "draft passes", "the rest")
 """Where the time of tracing a prompt goes."""
 MOST_CANDIDATES = 16
 """Candidates of a position that a trace holds at most."""
+ROLLED_OUT = (AutoregressiveDrafter, EarlyExitDrafter)
+"""Drafters of which it is known how they draft token after token, and trees level by level."""
 TOP = 64
 """First tokens whose log-probabilities are kept."""
 
@@ -114,6 +116,12 @@ def refuse_untraceable(decoder: SpeculativeDecoder) -> None:
             raise ValueError(
                 f"drafter {drafter.name} has {branches} branches, and a trace holds at most {MOST_CANDIDATES} "
                 f"candidates of a position: trace it with branches={MOST_CANDIDATES}"
+            )
+        if branches > 1 and work_of_drafter(drafter).reads == "tokens" and type(drafter) not in ROLLED_OUT:
+            raise ValueError(
+                f"drafter {drafter.name} reads tokens and drafts trees (branches={branches}), and of a "
+                f"{type(drafter).__name__} it is not known which nodes it has read: trace it with branches=1, or "
+                "measure it live, with `bpkit bench`"
             )
         if getattr(drafter, "depends_on_steps", False):
             raise ValueError(
@@ -366,8 +374,7 @@ def trace_drafts(drafter: Drafter, finished: Sequence[Finished]) -> list[Drafts]
     """
     if drafts_side_by_side(drafter):
         return trace_blocks(drafter, finished)
-    rolled_out = type(drafter) in (AutoregressiveDrafter, EarlyExitDrafter) and getattr(drafter, "branches", 1) == 1
-    if isinstance(drafter, AutoregressiveDrafter) and rolled_out:
+    if isinstance(drafter, AutoregressiveDrafter) and type(drafter) in ROLLED_OUT and drafter.branches == 1:
         return [trace_rollouts(drafter, one) if one.rows else Drafts(one) for one in finished]
     return [trace_step_by_step(drafter, one) for one in finished]
 
