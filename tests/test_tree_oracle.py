@@ -19,6 +19,7 @@ from bpkit.decode.clock import price
 from bpkit.decode.decoder import SpeculativeDecoder
 from bpkit.decode.trees import closed
 from bpkit.draft.best_first import best_first
+from bpkit.draft.ngram import NgramDrafter
 from bpkit.draft.static_trees import best_static
 from bpkit.judge.evaluation import evaluate
 from bpkit.judge.evaluation.page import html_report
@@ -27,7 +28,7 @@ from bpkit.policy import Policy, State
 from bpkit.prompts import Prompt
 from bpkit.testing import TinyPair
 from bpkit.testing.traces import synthetic_prompt
-from bpkit.trace.collect import Tracer
+from bpkit.trace.collect import TraceOptions, Tracer
 from bpkit.trace.cost import flat
 from bpkit.trace.oracle import budgets
 from bpkit.trace.oracle.paths import oracle_step_truncate
@@ -189,7 +190,7 @@ def test_trees_that_were_traced_as_such_cost_what_their_positions_do() -> None:
     length[0] = 0  # nothing was found
     drafts = replace(made.drafts, draft_length=length, parents=np.full((2, 2, 8), -1, np.int32))
     shown = along_paths(replace(made, drafts=drafts), TREE_SPEC.sources).drafts
-    assert shown.draft_length.tolist() == [[0, 0], [2, 5]], "of six positions at most one is the anchor"
+    assert shown.draft_length.tolist() == [[0, 0], [2, 5]], "of six positions one is the anchor"
     assert shown.num_accepted is drafts.num_accepted
 
 
@@ -421,3 +422,18 @@ def test_regret_is_left_out_where_drafters_have_read_unknown_nodes() -> None:
     assert group["oracle"]["tree"]["tokens_per_second"] > group["policies"]["fixed"]["tokens_per_second"]
     assert "autoregressive drafter has read" in group["policies"]["fixed"]["regret"]["reason"]
     assert "autoregressive drafter has read" in group["best_fixed"]["regret"]["reason"]
+
+
+def test_regret_of_store_trees_sums_alike(pair: TinyPair) -> None:
+    """Trees that were traced node by node, one for each size; where nothing is found, nothing is drafted."""
+    decoder = SpeculativeDecoder(pair.target, NgramDrafter(branches=3), "fixed:4", tokenizer=pair.tokenizer)
+    tracer = Tracer(decoder, TraceOptions(tuple(range(2, 13)), 24, {"temperature": 1.0}, 5))
+    for index, text in enumerate(("f(x) = 2 * x", "1, 2, 1, 2, 1, 3, 1, 2")):
+        prompt = tracer.trace(index, Prompt(str(index), "tiny", text))
+        shown = along_paths(prompt, decoder.spec.sources)
+        known = oracle_step_truncate(shown, decoder.spec.work, TREE_COST)
+        for policy in ("fixed:3", "fixed:12", "tree"):
+            taken = Replayer(decoder.spec, policy, TREE_COST, seed=5).run(prompt)
+            regret = tree_regret(shown, decoder.spec.work, TREE_COST, known, taken)
+            assert regret.min() >= -1e-12
+            assert regret.sum() == pytest.approx(taken.seconds(TREE_COST) - known.seconds, abs=1e-12)

@@ -32,9 +32,8 @@ def _along_paths(drafts: DraftTable, source: SourceSpec) -> DraftTable:
     if drafts.candidates is not None:
         return replace(drafts, num_accepted=reach(drafts.candidates, room(drafts.rows), source.branches))
     if drafts.parents is not None:  # its length is what it costs, which no path of it exceeds
-        positions = [source.draft_size(size) - 1 for size in drafts.block_sizes.tolist()]
-        length = np.where(drafts.draft_length > 0, np.array(positions), 0).astype(np.int32)
-        return replace(drafts, draft_length=length)
+        most = source.draft_size(source.max_block_size) - 1
+        return replace(drafts, draft_length=np.minimum(drafts.draft_length, most))
     return drafts
 
 
