@@ -432,7 +432,7 @@ def test_regret_of_store_trees_sums_alike(pair: TinyPair) -> None:
         prompt = tracer.trace(index, Prompt(str(index), "tiny", text))
         shown = along_paths(prompt, decoder.spec.sources)
         known = oracle_step_truncate(shown, decoder.spec.work, TREE_COST)
-        for policy in ("fixed:3", "fixed:12", "tree"):
+        for policy in ("fixed:3", "fixed:12", "tree:block_size=12"):
             taken = Replayer(decoder.spec, policy, TREE_COST, seed=5).run(prompt)
             regret = tree_regret(shown, decoder.spec.work, TREE_COST, known, taken)
             assert regret.min() >= -1e-12
