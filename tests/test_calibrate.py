@@ -165,6 +165,19 @@ def test_what_grows_with_the_width_is_not_lost_in_the_rest(pair: TinyPair) -> No
         assert price(cost, work).total == pytest.approx(clock.charge(Seconds(), work).total - DECISION, rel=0.05)
 
 
+def test_a_larger_tree_is_drafted_at_the_price_of_the_block() -> None:
+    timed = [
+        (Work(min(size, 4), 1, width, 10), Seconds(draft=0.1 * min(size, 4), verify=1 + 0.1 * width, rest=0.1))
+        for size in range(2, 9)
+        for width in range(1, size + 1)
+        for _ in range(40)
+    ]
+    timed += [(Work(0, 0, 1, 10), Seconds(verify=1.1, rest=0.1))] * 40
+    figures = estimate(TimedSteps.of(timed), 8, work_of(BLOCK_DIFFUSION))
+    assert [figures.seconds("draft", size, 10) for size in (2, 4, 6, 8)] == pytest.approx([0.2, 0.4, 0.4, 0.4])
+    assert figures.seconds("verify", 8, 10) == pytest.approx(1.8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [AUTOREGRESSIVE, NGRAM])
 def test_other_drafters_are_priced_by_what_they_drafted(pair: TinyPair, kind: str) -> None:

@@ -86,8 +86,10 @@ def _tables(steps: TimedSteps, largest: int, work: DraftWork) -> dict[str, Any]:
     """The tables of steps that have one number of rows, with their spread."""
     known = (steps.width == 1).any()
     drafts, catch_up = draft_cells(steps)
-    if work.passes == "none" and drafts and drafts[-1].size < largest:
-        # It may never have found as much, and what it does is next to free.
+    # Of trees more nodes are verified than positions are drafted, which are no more in a larger one.
+    trees = bool((steps.width > steps.draft_size)[steps.drafted].any())
+    if (trees or work.passes == "none") and drafts and drafts[-1].size < largest:
+        # Of stores: they may never have found as much, and what they do is next to free.
         drafts.append(drafts[-1].model_copy(update={"size": largest}))
     widths, contexts = verify_cells(steps) if known else ([], [])
     if largest not in {cell.size for cell in drafts} or not {1, largest} <= {cell.size for cell in widths}:
