@@ -230,33 +230,28 @@ def test_methods_fit_the_drafter() -> None:
 
 def bench(**speed: float) -> dict[str, Any]:
     """Measurements of two prompts under each policy, at so many tokens a second."""
+    named = {name.replace("_", ":").replace("of:chains", "@block-diffusion"): rate for name, rate in speed.items()}
     rows = [
-        {"contestant": name.replace("_", ":"), "prompt": prompt, "tokens": 10, "seconds": 10 / rate}
-        for name, rate in speed.items()
+        {"contestant": name, "prompt": prompt, "tokens": 10, "seconds": 10 / rate}
+        for name, rate in named.items()
         for prompt in ("a", "b")
     ]
-    names: dict[Any, Any] = {row["contestant"]: {} for row in rows}
-    return {
-        "measurements": rows,
-        "settings": {"seed": 0},
-        "machine": {"cpu": "c"},
-        "overall": {"policies": names},
-        "domains": {},
-    }
+    overall = {"policies": {name: {"identical_text": True} for name in named}}
+    return {"measurements": rows, "settings": {"seed": 0}, "machine": {"cpu": "c"}, "overall": overall}
 
 
 def test_the_best_chain_is_the_fastest_of_the_bench() -> None:
-    trees, chains = bench(tree=30.0, fixed_4=1.0), bench(fixed_4=20.0, fixed_8=25.0, goodput=99.0)
-    found = live_figures(Live(trees, chains, "tree", ["fixed:4", "fixed:8"]))
-    assert found["best_chain"] == "fixed:8"
+    report = bench(tree=30.0, fixed_4of_chains=20.0, fixed_8of_chains=25.0, fixed_8=99.0)
+    chains = ["fixed:4@block-diffusion", "fixed:8@block-diffusion"]
+    found = live_figures(Live(report, "tree", chains))
+    assert found["best_chain"] == "fixed:8@block-diffusion"
     assert found["ratio_to_best_chain"]["value"] == pytest.approx(1.2)
     assert found["ratio_to_best_chain"]["interval"] == pytest.approx([1.2, 1.2])
-    assert found["ratio_to_each_chain"]["fixed:4"]["value"] == pytest.approx(1.5)
-    with pytest.raises(ValueError, match="run without other"):
-        live_figures(Live(trees, chains, "other", ["fixed:4"]))
-    chains["measurements"] = [row for row in chains["measurements"] if row["prompt"] == "a"]
-    with pytest.raises(ValueError, match="not measured on the same prompts"):
-        live_figures(Live(trees, chains, "tree", ["fixed:4"]))
+    assert found["ratio_to_each_chain"]["fixed:4@block-diffusion"]["value"] == pytest.approx(1.5)
+    with pytest.raises(ValueError, match="run without other: name them"):
+        live_figures(Live(report, "other", chains))
+    with pytest.raises(ValueError, match="run without chains: name them with --policy, chains such as fixed:6@"):
+        live_figures(Live(report, "tree", []))
 
 
 def test_the_headline_is_of_the_rule_that_validation_chose() -> None:
@@ -265,7 +260,7 @@ def test_the_headline_is_of_the_rule_that_validation_chose() -> None:
         nodes = {"at_most": {"4": {"best": "best_first", "trees": trees}}}
         return {"nodes": nodes, "speed": {"h200": {"trees": {"tree": {"tokens_per_second_ratio": {"value": 1.1}}}}}}
 
-    live = Live(bench(tree=30.0), bench(fixed_4=20.0), "tree", ["fixed:4"])
+    live = Live(bench(tree=30.0, fixed_4=20.0), "tree", ["fixed:4"])
     found = summarise({"greedy": figures(5.0), "sampled": figures(7.0)}, {"sampled": live})
     assert found["headline"] == {
         "case": "greedy",
@@ -287,13 +282,13 @@ def test_the_command_writes_one_file(pair: TinyPair, tmp_path: Path, recipe: Cal
         texts = [Prompt(f"{part}-{i}", "tiny", text) for i, text in enumerate(TEXTS)]
         run_job(tmp_path / part, describe(decoder, texts, options), texts, Tracer(decoder, options))
     (tmp_path / "cost.json").write_text(COST.model_dump_json())
-    (tmp_path / "trees.json").write_text(json.dumps(bench(tree=30.0)))
-    (tmp_path / "chains.json").write_text(json.dumps(bench(fixed_4=20.0, goodput=40.0)))
+    measured = bench(tree=30.0, fixed_4of_chains=20.0, goodputof_chains=40.0, fixed_9=50.0)
+    (tmp_path / "live.json").write_text(json.dumps(measured))
     out = tmp_path / "out.json"
     given = ["--validation", f"tiny={tmp_path / 'validation'}", "--test", f"tiny={tmp_path / 'test'}"]
     more = ["--cost", f"mine={tmp_path / 'cost.json'}", "--orders", "1"]
     trees = ["--tree", "tree=tree", "--tree", "fixed=fixed:8"]
-    live = ["--live", f"tiny={tmp_path / 'trees.json'}", "--live-chains", f"tiny={tmp_path / 'chains.json'}"]
+    live = ["--live", f"tiny={tmp_path / 'live.json'}"]
     chains = ["--chain", "goodput=goodput", "--chain", "threshold=threshold"]
     command = ("trees-summary", *given, "--json", str(out))
     result = recipe(*command, *more, *trees, *live, *chains)
@@ -311,5 +306,5 @@ def test_the_command_writes_one_file(pair: TinyPair, tmp_path: Path, recipe: Cal
     assert json.loads(out.read_bytes())["cases"]["tiny"]["speed"] == {}
     wrong = recipe(*command[:-4], "--test", f"other={tmp_path / 'test'}", "--json", str(out))
     assert wrong.exit_code != 0
-    assert "--test tiny=... is missing" in wrong.output
+    assert "--validation and --test name different cases" in wrong.output
     assert "write a name and what it is of" in recipe(*command, "--cost", "mine").output

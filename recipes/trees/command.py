@@ -16,7 +16,6 @@ from bpkit.cli.terminal import progress_bar, say
 from bpkit.files import check_writable, write_json
 from bpkit.progress import Progress
 
-_OF_CASE = "Of a case, as NAME=FILE; repeat for more cases."
 _OF_TRACE = "of drafts with branches; of a case, as NAME=FOLDER; repeat for more cases."
 _OF_METHOD = "of which the fastest on validation prompts counts; as NAME=SPEC; repeat for more specs and methods."
 
@@ -38,10 +37,11 @@ def trees_summary(
         list[str] | None, typer.Option(help=f"A policy on trees, {_OF_METHOD}", metavar="NAME=SPEC")
     ] = None,
     live: Annotated[
-        list[str] | None, typer.Option(help=f"`bpkit bench` on trees. {_OF_CASE}", metavar="NAME=FILE")
-    ] = None,
-    live_chains: Annotated[
-        list[str] | None, typer.Option(help=f"`bpkit bench` on chains. {_OF_CASE}", metavar="NAME=FILE")
+        list[str] | None,
+        typer.Option(
+            help="`bpkit bench` on trees, with chains such as fixed:6@block-diffusion; of a case, repeat for more.",
+            metavar="NAME=FILE",
+        ),
     ] = None,
     live_policy: Annotated[str, typer.Option(help="The policy on trees that is judged, as in the bench.")] = "tree",
     branches: Annotated[
@@ -68,13 +68,14 @@ def trees_summary(
         _pairs(test),
         [read_cost(file).model_copy(update={"name": name}) for name, file in _pairs(cost or []).items()],
     )
-    folders = {name: (folder, _of(tests, name, "--test")) for name, folder in _pairs(validation).items()}
+    folders = _pairs(validation)
+    if folders.keys() != tests.keys():
+        raise ValueError("--validation and --test name different cases: give each a trace of both")
     methods = _methods(chain or []), _methods(tree or [])
     options: dict[str, Any] = {"costs": costs, "branches": branches, "orders": orders, "limit": limit, "seed": seed}
     with progress_bar() as bar:
-        cases = {name: _case(*both, *methods, progress=bar, **options) for name, both in folders.items()}
-    measured = _live(live or [], live_chains or [], live_policy)
-    report = summarise(cases, measured)
+        cases = {name: _case(folders[name], tests[name], *methods, progress=bar, **options) for name in folders}
+    report = summarise(cases, _live(live or [], live_policy))
     write_json(out, {"command": portable(sys.argv[1:]), **report})
     say(f"wrote {out}")
     say(json.dumps(report["headline"], indent=2))
@@ -132,17 +133,20 @@ def _ticked(items: Iterable[Any], progress: Progress) -> Iterable[Any]:
         yield item
 
 
-def _live(trees: list[str], chains: list[str], policy: str) -> dict[str, Any]:
-    """Of the cases that have benches; every fixed size of the chains' is a chain to compare with."""
+def _live(given: list[str], policy: str) -> dict[str, Any]:
+    """Of the cases that have benches; chains are the fixed sizes that have a drafter of their own, without branches."""
     from recipes.trees.summary import Live
 
-    of_chains, found = _pairs(chains), {}
-    for name, file in _pairs(trees).items():
-        on_trees, on_chains = (
-            json.loads(Path(each).read_bytes()) for each in (file, _of(of_chains, name, "--live-chains"))
-        )
-        fixed = [one for one in on_chains["overall"]["policies"] if one.startswith("fixed:")]
-        found[name] = Live(on_trees, on_chains, policy, fixed)
+    found = {}
+    for name, file in _pairs(given).items():
+        report = json.loads(Path(file).read_bytes())
+        parts = {one: one.partition("@") for one in report["overall"]["policies"]}
+        chains = [
+            one
+            for one, (size, at, drafter) in parts.items()
+            if size.startswith("fixed:") and at and "branches=" not in drafter
+        ]
+        found[name] = Live(report, policy, chains)
     return found
 
 
@@ -165,9 +169,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not name or not value:
         raise ValueError(f"{text}: write a name and what it is of, such as greedy=TRACE")
     return name, value
-
-
-def _of(found: dict[str, str], name: str, option: str) -> str:
-    if name not in found:
-        raise ValueError(f"{option} {name}=... is missing")
-    return found[name]

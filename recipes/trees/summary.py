@@ -14,16 +14,15 @@ Report = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Live:
-    """What `bpkit bench` measured of the same prompts: trees, and chains, maybe in one file.
+    """What `bpkit bench` measured of trees and of chains.
 
     Attributes:
-        tree, chain: policies, as they are named there.
+        tree, chains: policies, as they are named there.
     """
 
-    trees: Report
-    chains: Report
+    report: Report
     tree: str
-    chain: Sequence[str]
+    chains: Sequence[str]
 
 
 def summarise(cases: Mapping[str, Report], live: Mapping[str, Live]) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def summarise(cases: Mapping[str, Report], live: Mapping[str, Live]) -> dict[str
         cases: with `nodes` and `speed`. live: of some of them.
 
     Raises:
-        ValueError: a bench lacks a policy or a prompt.
+        ValueError: a bench lacks a policy.
     """
     figures = {name: dict(case) for name, case in cases.items()}
     for name, measured in live.items():
@@ -70,12 +69,15 @@ def _ratios(case: Report) -> dict[str, dict[str, float]]:
 
 def live_figures(live: Live) -> dict[str, Any]:
     """Tokens/s on trees over those of each chain, by the clock, paired over prompts; the best chain is that here."""
-    ratios, trees = {}, _rows(live.trees, live.tree, "tree")
-    for chain in live.chain:
-        chains = _rows(live.chains, chain, "chain")
-        if {row["prompt"] for row in trees} != {row["prompt"] for row in chains}:
-            raise ValueError(f"{live.tree} and {chain} were not measured on the same prompts")
-        percent = gain({"measurements": [*trees, *chains], "settings": live.trees["settings"]}, "tree", "chain")
+    policies, ratios = live.report["overall"]["policies"], {}
+    missing = [name for name in (live.tree, *live.chains) if name not in policies]
+    if missing or not live.chains:
+        raise ValueError(
+            f"bpkit bench was run without {', '.join(missing) or 'chains'}: name them with --policy, chains such as "
+            "fixed:6@block-diffusion"
+        )
+    for chain in live.chains:
+        percent = gain(live.report, live.tree, chain)
         ratios[chain] = {
             "value": 1 + percent["value"] / 100,
             "interval": [1 + end / 100 for end in percent["interval"]],
@@ -86,14 +88,7 @@ def live_figures(live: Live) -> dict[str, Any]:
         "best_chain": best,
         "ratio_to_best_chain": ratios[best],
         "ratio_to_each_chain": ratios,
-        "machine": live.trees["machine"],
-        "settings": {"trees": live.trees["settings"], "chains": live.chains["settings"]},
+        "texts_equal": {name: policies[name]["identical_text"] for name in (live.tree, *live.chains)},
+        "machine": live.report["machine"],
+        "settings": live.report["settings"],
     }
-
-
-def _rows(report: Report, policy: str, name: str) -> list[dict[str, Any]]:
-    """Measurements of one policy, under another name. Raises ValueError if there are none."""
-    rows = [{**row, "contestant": name} for row in report["measurements"] if row["contestant"] == policy]
-    if not rows:
-        raise ValueError(f"bpkit bench was run without {policy}: name it with --policy")
-    return rows
