@@ -19,7 +19,7 @@ NODES = (4, 8, 16, 32)
 Floats = NDArray[np.float64]
 
 
-class HeldOut:
+class ComparedSteps:
     """Steps of test prompts, compared with those of the best chain."""
 
     def __init__(self, test: Sequence[KeptDrafts], seed: int) -> None:
@@ -78,7 +78,7 @@ def at_most(
     Args:
         replays: of policies on trees that verify as many, which are rules with nothing open.
     """
-    rules, held = rules_of(validation, branches), HeldOut(test, seed)
+    rules, held = rules_of(validation, branches), ComparedSteps(test, seed)
     oracles = {count: [fewest_steps(best_nodes(one, count, branches)) for one in test] for count in nodes}
     return {
         str(count): _at_most(
@@ -95,7 +95,7 @@ def _at_most(
     nodes: int,
     replays: Mapping[str, ReplayedSteps],
     oracle: Floats,
-    held: HeldOut,
+    held: ComparedSteps,
 ) -> dict[str, Any]:
     chosen: dict[str, Any] = {name: one.policy for name, one in replays.items()}
     tuned = {name: float(one.validation.sum()) for name, one in replays.items()}
@@ -135,7 +135,7 @@ def on_average(
     That is what verifying by confidence comes to, of chains drafted at any size and of trees drafted at the largest.
     Size and threshold are chosen on validation prompts.
     """
-    held, found = HeldOut(test, seed), {}
+    held, found = ComparedSteps(test, seed), {}
     cut: dict[str, Callable[[KeptDrafts], NDArray[np.int64]]] = {
         CHAIN: lambda one: one.chains,
         "trees": lambda one: one.trees[:, None],
