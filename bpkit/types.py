@@ -478,6 +478,7 @@ class Draft:
             by its scores and, at temperatures above 0, the noise that it shares with the target. Float32
             [batch, draft_length], not calibrated; NaN of sources that draft chains; None where all drafts are chains.
         nodes: which of a tree are verified, for the runtime.
+        whole: the draft before it was cut to them, for the runtime; None where nobody wants to know.
         positions: anchor and positions that the drafter computed for each row, for the runtime.
     """
 
@@ -493,6 +494,7 @@ class Draft:
     parents: Tensor | None = None
     chances: Tensor | None = None
     nodes: Any = None
+    whole: Draft | None = None
     positions: Sequence[int] = ()
 
     def __post_init__(self) -> None:
@@ -569,6 +571,27 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTree:
+    """The tree that was drafted in a step, on the host. What lies behind a row's `draft_length` is padding.
+
+    Attributes:
+        tokens: int64 [batch, nodes].
+        parents, chances: as in `Draft`, [batch, nodes].
+        verified: which of them were, bool [batch, nodes].
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    chances: Tensor
+    verified: Tensor
+
+    def row(self, place: int) -> StepTree:
+        """That of one row."""
+        at = slice(place, place + 1)
+        return StepTree(self.tokens[at], self.parents[at], self.chances[at], self.verified[at])
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One turn of the loop, on the host.
 
@@ -590,6 +613,7 @@ class Step:
             sources. int64 [batch, sources], else None.
         path: of drafts that are trees the tokens that stand, by their places in the draft: int64 [batch, width], of
             each row `num_accepted`, and -1 behind them. None where drafts are chains.
+        tree: what was drafted, where drafts are trees and an observer `wants_trees`; else None.
     """
 
     block_size: Tensor
@@ -606,6 +630,7 @@ class Step:
     source: Tensor = None  # type: ignore[assignment]
     offer_agreed: Tensor | None = None
     path: Tensor | None = None
+    tree: StepTree | None = None
 
     def __post_init__(self) -> None:
         if self.source is None:
@@ -636,6 +661,7 @@ class Step:
             stopped=stopped,
             offer_agreed=None if self.offer_agreed is None else self.offer_agreed[at],
             path=None if self.path is None else self.path[at, : int(self.num_accepted[place])],
+            tree=None if self.tree is None else self.tree.row(place),
         )
 
     @property

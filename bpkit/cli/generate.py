@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from bpkit.cli import options
 from bpkit.cli.errors import when_interrupted
 from bpkit.cli.terminal import progress_bar, say
 from bpkit.config import Config
+from bpkit.files import check_writable, write_at_once
 from bpkit.prompts import BATCH_SIZE, Prompt, all_prompts
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from bpkit.decode.decoder import SpeculativeDecoder
     from bpkit.decode.result import Generation
-    from bpkit.types import DecoderSpec
+    from bpkit.types import DecoderSpec, Step
 
 DEFAULT_NEW_TOKENS = 256
 STEPS_IN_A_LINE = 20
@@ -80,6 +81,21 @@ def generate(
     stats: Annotated[
         bool, typer.Option("--stats", help="Afterwards, on stderr: speed, steps, where time went.")
     ] = False,
+    tree: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the tree of a step, what was verified of it and what stands, as SVG; with drafters of trees.",
+            metavar="FILE",
+        ),
+    ] = None,
+    tree_step: Annotated[
+        int | None,
+        typer.Option(
+            help="Which step, from 1; by default the one in which most stands that is not on the drafter's best path.",
+            metavar="N",
+            min=1,
+        ),
+    ] = None,
 ) -> None:
     """Generate text from a prompt, and stream it as it is decided.
 
@@ -98,26 +114,62 @@ def generate(
     """
     if (prompts is None) != (out is None):
         raise ValueError("--prompts FILE and --out FILE belong together: many prompts, and where their texts go")
+    if tree_step is not None and tree is None:
+        raise ValueError("--tree-step says which step --tree FILE draws: give both")
     if prompts is not None and out is not None:
         if prompt is not None or file is not None:
             raise ValueError("give one prompt, or --prompts FILE, not both")
+        if tree is not None:
+            raise ValueError("--tree draws a step of one prompt: leave it out, or give that prompt without --prompts")
         texts = all_prompts(prompts, chat=chat)
         write_texts(texts, out, config, stop, batch_size=batch_size, prefill_chunk=prefill_chunk)
         return
     text = read_prompt(prompt, file)
+    if tree is not None:
+        check_writable(tree, suffixes=(".svg",))
     from bpkit.cli.models import in_chat, load_decoder
+    from bpkit.judge.tree_picture import StepTrees
 
-    kept = "The text until then is all that was written."
-    with when_interrupted(kept), closing(load_decoder(config, observers=config.observers or ())) as decoder:
+    kept, seen = "The text until then is all that was written.", StepTrees()
+    observers = [*(config.observers or ()), *([seen] if tree else [])]
+    with when_interrupted(kept), closing(load_decoder(config, observers=observers)) as decoder:
+        if tree is not None:
+            refuse_chains(decoder)
         wanted = config.sampling.options(max_new_tokens=DEFAULT_NEW_TOKENS) | {"seed": config.sampling.seed}
         if stop:
             wanted["stop_strings"] = stop
         ready = in_chat(decoder, [Prompt("", "", text, chat=chat)])[0].text
         result, seconds = stream(decoder, ready, **wanted)
+    if tree is not None:
+        draw_tree(tree, seen.steps, tree_step, result, decoder)
     if stats:
         say("")
         for line in describe(result, seconds, decoder.spec):
             say(line)
+
+
+def refuse_chains(decoder: SpeculativeDecoder) -> None:
+    """Raise ValueError if no source of a decoder drafts trees."""
+    if all(source.branches == 1 for source in decoder.spec.sources):
+        raise ValueError(
+            f"--tree draws trees, and {decoder.spec.drafter} drafts chains: use a drafter with branches, such as "
+            "--drafter block-diffusion:branches=4"
+        )
+
+
+def draw_tree(
+    file: Path, steps: Sequence[Step], number: int | None, result: Generation, decoder: SpeculativeDecoder
+) -> None:
+    """Write the picture of a step's tree."""
+    from bpkit.judge.tree_picture import TreePicture, step_to_draw
+
+    assert decoder.tokenizer is not None
+    number = step_to_draw(steps, number)
+    step, tokens = steps[number - 1], result.sequences[0].tolist()
+    before = len(tokens) - result.tokens.shape[1] + int(step.position)
+    picture = TreePicture.of(step, number, tokens[:before], decoder.tokenizer.decode)
+    write_at_once(file, picture.svg())
+    say(f"wrote {file}: {picture.title}")
 
 
 def write_texts(prompts: list[Prompt], out: Path, config: Config, stop: list[str] | None, **batch: Any) -> None:

@@ -438,7 +438,8 @@ class SpeculativeDecoder:
 
     def _shared(self) -> Shared:
         watch = Stopwatch(GuardedClock(self.clock))
-        return Shared(TimedPolicy(self.policy, self.spec, watch, strict=self.strict), watch, self.spec, self._wants())
+        policy = TimedPolicy(self.policy, self.spec, watch, strict=self.strict)
+        return Shared(policy, watch, self.spec, self._wants(), self.observers.want_trees)
 
     def _running(self, requests: Iterable[Request], *, most: int = 1, chunk: int | None = None) -> Running:
         """Rows that begin when somebody asks for the first record."""

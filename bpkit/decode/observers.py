@@ -100,9 +100,11 @@ class Observer:
 
     Class attributes:
         Config: an `ObserverConfig` with the options and their defaults.
+        wants_trees: whether steps are to say which trees were drafted (`Step.tree`), which takes a read of the device.
     """
 
     Config: ClassVar[type[ObserverConfig]] = ObserverConfig
+    wants_trees: ClassVar[bool] = False
 
     def __init__(self, config: ObserverConfig | None = None, **options: Any) -> None:
         """Take a ready config, or options to validate. Raises PolicyError; what cannot work is refused here."""
@@ -168,6 +170,11 @@ class Observers:
         except Exception:
             self.close()
             raise
+
+    @property
+    def want_trees(self) -> bool:
+        """Whether any wants the trees that were drafted."""
+        return any(observer.wants_trees for observer in self.active)
 
     def tell(self, method: str, *arguments: Any) -> None:
         """Call a method of all; one that fails is not told of anything again."""

@@ -32,6 +32,7 @@ from bpkit.types import (
     Prefill,
     SourceWork,
     Step,
+    StepTree,
     Work,
 )
 
@@ -67,6 +68,7 @@ class Shared:
 
     Attributes:
         wants: features to compute.
+        keeps_trees: whether steps say which trees were drafted.
         watch: on which target, drafter and policy note their time.
     """
 
@@ -74,6 +76,7 @@ class Shared:
     watch: Stopwatch
     spec: DecoderSpec
     wants: frozenset[Feature]
+    keeps_trees: bool = False
 
 
 @dataclass
@@ -252,7 +255,9 @@ class Rows:
             return draft, [*map(min, policy.truncate(draft), self._deepest())]
         parents, device = draft.parents.tolist(), draft.tokens.device
         nodes = VerifiedNodes.of(parents, policy.keep_nodes(draft), self._deepest(), device)
-        return replace(draft, tokens=nodes.tokens(draft.tokens), nodes=nodes), [len(row) for row in nodes.places]
+        whole = draft if self.shared.keeps_trees else None
+        cut = replace(draft, tokens=nodes.tokens(draft.tokens), nodes=nodes, whole=whole)
+        return cut, [len(row) for row in nodes.places]
 
     def _deepest(self) -> list[int]:
         """Drafted tokens of each row, one after the other, that may be verified."""
@@ -312,7 +317,19 @@ class Rows:
             source=draft.source,
             offer_agreed=self.drafter.agreed([row.newest for row in self.text.rows]),
             path=None if draft.nodes is None else self._path(draft.nodes.places, decided),
+            tree=None if draft.whole is None else self._tree(draft.whole, draft.nodes.places),
         )
+
+    @staticmethod
+    def _tree(whole: Draft, places: Sequence[Sequence[int]]) -> StepTree:
+        """What was drafted, with one more read of the device."""
+        (tokens,), _, _ = to_host_with([whole.tokens], {}, None)
+        verified = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, nodes in enumerate(places):
+            verified[row, list(nodes)] = True
+        assert whole.parents is not None
+        assert whole.chances is not None
+        return StepTree(tokens, whole.parents, whole.chances, verified)
 
     @staticmethod
     def _path(places: Sequence[Sequence[int]], decided: Decided) -> Tensor:
