@@ -162,9 +162,9 @@ def test_larger_trees_are_drafted_at_the_price_of_the_block() -> None:
     prices = NodePrices(passes, range(2, 33), 1, 10, features=False, slope=0.0)
     assert prices.drafts[[0, 1, 7, 31]].tolist() == pytest.approx([0.0, 0.1, 0.4, 0.4])
     assert prices.nodes[[0, 8, 31]].tolist() == pytest.approx([1.1, 1.9, 4.2])
-    survival = np.full((2, 31), 0.3)
-    assert prices.draft_length(survival, rate=2.0, before=0.0) == 31, "0.3 for 0.1 s of a rate of 2 a node"
-    assert prices.draft_length(survival, rate=4.0, before=0.0) == 0
+    assert prices.draft_length(np.full(31, 0.3), before=0.0) == 31, "10.3 tokens in 4.6 s, and one in 1.1 s"
+    assert prices.draft_length(np.full(31, 0.1), before=0.0) == 0, "4.1 tokens in 4.6 s"
+    assert prices.draft_length(np.array([0.9, 0.9, 0.1]), before=0.0) == 2, "2.8 in 1.7 s, 1.9 in 1.3 s, 2.9 in 1.8 s"
     assert bound(TreePolicy(), replace(decoder(trained=8, largest=32), branches=4), cost).most == 31
 
 
@@ -197,13 +197,13 @@ def test_what_was_tested_is_counted() -> None:
 
 def test_nodes_that_never_stand_are_left_out_in_time() -> None:
     policy = bound(TreePolicy(slope=0.1))
-    draft = tree([[-1, -1]], [[0.6, 0.3]])
+    draft = tree([[-1, -1]] * 2, [[0.6, 0.3]] * 2)
     state = policy.begin(draft.context)
     sizes = []
     for _ in range(60):
         policy.select(state, draft.context)
         sizes.append(policy.truncate(state, draft)[0].tolist())
-        policy.observe(state, replace(step([sum(sizes[-1])], [1]), path=torch.tensor([[0]])))
+        policy.observe(state, replace(step([sum(sizes[-1])] * 2, [1, 1]), path=torch.tensor([[0], [0]])))
     assert sizes[0] == [True, True]
     assert sizes[-1] == [True, False]
 

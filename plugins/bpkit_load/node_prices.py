@@ -75,16 +75,15 @@ class NodePrices(PositionPrices):
             better = max(rate, tokens / (drafting + taken.seconds))
         return rate
 
-    def draft_length(self, survival: Floats, rate: float, before: float) -> int:
-        """Nodes to draft for every row, so that the best of them are worth most in the mean.
+    def draft_length(self, survival: Floats, before: float) -> int:
+        """Nodes to draft for every row, all verified, with the most tokens for their time; the fewest of equals.
 
         Args:
-            survival: of drafts of the most nodes, chances that the best, second best, ... of them stands, falling,
-                float64 [drafts, most].
-            rate: tokens that a second is worth. before: seconds that a draft takes beside its price.
+            survival: chance that the best, second best, ... node of a draft stands, in the mean: falling, [most].
+            before: seconds that a draft takes beside its price.
         """
-        most = min(survival.shape[1], len(self.nodes) - 1)
-        ahead = np.append(0.0, np.cumsum(survival[:, :most].mean(axis=0)))
-        worth = self.rows * ahead - rate * (self.nodes + self.drafts)[: most + 1]
-        worth[1:] -= rate * before
-        return int(worth.argmax())
+        most = min(len(survival), len(self.nodes) - 1)
+        tokens = 1 + np.append(0.0, np.cumsum(survival[:most]))
+        seconds = (self.nodes + self.drafts)[: most + 1]
+        seconds[1:] += before
+        return int((tokens / seconds).argmax())

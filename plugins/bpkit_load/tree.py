@@ -28,6 +28,8 @@ that wait for the drafter."""
 MOST_NODES = 63
 LARGEST_EVERY, SEEN = 16, 16
 """Steps from one draft of the most nodes to the next, and such drafts that say how many nodes pay."""
+WEIGHT, KEPT = 8.0, 0.998
+"""Drafts that what chances say counts for beside what was accepted, and the weight of the past of that."""
 USUAL = 3
 """Positions that wait for a draft where no row is new, at most."""
 
@@ -55,12 +57,14 @@ class TreePolicyMemory(PolicyMemory):
     Fields:
         accepted, tested: nodes by range of depths and of the drafter's chance.
         survival: of the last drafts of the most nodes, chances that the best, second best, ... stands.
+        places: of drafts that were verified whole, how often the first, second, ... node stood, and was there.
         rates: tokens and seconds by range of rows, from `int.bit_length`.
     """
 
     accepted: list[list[Count]] = []
     tested: list[list[Count]] = []
     survival: list[list[Count]] = []
+    places: list[list[Count]] = []
     rates: dict[int, tuple[Count, Count]] = {}
 
 
@@ -74,8 +78,10 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
     trees. `rate` is what a second is worth: the tokens per second of the last steps with about as many rows, by the
     prices of the cost model. `seconds` is its price of a target pass that is as wide as the widest row has nodes.
 
-    The nodes to draft are so many that the best of them, chosen like that, are worth most in the mean over the last
-    drafts of the most nodes, of which there is one every sixteen steps.
+    The nodes to draft are so many that all of them bring the most tokens for their time, in the mean over the last
+    drafts of the most nodes, of which there is one every sixteen steps. Of one row alone all of them are verified in
+    between: to choose from each draft brought no more than the right number did, and takes a decision's time. How often
+    each place in such drafts stood says more of the mean than chances do.
 
     A chain is a tree of one path: its chances are the drafter's probabilities, of a drafter without any 0.7 at first.
     """
@@ -87,6 +93,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
     config: TreePolicyConfig
     counted: NodeChances
     survival: Floats
+    places: Floats
     rates: dict[int, tuple[float, float]]
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
@@ -133,7 +140,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         self._until_largest -= 1
         length = self.most
         if not self._whole and self.config.block_size is None and self.config.nodes is None:
-            length = prices.draft_length(self.survival, self._rate, usual)
+            length = prices.draft_length(self._mean_survival(rows), usual)
         self._drafting = float(prices.drafts[length]) + (self._before if length else 0.0)
         self._seconds = self._drafting + float(prices.nodes[0])  # where nothing is drafted, all that there is
         return context.full(length + 1)
@@ -144,6 +151,10 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
 
         from bpkit_load.node_chances import Paths
 
+        if draft.context.batch_size == 1 and not self._whole and self.config.nodes is None:
+            length = draft.draft_length
+            self._seconds = self._drafting + float(self._prices(draft.context).nodes[int(length[0])])
+            return length
         there = np.arange(draft.tokens.shape[1]) < draft.draft_length.numpy()[:, None]
         parents, chances = self._tree(draft, there)
         paths = Paths(parents)
@@ -205,6 +216,16 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         self._seconds = self._drafting + chosen.seconds
         return chosen.counts
 
+    def _mean_survival(self, rows: int) -> Floats:
+        """Of the best, second best, ... node of a draft the chance to stand, in the mean: falling, float64 [most]."""
+        import numpy as np
+
+        mean = np.asarray(self.survival.mean(axis=0))
+        if rows > 1:
+            return mean
+        stood, there = self.places[:, : len(mean)]
+        return np.minimum.accumulate((stood + WEIGHT * mean) / (there + WEIGHT))
+
     def _prices(self, context: Context) -> NodePrices:
         return self.costs.of(context.batch_size, int(context.context_length.max()))
 
@@ -227,7 +248,10 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
             if step.path is not None:
                 path = step.path.numpy()
             ended = np.array(step.stopped or [False] * rows)
-            self.counted.count(state[CELLS].numpy(), state[PARENTS].numpy(), path, ended)
+            if rows == 1 and (state[CELLS] < 0).all():  # nothing was chosen from it
+                self._count_places(path[0], int(step.verify_length[0]))
+            else:
+                self.counted.count(state[CELLS].numpy(), state[PARENTS].numpy(), path, ended)
         kept, (tokens, seconds) = self.config.rate_discount, self.rates.get(rows.bit_length(), (0.0, 0.0))
         self.rates[rows.bit_length()] = (
             kept * tokens + float(accepted.sum()) + rows,
@@ -238,6 +262,11 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         elif self.work.waits:
             state[WAITING] += 1
 
+    def _count_places(self, path: Any, verified: int) -> None:
+        self.places *= KEPT
+        self.places[1, :verified] += 1
+        self.places[0, path[path >= 0]] += 1
+
     # Memory
 
     @property
@@ -247,6 +276,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
             accepted=counted.accepted.tolist() if counted.tested.any() else [],
             tested=counted.tested.tolist() if counted.tested.any() else [],
             survival=self.survival.tolist(),
+            places=self.places.tolist() if self.places.any() else [],
             rates=dict(self.rates),
         )
 
@@ -260,6 +290,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         if known.tested:
             self.counted.accepted, self.counted.tested = np.array(known.accepted), np.array(known.tested)
         self.survival = np.array(known.survival or np.zeros((0, 0)))
+        self.places = np.array(known.places or np.zeros((2, MOST_NODES)))
         self.rates = dict(known.rates)
 
     def fitted(self, memory: TreePolicyMemory) -> TreePolicyMemory:
@@ -268,6 +299,8 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         for counts in (memory.accepted, memory.tested) if memory.accepted or memory.tested else ():
             if [len(row) for row in counts] != [SHAPE[1]] * SHAPE[0]:
                 raise PolicyError(f"this is no memory of TreePolicy (counts are not {SHAPE[0]} rows of {SHAPE[1]})")
+        if memory.places and [len(row) for row in memory.places] != [MOST_NODES] * 2:
+            raise PolicyError(f"this is no memory of TreePolicy (places are not 2 rows of {MOST_NODES})")
         if len({len(row) for row in memory.survival}) > 1:
             raise PolicyError("this is no memory of TreePolicy (survival is not of drafts of equal length)")
         return memory
