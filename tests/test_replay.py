@@ -184,7 +184,7 @@ def test_replay_is_the_live_decoder_step_for_step_on_a_tiny_pair(pair: TinyPair,
     decoder = SpeculativeDecoder(pair.target, drafters(pair)[kind], "fixed:4", tokenizer=pair.tokenizer)
     options = TraceOptions(
         tuple(range(2, 11)),
-        20,
+        14,
         {"temperature": temperature},
         None if temperature == 0 else 5,
         OF_THE_CONTEXT | ({Feature.DRAFT_HIDDEN} & decoder.drafter.provides),
@@ -203,7 +203,7 @@ def test_replay_is_the_live_decoder_step_for_step_on_the_shipped_pair(shipped: S
     decoder = SpeculativeDecoder(shipped.target, shipped.drafter, "fixed:6", tokenizer=shipped.tokenizer)
     options = TraceOptions(
         tuple(range(2, 17)),
-        32,
+        24,
         {"temperature": temperature},
         None if temperature == 0 else 5,
         OF_THE_CONTEXT | {Feature.DRAFT_HIDDEN},
@@ -211,7 +211,7 @@ def test_replay_is_the_live_decoder_step_for_step_on_the_shipped_pair(shipped: S
     tracer = Tracer(decoder, options)
     one_of_each_domain = list(enumerate(choose_prompts(None, [], 2)))[1::2]
     traces = [tracer.trace(i, prompt) for i, prompt in one_of_each_domain]
-    assert temperature == 0 or min(trace.output_length for trace in traces) < 32, "a text that ends by itself"
+    assert temperature == 0 or min(trace.output_length for trace in traces) < 24, "a text that ends by itself"
     policies = fitting(decoder, OF_THE_SHIPPED_PAIR)
     assert policies == OF_THE_SHIPPED_PAIR
     for policy in policies:

@@ -127,14 +127,14 @@ def test_what_is_read_is_what_was_traced(
     features = frozenset(map(Feature, tables.MORE_OF_PROMPTS.names)) | (
         {Feature.DRAFT_HIDDEN} if kind != "n-gram" else set()
     )
-    options = TraceOptions(SIZES, 10, sampling, 3 if sampling["temperature"] else None, features)
+    options = TraceOptions(SIZES, 6, sampling, 3 if sampling["temperature"] else None, features)
     tracer = EndsAtOnce(decoder, options)
     tracer.short = frozenset(short)
     expected = [tracer.trace(i, prompt) for i, prompt in enumerate(PROMPTS)]
     manifest = run_job(tmp_path / "t", describe(decoder, PROMPTS, options), PROMPTS, tracer)
     found = open_trace(tmp_path / "t")
     for i, (mine, other) in enumerate(zip(found, expected, strict=True)):
-        assert mine.output_length == (1 if i in short else 10)
+        assert mine.output_length == (1 if i in short else 6)
         if Feature.DRAFT_HIDDEN in features and i in short:  # no drafts, no width
             assert mine.drafts.features.pop(Feature.DRAFT_HIDDEN).shape[:3] == (0, len(SIZES), max(SIZES) - 1)
             del other.drafts.features[Feature.DRAFT_HIDDEN]
