@@ -32,7 +32,7 @@ real: fetch  ## the demo on it
 test: $(VENV)/.ready  ## every test, in a quarter of an hour on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-fast: $(VENV)/.ready  ## without the tests marked `slow`: under two minutes
+test-fast: $(VENV)/.ready  ## without the tests marked `slow`
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
 
 gpu: $(VENV)/.ready  ## what a GPU gives: texts, step times, graphs; eight minutes, without network; tiny sizes on a CPU
