@@ -348,11 +348,16 @@ def small_drafter(kind: str, target: PreTrainedModel) -> Drafter | str:
 
 
 def p_values(decoder: SpeculativeDecoder, law: dict[tuple[int, ...], float], draws: int = DRAWS) -> list[float]:
-    """p-values of the joint of each pair of neighbouring tokens of real outputs."""
-    found: Counter[tuple[int, ...]] = Counter()
-    for seed in range(draws):
-        made = decoder.generate(PROMPT, max_new_tokens=LENGTH, temperature=1.0, top_k=0, seed=seed)
-        found[tuple(made.tokens[0].tolist())] += 1
+    """p-values of the joint of each pair of neighbouring tokens of real outputs.
+
+    Rows run side by side, which takes a quarter of the time; the first few are decoded alone as well.
+    """
+    rows = [{"prompt": PROMPT, "seed": seed, "stream_id": 0} for seed in range(draws)]
+    options: dict[str, Any] = {"max_new_tokens": LENGTH, "temperature": 1.0, "top_k": 0}
+    outputs = [tuple(made.tokens[0].tolist()) for made in decoder.generate(rows, batch_size=50, **options)]
+    for seed in range(20):
+        assert outputs[seed] == tuple(decoder.generate(PROMPT, seed=seed, **options).tokens[0].tolist())
+    found = Counter(outputs)
     values = []
     for at in range(LENGTH - 1):
         counts: Counter[tuple[int, ...]] = Counter()
@@ -438,8 +443,7 @@ class LooksAhead(Policy):
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
         entropy = draft[Feature.DRAFT_ENTROPY]
-        unsure = entropy.shape[1] > 1 and float(entropy[0, 1]) > 0.65
-        return draft.full(0) if unsure else draft.draft_length
+        return draft.draft_length.masked_fill((entropy[:, 1:2] > 0.65).any(dim=1), 0)
 
 
 @pytest.mark.slow
