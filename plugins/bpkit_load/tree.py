@@ -26,8 +26,8 @@ PARENTS, CELLS, WAITING = "parents", "cells", "waiting"
 """Of a state: parents of the last draft's nodes; where each is counted, -1 of those that were not verified; positions
 that wait for the drafter."""
 MOST_NODES = 63
-LARGEST_EVERY, SEEN = 16, 16
-"""Steps from one draft of the most nodes to the next, and such drafts that say how many nodes pay."""
+LARGEST_EVERY, FEWEST, SEEN = 16, 4, 16
+"""Steps from one draft of the most nodes to the next, and how many such drafts, at first and at last, say what pays."""
 WEIGHT, KEPT = 8.0, 0.998
 """Drafts that what chances say counts for beside what was accepted, and the weight of the past of that."""
 USUAL = 3
@@ -38,7 +38,7 @@ class TreePolicyConfig(PolicyConfig):
     """Options of `tree`."""
 
     block_size: BlockSize = Field(
-        default=None, description="nodes to draft, and the anchor; by default as many as pay, up to 63"
+        default=None, description="nodes to draft, and the anchor; by default as many as pay, up to 63 nodes"
     )
     nodes: int | None = Field(
         default=None,
@@ -105,14 +105,14 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
             self.wants_optional = frozenset({Feature.DRAFT_PROBABILITY})  # type: ignore[misc]
         elif cost is not None:
             cost = PassCosts(cost, source)
-        most = min(self.config.block_size or MOST_NODES + 1, decoder.max_block_size)
+        most = min(self.config.block_size or MOST_NODES + 1, MOST_NODES + 1, decoder.max_block_size)
         self.sizes, self.work = priced(cost, range(2, most + 1)), decoder.work
         self.most = max(self.sizes, default=1) - 1
         self.costs = KeptCosts(
             NodePrices, cost, self.sizes, features=bool(self.wants_optional), slope=self.config.slope
         )
-        self.length, self._until_largest = self.most, 0
-        self._rate, self._seconds, self._before, self._whole = 0.0, 0.0, 0.0, False
+        self._until_largest, self._whole = 0, False
+        self._rate, self._drafting, self._seconds = 0.0, 0.0, 0.0
 
     # Decisions
 
@@ -132,16 +132,16 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
             return context.full(1)
         prices = self._prices(context)
         waiting = int(state[WAITING].max())
-        self._before, usual = prices.catch_up(waiting), prices.catch_up(min(waiting, USUAL))
+        before, usual = prices.catch_up(waiting), prices.catch_up(min(waiting, USUAL))
         self._rate = self._lately(rows)
-        self._whole = self._until_largest <= 0 or not self._rate or len(self.survival) < min(SEEN, 4)
+        self._whole = self._until_largest <= 0 or not self._rate or len(self.survival) < FEWEST
         if self._whole:
             self._until_largest = LARGEST_EVERY
         self._until_largest -= 1
         length = self.most
         if not self._whole and self.config.block_size is None and self.config.nodes is None:
             length = prices.draft_length(self._mean_survival(rows), usual)
-        self._drafting = float(prices.drafts[length]) + (self._before if length else 0.0)
+        self._drafting = float(prices.drafts[length]) + (before if length else 0.0)
         self._seconds = self._drafting + float(prices.nodes[0])  # where nothing is drafted, all that there is
         return context.full(length + 1)
 
