@@ -58,6 +58,7 @@ class TreePolicyMemory(PolicyMemory):
         accepted, tested: nodes by range of depths and of the drafter's chance.
         survival: of the last drafts of the most nodes, chances that the best, second best, ... stands.
         places: of drafts that were verified whole, how often the first, second, ... node stood, and was there.
+        until_largest: steps to the next draft of the most nodes.
         rates: tokens and seconds by range of rows, from `int.bit_length`.
     """
 
@@ -65,6 +66,7 @@ class TreePolicyMemory(PolicyMemory):
     tested: list[list[Count]] = []
     survival: list[list[Count]] = []
     places: list[list[Count]] = []
+    until_largest: int = Field(default=0, ge=0)
     rates: dict[int, tuple[Count, Count]] = {}
 
 
@@ -94,6 +96,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
     counted: NodeChances
     survival: Floats
     places: Floats
+    until_largest: int
     rates: dict[int, tuple[float, float]]
 
     def bind(self, decoder: DecoderSpec, cost: CostModel | None = None) -> None:
@@ -111,7 +114,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         self.costs = KeptCosts(
             NodePrices, cost, self.sizes, features=bool(self.wants_optional), slope=self.config.slope
         )
-        self._until_largest, self._whole = 0, False
+        self._whole = False
         self._rate, self._drafting, self._seconds = 0.0, 0.0, 0.0
 
     # Decisions
@@ -134,10 +137,10 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         waiting = int(state[WAITING].max())
         before, usual = prices.catch_up(waiting), prices.catch_up(min(waiting, USUAL))
         self._rate = self._lately(rows)
-        self._whole = self._until_largest <= 0 or not self._rate or len(self.survival) < FEWEST
+        self._whole = self.until_largest <= 0 or not self._rate or len(self.survival) < FEWEST
         if self._whole:
-            self._until_largest = LARGEST_EVERY
-        self._until_largest -= 1
+            self.until_largest = LARGEST_EVERY
+        self.until_largest -= 1
         length = self.most
         if not self._whole and self.config.block_size is None and self.config.nodes is None:
             length = prices.draft_length(self._mean_survival(rows), usual)
@@ -277,6 +280,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
             tested=counted.tested.tolist() if counted.tested.any() else [],
             survival=self.survival.tolist(),
             places=self.places.tolist() if self.places.any() else [],
+            until_largest=self.until_largest,
             rates=dict(self.rates),
         )
 
@@ -291,7 +295,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
             self.counted.accepted, self.counted.tested = np.array(known.accepted), np.array(known.tested)
         self.survival = np.array(known.survival or np.zeros((0, 0)))
         self.places = np.array(known.places or np.zeros((2, MOST_NODES)))
-        self.rates = dict(known.rates)
+        self.until_largest, self.rates = known.until_largest, dict(known.rates)
 
     def fitted(self, memory: TreePolicyMemory) -> TreePolicyMemory:
         from bpkit_load.node_chances import SHAPE

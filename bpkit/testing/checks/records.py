@@ -10,15 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bpkit.decode.guard import decision, shapes_of
+from bpkit.decode.guard import PolicyFault, decision, kept_tokens, shapes_of
+from bpkit.decode.trees import closed
 from bpkit.types import Context, Draft, Feature, Plan, Step
 
 Given = Context | Draft | Step
 """What methods of a policy are handed, beside the state."""
 G = TypeVar("G", bound=Given)
 DECIDES = ("select", "extend", "truncate")
-Decided = list[int] | list[tuple[int, int]]
-"""Of each row the number; where a Plan was returned, block size and source."""
+Decided = list[int] | list[tuple[int, int]] | list[tuple[int, ...]]
+"""Of each row the number; where a Plan was returned, block size and source; of trees the nodes that a mask keeps."""
 
 
 class NotedFeatures(UserDict[Feature, Tensor]):
@@ -94,7 +95,8 @@ def numbers(method: str, answer: Any, given: Given) -> Decided:
     """What was decided of each row. Raises PolicyFault, as the runtime does."""
     assert not isinstance(given, Step)
     if isinstance(given, Draft):
-        return decision(method, answer, given.draft_length.tolist())
+        masked = method == "truncate" and isinstance(answer, Tensor) and answer.ndim == 2
+        return _kept(answer, given) if masked else decision(method, answer, given.draft_length.tolist())
     spec, rows = given.spec, given.batch_size
     if not isinstance(answer, Plan):
         return decision(method, answer, [spec.max_block_size] * rows)
@@ -102,6 +104,17 @@ def numbers(method: str, answer: Any, given: Given) -> Decided:
     sizes = decision(method, answer.block_size, [spec.sources[source].max_block_size for source in sources])
     shapes_of(answer, sizes, [spec.sources[source] for source in sources])
     return list(zip(sizes, sources, strict=True))
+
+
+def _kept(mask: Tensor, draft: Draft) -> Decided:
+    """What a mask keeps of each row: of chains how many of the first tokens, of trees their nodes."""
+    lengths, trees = draft.draft_length.tolist(), draft.parents is not None
+    parents = draft.parents.tolist() if draft.parents is not None else [range(-1, length - 1) for length in lengths]
+    asked = kept_tokens(mask, lengths, draft.tokens.shape[1])
+    kept = [closed(*row) for row in zip(asked, parents, strict=True)]
+    if any(sum(row) > len(nodes) for row, nodes in zip(asked, kept, strict=True)):
+        raise PolicyFault("it keeps tokens without those before them on their paths")
+    return [tuple(nodes) for nodes in kept] if trees else [len(nodes) for nodes in kept]
 
 
 def row_ids(given: Given) -> tuple[int, ...]:

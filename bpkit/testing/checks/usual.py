@@ -72,15 +72,17 @@ def sizes(policy: CheckedPolicy, out: Findings) -> None:
             )
     decisions = [made for recordings in policy.usual.values() for each in recordings for made in each.decisions]
     selected, verified = (
-        sorted({_size(number) for method, answer in decisions if method == name for number in answer})
+        sorted({_size(method, number) for method, answer in decisions if method == name for number in answer})
         for name in _RANGES
     )
     out.said = f"block sizes {_range(selected)}" + (f", verified lengths {_range(verified)}" if verified else "")
 
 
-def _size(number: int | tuple[int, int]) -> int:
-    """The block size of a Plan's pair."""
-    return number[0] if isinstance(number, tuple) else number
+def _size(method: str, answer: int | tuple[int, ...]) -> int:
+    """The block size of a Plan's pair; how many nodes of a tree are kept."""
+    if isinstance(answer, int):
+        return answer
+    return len(answer) if method == "truncate" else answer[0]
 
 
 def _range(numbers: list[int]) -> str:
