@@ -30,7 +30,7 @@ from bpkit.types import Draft, Feature
 PROMPT = "1, 2, 3, 1, 2, 3, 1, 2,"
 TABLE = Path(__file__).parents[1] / "docs" / "benchmarks" / "reads.json"
 NEEDED = 2
-WITH_WEIGHTS = {"blockpilot", "forecast", "ldlp", "ldlp_threshold", "specdecpp", "onnx"}
+WITH_WEIGHTS = {"blockpilot", "delayed_tree", "forecast", "ldlp", "ldlp_threshold", "specdecpp", "onnx"}
 """They need weights for the pair: `bpkit check` runs them on the device, with fresh ones, in test_check.py."""
 
 

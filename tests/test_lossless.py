@@ -129,6 +129,7 @@ FOR_THE_SHIPPED_PAIR: tuple[PolicyLike, ...] = (
     "ldlp",
     "ldlp_threshold",
     "specdecpp",
+    "delayed_tree",
 )
 
 

@@ -47,6 +47,7 @@ BUILT_IN = {
     "batch_table",
     "blockpilot",
     "confidence",
+    "delayed_tree",
     "eesd",
     "ema",
     "exp3",
@@ -636,7 +637,7 @@ def test_policies_as_json_say_what_is_trained_and_ships() -> None:
     assert listed["schema_version"] == 1
     found = {policy["name"]: policy for policy in listed["policies"]}
     assert {name for name, policy in found.items() if policy["trainable"]} == {
-        "blockpilot", "forecast", "ldlp", "ldlp_threshold", "specdecpp"
+        "blockpilot", "delayed_tree", "forecast", "ldlp", "ldlp_threshold", "specdecpp"
     }  # fmt: skip
     assert found["specdecpp"]["weights"] == ["specdecpp", "specdecpp-autoregressive"]
     assert found["fixed"]["weights"] == []

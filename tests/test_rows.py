@@ -212,7 +212,7 @@ def test_several_of_the_prompts_end_by_their_end_token(reference: Reference, sam
     assert sum(ended) >= 6
 
 
-TRAINED = {"blockpilot", "forecast", "ldlp", "ldlp_threshold", "specdecpp", "onnx"}
+TRAINED = {"blockpilot", "delayed_tree", "forecast", "ldlp", "ldlp_threshold", "specdecpp", "onnx"}
 """Policies whose weights are of the shipped pair."""
 
 

@@ -5,7 +5,8 @@ of the policy, only inputs by name:
 
 - a feature (`bpkit.types.Feature`), float32, as in a `Context` or `Draft`;
 - a count (`COUNTS`): int64 [batch];
-- a cost curve: `step_seconds` [batch, 1 + sizes], `verify_seconds` [batch, largest size] at each row's context length,
+- a cost curve: `step_seconds` [batch, 1 + sizes], `verify_seconds` [batch, largest size] and, of drafts that are trees,
+  `draft_seconds` [batch, positions] at each row's context length,
   `typical_step_seconds` [1 + sizes] at a typical one (`bpkit.export.curves`); or, of all rows together,
   `joint_draft_seconds` and `joint_verify_seconds` [widths, positions], `catch_up_seconds` [2]
   (`bpkit.export.position_costs`);
@@ -39,10 +40,12 @@ DECIDES: dict[Method, str] = {
 }
 """The output that decides: int64 [batch], of `extend` bool [batch]. `observe` decides nothing and only keeps state."""
 COUNTS = ("position", "block_size", "draft_length", "context_length", "verify_length", "num_accepted")
+TREE = ("parents", "ranks")
+"""Outputs of `select` that say which tree to draft, as `bpkit.types.Plan` has them: int64 [batch, nodes] both."""
 JOINT_COSTS = ("joint_draft_seconds", "joint_verify_seconds", "catch_up_seconds")
 """Costs of all rows together."""
 FEATURES = frozenset(map(str, Feature))
-KNOWN = FEATURES | {*COUNTS, "step_seconds", "verify_seconds", "typical_step_seconds", *JOINT_COSTS}
+KNOWN = FEATURES | {*COUNTS, "step_seconds", "verify_seconds", "draft_seconds", "typical_step_seconds", *JOINT_COSTS}
 """Inputs that the runtime gives; every other one is state."""
 
 
@@ -83,6 +86,11 @@ _GIVEN: dict[str, tuple[str, str]] = {
         "seconds of a step without a draft, then of each block size, at this row's context length",
     ),
     "verify_seconds": ("batch size", "seconds of a target pass over 1, 2, ... positions, at this row's context length"),
+    "draft_seconds": (
+        "batch size",
+        "seconds of a step without its target pass: without a draft, then with one whose longest path has 2, 3, ... "
+        "positions, anchor included, at this row's context length",
+    ),
     "typical_step_seconds": ("size", "the same at a typical context length; it sets what a second is worth"),
     "joint_draft_seconds": (
         "size positions",
@@ -123,6 +131,19 @@ def decision(method: Method) -> Port:
         "truncate": "drafted tokens to verify",
     }
     return Port(DECIDES[method], ("batch",), "bool" if method == "extend" else "int64", meaning[method])
+
+
+def tree(nodes: int) -> tuple[Port, Port]:
+    """The outputs of `select` that say which tree to draft, of at most so many nodes."""
+    axes, meanings = (
+        ("batch", nodes),
+        ("node that each follows, -1 the anchor", "candidate that each is after it, 0 the best"),
+    )
+    parents, ranks = (
+        Port(name, axes, "int64", f"{meaning}; the first block_size - 1 count")
+        for name, meaning in zip(TREE, meanings, strict=True)
+    )
+    return parents, ranks
 
 
 def following(port: Port) -> Port:
@@ -170,6 +191,7 @@ class Export:
         block_sizes: that it chooses among, ascending from 1.
         curves: what steps cost, if a core reads it.
         drafts: block size of every draft, if no core chooses it.
+        branches: candidates that a drafter must have at each position, where a core chooses trees.
         slope: of joint costs, what a further position of a row costs without a cost model, in plain steps of that row.
         state: of policies with shared state: what the cores take besides what a runtime gives, from the policy's state
             of the rows and from what it knows itself.
@@ -179,6 +201,7 @@ class Export:
     block_sizes: list[int]
     curves: Callable[[int], Curves] | None = None
     drafts: int | None = None
+    branches: int = 1
     slope: float | None = None
     state: Callable[[State], State] | None = None
 

@@ -96,6 +96,7 @@ class Inputs:
         self.seconds = {
             "step_seconds": CurveRows(curves, attrgetter("steps")),
             "verify_seconds": CurveRows(curves, attrgetter("verify")),
+            "draft_seconds": CurveRows(curves, attrgetter("draft")),
         }
 
     def __call__(self, source: Context | Draft | Step, state: State) -> Given:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 import bpkit
-from bpkit.export.core import DECIDES, Method
+from bpkit.export.core import DECIDES, TREE, Method
 from bpkit.export.curves import CostCurves, Curves
 from bpkit.installation.distribution import install_command, requirement
 from bpkit.policy import Policy, PolicyConfig, PolicyError, State
-from bpkit.types import OF_THE_DISTRIBUTION, ON_THE_HOST, Context, CostModel, DecoderSpec, Draft, Feature, Step
+from bpkit.types import OF_THE_DISTRIBUTION, ON_THE_HOST, Context, CostModel, DecoderSpec, Draft, Feature, Plan, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +94,7 @@ class Onnx(Policy):
         description = self.loaded.description
         check_decoder(description, decoder, allow_other_models=self.config.allow_other_models)
         curves = self._curves(cost)
-        self.of_all = self._joint_inputs(decoder, cost)
+        self.of_all, self.branches = self._joint_inputs(decoder, cost), decoder.branches
         self.inputs = {
             network.method: Inputs([tensor.name for tensor in network.inputs], curves, self.of_all)
             for network in description.networks.values()
@@ -112,15 +112,16 @@ class Onnx(Policy):
         waiting = self.of_all.begin(context) if self.of_all is not None else {}
         return {**self._kept(context.batch_size), **waiting, **made}
 
-    def select(self, state: State, context: Context) -> Tensor:
+    def select(self, state: State, context: Context) -> Tensor | Plan:
         drafts = self.loaded.description.drafts
         if drafts is not None:
             return context.full(drafts)
         if "select" in self.inputs:
             made = self._ask("select", context, state)
             block_size: Tensor = made.pop(DECIDES["select"])
+            shape = [made.pop(name) for name in TREE if name in made]
             state.update(made)
-            return block_size
+            return Plan(block_size, context.full(0), *shape) if shape and self.branches > 1 else block_size
         chosen: Tensor = state[DECIDES["begin"]]
         return chosen
 
@@ -155,7 +156,7 @@ class Onnx(Policy):
             raise PolicyError(f"{self.config.path} gave values that are not finite ({', '.join(wrong)})")
         kept = {name.removeprefix("next_"): value for name, value in outputs.items()}
         self.shared.update({name: kept.pop(name) for name in self.shared if name in kept})
-        wanted = {DECIDES.get(method), *self.loaded.description.state}
+        wanted = {DECIDES.get(method), *TREE, *self.loaded.description.state}
         return {name: value for name, value in kept.items() if name in wanted}
 
     def _kept(self, rows: int) -> State:
@@ -201,9 +202,10 @@ class Onnx(Policy):
         description = self.loaded.description
         default = description.curves
         if cost is None or default is None:
-            curves = Curves([], []) if default is None else Curves(default.steps, default.verify)
+            curves = Curves([], []) if default is None else Curves(**default.model_dump())
             return lambda context_length: curves
-        return CostCurves(cost, [size for size in description.block_sizes if size > 1])
+        sizes = [size for size in description.block_sizes if size > 1]
+        return CostCurves(cost, sizes, longest_draft=len(default.draft) or None)
 
 
 def check_decoder(description: ExportedPolicy, spec: DecoderSpec, allow_other_models: bool = False) -> None:
@@ -226,6 +228,11 @@ def check_decoder(description: ExportedPolicy, spec: DecoderSpec, allow_other_mo
         raise PolicyError(
             f"{who} chooses block sizes up to {largest}, and this decoder stops at {spec.max_block_size}: raise its "
             f"max_block_size to {largest}"
+        )
+    if spec.branches < description.branches:
+        raise PolicyError(
+            f"{who} drafts trees of up to {description.branches} branches, and drafts of this decoder have "
+            f"{spec.branches}: ask for more, as in block-diffusion:branches={description.branches}"
         )
     names = description.decoder.other_names(spec)
     if names and not allow_other_models:

@@ -18,18 +18,20 @@ POINTS = 5
 
 def priced(cost: CostModel | None, sizes: Iterable[int]) -> list[int]:
     """The block sizes, 1 not among them, that the cost model has costs for, if there is one."""
+    return [size for size in sizes if size > 1 and has_price(cost, size, size)]
 
-    def has(size: int) -> bool:
-        if cost is None:
-            return True
-        try:
-            cost.seconds("draft", size, 1)
-            cost.seconds("verify", size, 1)
-        except ValueError:  # a table ends somewhere
-            return False
+
+def has_price(cost: CostModel | None, draft: int, verify: int) -> bool:
+    """Whether the cost model, if there is one, has costs for a draft and for a pass of such sizes."""
+    if cost is None:
         return True
-
-    return [size for size in sizes if size > 1 and has(size)]
+    try:
+        if draft > 1:
+            cost.seconds("draft", draft, 1)
+        cost.seconds("verify", verify, 1)
+    except ValueError:  # a table ends somewhere
+        return False
+    return True
 
 
 class StepPrices:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from bpkit.export.core import DECIDES, FEATURES, KNOWN, DType, Method
+from bpkit.export.core import DECIDES, FEATURES, KNOWN, TREE, DType, Method
 from bpkit.registry.policy_folder import TrainedFor
 
 LARGEST_BLOCK = 1 << 12
@@ -70,6 +70,10 @@ class Default(_Model):
 
     steps: list[float] = Field(description="of a step without a draft, then of each block size")
     verify: list[float] = Field(description="of target passes over 1, 2, ... positions")
+    draft: list[float] = Field(
+        default=[],
+        description="where drafts are trees, of a step without its target pass: by positions of the longest path",
+    )
 
 
 class ExportedPolicy(_Model):
@@ -94,6 +98,7 @@ class ExportedPolicy(_Model):
     features: list[Name]
     state: list[Name] = []
     curves: Default | None = None
+    branches: int = Field(default=1, ge=1, description="candidates that a drafter must have at each position of a tree")
     slope: float | None = Field(
         default=None,
         ge=0,
@@ -141,6 +146,10 @@ def _check_decision(file: str, network: Network) -> None:
     if network.method == "observe":
         return
     outputs = {tensor.name: tensor for tensor in network.outputs}
+    if network.method == "select" and outputs.keys() & TREE:
+        shapes = [(outputs[name].dtype, outputs[name].shape[:1]) for name in TREE if name in outputs]
+        if shapes != [("int64", ["batch"])] * len(TREE):
+            raise ValueError(f"{file} (select) has no outputs {' and '.join(TREE)}, int64 [batch, nodes] both")
     decides = DECIDES[network.method]
     for name, dtype in ((decides, "bool" if network.method == "extend" else "int64"), (network.margin, "float32")):
         output = outputs.get(name)

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bpkit.export.core import DECIDES, Core, Export, Method, features_of
+from bpkit.export.core import DECIDES, TREE, Core, Export, Method, features_of
 from bpkit.export.inputs import Given, Inputs
 from bpkit.policy import Policy, PolicyError, State
 from bpkit.trace.load import ClosedLoop
 from bpkit.trace.records import PromptTrace
 from bpkit.trace.replay import offered
 from bpkit.trace.server import ServerReplayer
-from bpkit.types import OF_THE_DRAFT, Context, CostModel, DecoderSpec, Draft, Feature, Step
+from bpkit.types import OF_THE_DRAFT, Context, CostModel, DecoderSpec, Draft, Feature, Plan, Step
 
 Run = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 """Runs an ONNX file: outputs by name from inputs by name."""
@@ -52,9 +52,10 @@ class Comparison:
     golden: Given | None = None
     variety: int = 0
 
-    def add(self, core: Core, given: Given, decided: Tensor, run: Run) -> None:
+    def add(self, core: Core, given: Given, answer: Tensor | Plan, run: Run) -> None:
         """Rows of one batch, cut into batches of the sizes of `BATCHES`."""
-        wanted = _computed(core, given)
+        wanted, answers = _computed(core, given), _by_name(core, answer)
+        decided = answers[DECIDES[core.method]]
         turns, left = cycle(BATCHES), torch.arange(len(decided))
         while len(left):
             size = next(turns)
@@ -62,14 +63,17 @@ class Comparison:
             self.batch_sizes = sorted({*self.batch_sizes, len(rows)})
             part = {port.name: _rows_of(given[port.name], port.shape, rows) for port in core.inputs}
             got = run({name: value.numpy() for name, value in part.items()})
-            self._compare(core, {name: value[rows] for name, value in wanted.items()}, decided[rows], got)
+            of_part = [{name: value[rows] for name, value in values.items()} for values in (wanted, answers)]
+            self._compare(core, of_part[0], of_part[1], got)
         self._choose_golden(core, given, decided, wanted[core.margin])
 
-    def add_whole(self, core: Core, given: Given, decided: Tensor, run: Run) -> None:
+    def add_whole(self, core: Core, given: Given, answer: Tensor | Plan, run: Run) -> None:
         """Rows that are decided together."""
         wanted, got = _computed(core, given), run({name: value.numpy() for name, value in given.items()})
+        answers = _by_name(core, answer)
+        decided = answers[DECIDES[core.method]]
         self.batch_sizes = sorted({*self.batch_sizes, len(decided)})
-        self._compare(core, wanted, decided, got)
+        self._compare(core, wanted, answers, got)
         kinds = len(set(decided.tolist()))
         if len(decided) <= MOST_GOLDEN and kinds > self.variety and wanted[core.margin].min() > 10 * core.tolerance:
             self.variety, self.golden = kinds, given
@@ -91,18 +95,23 @@ class Comparison:
         if 1 < rows <= MOST_GOLDEN and (self.golden is None or rows > self.variety):
             self.variety, self.golden = rows, given
 
-    def _compare(self, core: Core, wanted: dict[str, Tensor], decided: Tensor, got: dict[str, NDArray[Any]]) -> None:
+    def _compare(
+        self, core: Core, wanted: dict[str, Tensor], answers: dict[str, Tensor], got: dict[str, NDArray[Any]]
+    ) -> None:
         name = DECIDES[core.method]
-        same = got[name] == decided.numpy()
+        decided, rows = answers[name], len(answers[name])
+        equal = [(got[of] == value.numpy()).reshape(rows, -1).all(axis=1) for of, value in answers.items()]
+        same = np.logical_and.reduce(equal)
         close = wanted[core.margin].numpy() < core.tolerance
         self.rows += len(decided)
         self.agree += int(same.sum())
         self.within_tolerance += int((~same & close).sum())
         for row in np.flatnonzero(~same & ~close)[:SHOWN]:
             margin = float(wanted[core.margin][row])
-            self.wrong.append(
-                f"{name} {got[name][row]} where the policy says {int(decided[row])} (margin {margin:.3g})"
-            )
+            what = f"{name} {got[name][row]} where the policy says {int(decided[row])}"
+            if got[name][row] == int(decided[row]):
+                what = f"another tree of {name} {got[name][row]} than the policy"
+            self.wrong.append(f"{what} (margin {margin:.3g})")
         for port in core.outputs:
             if port.dtype == "float32" and got[port.name].size:
                 difference = np.abs(got[port.name] - wanted[port.name].numpy())
@@ -122,6 +131,14 @@ def _computed(core: Core, given: Given) -> dict[str, Tensor]:
     with torch.inference_mode():
         values = core.module(*(given[port.name] for port in core.inputs))
     return dict(zip((port.name for port in core.outputs), values, strict=True))
+
+
+def _by_name(core: Core, answer: Tensor | Plan) -> dict[str, Tensor]:
+    """What the policy answers, by the output that says it."""
+    if not isinstance(answer, Plan):
+        return {DECIDES[core.method]: answer}
+    trees = {name: getattr(answer, name) for name in TREE if getattr(answer, name) is not None}
+    return {DECIDES[core.method]: answer.block_size, **trees}
 
 
 def compare(
@@ -148,9 +165,9 @@ def compare(
     # Prompts that make one batch: many where each is one row, else one, whose positions are rows.
     size = AT_ONCE if any(core.method == "begin" for core in cores.values()) else 1
     for group in (prompts[start : start + size] for start in range(0, len(prompts), size)):
-        for name, source, state, decided in _questions(policy, cores, group, spec):
-            if len(decided):
-                found[name].add(cores[name], inputs[name](source, state), decided, runs[name])
+        for name, source, state, answer in _questions(policy, cores, group, spec):
+            if (source.context if isinstance(source, Draft) else source).batch_size:
+                found[name].add(cores[name], inputs[name](source, state), answer, runs[name])
         for _ in group:
             progress()
     return _agreed(found)
@@ -171,7 +188,7 @@ def _agreed(found: dict[str, Comparison]) -> dict[str, Comparison]:
 
 def _questions(
     policy: Policy, cores: dict[str, Core], prompts: Sequence[PromptTrace], spec: DecoderSpec
-) -> Iterator[tuple[str, Context | Draft, State, Tensor]]:
+) -> Iterator[tuple[str, Context | Draft, State, Tensor | Plan]]:
     """Each core with what it is asked about a group of prompts, and what the policy's own method answers."""
     names = {core.method: name for name, core in cores.items()}
     # A policy that sees no use in asking reads nothing, but its file does.
@@ -184,9 +201,10 @@ def _questions(
     (prompt,) = prompts
     rows = at_select(prompt, spec, wants)
     state = policy.begin(rows)
-    sizes = policy.select(state, rows)
+    answer = policy.select(state, rows)
     if "select" in names:
-        yield names["select"], rows, state, sizes
+        yield names["select"], rows, state, answer
+    sizes = answer.block_size if isinstance(answer, Plan) else answer
     if "truncate" in names:
         traced = set(prompt.drafts.block_sizes.tolist())
         for size in sorted(set(sizes.tolist()) & traced):
@@ -223,13 +241,15 @@ class _Compared(Policy):
     def begin(self, context: Context) -> State:
         return self.policy.begin(context)
 
-    def select(self, state: State, context: Context) -> Tensor:
-        return self._decided("select", state, context)
+    def select(self, state: State, context: Context) -> Tensor | Plan:
+        answer: Tensor | Plan = self._decided("select", state, context)
+        return answer
 
     def truncate(self, state: State, draft: Draft) -> Tensor:
         if "truncate" not in self.names:
             return self.policy.truncate(state, draft)
-        return self._decided("truncate", state, draft)
+        verify_length: Tensor = self._decided("truncate", state, draft)
+        return verify_length
 
     def observe(self, state: State, step: Step) -> None:
         given = self._given("observe", state, step)
@@ -238,11 +258,11 @@ class _Compared(Policy):
         learned, rows = self._state(state), len(step.num_accepted)
         self.found[name].add_learned(self.export.cores[name], given, learned, rows, self.runs[name])
 
-    def _decided(self, method: Method, state: State, source: Context | Draft) -> Tensor:
+    def _decided(self, method: Method, state: State, source: Context | Draft) -> Any:
         given, name = self._given(method, state, source), self.names[method]
-        decided: Tensor = getattr(self.policy, method)(state, source)
-        self.found[name].add_whole(self.export.cores[name], given, decided, self.runs[name])
-        return decided
+        answer = getattr(self.policy, method)(state, source)
+        self.found[name].add_whole(self.export.cores[name], given, answer, self.runs[name])
+        return answer
 
     def _given(self, method: Method, state: State, source: Context | Draft | Step) -> Given:
         """What the file takes, before the policy learns or changes anything."""

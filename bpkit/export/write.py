@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,6 +117,7 @@ def description(
     return schema.ExportedPolicy(
         block_sizes=what.block_sizes,
         drafts=what.drafts,
+        branches=what.branches,
         slope=what.slope,
         default_block_size=spec.trained_block_size,
         decoder=TrainedFor.of(spec),
@@ -135,7 +137,7 @@ def description(
         },
         features=sorted(features_of(what.cores.values())),
         state=sorted({port.name for core in what.cores.values() for port in core.inputs} - KNOWN),
-        curves=None if typical is None else schema.Default(steps=typical.steps, verify=typical.verify),
+        curves=None if typical is None else schema.Default(**dataclasses.asdict(typical)),
         **others,
     )
 
