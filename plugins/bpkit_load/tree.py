@@ -173,7 +173,8 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         kept &= there
         state[PARENTS].numpy()[:, : there.shape[1]] = parents
         state[CELLS].numpy()[:, : there.shape[1]] = np.where(kept, cells, -1)
-        return torch.from_numpy(kept)
+        # Of a chain the first ones.
+        return torch.from_numpy(kept if draft.parents is not None else kept.sum(axis=1))
 
     def _tree(self, draft: Draft, there: Any) -> tuple[Any, Floats]:
         """Parents and the drafter's chances of a draft; NaN where it says none.
