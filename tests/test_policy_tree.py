@@ -169,10 +169,15 @@ def test_larger_trees_are_drafted_at_the_price_of_the_block() -> None:
     prices = NodePrices(passes, range(2, 33), 1, 10, features=False, slope=0.0)
     assert prices.drafts[[0, 1, 7, 31]].tolist() == pytest.approx([0.0, 0.1, 0.4, 0.4])
     assert prices.nodes[[0, 8, 31]].tolist() == pytest.approx([1.1, 1.9, 4.2])
-    assert prices.draft_length(np.full(31, 0.3), before=0.0) == 31, "10.3 tokens in 4.6 s, and one in 1.1 s"
-    assert prices.draft_length(np.full(31, 0.1), before=0.0) == 0, "4.1 tokens in 4.6 s"
-    assert prices.draft_length(np.array([0.9, 0.9, 0.1]), before=0.0) == 2, "2.8 in 1.7 s, 1.9 in 1.3 s, 2.9 in 1.8 s"
+    assert prices.draft_length(np.full(31, 0.3), 0.0, range(2, 33)) == 31, "10.3 tokens in 4.6 s, and one in 1.1 s"
+    assert prices.draft_length(np.full(31, 0.1), 0.0, range(2, 33)) == 0, "4.1 tokens in 4.6 s"
+    assert prices.draft_length(np.array([0.9, 0.9, 0.1]), 0.0, range(2, 33)) == 2, (
+        "2.8 in 1.7 s, 1.9 in 1.3 s, 2.9 in 1.8 s"
+    )
+    assert prices.draft_length(np.array([0.9, 0.9, 0.1]), 0.0, [2, 4]) == 3, "of the sizes that there are"
     assert bound(TreePolicy(), replace(decoder(trained=8, largest=32), branches=4), cost).most == 31
+    assert bound(TreePolicy(block_sizes=[2, 4])).sizes == [2, 4]
+    assert bound(TreePolicy(block_sizes=[2, 4]), replace(decoder(trained=8, largest=16), branches=4)).most == 15
 
 
 def test_what_was_tested_is_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -75,15 +76,16 @@ class NodePrices(PositionPrices):
             better = max(rate, tokens / (drafting + taken.seconds))
         return rate
 
-    def draft_length(self, survival: Floats, before: float) -> int:
+    def draft_length(self, survival: Floats, before: float, sizes: Sequence[int]) -> int:
         """Nodes to draft for every row, all verified, with the most tokens for their time; the fewest of equals.
 
         Args:
             survival: chance that the best, second best, ... node of a draft stands, in the mean: falling, [most].
-            before: seconds that a draft takes beside its price.
+            before: seconds that a draft takes beside its price. sizes: block sizes to choose from, beside 1.
         """
         most = min(len(survival), len(self.nodes) - 1)
+        lengths = np.array([0, *(size - 1 for size in sizes if size <= most + 1)])
         tokens = 1 + np.append(0.0, np.cumsum(survival[:most]))
         seconds = (self.nodes + self.drafts)[: most + 1]
         seconds[1:] += before
-        return int((tokens / seconds).argmax())
+        return int(lengths[(tokens / seconds)[lengths].argmax()])

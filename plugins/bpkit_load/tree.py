@@ -8,7 +8,7 @@ from pydantic import Field
 
 from bpkit.export.prices import priced
 from bpkit.policy import PolicyConfig, PolicyError, PolicyMemory, RememberingPolicy, State
-from bpkit.sizes import BlockSize
+from bpkit.sizes import BlockSize, BlockSizesWithNoDraft
 from bpkit.types import Context, CostModel, DecoderSpec, Draft, Feature, Step
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ class TreePolicyConfig(PolicyConfig):
         default=None,
         ge=1,
         description="verify so many nodes in every row, whatever they cost; by default those that pay",
+    )
+    block_sizes: BlockSizesWithNoDraft = Field(
+        default=tuple(range(1, MOST_NODES + 2)), description="of chains, sizes to choose from; trees are of any size"
     )
     rate_discount: float = Field(default=0.95, ge=0, lt=1, description="weight of the past in tokens per second")
     slope: float = Field(
@@ -109,7 +112,8 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         elif cost is not None:
             cost = PassCosts(cost, source)
         most = min(self.config.block_size or MOST_NODES + 1, MOST_NODES + 1, decoder.max_block_size)
-        self.sizes, self.work = priced(cost, range(2, most + 1)), decoder.work
+        sizes = self.config.block_sizes if source.branches == 1 else range(2, most + 1)
+        self.sizes, self.work = priced(cost, (size for size in sizes if size <= most)), decoder.work
         self.most = max(self.sizes, default=1) - 1
         self.costs = KeptCosts(
             NodePrices, cost, self.sizes, features=bool(self.wants_optional), slope=self.config.slope
@@ -143,7 +147,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
         self.until_largest -= 1
         length = self.most
         if not self._whole and self.config.block_size is None and self.config.nodes is None:
-            length = prices.draft_length(self._mean_survival(rows), usual)
+            length = prices.draft_length(self._mean_survival(rows), usual, self.sizes)
         self._drafting = float(prices.drafts[length]) + (before if length else 0.0)
         self._seconds = self._drafting + float(prices.nodes[0])  # where nothing is drafted, all that there is
         return context.full(length + 1)
