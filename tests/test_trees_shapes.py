@@ -20,7 +20,7 @@ from bpkit.decode.guard import GuardedPolicy, PolicyFault, PolicyFaultWarning
 from bpkit.decode.sampling import Draw
 from bpkit.decode.sources import source_spec
 from bpkit.decode.text import RowText, RunningText
-from bpkit.decode.trees import TreeShape
+from bpkit.decode.trees import Shapes, TreeShape
 from bpkit.decode.two_devices import OtherDevice
 from bpkit.draft.best_first import shaped
 from bpkit.draft.block_diffusion import BlockDiffusionDrafter
@@ -115,11 +115,7 @@ class ShapedSession(AgreeableSession):
     drafter: ShapedDrafter
 
     def draft(
-        self,
-        block_size: Sequence[int],
-        draw: Draw,
-        go_on: GoOn | None,
-        shapes: Sequence[TreeShape | None] | None = None,
+        self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None, shapes: Shapes | None = None
     ) -> Proposal:
         assert shapes is not None, "handed over where a plan has trees"
         trees = [shape or TreeShape((), ()) for shape in shapes]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bpkit.decode.sampling import Draw
 from bpkit.decode.text import RowText, RunningText, padded
-from bpkit.decode.trees import TreeShape, chain
+from bpkit.decode.trees import Shapes, chain
 from bpkit.types import DraftWork, Feature
 
 
@@ -201,11 +201,7 @@ class EachRow:
             session.advance(None if features is None else features[place])
 
     def draft(
-        self,
-        block_size: Sequence[int],
-        draw: Draw,
-        go_on: GoOn | None,
-        shapes: Sequence[TreeShape | None] | None = None,
+        self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None, shapes: Shapes | None = None
     ) -> Proposal:
         shaped = [{"shape": shape} if shape else {} for shape in shapes or [None] * len(self.sessions)]
         sessions: list[Any] = self.sessions

@@ -18,7 +18,7 @@ from bpkit.decode.request import Request
 from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText, counts, to_device
 from bpkit.decode.timing import Stopwatch, TimedDrafter
-from bpkit.decode.trees import TreeShape, VerifiedNodes
+from bpkit.decode.trees import Shapes, VerifiedNodes
 from bpkit.decode.verify import Verdict, VerifyRule
 from bpkit.types import (
     OF_PREFILL,
@@ -216,9 +216,7 @@ class Rows:
             return context
         return replace(context, features={**context.features, **self.drafter.features(wanted)})
 
-    def draft(
-        self, block_size: Sequence[int], source: Sequence[int], shapes: Sequence[TreeShape | None] | None = None
-    ) -> Draft:
+    def draft(self, block_size: Sequence[int], source: Sequence[int], shapes: Shapes | None = None) -> Draft:
         """Ask each row's source for a block, or nobody where no row drafts; see `Selected`."""
         if max(block_size) == 1:
             return self.no_draft()

@@ -20,7 +20,7 @@ from bpkit.decode.features import draft_features
 from bpkit.decode.sampling import Draw
 from bpkit.decode.target import TargetSession
 from bpkit.decode.text import RunningText, padded
-from bpkit.decode.trees import TreeShape
+from bpkit.decode.trees import Shapes
 from bpkit.types import OF_OFFERS, OF_THE_DISTRIBUTION, DraftWork, Feature, SourceSpec, work_of
 
 RECENT, AT_FIRST = 0.2, 0.5
@@ -190,7 +190,7 @@ class SourceSessions:
         draw: Draw,
         go_on: GoOn | None,
         wants: frozenset[Feature],
-        shapes: Sequence[TreeShape | None] | None = None,
+        shapes: Shapes | None = None,
     ) -> Proposal:
         """Propose tokens for each row from its source; at least one row has a block size above 1.
 
@@ -220,7 +220,7 @@ class SourceSessions:
         block_size: Sequence[int],
         draw: Draw,
         go_on: GoOn | None,
-        shapes: Sequence[TreeShape | None] | None,
+        shapes: Shapes | None,
     ) -> Proposal:
         """What one source drafts; sessions of chains know of no shapes."""
         session: Any = self.sessions[place]

@@ -17,7 +17,7 @@ from bpkit.decode.guard import GuardedPolicy, Selected
 from bpkit.decode.sampling import Draw
 from bpkit.decode.sources import SourceSessions
 from bpkit.decode.target import TargetOutput, TargetSession
-from bpkit.decode.trees import Tree, TreeShape
+from bpkit.decode.trees import Shapes, Tree
 from bpkit.policy import Policy
 from bpkit.types import Context, DecoderSpec, Draft, Feature, Seconds, Step, Work
 
@@ -126,7 +126,7 @@ class TimedDrafter:
         draw: Draw,
         go_on: GoOn | None,
         wants: frozenset[Feature],
-        shapes: Sequence[TreeShape | None] | None = None,
+        shapes: Shapes | None = None,
     ) -> Proposal:
         proposal = self.session.draft(block_size, source, draw, go_on and self._timed(go_on), wants, shapes)
         self.watch.lap("draft")

@@ -187,6 +187,25 @@ class TreeShape:
         return cls(tuple(parents), tuple(ranks))
 
 
+Shapes = Sequence[TreeShape | None]
+"""Of each row the tree to draft, or None where that is the drafter's choice."""
+
+
+def wanted_trees(
+    block_size: Sequence[int], shapes: Shapes | None, largest: int
+) -> tuple[list[int | TreeShape], list[int]]:
+    """Of each row the tree to draft, or how many nodes; and the block that is as deep.
+
+    Args:
+        largest: block of a tree that the drafter chooses.
+
+    >>> wanted_trees([9, 4], [None, TreeShape.delayed(2, trunk=1, length=1)], largest=4)
+    ([8, TreeShape(parents=(-1, 0, 0), ranks=(0, 0, 1))], [4, 3])
+    """
+    wanted = [shape or size - 1 for shape, size in zip(shapes or [None] * len(block_size), block_size, strict=True)]
+    return wanted, [tree.deepest + 1 if isinstance(tree, TreeShape) else min(tree + 1, largest) for tree in wanted]
+
+
 def chain(width: int, rows: int) -> Tensor:
     """The parents of drafts without branches, int64 [rows, width]."""
     return torch.arange(-1, width - 1).expand(rows, width)

@@ -20,7 +20,7 @@ from bpkit.decode.serving import served_by, session_class, why_no_trees
 from bpkit.decode.stateful import cache_argument
 from bpkit.decode.target import TargetOutput, TargetSession
 from bpkit.decode.text import RunningText
-from bpkit.decode.trees import Level, TreeShape
+from bpkit.decode.trees import Level, Shapes, wanted_trees
 from bpkit.draft.config import ASSISTANT_BLOCK_SIZE
 from bpkit.draft.grown_tree import GrownTree
 from bpkit.draft.level_wise import Growth
@@ -318,17 +318,10 @@ class LevelWiseSession(AutoregressiveSession):
         self.begins: list[int] = []
 
     def draft(
-        self,
-        block_size: Sequence[int],
-        draw: Draw,
-        go_on: GoOn | None,
-        shapes: Sequence[TreeShape | None] | None = None,
+        self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None, shapes: Shapes | None = None
     ) -> Proposal:
-        wanted = [shape or size - 1 for shape, size in zip(shapes or [None] * len(block_size), block_size, strict=True)]
-        most = self.drafter.trained_block_size
-        levels = self.room(
-            [tree.deepest + 1 if isinstance(tree, TreeShape) else min(tree + 1, most) for tree in wanted]
-        )
+        wanted, sizes = wanted_trees(block_size, shapes, self.drafter.trained_block_size)
+        levels = self.room(sizes)
         if max(levels) == 0:
             return self.nothing()
         waited, self.begins = self.waiting(), self.text.length

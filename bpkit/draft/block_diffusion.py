@@ -19,7 +19,7 @@ from bpkit.decode.pretrained import device_of, hub_options, move, refuse_other_w
 from bpkit.decode.sampling import Draw
 from bpkit.decode.slots import Reading, SlotCache
 from bpkit.decode.text import RunningText, padded
-from bpkit.decode.trees import TreeShape
+from bpkit.decode.trees import Shapes, TreeShape, wanted_trees
 from bpkit.draft.best_first import best_first, shaped
 from bpkit.draft.dflash_checks import refuse_unfit, refuse_unknown_layout
 from bpkit.draft.dflash_model import DFlashConfig, DFlashModel
@@ -143,16 +143,9 @@ class BlockDiffusionSession:
             waiting.append(more)
 
     def draft(
-        self,
-        block_size: Sequence[int],
-        draw: Draw,
-        go_on: GoOn | None,
-        shapes: Sequence[TreeShape | None] | None = None,
+        self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None, shapes: Shapes | None = None
     ) -> Proposal:
-        trees = [shape or size - 1 for shape, size in zip(shapes or [None] * len(block_size), block_size, strict=True)]
-        block_size = [
-            tree.deepest + 1 if isinstance(tree, TreeShape) else min(tree + 1, self.largest) for tree in trees
-        ]
+        trees, block_size = wanted_trees(block_size, shapes, self.largest)
         context = [waiting[0] if len(waiting) == 1 else torch.cat(waiting) for waiting in self.waiting]
         read = [len(features) for features in context]
         apart = newcomers(self.slot_cache.held, read)

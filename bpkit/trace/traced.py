@@ -17,7 +17,7 @@ from bpkit.decode.reread import Rereading
 from bpkit.decode.sampling import Draw
 from bpkit.decode.target import TargetOutput
 from bpkit.decode.text import RowText, RunningText, counts, padded
-from bpkit.decode.trees import Tree, TreeShape
+from bpkit.decode.trees import Shapes, Tree, wanted_trees
 from bpkit.decode.verify import Verdict
 from bpkit.draft.block_diffusion import grown
 from bpkit.draft.grown_tree import were_read
@@ -245,15 +245,11 @@ class TracedDrafter:
         return [int(tokens[node]) for node in path[1:]]
 
     def draft(
-        self,
-        block_size: Sequence[int],
-        draw: Draw,
-        go_on: GoOn | None,
-        shapes: Sequence[TreeShape | None] | None = None,
+        self, block_size: Sequence[int], draw: Draw, go_on: GoOn | None, shapes: Shapes | None = None
     ) -> Proposal:
         at = _at(self.text)
         if self.source.branches > 1 and self.drafts.candidates is not None:
-            whole = self._tree(self.drafts.candidates, at, block_size, shapes or [None] * len(at))
+            whole = self._tree(self.drafts.candidates, at, block_size, shapes)
             self._drafted(whole.counts, block_size)
             return whole
         if shapes is not None:
@@ -279,18 +275,10 @@ class TracedDrafter:
         self.lengths = [length if size > 1 else None for length, size in zip(lengths, block_size, strict=True)]
 
     def _tree(
-        self,
-        candidates: CandidateTable,
-        at: Sequence[int],
-        block_size: Sequence[int],
-        shapes: Sequence[TreeShape | None],
+        self, candidates: CandidateTable, at: Sequence[int], block_size: Sequence[int], shapes: Shapes | None
     ) -> Proposal:
         """Trees of candidates, as the drafter makes them."""
-        sizes = [
-            self.source.draft_size(size) if shape is None else shape.deepest + 1
-            for size, shape in zip(block_size, shapes, strict=True)
-        ]
-        wanted = [shape or size - 1 for size, shape in zip(block_size, shapes, strict=True)]
+        wanted, sizes = wanted_trees(block_size, shapes, self.source.trained_block_size)
         columns = [self.drafts.column(size) if size > 1 else 0 for size in sizes]
         tokens, chances, probabilities = (
             torch.from_numpy(table[at, columns, : max(sizes) - 1, : self.source.branches])

@@ -85,7 +85,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
 
     The nodes to draft are so many that all of them bring the most tokens for their time, in the mean over the last
     drafts of the most nodes, of which there is one every sixteen steps. Of one row alone all of them are verified in
-    between: to choose from each draft brought no more than the right number did, and takes a decision's time. How often
+    between: to choose from each draft brought no more tokens/s than the right number did, and takes time. How often
     each place in such drafts stood says more of the mean than chances do.
 
     A chain is a tree of one path: its chances are the drafter's probabilities, of a drafter without any 0.7 at first.
