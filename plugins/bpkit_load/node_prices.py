@@ -66,16 +66,6 @@ class NodePrices(PositionPrices):
         seconds = sum(self._seconds(phase, sizes, self.rows * sizes[-1:])[:, 0] for phase in phases)
         return np.append(0.0, seconds)
 
-    def best_rate_after(self, survival: Floats, drafting: float) -> float:
-        """The most tokens per second that a step with such drafts may give, which took so many seconds."""
-        rate, better = 0.0, self.rows / (drafting + float(self.nodes[0]))
-        while better > rate:  # Dinkelbach's iteration: what is best at a rate has no lower one
-            rate = better
-            taken = self.best(survival, rate)
-            tokens = self.rows + float(survival[np.arange(survival.shape[1]) < taken.counts[:, None]].sum())
-            better = max(rate, tokens / (drafting + taken.seconds))
-        return rate
-
     def draft_length(self, survival: Floats, before: float, sizes: Sequence[int]) -> int:
         """Nodes to draft for every row, all verified, with the most tokens for their time; the fewest of equals.
 

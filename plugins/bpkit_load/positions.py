@@ -140,14 +140,18 @@ class PositionPrices(PositionCosts):
             prompts = self.beside[0] * self.beside[1] * (verify - float(self.verify[choice, taken - 1]))
         return TakenPositions(counts, int(self.widths[choice]) if taken else 1, verify - prompts, drafting)
 
-    def best_rate(self, survival: Floats, *, before: float) -> float:
-        """The most tokens per second that one such step may give."""
-        rate, better = 0.0, self.rows / float(self.verify[0, 0])
+    def best_rate(self, survival: Floats, *, before: float | None = None, drafting: float = 0.0) -> float:
+        """The most tokens per second that one such step may give.
+
+        Args:
+            survival, before: as of `best`. drafting: seconds that a draft took which is made.
+        """
+        rate, better = 0.0, self.rows / (drafting + float(self.verify[0, 0]))
         while better > rate:  # Dinkelbach's iteration: what is best at a rate has no lower one
             rate = better
             taken = self.best(survival, rate, before=before)
             tokens = self.rows + float(survival[np.arange(survival.shape[1]) < taken.counts[:, None]].sum())
-            better = max(rate, tokens / (taken.seconds + taken.drafting))
+            better = max(rate, tokens / (taken.seconds + taken.drafting + drafting))
         return rate
 
     @cached_property

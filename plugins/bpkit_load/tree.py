@@ -219,7 +219,7 @@ class TreePolicy(RememberingPolicy[TreePolicyMemory]):
             self._seconds = self._drafting + float(prices.nodes[min(most, self.most)])
             return counts
         if not self._rate:
-            self._rate = prices.best_rate_after(falling, self._drafting)
+            self._rate = prices.best_rate(falling, drafting=self._drafting)
         chosen = prices.best(falling, self._rate)
         self._seconds = self._drafting + chosen.seconds
         return chosen.counts
